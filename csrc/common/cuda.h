@@ -1,0 +1,74 @@
+// What every cuda.cu needs: device guard and current stream, grid arithmetic, element types.
+#pragma once
+#ifndef USE_CUDA
+#error "compile cuda.cu with -DUSE_CUDA: torch declares its stream functions only then"
+#endif
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "tensor.h"
+
+namespace smis::cuda {
+
+constexpr int kThreads = 256;
+
+// Makes the tensor's device current for a scope; `stream` is the one that torch launches on.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+  cudaStream_t stream = nullptr;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of kThreads along x for `count` items, and rows along y; kernels stride over the rest.
+inline dim3 grid(int64_t count, int64_t rows = 1) {
+  return dim3(unsigned(std::clamp<int64_t>(ceil_div(count, kThreads), 1, 1 << 20)),
+              unsigned(std::clamp<int64_t>(rows, 1, 65535)));
+}
+
+__device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t thread_stride() { return int64_t(gridDim.x) * blockDim.x; }
+
+// fp32 arithmetic for storage in fp32, fp16 and bf16; fp64 for fp64.
+template <class T> struct AccOf { using type = float; };
+template <> struct AccOf<double> { using type = double; };
+template <class T> using Acc = typename AccOf<T>::type;
+
+__device__ inline float load(float v) { return v; }
+__device__ inline double load(double v) { return v; }
+__device__ inline float load(__half v) { return __half2float(v); }
+__device__ inline float load(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T> __device__ inline T rounded(Acc<T> v) { return v; }
+template <> __device__ inline __half rounded<__half>(float v) { return __float2half_rn(v); }
+template <> __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// V elements that move as one transaction.
+template <class T, int V> struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+};
+
+// Calls fn(T{}) with the storage type that `e` names.
+template <class F> void with_element(Element e, F&& fn) {
+  switch (e) {
+    case Element::f32: return fn(float{});
+    case Element::f64: return fn(double{});
+    case Element::f16: return fn(__half{});
+    case Element::bf16: return fn(__nv_bfloat16{});
+  }
+}
+
+}  // namespace smis::cuda

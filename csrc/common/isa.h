@@ -1,0 +1,54 @@
+// One kernel source, several instruction sets: cpu_kernel.cpp files are compiled once per set,
+// each time with SMIS_ISA naming the namespace, and the best one is chosen at run time.
+#pragma once
+#include <cstdint>
+
+namespace smis {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa best_isa() {
+#if defined(__x86_64__)
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return Isa::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+      return Isa::avx2;
+    return Isa::baseline;
+  }();
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+// Element types as the kernels see them: no torch header in a file that is compiled per set.
+enum class Element : int32_t { f32, f64, f16, bf16 };
+
+}  // namespace smis
+
+// Declares `void name(args)` for every instruction set and `name##_best()`, the one to call.
+#if defined(__x86_64__)
+#define SMIS_DECLARE_KERNEL(name, ...)                   \
+  namespace smis::baseline { void name(__VA_ARGS__); }   \
+  namespace smis::avx2 { void name(__VA_ARGS__); }       \
+  namespace smis::avx512 { void name(__VA_ARGS__); }     \
+  namespace smis {                                       \
+  inline auto name##_best() {                            \
+    switch (best_isa()) {                                \
+      case Isa::avx512: return &avx512::name;            \
+      case Isa::avx2: return &avx2::name;                \
+      default: return &baseline::name;                   \
+    }                                                    \
+  }                                                      \
+  }
+#else
+#define SMIS_DECLARE_KERNEL(name, ...)                   \
+  namespace smis::baseline { void name(__VA_ARGS__); }   \
+  namespace smis {                                       \
+  inline auto name##_best() { return &baseline::name; }  \
+  }
+#endif

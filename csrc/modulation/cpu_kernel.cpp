@@ -1,0 +1,418 @@
+// The loops of modulation. One pass: x is read once for both outputs and all four upsampled pixels.
+#include "modulation/cpu_kernel.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common/element.h"
+#include "common/stream.h"
+
+namespace smis::SMIS_ISA {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // elements staged at a time: a few rows fit L1 together
+
+template <class T> T* at(const Operand& o, int64_t n, int64_t c, int64_t p) {
+  return static_cast<T*>(o.data) + n * o.n + c * o.c + p * o.p;
+}
+
+// Statistics of one channel run: a scalar in plane layout, one value per element in row layout.
+template <class A> struct Scalar {
+  A mean, rstd;
+  A hat(const A* x, int64_t i) const { return (x[i] - mean) * rstd; }
+  A scale(int64_t) const { return rstd; }
+};
+template <class A> struct PerChannel {
+  const A *mean, *rstd;
+  A hat(const A* x, int64_t i) const { return (x[i] - mean[i]) * rstd[i]; }
+  A scale(int64_t i) const { return rstd[i]; }
+};
+
+enum class Act { none, relu, leaky };
+template <class A> Act act_of(A slope) {
+  return slope == A(1) ? Act::none : slope == A(0) ? Act::relu : Act::leaky;
+}
+// Written so that NaN passes: it is not below zero.
+template <Act act, class A> inline A activate(A z, A slope) {
+  if constexpr (act == Act::none) return z;
+  if constexpr (act == Act::relu) return z < A(0) ? A(0) : z;
+  return z < A(0) ? z * slope : z;
+}
+
+template <Act act, class A>
+inline void apply_hat(const A* __restrict hat, const A* __restrict g, const A* __restrict b,
+                      A* __restrict y, A slope, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = activate<act>(hat[i] * (A(1) + g[i]) + b[i], slope);
+}
+
+template <Act act, class A, class S>
+inline void apply_run(const A* __restrict x, const S& s, const A* __restrict g,
+                      const A* __restrict b, A* __restrict y, A slope, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    y[i] = activate<act>(s.hat(x, i) * (A(1) + g[i]) + b[i], slope);
+}
+
+// Calls f(integral_constant<Act>) for the activation of this slope.
+template <class A, class F> inline void with_act(A slope, F&& f) {
+  switch (act_of(slope)) {
+    case Act::none: return f(std::integral_constant<Act, Act::none>{});
+    case Act::relu: return f(std::integral_constant<Act, Act::relu>{});
+    case Act::leaky: return f(std::integral_constant<Act, Act::leaky>{});
+  }
+}
+
+// One run of n <= kChunk elements through one branch, staging 16-bit types.
+template <class T, class S>
+inline void apply_branch(const Acc<T>* x, const S& s, const T* g, const T* b, T* y, Acc<T> slope,
+                         int64_t n, bool hat_given, bool stream) {
+  using A = Acc<T>;
+  alignas(64) A gb[kChunk], bb[kChunk], yb[kChunk];
+  const A* gs = staged(g, n, gb);
+  const A* bs = staged(b, n, bb);
+  A* out = stream ? yb : out_buffer(y, yb);
+  with_act(slope, [&](auto act) {
+    if (hat_given) apply_hat<act()>(x, gs, bs, out, slope, n);
+    else apply_run<act()>(x, s, gs, bs, out, slope, n);
+  });
+  if (stream) stream_out(y, yb, n);
+  else unstage(y, yb, n);
+}
+
+template <class A, class S>
+inline void hat_run(const A* __restrict x, const S& s, A* __restrict hat, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) hat[i] = s.hat(x, i);
+}
+
+template <class A>
+inline void duplicate(const A* __restrict x, A* __restrict twice, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) twice[2 * i] = twice[2 * i + 1] = x[i];
+}
+
+template <class A>
+Scalar<A> scalar_stats(const ModulationArgs& a, const ModulationBranch& br, int64_t n, int64_t c) {
+  const int64_t i = (br.stat_n ? n : 0) * a.C + c;
+  return {static_cast<const A*>(br.mean)[i], static_cast<const A*>(br.rstd)[i]};
+}
+template <class A>
+PerChannel<A> channel_stats(const ModulationArgs& a, const ModulationBranch& br, int64_t n) {
+  const int64_t i = (br.stat_n ? n : 0) * a.C;
+  return {static_cast<const A*>(br.mean) + i, static_cast<const A*>(br.rstd) + i};
+}
+
+template <class T> void apply_planes(const ModulationArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t W = a.W, W2 = 2 * W;
+  alignas(64) A xb[kChunk], hat[kChunk], twice[2 * kChunk];
+  for (int64_t i = begin; i < end;) {
+    const int64_t plane = i / a.H, h0 = i % a.H, rows = std::min(a.H - h0, end - i);
+    const int64_t n = plane / a.C, c = plane % a.C;
+    i += rows;
+    if (!a.upsample) {
+      const int64_t p0 = h0 * W, p1 = (h0 + rows) * W;
+      for (int64_t p = p0; p < p1; p += kChunk) {
+        const int64_t m = std::min(kChunk, p1 - p);
+        const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+        for (int k = 0; k < a.branches; ++k) {
+          const auto& br = a.branch[k];
+          apply_branch<T>(x, scalar_stats<A>(a, br, n, c), at<const T>(br.gamma, n, c, p),
+                          at<const T>(br.beta, n, c, p), at<T>(br.out, n, c, p), A(br.slope), m,
+                          false, a.stream);
+        }
+      }
+      continue;
+    }
+    for (int64_t h = h0; h < h0 + rows; ++h)
+      for (int64_t w = 0; w < W; w += kChunk / 2) {
+        const int64_t m = std::min(kChunk / 2, W - w);
+        const A* x = staged(at<const T>(a.x, n, c, h * W + w), m, xb);
+        for (int k = 0; k < a.branches; ++k) {
+          const auto& br = a.branch[k];
+          const auto s = scalar_stats<A>(a, br, n, c);
+          hat_run(x, s, hat, m);
+          duplicate(hat, twice, m);
+          for (int64_t r = 0; r < 2; ++r) {
+            const int64_t p = (2 * h + r) * W2 + 2 * w;
+            apply_branch<T>(twice, s, at<const T>(br.gamma, n, c, p), at<const T>(br.beta, n, c, p),
+                            at<T>(br.out, n, c, p), A(br.slope), 2 * m, true, a.stream);
+          }
+        }
+      }
+  }
+  if (a.stream) stream_fence();
+}
+
+template <class T> void apply_rows(const ModulationArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t W = a.W, W2 = 2 * W;
+  alignas(64) A xb[kChunk], hat[kChunk];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / a.H, h = i % a.H;
+    for (int64_t w = 0; w < W; ++w)
+      for (int64_t c = 0; c < a.C; c += kChunk) {
+        const int64_t m = std::min(kChunk, a.C - c);
+        const A* x = staged(at<const T>(a.x, n, c, h * W + w), m, xb);
+        for (int k = 0; k < a.branches; ++k) {
+          const auto& br = a.branch[k];
+          auto s = channel_stats<A>(a, br, n);
+          s.mean += c;
+          s.rstd += c;
+          if (!a.upsample) {
+            const int64_t p = h * W + w;
+            apply_branch<T>(x, s, at<const T>(br.gamma, n, c, p), at<const T>(br.beta, n, c, p),
+                            at<T>(br.out, n, c, p), A(br.slope), m, false, a.stream);
+            continue;
+          }
+          hat_run(x, s, hat, m);
+          for (int64_t q = 0; q < 4; ++q) {
+            const int64_t p = (2 * h + q / 2) * W2 + 2 * w + q % 2;
+            apply_branch<T>(hat, s, at<const T>(br.gamma, n, c, p), at<const T>(br.beta, n, c, p),
+                            at<T>(br.out, n, c, p), A(br.slope), m, true, a.stream);
+          }
+        }
+      }
+  }
+  if (a.stream) stream_fence();
+}
+
+// dz, dgamma, dbeta of n elements; adds rstd * dz * (1 + gamma) to `into`.
+template <class A, class S>
+inline void backward_run(const A* __restrict dy, const A* __restrict out, const A* __restrict hat,
+                         const S& s, const A* __restrict g, A* __restrict dgamma,
+                         A* __restrict dbeta, A* __restrict into, A slope, bool accumulate,
+                         int64_t n) {
+  const A keep = accumulate ? A(1) : A(0);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A dz = out[i] > A(0) ? dy[i] : dy[i] * slope;
+    dbeta[i] = dz;
+    dgamma[i] = dz * hat[i];
+    const A partial = s.scale(i) * dz * (A(1) + g[i]);
+    into[i] = keep == A(0) ? partial : into[i] + partial;
+  }
+}
+
+template <class T, class S>
+inline void backward_branch(const ModulationBranch& br, const Acc<T>* hat, const S& s, int64_t n,
+                            int64_t c, int64_t p, Acc<T>* into, bool accumulate, int64_t m) {
+  using A = Acc<T>;
+  alignas(64) A b0[kChunk], b1[kChunk], b2[kChunk], g0[kChunk], g1[kChunk];
+  T *dgamma = at<T>(br.dgamma, n, c, p), *dbeta = at<T>(br.dbeta, n, c, p);
+  backward_run(staged(at<const T>(br.grad, n, c, p), m, b0),
+               staged(at<const T>(br.out, n, c, p), m, b1), hat, s,
+               staged(at<const T>(br.gamma, n, c, p), m, b2), out_buffer(dgamma, g0),
+               out_buffer(dbeta, g1), into, A(br.slope), accumulate, m);
+  unstage(dgamma, g0, m);
+  unstage(dbeta, g1, m);
+}
+
+template <class T> void backward_planes(const ModulationArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t W = a.W, P = a.H * W, W2 = 2 * W, half = kChunk / 2;
+  alignas(64) A xb[kChunk], hat[kChunk], twice[kChunk], into[kChunk], wide[kChunk], dxb[kChunk];
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const int64_t n = plane / a.C, c = plane % a.C;
+    double sum = 0, product = 0;
+    // Upsampling pairs whole rows; without it a plane is one run.
+    const int64_t run = a.upsample ? W : P, step = a.upsample ? half : kChunk;
+    for (int64_t p0 = 0; p0 < P; p0 += run)
+      for (int64_t q = 0; q < run; q += step) {
+        const int64_t m = std::min(step, run - q), p = p0 + q;
+        const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+        for (int k = 0; k < a.branches; ++k) {
+          const auto& br = a.branch[k];
+          const auto s = scalar_stats<A>(a, br, n, c);
+          hat_run(x, s, hat, m);
+          if (!a.upsample) {
+            backward_branch<T>(br, hat, s, n, c, p, into, k > 0, m);
+            continue;
+          }
+          duplicate(hat, twice, m);
+          for (int64_t r = 0; r < 2; ++r) {
+            const int64_t h = p0 / W;
+            backward_branch<T>(br, twice, s, n, c, (2 * h + r) * W2 + 2 * q, wide, r > 0, 2 * m);
+          }
+          for (int64_t i = 0; i < m; ++i) {
+            const A both = wide[2 * i] + wide[2 * i + 1];
+            into[i] = k > 0 ? into[i] + both : both;
+          }
+        }
+        T* dx = at<T>(a.dx, n, c, p);
+        A* d = out_buffer(dx, dxb);
+        A s1 = 0, s2 = 0;
+#pragma omp simd reduction(+ : s1, s2)
+        for (int64_t i = 0; i < m; ++i) {
+          d[i] = into[i];
+          s1 += into[i];
+          s2 += into[i] * hat[i];  // with batch statistics both branches share x-hat
+        }
+        unstage(dx, dxb, m);
+        sum += s1;
+        product += s2;
+      }
+    if (a.sums != nullptr) {
+      static_cast<A*>(a.sums)[plane] = A(sum);
+      static_cast<A*>(a.sums)[a.sums_stride + plane] = A(product);
+    }
+  }
+}
+
+// begin..end counts chunks of `chunk` source rows; each has its own partial sums (2, C).
+template <class T> void backward_rows(const ModulationArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t W = a.W, W2 = 2 * W, chunks = (a.H + a.chunk - 1) / a.chunk;
+  alignas(64) A xb[kChunk], hat[kChunk], into[kChunk], dxb[kChunk];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / chunks, h0 = i % chunks * a.chunk, h1 = std::min(a.H, h0 + a.chunk);
+    A* sums = a.sums == nullptr ? nullptr : static_cast<A*>(a.sums) + i * 2 * a.C;
+    if (sums != nullptr) std::fill(sums, sums + 2 * a.C, A(0));
+    for (int64_t p = h0 * W; p < h1 * W; ++p)
+      for (int64_t c = 0; c < a.C; c += kChunk) {
+        const int64_t m = std::min(kChunk, a.C - c);
+        const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+        for (int k = 0; k < a.branches; ++k) {
+          const auto& br = a.branch[k];
+          auto s = channel_stats<A>(a, br, n);
+          s.mean += c;
+          s.rstd += c;
+          hat_run(x, s, hat, m);
+          if (!a.upsample) {
+            backward_branch<T>(br, hat, s, n, c, p, into, k > 0, m);
+            continue;
+          }
+          const int64_t h = p / W, w = p % W;
+          for (int64_t q = 0; q < 4; ++q)
+            backward_branch<T>(br, hat, s, n, c, (2 * h + q / 2) * W2 + 2 * w + q % 2, into,
+                               k > 0 || q > 0, m);
+        }
+        T* dx = at<T>(a.dx, n, c, p);
+        A* d = out_buffer(dx, dxb);
+#pragma omp simd
+        for (int64_t j = 0; j < m; ++j) d[j] = into[j];
+        unstage(dx, dxb, m);
+        if (sums != nullptr) {
+          A *s1 = sums + c, *s2 = sums + a.C + c;
+#pragma omp simd
+          for (int64_t j = 0; j < m; ++j) {
+            s1[j] += into[j];
+            s2[j] += into[j] * hat[j];
+          }
+        }
+      }
+  }
+}
+
+template <class T> void moments_planes(const MomentsArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  alignas(64) A xb[kChunk];
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const int64_t n = plane / a.C, c = plane % a.C;
+    // Sums of differences to one sample of the plane: no cancellation when |mean| >> deviation.
+    const A shift = load(*at<const T>(a.x, n, c, 0));
+    double sum = 0, square = 0;
+    for (int64_t p = 0; p < a.P; p += kChunk) {
+      const int64_t m = std::min(kChunk, a.P - p);
+      const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+      A s = 0, q = 0;
+#pragma omp simd reduction(+ : s, q)
+      for (int64_t i = 0; i < m; ++i) {
+        const A d = x[i] - shift;
+        s += d;
+        q += d * d;
+      }
+      sum += s;
+      square += q;
+    }
+    const double mean = sum / double(a.P);
+    static_cast<A*>(a.mean)[plane] = A(double(shift) + mean);
+    static_cast<A*>(a.var)[plane] = A(std::max(square / double(a.P) - mean * mean, 0.0));
+    if (mean != mean) static_cast<A*>(a.var)[plane] = A(mean);  // std::max drops NaN
+  }
+}
+
+// Each chunk of pixels leaves (sum, square) of the differences to the image's first pixel.
+template <class T> void moments_rows(const MomentsArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t chunks = (a.P + a.chunk - 1) / a.chunk;
+  alignas(64) A xb[kChunk], shift[kChunk], s[kChunk], q[kChunk];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / chunks, p0 = i % chunks * a.chunk, p1 = std::min(a.P, p0 + a.chunk);
+    for (int64_t c = 0; c < a.C; c += kChunk) {
+      const int64_t m = std::min(kChunk, a.C - c);
+      const T* first = at<const T>(a.x, n, c, 0);
+      for (int64_t j = 0; j < m; ++j) shift[j] = load(first[j]);
+      std::fill(s, s + m, A(0));
+      std::fill(q, q + m, A(0));
+      for (int64_t p = p0; p < p1; ++p) {
+        const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+#pragma omp simd
+        for (int64_t j = 0; j < m; ++j) {
+          const A d = x[j] - shift[j];
+          s[j] += d;
+          q[j] += d * d;
+        }
+      }
+      double* out = a.partial + i * 2 * a.C + c;
+      for (int64_t j = 0; j < m; ++j) {
+        out[j] = s[j];
+        out[a.C + j] = q[j];
+      }
+    }
+  }
+}
+
+template <class A, class S>
+inline void center_run(const A* __restrict g, const A* __restrict x, const S& s,
+                       const A* shift, const A* scale, int64_t step, A* __restrict d, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    d[i] = g[i] - shift[i * step] - s.hat(x, i) * scale[i * step];
+}
+
+template <class T, bool planes> void center(const CenterArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  alignas(64) A gb[kChunk], xb[kChunk], db[kChunk];
+  const int64_t length = planes ? a.P : a.C;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = planes ? i / a.C : i / a.P;
+    for (int64_t j = 0; j < length; j += kChunk) {
+      const int64_t m = std::min(kChunk, length - j);
+      const int64_t c = planes ? i % a.C : j, p = planes ? j : i % a.P;
+      const int64_t at_stat = (a.stat_n ? n : 0) * a.C + c;
+      const A* g = staged(at<const T>(a.grad, n, c, p), m, gb);
+      const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+      T* dx = at<T>(a.dx, n, c, p);
+      A* d = out_buffer(dx, db);
+      const A *mean = static_cast<const A*>(a.mean) + at_stat,
+              *rstd = static_cast<const A*>(a.rstd) + at_stat,
+              *shift = static_cast<const A*>(a.shift) + at_stat,
+              *scale = static_cast<const A*>(a.scale) + at_stat;
+      if constexpr (planes) center_run(g, x, Scalar<A>{*mean, *rstd}, shift, scale, 0, d, m);
+      else center_run(g, x, PerChannel<A>{mean, rstd}, shift, scale, 1, d, m);
+      unstage(dx, db, m);
+    }
+  }
+}
+
+}  // namespace
+
+#define SMIS_BY_ELEMENT(name, Args, call)                     \
+  void name(const Args& a, int64_t begin, int64_t end) {      \
+    with_element(a.element, [&](auto tag) {                   \
+      using T = decltype(tag);                                \
+      call(a, begin, end);                                    \
+    });                                                       \
+  }
+SMIS_BY_ELEMENT(modulation_planes_kernel, ModulationArgs, apply_planes<T>)
+SMIS_BY_ELEMENT(modulation_rows_kernel, ModulationArgs, apply_rows<T>)
+SMIS_BY_ELEMENT(modulation_backward_planes_kernel, ModulationArgs, backward_planes<T>)
+SMIS_BY_ELEMENT(modulation_backward_rows_kernel, ModulationArgs, backward_rows<T>)
+SMIS_BY_ELEMENT(moments_planes_kernel, MomentsArgs, moments_planes<T>)
+SMIS_BY_ELEMENT(moments_rows_kernel, MomentsArgs, moments_rows<T>)
+SMIS_BY_ELEMENT(center_planes_kernel, CenterArgs, (center<T, true>))
+SMIS_BY_ELEMENT(center_rows_kernel, CenterArgs, (center<T, false>))
+
+}  // namespace smis::SMIS_ISA

@@ -1,0 +1,58 @@
+"""Argument checks shared by the ops: one line that names the argument and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensor(name: str, tensor: Tensor, dim: int | tuple[int, ...], layout: str,
+                 dtypes: Sequence[torch.dtype]) -> None:
+    """Rank and dtype; ``layout`` spells the shape, e.g. ``"(N, C, H, W)"``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
+    dims = (dim,) if isinstance(dim, int) else dim
+    if tensor.dim() not in dims:
+        raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        got = _names((tensor.dtype,))
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}; got {got}; cast it first")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], because: str) -> None:
+    """The exact shape; ``because`` says what fixes it, e.g. ``"to match input"``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)} {because}, got {tuple(tensor.shape)}"
+        )
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, other: str) -> None:
+    """The same device as another argument."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected the device of {other} ({like.device}), got {tensor.device}; "
+            f"move it with .to({str(like.device)!r})"
+        )
+
+
+def check_range(name: str, labels: Tensor, count: int) -> None:
+    """Label values 0..count-1 (reads the tensor, so it synchronises on a GPU)."""
+    if labels.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or high >= count:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"{name}: expected labels 0..{count - 1}, got {bad}; "
+            "remap unknown pixels (255 in most data sets) to the don't-care class first"
+        )

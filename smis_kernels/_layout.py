@@ -1,0 +1,34 @@
+"""Memory formats: the rule that the fakes share with ``csrc/common/tensor.h``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether (N, C, H, W) is stored (N, H, W, C) with dense channels: channel slices too."""
+    _, c, h, w = x.shape
+    sn, sc, sh, sw = x.stride()
+    if c <= 1 or h * w <= 1 or sc != 1:
+        return False
+    if h > 1 and w > 1 and sh != w * sw:
+        return False
+    return (sw if w > 1 else sh) >= c
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that the output of an op on ``x`` has."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def empty_nchw(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An empty (N, C, H, W) of ``like``'s dtype and device in ``like``'s memory format."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
+    )
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums and statistics: fp32, fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,45 @@
+"""The one operator library: each op's ``op.py`` defines its schemas here, once."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "smis_kernels"
+
+# The Library object owns the registrations: it must outlive every call.
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+class RawOp:
+    """A registered operator without autograd, called with the backend that was chosen.
+
+    C++ files register the ``CPU`` (and, where the GPU kernel is CUDA C++, the ``CUDA``)
+    implementation of the same name; ``triton`` names a Python launcher ``"module:function"``
+    that is imported at the first call.
+    """
+
+    def __init__(self, schema: str, fake: Callable[..., Any], triton: str | None = None) -> None:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=_TAGS)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        self.name = name
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._triton = triton
+        if triton is not None:
+            _LIBRARY.impl(name, self._launch, "CUDA")
+
+    def _launch(self, *args: Any) -> Any:
+        assert self._triton is not None
+        module, _, function = self._triton.partition(":")
+        return getattr(importlib.import_module(module), function)(*args)
+
+    def __call__(self, backend: str, *args: Any) -> Any:
+        # Triton's interpreter runs on CPU tensors, where the dispatcher would pick the C++ kernel.
+        if backend == "triton" and args[0].device.type == "cpu":
+            return self._launch(*args)
+        return self.overload(*args)

@@ -1,0 +1,219 @@
+"""SPADE and CG-Norm as drop-in modules with the published state-dict keys."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._backend import resolve
+from .op import KINDS, modulation, modulation_pair
+
+_CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
+_NORMS = ("batch", "syncbatch", "instance")
+
+
+def _parameter_free_norm(norm: str, channels: int) -> nn.Module:
+    if norm in ("batch", "syncbatch"):
+        return nn.BatchNorm2d(channels, affine=False)
+    if norm == "instance":
+        return nn.InstanceNorm2d(channels, affine=False)
+    raise ValueError(f"norm: expected one of {', '.join(_NORMS)}; got {norm!r}")
+
+
+class CGNorm(nn.Module):
+    r"""GroupDNet's conditional group normalisation: SPADE whose gamma and beta convs are grouped.
+
+    Groups are of the **convolutions** that predict gamma and beta from the segmentation; the
+    statistics are those of ``norm``, not of channel groups as in ``torch.nn.GroupNorm``.
+
+    .. math:: y = \hat x (1 + \gamma(m)) + \beta(m), \quad h = \mathrm{ReLU}(W_s * m + b_s)
+
+    Args:
+        channels: C of the features.
+        label_channels: channels of the segmentation map.
+        hidden: channels of ``mlp_shared``; 0 for single convs from the map (Multi-SPADE).
+        groups: groups of ``mlp_gamma`` and ``mlp_beta``.
+        shared_groups: groups of ``mlp_shared``; ``groups`` by default.
+        norm: "batch", "syncbatch" (all-reduced in training under torch.distributed) or "instance".
+        kernel_size: of the three convs, odd.
+        backend: "auto", "reference", "cpu" or "triton"; default: what ``use_backend`` says.
+
+    State dict: ``param_free_norm.*``, ``mlp_shared.0.*``, ``mlp_gamma.*``, ``mlp_beta.*``.
+
+    Source: Zhu et al., "Semantically Multi-modal Image Synthesis", 2020.
+
+    Example:
+        >>> norm = CGNorm(64, 8, 128, groups=4)
+        >>> y = norm(torch.randn(1, 64, 32, 32), torch.randn(1, 8, 256, 256))
+    """
+
+    def __init__(
+        self, channels: int, label_channels: int, hidden: int, *, groups: int,
+        shared_groups: int | None = None, norm: str = "batch", kernel_size: int = 3,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        shared = groups if shared_groups is None else shared_groups
+        source = hidden or label_channels
+        for name, divisor, total in (
+            ("groups", groups, channels), ("groups", groups, source),
+            ("shared_groups", shared, source), ("shared_groups", shared, label_channels),
+        ):
+            if divisor < 1 or total % divisor:
+                raise ValueError(f"{name}: expected a divisor of {total}, got {divisor}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+        self.channels, self.label_channels = channels, label_channels
+        self.synchronized = norm == "syncbatch"
+        self.backend = backend
+        pad = kernel_size // 2
+        self.param_free_norm = _parameter_free_norm(norm, channels)
+        if hidden:
+            self.mlp_shared = nn.Sequential(
+                nn.Conv2d(label_channels, hidden, kernel_size, padding=pad, groups=shared),
+                nn.ReLU(),
+            )
+        self.mlp_gamma = nn.Conv2d(source, channels, kernel_size, padding=pad, groups=groups)
+        self.mlp_beta = nn.Conv2d(source, channels, kernel_size, padding=pad, groups=groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, label_channels={self.label_channels}"
+
+    def norm_arguments(self, suffix: str = "") -> dict[str, Tensor | None]:
+        """The running statistics as keyword arguments of the op."""
+        norm = self.param_free_norm
+        return {
+            "running_mean" + suffix: getattr(norm, "running_mean", None),
+            "running_var" + suffix: getattr(norm, "running_var", None),
+        }
+
+    def shared_arguments(self) -> dict[str, object]:
+        """Norm, mode, momentum and process group as keyword arguments of the op."""
+        norm = self.param_free_norm
+        batch = not isinstance(norm, nn.InstanceNorm2d)
+        synchronized = self.synchronized or isinstance(norm, nn.SyncBatchNorm)
+        group = None
+        if batch and synchronized and self.training and dist.is_available():
+            initialized = dist.is_initialized() and dist.get_world_size() > 1
+            group = dist.group.WORLD if initialized else None
+        return {
+            "norm": "batch" if batch else "instance", "training": self.training,
+            "momentum": norm.momentum, "eps": norm.eps, "process_group": group,
+        }
+
+    def count_batch(self) -> None:
+        """Advance ``num_batches_tracked`` as nn.BatchNorm2d does."""
+        counter = getattr(self.param_free_norm, "num_batches_tracked", None)
+        if self.training and counter is not None:
+            counter.add_(1)
+
+    def gamma_beta(self, segmap: Tensor, size: tuple[int, int], fused: bool) -> tuple[Tensor, Tensor]:
+        """Gamma and beta (N, C, *size) by dense convs; ``fused``: one conv with 2C outputs."""
+        if segmap.dim() != 4 or segmap.shape[1] != self.label_channels:
+            raise ValueError(
+                f"segmap: expected (N, {self.label_channels}, H, W), got {tuple(segmap.shape)}"
+            )
+        resized = F.interpolate(segmap, size=size, mode="nearest")
+        hidden = self.mlp_shared(resized) if hasattr(self, "mlp_shared") else resized
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        if not fused or gamma.groups > 1:  # grouped outputs would interleave
+            return gamma(hidden), beta(hidden)
+        both = F.conv2d(
+            hidden, torch.cat([gamma.weight, beta.weight]), torch.cat([gamma.bias, beta.bias]),
+            padding=gamma.padding,
+        )
+        return both[:, : self.channels], both[:, self.channels :]
+
+    def output_size(self, input: Tensor, upsample: bool) -> tuple[int, int]:
+        """(H, W) of the output."""
+        scale = 2 if upsample else 1
+        return input.shape[2] * scale, input.shape[3] * scale
+
+    def forward(
+        self, input: Tensor, segmap: Tensor, *, activation: str | None = None,
+        negative_slope: float = 0.2, upsample: bool = False,
+    ) -> Tensor:
+        """(N, C, H, W) features and a (N, label_channels, ., .) map -> modulated features.
+
+        The map is resized by nearest to the output; ``upsample`` folds a nearest x2 upsampling
+        of the features into the read, ``activation`` a ReLU or LeakyReLU into the write.
+        """
+        fused = resolve("modulation", input, self.backend, KINDS) != "reference"
+        gamma, beta = self.gamma_beta(segmap, self.output_size(input, upsample), fused)
+        self.count_batch()
+        return modulation(
+            input, gamma, beta, activation=activation, negative_slope=negative_slope,
+            upsample=upsample, backend=self.backend,
+            **self.norm_arguments(), **self.shared_arguments(),  # type: ignore[arg-type]
+        )
+
+
+class SPADE(CGNorm):
+    """Spatially-adaptive normalisation: x-hat * (1 + gamma(m)) + beta(m).
+
+    :class:`CGNorm` with one group; arguments and state-dict keys as there.
+
+    Source: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", 2019.
+
+    Example:
+        >>> norm = SPADE(64, 183)
+        >>> y = norm(torch.randn(1, 64, 32, 32), torch.randn(1, 183, 256, 256))
+    """
+
+    def __init__(
+        self, channels: int, label_channels: int, hidden: int = 128, *, norm: str = "batch",
+        kernel_size: int = 3, backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            channels, label_channels, hidden, groups=1, norm=norm, kernel_size=kernel_size,
+            backend=backend,
+        )
+
+    @classmethod
+    def from_config(cls, config_text: str, norm_nc: int, label_nc: int) -> SPADE:
+        """Build from the published arguments, e.g. ``("spadesyncbatch3x3", 64, 183)``.
+
+        Raises:
+            ValueError: the text is not spade{batch,syncbatch,instance}{k}x{k}.
+        """
+        match = _CONFIG.search(config_text)
+        if match is None or match[2] != match[3]:
+            raise ValueError(
+                "config_text: expected spade{batch,syncbatch,instance}{k}x{k}, got "
+                f"{config_text!r}"
+            )
+        return cls(norm_nc, label_nc, norm=match[1], kernel_size=int(match[2]))
+
+
+def modulate_pair(
+    norm_0: CGNorm, norm_s: CGNorm, input: Tensor, segmap: Tensor, *,
+    activation: str | None = "leaky_relu", negative_slope: float = 0.2, upsample: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``norm_0`` (activated) and the shortcut's ``norm_s`` (not) from one read of ``input``.
+
+    Equals ``norm_0(input, segmap, activation=...), norm_s(input, segmap)``; both have the same
+    kind of norm.
+
+    Example:
+        >>> x, seg = torch.randn(1, 64, 32, 32), torch.randn(1, 8, 64, 64)
+        >>> y, y_s = modulate_pair(SPADE(64, 8), SPADE(64, 8), x, seg, upsample=True)
+    """
+    shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
+    if shared != shared_s:
+        raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
+    fused = resolve("modulation_pair", input, norm_0.backend, KINDS) != "reference"
+    size = norm_0.output_size(input, upsample)
+    gamma, beta = norm_0.gamma_beta(segmap, size, fused)
+    gamma_s, beta_s = norm_s.gamma_beta(segmap, size, fused)
+    norm_0.count_batch()
+    norm_s.count_batch()
+    return modulation_pair(
+        input, gamma, beta, gamma_s, beta_s, activation=activation,
+        negative_slope=negative_slope, upsample=upsample, backend=norm_0.backend,
+        **norm_0.norm_arguments(), **norm_s.norm_arguments("_s"),
+        **shared,  # type: ignore[arg-type]
+    )

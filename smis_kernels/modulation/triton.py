@@ -1,0 +1,364 @@
+"""GPU kernels of modulation. Tiles are [BLOCK_C, BLOCK_P]; ROWS says which axis is dense in memory.
+
+Plane layout (NCHW) has pixels dense, row layout (channels-last) has channels dense. An operand's
+``*_n`` is its batch stride and ``*_s`` the stride of the axis that is not dense.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import acc_dtype, empty_nchw, is_channels_last
+
+TILE = 1024
+MOMENT_TILE = 4096
+BACKWARD_WARPS = 8  # 4 spill where two outputs and upsampling meet
+
+
+@triton.jit
+def _offset(c, p, stride, ROWS: tl.constexpr):
+    # [BLOCK_C, BLOCK_P] offsets inside one image
+    if ROWS:
+        return c[:, None] + p[None, :] * stride
+    return c[:, None] * stride + p[None, :]
+
+
+@triton.jit
+def _load(base, n, stride_n, c, p, stride, mask, ROWS: tl.constexpr, ACC: tl.constexpr):
+    return tl.load(base + n * stride_n + _offset(c, p, stride, ROWS), mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _store(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
+    # outputs are dense: their strides follow from the shape
+    stride = channels if ROWS else pixels
+    offset = n * channels * pixels + _offset(c, p, stride, ROWS)
+    tl.store(base + offset, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    # 64-bit: batch x channels x pixels exceeds 2^31 at sizes that fit one GPU
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    return n, c, p, (c < C)[:, None] & (p < P)[None, :]
+
+
+@triton.jit
+def _hat(x, mean, rstd, n, stat_n, c, C):
+    m = tl.load(mean + n * stat_n + c, mask=c < C, other=0.0)[:, None]
+    r = tl.load(rstd + n * stat_n + c, mask=c < C, other=0.0)[:, None]
+    return (x - m) * r, r
+
+
+@triton.jit
+def _activate(z, SLOPE: tl.constexpr):
+    # NaN is not below zero, so it passes
+    if SLOPE == 1.0:
+        return z
+    if SLOPE == 0.0:
+        return tl.where(z < 0, 0.0, z)
+    return tl.where(z < 0, z * SLOPE, z)
+
+
+@triton.jit
+def modulation_apply_kernel(
+    x, x_n, x_s, mean, rstd, stat_n, gamma, gamma_n, gamma_s, beta, beta_n, beta_s, out,
+    mean2, rstd2, gamma2, gamma2_n, gamma2_s, beta2, beta2_n, beta2_s, out2,
+    C, W, P,
+    SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
+    ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    # p counts output pixels; W is the output's width
+    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
+    if UPSAMPLE:
+        source = (p // W // 2) * (W // 2) + (p % W) // 2
+    else:
+        source = p
+    value = _load(x, n, x_n, c, source, x_s, mask, ROWS, ACC)
+    hat, _ = _hat(value, mean, rstd, n, stat_n, c, C)
+    g = _load(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
+    b = _load(beta, n, beta_n, c, p, beta_s, mask, ROWS, ACC)
+    _store(out, _activate(hat * (1.0 + g) + b, SLOPE), n, c, p, C, P, mask, ROWS)
+    if PAIR:
+        hat2, _ = _hat(value, mean2, rstd2, n, stat_n, c, C)
+        g2 = _load(gamma2, n, gamma2_n, c, p, gamma2_s, mask, ROWS, ACC)
+        b2 = _load(beta2, n, beta2_n, c, p, beta2_s, mask, ROWS, ACC)
+        _store(out2, _activate(hat2 * (1.0 + g2) + b2, SLOPE2), n, c, p, C, P, mask, ROWS)
+
+
+@triton.jit
+def _branch_gradients(
+    grad, grad_n, grad_s, out, out_n, out_s, gamma, gamma_n, gamma_s, dgamma, dbeta, hat, rstd,
+    n, c, p, C, P, mask, SLOPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+):
+    dz = _load(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
+    if SLOPE != 1.0:
+        y = _load(out, n, out_n, c, p, out_s, mask, ROWS, ACC)
+        dz = tl.where(y > 0, dz, dz * SLOPE)
+    g = _load(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
+    _store(dbeta, dz, n, c, p, C, P, mask, ROWS)
+    _store(dgamma, dz * hat, n, c, p, C, P, mask, ROWS)
+    return rstd * dz * (1.0 + g)
+
+
+@triton.jit
+def modulation_backward_kernel(
+    x, x_n, x_s, mean, rstd, stat_n,
+    grad, grad_n, grad_s, out, out_n, out_s, gamma, gamma_n, gamma_s, dgamma, dbeta,
+    mean2, rstd2, grad2, grad2_n, grad2_s, out2, out2_n, out2_s, gamma2, gamma2_n, gamma2_s,
+    dgamma2, dbeta2, dx, partial, partial_s,
+    C, W, P,
+    SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    # p counts input pixels; W is the input's width
+    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
+    value = _load(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+    hat, r = _hat(value, mean, rstd, n, stat_n, c, C)
+    if PAIR:
+        hat2, r2 = _hat(value, mean2, rstd2, n, stat_n, c, C)
+    total = tl.zeros_like(hat)
+    for q in tl.static_range(4 if UPSAMPLE else 1):
+        if UPSAMPLE:
+            wide = (2 * (p // W) + q // 2) * (2 * W) + 2 * (p % W) + q % 2
+            pixels = 4 * P
+        else:
+            wide = p
+            pixels = P
+        total += _branch_gradients(
+            grad, grad_n, grad_s, out, out_n, out_s, gamma, gamma_n, gamma_s, dgamma, dbeta, hat,
+            r, n, c, wide, C, pixels, mask, SLOPE, ROWS, ACC,
+        )
+        if PAIR:
+            total += _branch_gradients(
+                grad2, grad2_n, grad2_s, out2, out2_n, out2_s, gamma2, gamma2_n, gamma2_s,
+                dgamma2, dbeta2, hat2, r2, n, c, wide, C, pixels, mask, SLOPE2, ROWS, ACC,
+            )
+    _store(dx, total, n, c, p, C, P, mask, ROWS)
+    if SUMS:
+        # [2, N, C, blocks]: summed afterwards in a fixed order, so the result is deterministic
+        kept = tl.where(mask, total, 0.0)
+        at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(partial + at, tl.sum(kept, 1), mask=c < C)
+        tl.store(partial + partial_s + at, tl.sum(kept * hat, 1), mask=c < C)
+
+
+@triton.jit
+def channel_moments_kernel(
+    x, x_n, x_s, mean, square, C, P,
+    ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    # mean and summed squared deviation of each tile: two passes over registers, no cancellation
+    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
+    value = _load(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+    count = tl.minimum(P - tl.program_id(0) * BLOCK_P, BLOCK_P).to(ACC)
+    average = tl.sum(value, 1) / count
+    deviation = tl.where(mask, value - average[:, None], 0.0)
+    at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(mean + at, average, mask=c < C)
+    tl.store(square + at, tl.sum(deviation * deviation, 1), mask=c < C)
+
+
+@triton.jit
+def modulation_center_kernel(
+    grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, stat_n, shift, scale, dx, C, P,
+    ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
+    hat, _ = _hat(_load(x, n, x_n, c, p, x_s, mask, ROWS, ACC), mean, rstd, n, stat_n, c, C)
+    g = _load(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
+    a = tl.load(shift + n * stat_n + c, mask=c < C, other=0.0)[:, None]
+    b = tl.load(scale + n * stat_n + c, mask=c < C, other=0.0)[:, None]
+    _store(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
+
+
+def _dense(t: Tensor, rows: bool) -> Tensor:
+    """``t`` where its layout is the kernel's, else a copy that is."""
+    _, c, h, w = t.shape
+    sn, sc, sh, sw = t.stride()
+    if rows:
+        fits = (c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
+        return t if fits else t.contiguous(memory_format=torch.channels_last)
+    fits = (w == 1 or sw == 1) and (h == 1 or sh == w)
+    return t if fits else t.contiguous()
+
+
+def _strides(t: Tensor, rows: bool) -> tuple[int, int]:
+    """(batch stride, stride of the axis that is not dense)."""
+    return t.stride(0), t.stride(3 if t.shape[3] > 1 else 2) if rows else t.stride(1)
+
+
+def _blocks(channels: int, pixels: int, rows: bool, tile: int = TILE) -> tuple[int, int]:
+    """(BLOCK_C, BLOCK_P): the dense axis first, then the other one up to the tile's size."""
+    if rows:
+        block_c = min(triton.next_power_of_2(channels), 256)
+        return block_c, max(1, min(triton.next_power_of_2(pixels), tile // block_c))
+    block_p = min(triton.next_power_of_2(pixels), tile)
+    return max(1, min(triton.next_power_of_2(channels), tile // block_p)), block_p
+
+
+def _grid(n: int, c: int, pixels: int, blocks: tuple[int, int]) -> tuple[int, int, int]:
+    return triton.cdiv(pixels, blocks[1]), triton.cdiv(c, blocks[0]), n
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _acc(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    n, c, h, w = input.shape
+    rows, pixels = is_channels_last(input), h * w
+    x = _dense(input, rows)
+    blocks = _blocks(c, pixels, rows, MOMENT_TILE)
+    grid = _grid(n, c, pixels, blocks)
+    means, squares = (
+        torch.empty((n, c, grid[0]), dtype=acc_dtype(x), device=x.device) for _ in range(2)
+    )
+    with _on(x):
+        channel_moments_kernel[grid](
+            x, *_strides(x, rows), means, squares, c, pixels,
+            ROWS=rows, ACC=_acc(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=8,
+        )
+    if grid[0] == 1:
+        return means.view(n, c), squares.view(n, c) / pixels
+    counts = torch.full((grid[0],), float(blocks[1]), dtype=means.dtype, device=x.device)
+    counts[-1] = pixels - (grid[0] - 1) * blocks[1]
+    mean = (means * counts).sum(2) / pixels
+    spread = squares + counts * (means - mean.unsqueeze(2)).square()
+    return mean, spread.sum(2) / pixels
+
+
+def modulation_apply(
+    input: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, mean_s: Tensor | None,
+    rstd_s: Tensor | None, gamma_s: Tensor | None, beta_s: Tensor | None, slope: float,
+    slope_s: float, upsample: bool,
+) -> tuple[Tensor, Tensor]:
+    n, c, h, w = input.shape
+    rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
+    x, g, b = (_dense(t, rows) for t in (input, gamma, beta))
+    g2, b2 = (_dense(t, rows) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
+    out = empty_nchw((n, c, h * up, w * up), input)
+    out2 = torch.empty_like(out) if pair else input.new_empty(0)
+    pixels = h * w * up * up
+    blocks = _blocks(c, pixels, rows)
+    with _on(x):
+        modulation_apply_kernel[_grid(n, c, pixels, blocks)](
+            x, *_strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
+            g, *_strides(g, rows), b, *_strides(b, rows), out,
+            mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
+            g2, *_strides(g2, rows), b2, *_strides(b2, rows), out2 if pair else out,
+            c, w * up, pixels,
+            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, ROWS=rows, ACC=_acc(x),
+            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
+        )
+    return out, out2
+
+
+def modulation_backward(
+    grad: Tensor, output: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor,
+    grad_s: Tensor | None, output_s: Tensor | None, mean_s: Tensor | None, rstd_s: Tensor | None,
+    gamma_s: Tensor | None, slope: float, slope_s: float, upsample: bool, sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = input.shape
+    rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
+    x, dy, y, g = (_dense(t, rows) for t in (input, grad, output, gamma))
+    dy2, y2, g2 = (
+        _dense(t, rows) if t is not None else s
+        for t, s in ((grad_s, dy), (output_s, y), (gamma_s, g))
+    )
+    dx = empty_nchw((n, c, h, w), input)
+    dgamma, dbeta, *second = (
+        empty_nchw((n, c, h * up, w * up), input) for _ in range(4 if pair else 2)
+    )
+    dgamma2, dbeta2 = second or (dgamma, dbeta)
+    blocks = _blocks(c, h * w, rows)
+    grid = _grid(n, c, h * w, blocks)
+    partial = torch.empty((2, n, c, grid[0]) if sums else (0,), dtype=acc_dtype(x), device=x.device)
+    with _on(x):
+        modulation_backward_kernel[grid](
+            x, *_strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
+            dy, *_strides(dy, rows), y, *_strides(y, rows), g, *_strides(g, rows), dgamma, dbeta,
+            mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
+            dy2, *_strides(dy2, rows), y2, *_strides(y2, rows), g2, *_strides(g2, rows),
+            dgamma2, dbeta2, dx, partial, partial.numel() // 2,
+            c, w, h * w,
+            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums, ROWS=rows,
+            ACC=_acc(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=BACKWARD_WARPS,
+        )
+    total = partial.sum(3) if sums else partial
+    if not pair:
+        dgamma2, dbeta2 = input.new_empty(0), input.new_empty(0)
+    return dx, dgamma, dbeta, dgamma2, dbeta2, total
+
+
+def modulation_center(
+    grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor
+) -> Tensor:
+    n, c, h, w = input.shape
+    rows = is_channels_last(input)
+    x, g = _dense(input, rows), _dense(grad, rows)
+    dx = empty_nchw((n, c, h, w), input)
+    blocks = _blocks(c, h * w, rows)
+    with _on(x):
+        modulation_center_kernel[_grid(n, c, h * w, blocks)](
+            g, *_strides(g, rows), x, *_strides(x, rows), mean, rstd,
+            c if mean.shape[0] > 1 else 0, shift, scale, dx, c, h * w,
+            ROWS=rows, ACC=_acc(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
+        )
+    return dx
+
+
+def _signature(kernel: triton.JITFunction, element: str, single: set[str]) -> dict[str, str]:
+    """Types of the run-time arguments: pointers to ``element``, to fp32 for ``single``, else i64."""
+    types = {}
+    for name in kernel.arg_names:
+        if name.isupper() and len(name) > 1:
+            continue
+        scalar = name in ("C", "W", "P", "stat_n") or name.endswith(("_n", "_s"))
+        types[name] = "i64" if scalar else "*fp32" if name in single else f"*{element}"
+    return types
+
+
+def _compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], int]]:
+    """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
+    statistics = {"mean", "rstd", "mean2", "rstd2", "shift", "scale", "partial", "square"}
+    cases = []
+    for element, rows in (("fp32", False), ("bf16", False), ("bf16", True)):
+        common: dict[str, object] = {
+            "ROWS": rows, "ACC": tl.float32, "BLOCK_C": 256 if rows else 1,
+            "BLOCK_P": 4 if rows else TILE,
+        }
+        layout = "channels_last" if rows else "contiguous"
+        for upsample, pair in ((False, False), (True, True)):
+            variant: dict[str, object] = {
+                **common, "SLOPE": 0.2, "SLOPE2": 1.0, "UPSAMPLE": upsample, "PAIR": pair
+            }
+            suffix = f"{element} {layout}" + (" upsample pair" if pair else "")
+            for name, kernel, extra, warps in (
+                ("modulation_apply", modulation_apply_kernel, {}, 4),
+                ("modulation_backward", modulation_backward_kernel, {"SUMS": True},
+                 BACKWARD_WARPS),
+            ):
+                cases.append((f"{name} {suffix}", kernel, _signature(kernel, element, statistics),
+                              {**variant, **extra}, warps))
+        cases.append((f"modulation_center {element} {layout}", modulation_center_kernel,
+                      _signature(modulation_center_kernel, element, statistics), common, 4))
+        moments = {**common, "BLOCK_P": 16 if rows else MOMENT_TILE}
+        cases.append((f"channel_moments {element} {layout}", channel_moments_kernel,
+                      _signature(channel_moments_kernel, element, statistics), moments, 8))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

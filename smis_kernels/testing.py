@@ -1,0 +1,78 @@
+"""Helpers for tests of ops, ours and users': layouts, three-way accuracy, poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
+
+
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """A copy of ``x`` (N, C, H, W) with the same values in another memory layout.
+
+    ``sliced`` cuts it out of a larger tensor on every axis; ``transposed`` swaps H and W in memory.
+    """
+    if layout == "contiguous":
+        return x.clone(memory_format=torch.contiguous_format)
+    if layout == "channels_last":
+        return x.clone(memory_format=torch.channels_last)
+    if layout == "sliced":
+        n, c, h, w = x.shape
+        big = x.new_full((n + 1, c + 2, h + 3, w + 2), float("nan") if x.is_floating_point() else 1)
+        view = big[1:, 1:-1, 2:-1, 1:-1]
+        view.copy_(x)
+        return view
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}")
+
+
+def max_error(x: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of ``truth``."""
+    if truth.numel() == 0:
+        return 0.0
+    scale = truth.double().abs().max().clamp_min(1e-30)
+    return float(((x.double() - truth.double()).abs().max() / scale).item())
+
+
+def assert_as_accurate(result: Tensor, reference: Tensor, truth: Tensor, *, factor: float = 2.0,
+                       floor: float | None = None, what: str = "result") -> None:
+    """Both are judged against ``truth`` (fp64): |result - truth| <= factor * |reference - truth| + floor.
+
+    ``floor`` defaults to four units in the last place of the result's dtype.
+    """
+    if result.shape != truth.shape:
+        raise AssertionError(f"{what}: shape {tuple(result.shape)}, expected {tuple(truth.shape)}")
+    eps = torch.finfo(result.dtype).eps
+    allowed = factor * max_error(reference, truth) + (4 * eps if floor is None else floor)
+    error = max_error(result, truth)
+    if not error <= allowed:  # NaN fails too
+        raise AssertionError(f"{what}: error {error:.3e} against fp64, allowed {allowed:.3e}")
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill memory from torch.empty with NaN, so that an element no kernel wrote is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: int = 0) -> list[Tensor]:
+    """Gradients of ``(function(*inputs) * cotangent).sum()`` for a fixed random cotangent."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = function(*leaves)
+    generator = torch.Generator().manual_seed(seed)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    wanted = [x for x in leaves if x.requires_grad]
+    return list(torch.autograd.grad((out * cotangent.to(out)).sum(), wanted))

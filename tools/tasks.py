@@ -1,0 +1,135 @@
+"""The one task runner: ``python -m tools.tasks TASK [ARGUMENTS]``; without a task it lists them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")
+
+
+def _run(*command: str, **environment: str) -> None:
+    print("+", *(f"{k}={v}" for k, v in environment.items()), *command, flush=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _python(*arguments: str, **environment: str) -> None:
+    _run(sys.executable, *arguments, **environment)
+
+
+def lint(*arguments: str) -> None:
+    """Ruff over everything; --fix repairs."""
+    _python("-m", "ruff", "check", ".", *arguments)
+
+
+def types(*arguments: str) -> None:
+    """Mypy, strict, over both packages and the tools."""
+    packages = ("smis_kernels", "smis_models", "tools")
+    _python("-m", "mypy", *(word for name in packages for word in ("-p", name)), *arguments)
+
+
+def test(*arguments: str) -> None:
+    """The tests."""
+    _python("-m", "pytest", *arguments)
+
+
+def interpreter(*arguments: str) -> None:
+    """The Triton kernels on CPU tensors, under Triton's interpreter."""
+    _python("-m", "pytest", "-m", "triton", *arguments, TRITON_INTERPRET="1")
+
+
+def parity(checker: str, *arguments: str) -> None:
+    """The published networks, on both paths: parity PATH/TO/check_golden.py [ARGUMENTS]."""
+    for backend in ("reference", "auto"):
+        _python(checker, "tests/parity_builders.py", *arguments, SMIS_BACKEND=backend)
+
+
+def kernels(*arguments: str) -> None:
+    """Registers, shared memory and spills of every CUDA and Triton kernel."""
+    _python("-m", "tools.kernel_report", *arguments)
+
+
+def bench(*arguments: str) -> None:
+    """The benchmarks and their report."""
+    _python("-m", "pytest", "benchmarks", "--benchmark-json=out.json", *arguments)
+    _python("-m", "benchmarks.report", "out.json")
+
+
+def abi(folder: str = "smis_kernels") -> None:
+    """Both libraries: LibTorch stable ABI, torch 2.10, no Python symbol outside the stable ABI."""
+    path = str((ROOT / folder).resolve())
+    _python("-m", "torch_abi_audit.cli", "--check", "both", path)
+    command = (sys.executable, "-m", "torch_abi_audit.cli", "--json", path)
+    audit = subprocess.run(command, capture_output=True, check=True)
+    found = {
+        Path(library["path"]).name: (
+            library["torch"]["stable"],
+            library["torch"]["min_torch_version"],
+            len(library["cpython"]["violations"]),
+        )
+        for library in json.loads(audit.stdout)["bundled_libs"]
+    }
+    # The audit alone passes an empty folder, and does not bound the version.
+    expected = dict.fromkeys(LIBRARIES, (True, "2.10.0", 0))
+    if found != expected:
+        sys.exit(f"abi: expected {expected}, got {found}")
+
+
+def wheel() -> None:
+    """Build a wheel and look inside: the tag, the libraries, the sources, nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        _python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, str(ROOT))
+        (path,) = Path(folder).glob("*.whl")
+        names = zipfile.ZipFile(path).namelist()
+        print(f"{path.name}: {len(names)} files, {path.stat().st_size / 1e6:.1f} MB")
+    sources = {f"smis_kernels/{p.relative_to(ROOT)}" for p in ROOT.glob("csrc/*/*") if p.is_file()}
+    wanted = {f"smis_kernels/{name}" for name in (*LIBRARIES, "py.typed")} | sources
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    if missing := wanted.difference(names):
+        sys.exit(f"wheel: missing {sorted(missing)}")
+    if tops != {"smis_kernels", "smis_models"}:
+        sys.exit(f"wheel: expected smis_kernels and smis_models, got {sorted(tops)}")
+    if "-cp310-abi3-" not in path.name:
+        sys.exit(f"wheel: expected the tag cp310-abi3, got {path.name}")
+
+
+def readme(heading: str) -> None:
+    """Print the first bash block of README.md under the heading that begins with HEADING."""
+    text = (ROOT / "README.md").read_text()
+    section = re.search(rf"^##+ {re.escape(heading)}.*?$(.*?)(?=^##+ |\Z)", text, re.M | re.S)
+    block = section and re.search(r"^```bash\n(.*?)^```$", section.group(1), re.M | re.S)
+    if not block:
+        sys.exit(f"README.md: expected a bash block under a heading {heading!r}")
+    print(block.group(1), end="")
+
+
+def ci() -> None:
+    """All that has to pass, in a fresh virtual environment (.ci/run)."""
+    _run(str(ROOT / ".ci" / "run"))
+
+
+TASKS = {
+    task.__name__: task
+    for task in (lint, types, test, interpreter, parity, kernels, bench, abi, wheel, readme, ci)
+}
+
+
+def main() -> None:
+    """Run the task that the command line names."""
+    name, *arguments = sys.argv[1:] or ["help"]
+    if name not in TASKS:
+        sys.exit("\n".join(f"{n:12} {task.__doc__}" for n, task in TASKS.items()))
+    TASKS[name](*arguments)
+
+
+if __name__ == "__main__":
+    main()
