@@ -1,0 +1,394 @@
+"""modulation and modulation_pair against their definition: values, gradients, layouts, errors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import smis_kernels
+from smis_kernels import SPADE, BackendError, CGNorm, modulate_pair, modulation, modulation_pair
+from smis_kernels._backend import missing
+from smis_kernels.modulation import op
+from smis_kernels.testing import (
+    LAYOUTS,
+    assert_as_accurate,
+    gradients,
+    max_error,
+    poisoned_empty,
+    with_layout,
+)
+
+needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+SHAPES = [(2, 6, 5, 7), (1, 16, 8, 8), (3, 4, 1, 1), (2, 3, 1, 5), (1, 1, 4, 3), (1, 17, 20, 37)]
+NORMS = ("batch", "instance", "group", "none")
+ACTIVATIONS = (None, "relu", "leaky_relu")
+
+
+class Case:
+    """Inputs of one call and the outputs, running statistics and gradients of any backend."""
+
+    def __init__(self, shape: tuple[int, ...], layout: str, *, pair: bool = False,
+                 dtype: torch.dtype = torch.float64, **options: object) -> None:
+        n, c, h, w = shape
+        up = 2 if options.get("upsample") else 1
+        generator = torch.Generator().manual_seed(n * c * h * w)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.pair, self.options = pair, options
+        self.x = with_layout(draw(*shape) + 3, layout)
+        self.affine = [with_layout(draw(n, c, h * up, w * up), layout) for _ in range(4)]
+        self.running = [draw(c), draw(c).abs() + 0.5, draw(c), draw(c).abs() + 0.5]
+        if options.get("norm") == "group":
+            options["num_groups"] = c
+
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        kept = (self.x, *self.affine[: 4 if self.pair else 2])
+        return kept if dtype is None else tuple(t.to(dtype) for t in kept)
+
+    def run(self, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        names = ("running_mean", "running_var", "running_mean_s", "running_var_s")
+        used = names if self.pair else names[:2]
+        state: dict[str, Tensor] = {}
+
+        def call(*tensors: Tensor) -> Tensor:
+            state.update({k: v.to(tensors[0].dtype, copy=True)
+                          for k, v in zip(used, self.running, strict=False)})
+            if self.pair:
+                return torch.cat(
+                    modulation_pair(*tensors, backend=backend, **state, **self.options), 1)
+            return modulation(*tensors, backend=backend, **state, **self.options)
+
+        grads = gradients(call, self.tensors(dtype))
+        return [call(*self.tensors(dtype)), *state.values(), *grads]
+
+    def compare(self, backend: str, bound: float = 1e-11) -> None:
+        for i, (a, b) in enumerate(zip(self.run(backend), self.run("reference"), strict=True)):
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
+            assert max_error(a, b) < bound, f"result {i}: {max_error(a, b)}"
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpu_equals_reference(shape: tuple[int, ...], layout: str) -> None:
+    for norm, training, upsample, pair in itertools.product(NORMS, *[(False, True)] * 3):
+        if shape[2] * shape[3] == 1 and norm in ("instance", "group"):
+            continue
+        for activation in ACTIVATIONS:
+            Case(shape, layout, pair=pair, norm=norm, training=training, upsample=upsample,
+                 activation=activation).compare("cpu")
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype, layout: str) -> None:
+    for training, upsample in itertools.product((False, True), repeat=2):
+        case = Case((2, 19, 33, 17), layout, dtype=dtype, training=training, upsample=upsample,
+                    activation="leaky_relu", pair=True)
+        truth = case.run("reference", torch.float64)
+        reference = case.run("reference")
+        for i, (a, b, t) in enumerate(zip(case.run("cpu"), reference, truth, strict=True)):
+            assert a.dtype == b.dtype
+            assert_as_accurate(a, b, t, what=f"result {i}")
+
+
+@needs_cpu
+def test_streamed_output_equals_the_cached_one() -> None:
+    # at 8 MiB the kernel starts to write past the caches
+    for layout, up in itertools.product(("contiguous", "channels_last"), (False, True)):
+        size = (1, 37, 121, 127) if up else (1, 37, 243, 251)
+        Case(size, layout, upsample=up, activation="relu", dtype=torch.float32).compare("cpu", 3e-5)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_every_element_is_written(layout: str) -> None:
+    with poisoned_empty():
+        for upsample in (False, True):
+            case = Case((2, 5, 7, 3), layout, upsample=upsample, training=True, pair=True)
+            assert all(torch.isfinite(t).all() for t in case.run("cpu"))
+
+
+@needs_cpu
+@pytest.mark.parametrize("upsample", [False, True])
+def test_output_keeps_dtype_and_memory_format(upsample: bool) -> None:
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    g = torch.randn(2, 8, 12, 12) if upsample else torch.randn(2, 8, 6, 6)
+    y = modulation(x, g, g, training=True, upsample=upsample)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert modulation(x.contiguous(), g, g, training=True, upsample=upsample).is_contiguous()
+
+
+@needs_cpu
+def test_nan_and_infinity_pass() -> None:
+    x = torch.zeros(1, 2, 4, 4)
+    x[0, 0, 1, 2], x[0, 1, 0, 0], x[0, 1, 0, 1] = float("nan"), float("inf"), float("-inf")
+    ones = torch.ones(1, 2, 4, 4)
+    for activation in ACTIVATIONS:
+        fused = modulation(x, ones, ones, norm="none", activation=activation, backend="cpu")
+        expected = modulation(x, ones, ones, norm="none", activation=activation,
+                              backend="reference")
+        torch.testing.assert_close(fused, expected, equal_nan=True)
+    statistics = modulation(x, ones, ones, training=True, backend="cpu")
+    assert torch.isnan(statistics).all()
+
+
+@needs_cpu
+def test_statistics_survive_a_large_mean() -> None:
+    x = torch.randn(2, 3, 64, 64) + 10_000
+    zero = torch.zeros_like(x)
+    truth = F.batch_norm(x.double(), None, None, training=True)
+    for t in (x, x.to(memory_format=torch.channels_last)):
+        fused = modulation(t, zero, zero, training=True, backend="cpu")
+        assert max_error(fused, truth) < 2e-3  # 10000 has 2^-10 of resolution in fp32
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck(layout: str) -> None:
+    for norm, upsample in itertools.product(("batch", "instance", "group"), (False, True)):
+        case = Case((2, 3, 3, 2), layout, pair=True)
+
+        def call(*t: Tensor, norm: str = norm, upsample: bool = upsample) -> tuple[Tensor, Tensor]:
+            return modulation_pair(*t, norm=norm, num_groups=3, training=True, upsample=upsample,
+                                   backend="cpu")
+        if upsample:
+            case = Case((2, 3, 2, 3), layout, pair=True, upsample=True)
+        leaves = [t.detach().requires_grad_() for t in case.tensors()]
+        assert torch.autograd.gradcheck(call, leaves)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(layout: str) -> None:
+    x = with_layout(torch.randn(2, 5, 4, 6), layout)
+    g, b, gs, bs = (with_layout(torch.randn(2, 5, 8, 12), layout) for _ in range(4))
+    mean, rstd = torch.randn(1, 5), torch.rand(1, 5)
+    check = torch.library.opcheck
+    check(op.channel_moments.overload, (x,))
+    check(op.modulation_apply.overload, (x, mean, rstd, g, b, None, None, None, None, 0.2, 1.0, True))
+    check(op.modulation_apply.overload,
+          (x, mean, rstd, g, b, mean, rstd, gs, bs, 0.2, 1.0, True))
+    for sums in (False, True):
+        check(op.modulation_backward.overload,
+              (g, b, x, mean, rstd, gs, g, b, mean, rstd, bs, 0.2, 1.0, True, sums))
+        check(op.modulation_backward.overload,
+              (g, b, x, mean, rstd, gs, None, None, None, None, None, 0.0, 1.0, True, sums))
+    check(op.modulation_center.overload, (x, x, mean, rstd, mean, rstd))
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiles_without_a_graph_break(layout: str) -> None:
+    norm_0, norm_s = SPADE(6, 3, 8), CGNorm(6, 3, 9, groups=3)
+    x = with_layout(torch.randn(2, 6, 8, 8), layout).requires_grad_()
+    seg = torch.randn(2, 3, 32, 32)
+
+    def call(x: Tensor) -> Tensor:
+        y, y_s = modulate_pair(norm_0, norm_s, x, seg, upsample=True)
+        return (y * y_s).sum() + norm_0(x, seg, activation="relu").square().sum()
+
+    state = {k: v.clone() for k, v in norm_0.state_dict().items()}
+    expected = torch.autograd.grad(call(x), x)[0]
+    after = {k: v.clone() for k, v in norm_0.state_dict().items()}
+    norm_0.load_state_dict(state)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(x), x)[0]
+    torch.testing.assert_close(actual, expected)
+    for key, value in norm_0.state_dict().items():
+        torch.testing.assert_close(value, after[key])
+
+
+@needs_cpu
+def test_autocast_casts_gamma_and_beta_to_the_input() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    g, b = torch.randn(2, 1, 4, 8, 8, dtype=torch.bfloat16).unbind(0)
+    with pytest.raises(TypeError, match="gamma"):
+        modulation(x, g, b, training=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = modulation(x, g, b, training=True)
+        module = SPADE(4, 3)(x, torch.randn(1, 3, 8, 8))
+    assert y.dtype == module.dtype == torch.float32
+    torch.testing.assert_close(y, modulation(x, g.float(), b.float(), training=True))
+
+
+@needs_cpu
+def test_double_backward_is_refused() -> None:
+    x, g, b = (torch.randn(1, 2, 3, 3, requires_grad=True) for _ in range(3))
+    (dx,) = torch.autograd.grad(modulation(x, g, b, training=True).square().sum(), x,
+                                create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@needs_cpu
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 3), c=st.integers(1, 9), h=st.integers(1, 9), w=st.integers(1, 9),
+       layout=st.sampled_from(LAYOUTS), norm=st.sampled_from(("batch", "none")),
+       upsample=st.booleans(), pair=st.booleans(), training=st.booleans())
+def test_any_shape(n: int, c: int, h: int, w: int, layout: str, norm: str, upsample: bool,
+                   pair: bool, training: bool) -> None:
+    if n * h * w == 1:
+        training = False
+    Case((n, c, h, w), layout, pair=pair, norm=norm, upsample=upsample,
+         training=training, activation="leaky_relu").compare("cpu")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("upsample", [False, True])
+def test_triton_equals_reference(layout: str, upsample: bool) -> None:
+    for norm, training, pair in (("batch", True, True), ("batch", False, False),
+                                 ("instance", True, False), ("group", True, True)):
+        Case((2, 5, 7, 6), layout, norm=norm, training=training, upsample=upsample, pair=pair,
+             activation="leaky_relu").compare("triton")
+    Case((1, 3, 40, 41), layout, training=True, upsample=upsample,
+         activation="relu").compare("triton")
+
+
+@pytest.mark.triton
+def test_triton_combines_the_moments_of_several_tiles() -> None:
+    from smis_kernels.modulation import triton as kernels
+
+    for layout in ("contiguous", "channels_last"):
+        x = with_layout(torch.randn(2, 2, 91, 97, dtype=torch.float64) + 50, layout)
+        mean, var = kernels.channel_moments(x)
+        assert max_error(mean, x.mean((2, 3))) < 1e-12
+        assert max_error(var, x.var((2, 3), unbiased=False)) < 1e-10
+
+
+def test_explain_names_backend_and_path() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    text = str(smis_kernels.explain(SPADE(4, 3), x, torch.randn(1, 3, 8, 8)))
+    assert "modulation" in text
+    assert "dense" in text
+    with smis_kernels.use_backend("reference"):
+        (choice,) = smis_kernels.explain(modulation, x, x, x, training=True).choices
+    assert choice.backend == "reference"
+
+
+def test_an_explicit_backend_never_falls_back() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    with pytest.raises(BackendError, match="cuda"):
+        modulation(x, x, x, training=True, backend="cuda")
+    with pytest.raises(ValueError, match="expected one of"):
+        modulation(x, x, x, training=True, backend="fast")
+    with smis_kernels.use_backend("cuda"), pytest.raises(BackendError):
+        modulation(x, x, x, training=True)
+
+
+X = torch.randn(2, 4, 6, 6)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"input": X[0]}, "input: expected (N, C, H, W), got shape (4, 6, 6)"),
+    ({"input": X.int()}, "input: expected dtype"),
+    ({"input": 3.0}, "input: expected a tensor"),
+    ({"gamma": X[:, :3]}, "gamma: expected shape (2, 4, 6, 6)"),
+    ({"beta": X.double()}, "beta: expected dtype float32; got float64"),
+    ({"gamma": X.to("meta")}, "gamma: expected the device of input (cpu), got meta"),
+    ({"upsample": True}, "twice the input's H and W"),
+    ({"running_mean": torch.zeros(3), "running_var": torch.ones(3)}, "running_mean: expected"),
+    ({"running_mean": torch.zeros(4)}, "running_mean, running_var: expected both"),
+    ({"norm": "layer"}, "norm: expected one of batch"),
+    ({"norm": "group", "num_groups": 3}, "num_groups: expected a divisor of the 4"),
+    ({"activation": "gelu"}, "activation: expected None"),
+    ({"activation": "leaky_relu", "negative_slope": -1}, "negative_slope: expected"),
+    ({"input": X[:1, :, :1, :1], "gamma": X[:1, :, :1, :1], "beta": X[:1, :, :1, :1]},
+     "more than one value"),
+])
+def test_bad_arguments_name_themselves(change: dict[str, object], words: str) -> None:
+    arguments = {"input": X, "gamma": X, "beta": X, "training": True, **change}
+    with pytest.raises((ValueError, TypeError)) as error:
+        modulation(**arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 6, 6), (2, 4, 0, 6), (2, 4, 6, 0)], ids=str)
+def test_empty_input_gives_empty_output(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape)
+    assert modulation(x, x, x, training=True, activation="relu").shape == shape
+
+
+def test_modules_match_their_definition_and_keys() -> None:
+    norm = CGNorm(8, 6, 12, groups=4, shared_groups=2, norm="batch").double().eval()
+    assert list(norm.state_dict()) == [
+        "param_free_norm.running_mean", "param_free_norm.running_var",
+        "param_free_norm.num_batches_tracked", "mlp_shared.0.weight", "mlp_shared.0.bias",
+        "mlp_gamma.weight", "mlp_gamma.bias", "mlp_beta.weight", "mlp_beta.bias",
+    ]
+    x, seg = torch.randn(2, 8, 10, 6).double(), torch.randn(2, 6, 33, 17).double()
+    hidden = F.relu(norm.mlp_shared[0](F.interpolate(seg, (10, 6))))
+    expected = norm.param_free_norm(x) * (1 + norm.mlp_gamma(hidden)) + norm.mlp_beta(hidden)
+    torch.testing.assert_close(norm(x, seg), expected)
+    plain = SPADE.from_config("spectralspadesyncbatch5x5", 8, 6)
+    assert plain.synchronized
+    assert plain.mlp_gamma.weight.shape == (8, 128, 5, 5)
+    for text in ("spadelayer3x3", "spadebatch3x5", "batch"):
+        with pytest.raises(ValueError, match="config_text"):
+            SPADE.from_config(text, 8, 6)
+    with pytest.raises(ValueError, match="segmap: expected"):
+        plain(x.float(), seg[:, :2].float())
+    with pytest.raises(ValueError, match="groups: expected a divisor of 8"):
+        CGNorm(8, 6, 12, groups=3)
+    with pytest.raises(ValueError, match="norm_s: expected the settings"):
+        modulate_pair(plain, SPADE(8, 6, norm="instance"), x.float(), seg.float())
+
+
+def _process(rank: int, port: int, directory: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    data = torch.load(f"{directory}/data.pt", weights_only=True)
+    batch = slice(0, 1) if rank == 0 else slice(1, 4)  # unequal shares
+    results = {}
+    for backend in ("cpu", "reference") if missing("cpu") is None else ("reference",):
+        norm_0, norm_s = (SPADE(6, 3, norm="syncbatch", backend=backend).double() for _ in "ab")
+        norm_0.load_state_dict(data["state"])
+        norm_s.load_state_dict(data["state"])
+        x = data["x"][batch].requires_grad_()
+        y, y_s = modulate_pair(norm_0, norm_s, x, data["seg"][batch], upsample=True)
+        ((y * data["cot"][batch]).sum() + y_s.square().sum()).backward()
+        results[backend] = {"y": y.detach(), "grad": x.grad, "state": norm_s.state_dict()}
+    torch.save(results, f"{directory}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_synchronized_statistics_equal_one_process(tmp_path) -> None:
+    import socket
+
+    import torch.multiprocessing as mp
+
+    torch.manual_seed(0)
+    module = SPADE(6, 3).double()
+    data = {"x": torch.randn(4, 6, 5, 4).double() + 2, "seg": torch.randn(4, 3, 10, 8).double(),
+            "cot": torch.randn(4, 6, 10, 8).double(), "state": module.state_dict()}
+    torch.save(data, tmp_path / "data.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    twin = SPADE(6, 3).double()
+    twin.load_state_dict(data["state"])
+    module.load_state_dict({k: v.clone() for k, v in data["state"].items()})
+    x = data["x"].requires_grad_()
+    y, y_s = modulate_pair(module, twin, x, data["seg"], upsample=True)
+    ((y * data["cot"]).sum() + y_s.square().sum()).backward()
+    for backend in ranks[0]:
+        got = [r[backend] for r in ranks]
+        torch.testing.assert_close(torch.cat([g["y"] for g in got]), y.detach())
+        torch.testing.assert_close(torch.cat([g["grad"] for g in got]), x.grad)
+        for key, value in twin.state_dict().items():
+            torch.testing.assert_close(got[1]["state"][key], value)
