@@ -1,4 +1,4 @@
-"""Fused kernels for semantic image synthesis: drop-in, exact, with a plain reference beside each."""
+"""Fused kernels for semantic image synthesis: drop-in, exact, a plain reference beside each."""
 
 try:
     import torch  # noqa: F401

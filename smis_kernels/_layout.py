@@ -9,7 +9,7 @@ from torch import Tensor
 def is_channels_last(x: Tensor) -> bool:
     """Whether (N, C, H, W) is stored (N, H, W, C) with dense channels: channel slices too."""
     _, c, h, w = x.shape
-    sn, sc, sh, sw = x.stride()
+    _, sc, sh, sw = x.stride()
     if c <= 1 or h * w <= 1 or sc != 1:
         return False
     if h > 1 and w > 1 and sh != w * sw:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def max_error(x: Tensor, truth: Tensor) -> float:
 
 def assert_as_accurate(result: Tensor, reference: Tensor, truth: Tensor, *, factor: float = 2.0,
                        floor: float | None = None, what: str = "result") -> None:
-    """Both are judged against ``truth`` (fp64): |result - truth| <= factor * |reference - truth| + floor.
+    """Judged against fp64: |result - truth| <= factor * |reference - truth| + floor.
 
     ``floor`` defaults to four units in the last place of the result's dtype.
     """
@@ -58,17 +59,20 @@ def assert_as_accurate(result: Tensor, reference: Tensor, truth: Tensor, *, fact
 def poisoned_empty() -> Iterator[None]:
     """Fill memory from torch.empty with NaN, so that an element no kernel wrote is seen."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    flags: Any = torch.utils.deterministic
+    fill = flags.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    flags.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        flags.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(deterministic)
 
 
-def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: int = 0) -> list[Tensor]:
+def gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: int = 0
+) -> list[Tensor]:
     """Gradients of ``(function(*inputs) * cotangent).sum()`` for a fixed random cotangent."""
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     out = function(*leaves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,7 +177,8 @@ def test_opcheck(layout: str) -> None:
     mean, rstd = torch.randn(1, 5), torch.rand(1, 5)
     check = torch.library.opcheck
     check(op.channel_moments.overload, (x,))
-    check(op.modulation_apply.overload, (x, mean, rstd, g, b, None, None, None, None, 0.2, 1.0, True))
+    check(op.modulation_apply.overload,
+          (x, mean, rstd, g, b, None, None, None, None, 0.2, 1.0, True))
     check(op.modulation_apply.overload,
           (x, mean, rstd, g, b, mean, rstd, gs, bs, 0.2, 1.0, True))
     for sums in (False, True):
@@ -365,7 +367,7 @@ def _process(rank: int, port: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
-def test_synchronized_statistics_equal_one_process(tmp_path) -> None:
+def test_synchronized_statistics_equal_one_process(tmp_path: Path) -> None:
     import socket
 
     import torch.multiprocessing as mp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ class CGNorm(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.channels}, label_channels={self.label_channels}"
 
-    def norm_arguments(self, suffix: str = "") -> dict[str, Tensor | None]:
+    def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         """The running statistics as keyword arguments of the op."""
         norm = self.param_free_norm
         return {
@@ -91,7 +92,7 @@ class CGNorm(nn.Module):
             "running_var" + suffix: getattr(norm, "running_var", None),
         }
 
-    def shared_arguments(self) -> dict[str, object]:
+    def shared_arguments(self) -> dict[str, Any]:
         """Norm, mode, momentum and process group as keyword arguments of the op."""
         norm = self.param_free_norm
         batch = not isinstance(norm, nn.InstanceNorm2d)
@@ -111,7 +112,9 @@ class CGNorm(nn.Module):
         if self.training and counter is not None:
             counter.add_(1)
 
-    def gamma_beta(self, segmap: Tensor, size: tuple[int, int], fused: bool) -> tuple[Tensor, Tensor]:
+    def gamma_beta(
+        self, segmap: Tensor, size: tuple[int, int], fused: bool
+    ) -> tuple[Tensor, Tensor]:
         """Gamma and beta (N, C, *size) by dense convs; ``fused``: one conv with 2C outputs."""
         if segmap.dim() != 4 or segmap.shape[1] != self.label_channels:
             raise ValueError(
@@ -122,10 +125,10 @@ class CGNorm(nn.Module):
         gamma, beta = self.mlp_gamma, self.mlp_beta
         if not fused or gamma.groups > 1:  # grouped outputs would interleave
             return gamma(hidden), beta(hidden)
-        both = F.conv2d(
-            hidden, torch.cat([gamma.weight, beta.weight]), torch.cat([gamma.bias, beta.bias]),
-            padding=gamma.padding,
-        )
+        assert gamma.bias is not None and beta.bias is not None
+        weight = torch.cat([gamma.weight, beta.weight])
+        bias = torch.cat([gamma.bias, beta.bias])
+        both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
         return both[:, : self.channels], both[:, self.channels :]
 
     def output_size(self, input: Tensor, upsample: bool) -> tuple[int, int]:
@@ -148,7 +151,7 @@ class CGNorm(nn.Module):
         return modulation(
             input, gamma, beta, activation=activation, negative_slope=negative_slope,
             upsample=upsample, backend=self.backend,
-            **self.norm_arguments(), **self.shared_arguments(),  # type: ignore[arg-type]
+            **self.norm_arguments(), **self.shared_arguments(),
         )
 
 
@@ -215,5 +218,5 @@ def modulate_pair(
         input, gamma, beta, gamma_s, beta_s, activation=activation,
         negative_slope=negative_slope, upsample=upsample, backend=norm_0.backend,
         **norm_0.norm_arguments(), **norm_s.norm_arguments("_s"),
-        **shared,  # type: ignore[arg-type]
+        **shared,
     )

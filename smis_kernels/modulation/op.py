@@ -1,4 +1,4 @@
-"""Modulation: normalise, scale by 1 + gamma, shift by beta, activate; one pass over the features."""
+"""Modulation: normalise, scale by 1 + gamma, shift by beta, activate; one pass over memory."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ def modulation_pair(
     upsample: bool = False, process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two modulations of one input in one read: a residual block's norm_0 and its shortcut's norm_s.
+    """Two modulations from one read of the input: a block's norm_0 and its shortcut's norm_s.
 
     Equals ``(modulation(input, gamma, beta, activation=activation, ...),
     modulation(input, gamma_s, beta_s, activation=None, ...))``: arguments as there; each output

@@ -183,7 +183,7 @@ def modulation_center_kernel(
 def _dense(t: Tensor, rows: bool) -> Tensor:
     """``t`` where its layout is the kernel's, else a copy that is."""
     _, c, h, w = t.shape
-    sn, sc, sh, sw = t.stride()
+    _, sc, sh, sw = t.stride()
     if rows:
         fits = (c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
         return t if fits else t.contiguous(memory_format=torch.channels_last)
@@ -321,7 +321,7 @@ def modulation_center(
 
 
 def _signature(kernel: triton.JITFunction, element: str, single: set[str]) -> dict[str, str]:
-    """Types of the run-time arguments: pointers to ``element``, to fp32 for ``single``, else i64."""
+    """Run-time arguments: pointers to ``element``, to fp32 for ``single``, the rest i64."""
     types = {}
     for name in kernel.arg_names:
         if name.isupper() and len(name) > 1:
@@ -331,7 +331,10 @@ def _signature(kernel: triton.JITFunction, element: str, single: set[str]) -> di
     return types
 
 
-def _compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], int]]:
+CompileCase = tuple[str, triton.JITFunction, dict[str, str], dict[str, object], int]
+
+
+def _compile_cases() -> list[CompileCase]:
     """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
     statistics = {"mean", "rstd", "mean2", "rstd2", "shift", "scale", "partial", "square"}
     cases = []
