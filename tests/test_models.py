@@ -1,0 +1,265 @@
+"""The zoo: construction, options, inputs, labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smis_kernels import SPADE, class_crops
+from smis_models import SynthesisModel, create_model, list_models, reparameterize
+from smis_models.blocks import SPADEResBlock
+from smis_models.discriminator import MultiscaleDiscriminator, discriminate
+from smis_models.labels import prepare_labels, semantics
+from smis_models.losses import feature_matching_loss, gan_loss, kl_loss
+from smis_models.presets import ADE20K, CITYSCAPES, DEEPFASHION
+
+TINY: dict[str, dict[str, Any]] = {
+    "groupdnet_deepfashion": {"ngf": 8, "nef": 16, "ndf": 8, "image_size": (64, 64)},
+    "groupdnet_cityscapes": {"ngf": 70, "nef": 35, "ndf": 8, "image_size": (64, 64)},
+    "groupdnet_ade20k": {"classes": 13, "dont_care": 12, "ngf": 8, "nef": 26, "ndf": 8,
+                         "image_size": (64, 64)},
+}
+
+
+def tiny(name: str, **kwargs: Any) -> Any:
+    return create_model(name, **TINY[name], **kwargs)
+
+
+def random_inputs(model: SynthesisModel, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    preset = model.preset
+    coarse = torch.randint(preset.classes, (batch, 1, 4, 4), generator=random)
+    labels = F.interpolate(coarse.float(), size=preset.image_size)[:, 0].long()
+    planes = model.semantics(labels, labels if preset.instance_edge else None)
+    return labels, planes, model.generator.sample_latent(batch, random)
+
+
+def one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_listed_sizes_are_the_published_ones() -> None:
+    sizes = {info.name: info.parameters for info in list_models()}
+    deepfashion = sizes["groupdnet_deepfashion"]
+    assert deepfashion["generator"] + deepfashion["encoder"] == 109_160_163
+    assert sizes["groupdnet_cityscapes"]["generator"] == 76_501_358
+    assert sizes["groupdnet_ade20k"]["discriminator"] == 5_836_930
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_model_makes_a_picture(name: str) -> None:
+    model = tiny(name, init_gain=1.0).eval()
+    labels, planes, z = random_inputs(model, 2)
+    with torch.no_grad():
+        image = model(planes, z)
+        mu, logvar = model.encoder.encode(image, labels)
+        predictions = model.discriminator(torch.cat([planes, image], 1))
+    assert image.shape == (2, 3, *model.preset.image_size)
+    assert image.abs().max() <= 1
+    assert image.std() > 1e-3
+    latent_channels = 8 * model.preset.classes
+    assert mu.shape[:2] == logvar.shape[:2] == (2, latent_channels)
+    assert [len(scale) for scale in predictions] == [5, 5]
+    assert all(x.isfinite().all() for x in (mu, logvar, predictions[1][-1]))
+
+
+def test_pictures_depend_on_every_input() -> None:
+    model = tiny("groupdnet_cityscapes", init_gain=1.0).eval()
+    _, planes, z = random_inputs(model)
+    other_edge = planes.clone()
+    other_edge[:, -1] = 1 - other_edge[:, -1]
+    with torch.no_grad():
+        image = model(planes, z)
+        assert not torch.equal(image, model(other_edge, z))
+        assert not torch.equal(image, model(planes.roll(1, 1), z))
+        assert not torch.equal(image, model(planes, -z))
+        assert not torch.equal(image, model(planes))  # a latent of its own
+
+
+def test_random_weights_follow_the_seed_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, again, other = (tiny("groupdnet_deepfashion", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    weights = [m.generator.up_3.conv_0.weight_orig for m in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_random_weights_are_xavier_with_published_gain() -> None:
+    weight = tiny("groupdnet_deepfashion").generator.fc.weight.detach()
+    out, fan_in = weight.shape[0], weight[0].numel()
+    expected = 0.02 * (2 / (fan_in + 9 * out)) ** 0.5
+    assert float(weight.std()) == pytest.approx(expected, rel=0.05)
+    assert not tiny("groupdnet_deepfashion").generator.fc.bias.any()
+
+
+def test_dtype_and_part() -> None:
+    encoder = tiny("groupdnet_deepfashion", part="encoder", dtype=torch.float64)
+    assert type(encoder).__name__ == "GroupDNetEncoder"
+    assert {p.dtype for p in encoder.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"depth": 3}, ["unknown option 'depth'", "ngf", "image_size"]),
+    ({"image_size": (100, 64)}, ["image_size", "multiples of 64", "(100, 64)"]),
+    ({"upsampling": "most"}, ["upsampling", "normal or more", "'most'"]),
+    ({"ngf": 0}, ["ngf", "at least 1"]),
+    ({"ngf": 3, "groups": (8, 5, 4, 2, 2, 1)}, ["G_middle_1", "5 groups", "48"]),
+    ({"groups": (8, 4)}, ["widths, groups", "6 and 2"]),
+    ({"dont_care": 8}, ["dont_care", "0..7", "got 8"]),
+])
+def test_bad_options_are_named(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        create_model("groupdnet_deepfashion", **options)
+    one_line(error, *words)
+
+
+def test_bad_names_are_answered_with_the_known() -> None:
+    with pytest.raises(ValueError, match="groupdnet_ade20k; got 'gaugan'") as error:
+        create_model("gaugan")
+    one_line(error)
+    with pytest.raises(ValueError, match=r"generator, encoder, discriminator; got 'decoder'"):
+        create_model("groupdnet_ade20k", part="decoder")
+
+
+def test_bad_network_inputs_are_named() -> None:
+    model = tiny("groupdnet_deepfashion").eval()
+    _, planes, z = random_inputs(model)
+    for arguments, words in (
+        ((planes[:, :-1], z), ("semantics", "8", "7")),
+        ((planes[0], z), ("semantics", "(8, 64, 64)")),
+        ((planes, z[:, :8]), ("z", "(N, 64, H, W)", "8 channels per class")),
+        ((planes, z.repeat(2, 1, 1, 1)), ("z", "batch size 1", "got 2")),
+    ):
+        with pytest.raises(ValueError, match=words[0]) as error:
+            model(*arguments)
+        one_line(error, *words)
+    with pytest.raises(ValueError, match=r"x: expected \(N, 24, H, W\)"):
+        model.encoder(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"x: expected \(N, 11, H, W\)"):
+        model.discriminator(torch.zeros(1, 3, 64, 64))
+
+
+def test_class_channels() -> None:
+    generator = tiny("groupdnet_deepfashion", part="generator")
+    covered = [c for i in range(8) for c in range(64)[generator.class_channels(i)]]
+    assert covered == list(range(64))
+    with pytest.raises(ValueError, match=r"0\.\.7, got 8"):
+        generator.class_channels(8)
+
+
+def test_absent_class_is_encoded_to_the_heads_biases() -> None:
+    encoder = tiny("groupdnet_deepfashion", part="encoder", init_gain=1.0).eval()
+    torch.nn.init.normal_(encoder.fc_mu.bias)
+    labels = torch.zeros(1, 64, 64, dtype=torch.long)
+    labels[:, :, 20:] = 2
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        mu, logvar = encoder.encode(image, labels)
+        crops = class_crops(image, labels, 8, size=(64, 64))
+        torch.testing.assert_close(encoder(crops), (mu, logvar))
+    means = mu.view(8, 8, -1)
+    biases = encoder.fc_mu.bias.detach().view(8, 8, 1)
+    same = (means == biases).all(-1).all(-1)
+    assert same.tolist() == [False, True, False, True, True, True, True, True]
+
+
+def test_reparameterize() -> None:
+    mu, logvar = torch.full((1, 2, 64, 64), 3.0), torch.full((1, 2, 64, 64), 2.0).log() * 2
+    z = reparameterize(mu, logvar, torch.Generator().manual_seed(0))
+    assert float(z.mean()) == pytest.approx(3, abs=0.1)
+    assert float(z.std()) == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("out_channels", [6, 4])
+@pytest.mark.parametrize("training", [False, True])
+def test_block_folds_the_upsampling(out_channels: int, training: bool) -> None:
+    block = SPADEResBlock(6, out_channels, lambda c: SPADE(c, 3, 8)).double().train(training)
+    x, segmap = torch.randn(2, 6, 5, 7).double(), torch.randn(2, 3, 20, 28).double()
+    state = {key: value.clone() for key, value in block.state_dict().items()}
+    folded = block(x, segmap, upsample=True)
+    after = {key: value.clone() for key, value in block.state_dict().items()}
+    block.load_state_dict(state)
+    expected = block(F.interpolate(x, scale_factor=2, mode="nearest"), segmap)
+    torch.testing.assert_close(folded, expected)
+    torch.testing.assert_close(after, dict(block.state_dict()))
+
+
+def test_discriminate_is_two_passes_in_one() -> None:
+    net = MultiscaleDiscriminator(5, 4).eval()
+    planes, fake, real = torch.rand(2, 8, 32, 32).split([2, 3, 3], 1)
+    with torch.no_grad():
+        both = discriminate(net, planes, fake, real)
+        apart = [net(torch.cat([planes, image], 1)) for image in (fake, real)]
+    torch.testing.assert_close(list(both), apart)
+
+
+def test_losses_refuse_what_has_no_meaning() -> None:
+    x = [torch.zeros(1, 1, 2, 2)]
+    for call, word in (
+        (lambda: gan_loss(x, True, mode="lsgan"), "hinge, ls, original, w"),
+        (lambda: gan_loss(x, False, discriminator=False), "target_is_real"),
+        (lambda: gan_loss([], True), "at least one"),
+        (lambda: feature_matching_loss([x, x], [x]), r"\(2\), got 1"),
+    ):
+        with pytest.raises(ValueError, match=word) as error:
+            call()
+        one_line(error)
+
+
+def test_losses_sum_in_fp32_and_leave_the_real_side_alone() -> None:
+    mu = torch.full((1, 1, 300, 300), 1.0, dtype=torch.float16)
+    assert float(kl_loss(mu, torch.zeros_like(mu))) == 45_000.0
+    assert kl_loss(mu, torch.zeros_like(mu)).dtype == torch.float32
+    fake, real = (torch.rand(1, 2, 3, 3).requires_grad_() for _ in range(2))
+    feature_matching_loss([[fake, fake]], [[real, real]]).backward()
+    assert fake.grad is not None
+    assert real.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_unknown_pixels_become_dont_care(dtype: torch.dtype) -> None:
+    labels = torch.tensor([[[0, 150 if dtype != torch.uint8 else 100, 255]]]).to(dtype)
+    prepared = prepare_labels(labels, 151, dont_care=150)
+    assert prepared.tolist() == [[[0, int(labels[0, 0, 1]), 150]]]
+    planes = semantics(labels, ADE20K)
+    assert torch.equal(planes.argmax(1), prepared)
+    assert float(planes.sum()) == 3
+
+
+def test_semantics_with_edges() -> None:
+    labels = torch.full((1, 1, 2, 4), 26)
+    ids = torch.tensor([[[[26001, 26001, 26002, 26002]] * 2]])
+    planes = semantics(labels, CITYSCAPES, ids)
+    assert planes.shape == (1, 36, 2, 4)
+    assert planes[0, 35].tolist() == [[0, 1, 1, 0]] * 2
+
+
+@pytest.mark.parametrize(("labels", "instances", "words"), [
+    (torch.tensor([[[1, 35]]]), None, ("0..34", "got 35", "row 0, column 1", "in street.png")),
+    (torch.tensor([[[255]]]), None, ("got 255", "no don't-care class", "street.png")),
+    (torch.tensor([[[-1]]]), None, ("got -1",)),
+    (torch.rand(1, 2, 2), None, ("labels", "integers", "float32")),
+    (torch.zeros(2, 2).long(), None, ("labels", "(N, H, W)", "(2, 2)")),
+    (torch.zeros(0, 2, 2).long(), None, ("labels", "not empty")),
+    (torch.zeros(1, 2, 2).long(), None, ("instances", "got None")),
+    (torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 3).long(), ("instances", "(1, 2, 3)")),
+    (torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2), ("instances", "integers")),
+])
+def test_bad_labels_are_named(labels: Tensor, instances: Tensor | None,
+                              words: tuple[str, ...]) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        semantics(labels, CITYSCAPES, instances, source="street.png")
+    one_line(error, *words)
+
+
+def test_deepfashion_has_no_dont_care_class() -> None:
+    with pytest.raises(ValueError, match=r"0\.\.7, got 255"):
+        semantics(torch.tensor([[[255]]]), DEEPFASHION)
