@@ -11,6 +11,10 @@ except ModuleNotFoundError:
 
 from ._backend import BackendError, use_backend
 from ._explain import Explanation, explain
+from .class_crops.module import ClassCrops
+from .class_crops.op import class_boxes, class_crops
+from .instance_edges.module import InstanceEdges
+from .instance_edges.op import instance_edges
 from .modulation.module import SPADE, CGNorm, modulate_pair
 from .modulation.op import modulation, modulation_pair
 
@@ -20,8 +24,13 @@ __all__ = [
     "SPADE",
     "BackendError",
     "CGNorm",
+    "ClassCrops",
     "Explanation",
+    "InstanceEdges",
+    "class_boxes",
+    "class_crops",
     "explain",
+    "instance_edges",
     "modulate_pair",
     "modulation",
     "modulation_pair",

@@ -1,0 +1,193 @@
+// Numbering: distinct per-pixel vectors, and distinct 3x3 windows of an integer map. Keys of windows
+// are exact (three 21-bit ids), those of vectors exact or verified, so nothing is assumed of a hash.
+#include <cstring>
+
+#include "common/tensor.h"
+#include "label_windows/cpu_kernel.h"
+
+namespace smis {
+namespace {
+
+constexpr int kIdBits = 21;
+constexpr int64_t kMaxIds = (int64_t(1) << kIdBits) - 1;
+
+Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::vector<int64_t> shape(sizes);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
+                              type, std::nullopt, like.device());
+}
+
+// Open addressing over scratch memory; ids count from 1 in order of first appearance.
+class Numbering {
+ public:
+  Numbering(const Tensor& like, int64_t expected) {
+    int64_t capacity = 64;
+    while (capacity < 2 * expected) capacity *= 2;
+    mask_ = uint64_t(capacity - 1);
+    slots_ = empty_of(like, {capacity, 2}, ScalarType::Long);
+    data_ = reinterpret_cast<uint64_t*>(slots_.mutable_data_ptr());
+    std::memset(data_, 0, size_t(capacity) * 16);
+  }
+  // The id of a key (never 0); `fresh` tells whether it is new.
+  int32_t operator()(uint64_t key, bool& fresh) {
+    uint64_t i = (key * 0x9E3779B97F4A7C15ull) >> 20 & mask_;
+    while (data_[2 * i] != 0 && data_[2 * i] != key) i = (i + 1) & mask_;
+    fresh = data_[2 * i] == 0;
+    if (fresh) {
+      data_[2 * i] = key;
+      data_[2 * i + 1] = uint64_t(++count_);
+    }
+    return int32_t(data_[2 * i + 1]);
+  }
+  int64_t count() const { return count_; }
+
+ private:
+  Tensor slots_;
+  uint64_t* data_;
+  uint64_t mask_;
+  int64_t count_ = 0;
+};
+
+uint64_t triple(int32_t a, int32_t b, int32_t c) {
+  return 1ull << 63 | uint64_t(a) << (2 * kIdBits) | uint64_t(b) << kIdBits | uint64_t(c);
+}
+
+// (N, H, W) int32 ids, 0 outside -> window ids (N, H, W) from 1, and windows (V + 1, 9) whose row 0
+// is the outside. More than `limit` windows: an empty (0, 9), the ids are then incomplete.
+std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
+  const int64_t N = map.size(0), H = map.size(1), W = map.size(2), P = H * W;
+  const Tensor dense = torch::stable::contiguous(map);
+  const int32_t* in = dense.const_data_ptr<int32_t>();
+  limit = std::min(limit, std::min(kMaxIds, N * P));
+  Tensor index = empty_of(map, {N, H, W}, ScalarType::Int);
+  Tensor rows = empty_of(map, {N, H, W}, ScalarType::Int);
+  Tensor first = empty_of(map, {limit + 1}, ScalarType::Long);  // where a window was first seen
+  int32_t *out = index.mutable_data_ptr<int32_t>(), *row = rows.mutable_data_ptr<int32_t>();
+  int64_t* seen = first.mutable_data_ptr<int64_t>();
+
+  Numbering horizontal(map, std::min(N * P, kMaxIds));
+  bool fresh = false;
+  for (int64_t line = 0; line < N * H; ++line) {
+    const int32_t* s = in + line * W;
+    uint64_t last = 0;
+    for (int64_t x = 0; x < W; ++x) {
+      const uint64_t key = triple(x > 0 ? s[x - 1] : 0, s[x], x + 1 < W ? s[x + 1] : 0);
+      row[line * W + x] = key == last ? row[line * W + x - 1] : horizontal(key, fresh);
+      last = key;
+    }
+    if (horizontal.count() >= kMaxIds) return {index, empty_of(map, {0, 9}, ScalarType::Int)};
+  }
+  Numbering windows(map, limit + W);
+  for (int64_t line = 0; line < N * H; ++line) {
+    const int64_t y = line % H;
+    const int32_t* r = row + line * W;
+    uint64_t last = 0;
+    for (int64_t x = 0; x < W; ++x) {
+      const uint64_t key = triple(y > 0 ? r[x - W] : 0, r[x], y + 1 < H ? r[x + W] : 0);
+      if (key == last) {
+        out[line * W + x] = out[line * W + x - 1];
+        continue;
+      }
+      const int32_t id = windows(key, fresh);
+      if (id > limit) return {index, empty_of(map, {0, 9}, ScalarType::Int)};
+      if (fresh) seen[id] = line * W + x;
+      out[line * W + x] = id;
+      last = key;
+    }
+  }
+  const int64_t V = windows.count();
+  Tensor table = empty_of(map, {V + 1, 9}, ScalarType::Int);
+  int32_t* t = table.mutable_data_ptr<int32_t>();
+  std::fill(t, t + 9, 0);
+  for (int64_t v = 1; v <= V; ++v) {
+    const int64_t at = seen[v], line = at / W, y = line % H, x = at % W;
+    for (int64_t k = 0; k < 9; ++k) {
+      const int64_t dy = k / 3 - 1, dx = k % 3 - 1;
+      const bool inside = y + dy >= 0 && y + dy < H && x + dx >= 0 && x + dx < W;
+      t[v * 9 + k] = inside ? in[at + dy * W + dx] : 0;
+    }
+  }
+  return {index, table};
+}
+
+int64_t chunks_of(const VectorKeysArgs& a) { return a.N * ((a.P + kKeyChunk - 1) / kKeyChunk); }
+
+// The vectors at the given pixels, as (count + 1, K) doubles with a zero row 0.
+Tensor collect(const Tensor& input, const std::vector<int64_t>& first) {
+  const int64_t K = input.size(1), P = input.size(2) * input.size(3), W = input.size(3);
+  Tensor wide = empty_of(input, {int64_t(first.size()), K}, ScalarType::Double);
+  torch::stable::zero_(wide);
+  for (size_t s = 1; s < first.size(); ++s) {
+    const int64_t n = first[s] / P, p = first[s] % P;
+    Tensor pixel = torch::stable::select(
+        torch::stable::select(torch::stable::select(input, 0, n), 1, p / W), 1, p % W);
+    Tensor row = torch::stable::select(wide, 0, int64_t(s));
+    torch::stable::copy_(row, pixel);
+  }
+  return wide;
+}
+
+// Distinct per-pixel vectors of (N, K, H, W): symbols (N, H, W) int32 from 1 in order of first
+// appearance, and the vectors (S + 1, K) in the input's dtype with a zero row 0 for the outside.
+// Empty vectors (0, K): more than `limit` of them, or NaN.
+std::tuple<Tensor, Tensor> number_vectors(const Tensor& input, int64_t limit) {
+  VectorKeysArgs a;
+  a.element = element_of(input, "number_vectors");
+  const int64_t H = input.size(2), W = input.size(3);
+  const Tensor x = H > 1 && W > 1 && input.stride(2) != W * input.stride(3)
+                       ? torch::stable::contiguous(input) : input;
+  a.data = x.const_data_ptr();
+  a.N = x.size(0), a.K = x.size(1), a.P = H * W;
+  a.stride_n = x.stride(0), a.stride_k = x.stride(1), a.stride_p = x.stride(W > 1 ? 3 : 2);
+  const int64_t total = a.N * a.P, chunks = chunks_of(a);
+  Tensor symbols = empty_of(x, {a.N, H, W}, ScalarType::Int);
+  Tensor keys = empty_of(x, {total}, ScalarType::Long);
+  Tensor flags = empty_of(x, {chunks}, ScalarType::Byte);
+  a.keys = reinterpret_cast<uint64_t*>(keys.mutable_data_ptr());
+  a.flags = flags.mutable_data_ptr<uint8_t>();
+  int32_t* out = symbols.mutable_data_ptr<int32_t>();
+  const auto none = [&] { return empty_of(x, {0, a.K}, x.scalar_type()); };
+  const auto any_flag = [&](uint8_t bit) {
+    return std::any_of(a.flags, a.flags + chunks, [=](uint8_t f) { return (f & bit) != 0; });
+  };
+  const auto run = [&](auto kernel) {
+    parallel(chunks, 1, [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  };
+
+  a.exact = a.K < 256;  // squares of channel numbers stay exact in the kernel's fp32 sums
+  if (a.exact) {
+    run(vector_keys_kernel_best());
+    if (any_flag(2)) return {symbols, none()};
+    a.exact = !any_flag(1);
+  }
+  if (!a.exact) run(vector_keys_kernel_best());
+  Numbering number(x, std::min(total, limit) + 1);
+  std::vector<int64_t> first{0};
+  bool fresh = false;
+  for (int64_t i = 0; i < total; ++i) {
+    if (i > 0 && a.keys[i] == a.keys[i - 1]) {
+      out[i] = out[i - 1];
+      continue;
+    }
+    out[i] = number(a.keys[i], fresh);
+    if (fresh) first.push_back(i);
+    if (number.count() > limit) return {symbols, none()};
+  }
+  Tensor wide = collect(x, first);
+  if (!a.exact) {
+    a.symbols = out;
+    a.vectors = wide.const_data_ptr<double>();
+    run(verify_vectors_kernel_best());
+    if (any_flag(1)) return {symbols, none()};  // NaN, or two vectors with one hash
+  }
+  return {symbols, torch::stable::to(wide, x.scalar_type())};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smis_kernels, CPU, m) {
+  m.impl("number_vectors", TORCH_BOX(&number_vectors));
+  m.impl("number_windows", TORCH_BOX(&number_windows));
+}
+
+}  // namespace smis

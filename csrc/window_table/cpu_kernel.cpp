@@ -1,0 +1,220 @@
+// Tables of gamma and beta over distinct windows. Two-level: T_t = H W_t for one block of channels
+// at a time, so that T stays in cache, then nine of its rows are summed for each window. One-level:
+// the nine rows of H meet their weights directly, without T.
+#include "window_table/cpu_kernel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace smis::SMIS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 3, kOneLevelRows = 6;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32, kRows = 1, kOneLevelRows = 2;
+#else
+constexpr int kBytes = 16, kRows = 1, kOneLevelRows = 2;
+#endif
+constexpr int64_t kDepth = 32;  // hidden channels at a time: their weights (9 x 32 lines) fit L1
+constexpr int kWide = 4;        // register rows of a one-level block
+
+template <class T> struct Lane {
+  typedef T vec __attribute__((vector_size(kBytes), aligned(sizeof(T))));
+  static constexpr int64_t n = kBytes / int64_t(sizeof(T));
+};
+
+template <class T> using Vec = typename Lane<T>::vec;
+template <class T> inline Vec<T> get(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
+template <class T> inline void put(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
+
+// t[r][tap] (+)= sum over k of h[r][k] * b[k][tap], lanes are channels.
+template <class T, int rows>
+inline void taps_tile(const T* h, int64_t stride, int64_t depth, const T* b, T* t, bool first) {
+  constexpr int64_t L = Lane<T>::n;
+  Vec<T> acc[rows][9];
+#pragma GCC unroll 27
+  for (int i = 0; i < rows * 9; ++i) acc[i / 9][i % 9] = first ? Vec<T>{} : get(t + i * L);
+  for (int64_t k = 0; k < depth; ++k, b += 9 * L) {
+    T s[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) s[r] = h[r * stride + k];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) {
+      const Vec<T> w = get(b + tap * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) acc[r][tap] += w * s[r];
+    }
+  }
+#pragma GCC unroll 27
+  for (int i = 0; i < rows * 9; ++i) put(t + i * L, acc[i / 9][i % 9]);
+}
+
+// One block: which half, group and channels; `lanes` of them exist.
+struct Block {
+  int64_t half, group, channel, lanes;
+};
+Block block_at(const WindowTableArgs& a, int64_t i, int64_t width) {
+  const int64_t per_group = a.C / a.groups, each = (per_group + width - 1) / width;
+  const int64_t half = i / (each * a.groups), j = i % (each * a.groups);
+  const int64_t first = j % each * width;
+  return {half, j / each, j / each * per_group + first, std::min(width, per_group - first)};
+}
+
+template <class T>
+void two_level(const WindowTableArgs& a, const Block& b, T* packed, T* t) {
+  constexpr int64_t L = Lane<T>::n;
+  const int64_t depth = a.D / a.groups, J = depth * 9;
+  const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
+  const T* hidden = static_cast<const T*>(a.hidden) + b.group * depth;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t d = std::min(kDepth, depth - k);
+    for (int64_t l = 0; l < L; ++l)  // (channel, k, tap) -> (k, tap, channel)
+      for (int64_t j = 0; j < d * 9; ++j)
+        packed[j * L + l] = l < b.lanes ? weight[l * J + k * 9 + j] : T(0);
+    int64_t v = 0;
+    for (; v + kRows <= a.V; v += kRows)
+      taps_tile<T, kRows>(hidden + v * a.D + k, a.D, d, packed, t + v * 9 * L, k == 0);
+    for (; v < a.V; ++v)
+      taps_tile<T, 1>(hidden + v * a.D + k, a.D, d, packed, t + v * 9 * L, k == 0);
+  }
+  alignas(kBytes) T bias[L], line[L];
+  for (int64_t l = 0; l < L; ++l)
+    bias[l] = l < b.lanes ? static_cast<const T*>(a.bias[b.half])[b.channel + l] : T(0);
+  T* out = static_cast<T*>(a.table) + b.half * a.C + b.channel;
+  std::fill(out, out + b.lanes, T(0));
+  for (int64_t u = 1; u < a.U; ++u) {
+    const int32_t* w = a.windows + u * 9;
+    Vec<T> sum = get(bias);
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) sum += get(t + (int64_t(w[tap]) * 9 + tap) * L);
+    T* o = out + u * 2 * a.C;
+    if (b.lanes == L) {
+      put(o, sum);
+    } else {
+      put(line, sum);
+      std::copy(line, line + b.lanes, o);
+    }
+  }
+}
+
+template <class T, int rows>
+inline void direct_tile(const WindowTableArgs& a, int64_t u, int64_t offset, int64_t depth,
+                        const T* packed, const T* bias, T* result) {
+  constexpr int64_t L = Lane<T>::n;
+  Vec<T> acc[rows][kWide];
+#pragma GCC unroll 24
+  for (int i = 0; i < rows * kWide; ++i) acc[i / kWide][i % kWide] = get(bias + i % kWide * L);
+  for (int tap = 0; tap < 9; ++tap) {
+    const T* h[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+      h[r] = static_cast<const T*>(a.hidden) + a.windows[(u + r) * 9 + tap] * a.D + offset;
+    const T* b = packed + tap * depth * kWide * L;
+    for (int64_t k = 0; k < depth; ++k, b += kWide * L) {
+      Vec<T> w[kWide];
+#pragma GCC unroll 4
+      for (int j = 0; j < kWide; ++j) w[j] = get(b + j * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const T s = h[r][k];
+#pragma GCC unroll 4
+        for (int j = 0; j < kWide; ++j) acc[r][j] += w[j] * s;
+      }
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < rows * kWide; ++i) put(result + i * L, acc[i / kWide][i % kWide]);
+}
+
+template <class T> void one_level(const WindowTableArgs& a, const Block& b, T* packed) {
+  constexpr int64_t L = Lane<T>::n, width = kWide * L;
+  const int64_t depth = a.D / a.groups, J = depth * 9;
+  const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
+  for (int64_t l = 0; l < width; ++l)  // (channel, k, tap) -> (tap, k, channel)
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t tap = 0; tap < 9; ++tap)
+        packed[(tap * depth + k) * width + l] = l < b.lanes ? weight[l * J + k * 9 + tap] : T(0);
+  alignas(kBytes) T bias[width], result[kOneLevelRows * width];
+  for (int64_t l = 0; l < width; ++l)
+    bias[l] = l < b.lanes ? static_cast<const T*>(a.bias[b.half])[b.channel + l] : T(0);
+  T* out = static_cast<T*>(a.table) + b.half * a.C + b.channel;
+  std::fill(out, out + b.lanes, T(0));
+  for (int64_t u = 1; u < a.U;) {
+    const int64_t rows = a.U - u >= kOneLevelRows ? kOneLevelRows : 1;
+    if (rows == kOneLevelRows)
+      direct_tile<T, kOneLevelRows>(a, u, b.group * depth, depth, packed, bias, result);
+    else
+      direct_tile<T, 1>(a, u, b.group * depth, depth, packed, bias, result);
+    for (int64_t r = 0; r < rows; ++r, ++u)
+      std::copy(result + r * width, result + r * width + b.lanes, out + u * 2 * a.C);
+  }
+}
+
+template <class T> void plan(const WindowTableArgs& a, int64_t* blocks, int64_t* scratch_bytes) {
+  constexpr int64_t L = Lane<T>::n;
+  const int64_t width = a.one_level ? kWide * L : L, per_group = a.C / a.groups;
+  *blocks = 2 * a.groups * ((per_group + width - 1) / width);
+  const int64_t packed = a.one_level ? a.D / a.groups * 9 * width : kDepth * 9 * L;
+  *scratch_bytes = int64_t(sizeof(T)) * (packed + (a.one_level ? 0 : a.V * 9 * L));
+}
+
+template <class T>
+void window_table(const WindowTableArgs& a, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t L = Lane<T>::n;
+  T* packed = static_cast<T*>(scratch);
+  for (int64_t i = begin; i < end; ++i) {
+    if (a.one_level) one_level<T>(a, block_at(a, i, kWide * L), packed);
+    else two_level<T>(a, block_at(a, i, L), packed, packed + kDepth * 9 * L);
+  }
+}
+
+template <class T> void window_sum(const WindowSumArgs& a, int64_t begin, int64_t end) {
+  const T *rows = static_cast<const T*>(a.rows), *bias = static_cast<const T*>(a.bias);
+  for (int64_t v = begin; v < end; ++v) {
+    T* __restrict out = static_cast<T*>(a.out) + v * a.C;
+    if (v == 0 || bias == nullptr) std::fill(out, out + a.C, T(0));
+    else std::copy(bias, bias + a.C, out);
+    if (v == 0) continue;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const T* __restrict row = rows + (int64_t(a.windows[v * 9 + tap]) * 9 + tap) * a.C;
+#pragma omp simd
+      for (int64_t c = 0; c < a.C; ++c) out[c] += row[c];
+    }
+    if (a.relu) {
+#pragma omp simd
+      for (int64_t c = 0; c < a.C; ++c) out[c] = out[c] < T(0) ? T(0) : out[c];
+    }
+  }
+}
+
+// Each thread owns a range of channels: a fixed order of sums, no atomics.
+template <class T> void window_scatter(const WindowScatterArgs& a, int64_t begin, int64_t end) {
+  T* out = static_cast<T*>(a.out);
+  for (int64_t r = 0; r < a.R * 9; ++r) std::fill(out + r * a.C + begin, out + r * a.C + end, T(0));
+  for (int64_t v = 1; v < a.V; ++v) {
+    const T* __restrict g = static_cast<const T*>(a.grad) + v * a.C;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      T* __restrict row = out + (int64_t(a.windows[v * 9 + tap]) * 9 + tap) * a.C;
+#pragma omp simd
+      for (int64_t c = begin; c < end; ++c) row[c] += g[c];
+    }
+  }
+}
+
+}  // namespace
+
+void window_table_kernel(const WindowTableArgs& a, int64_t begin, int64_t end, void* scratch) {
+  a.wide ? window_table<double>(a, begin, end, scratch) : window_table<float>(a, begin, end, scratch);
+}
+void window_table_plan(const WindowTableArgs& a, int64_t* blocks, int64_t* scratch_bytes) {
+  a.wide ? plan<double>(a, blocks, scratch_bytes) : plan<float>(a, blocks, scratch_bytes);
+}
+void window_sum_kernel(const WindowSumArgs& a, int64_t begin, int64_t end) {
+  a.wide ? window_sum<double>(a, begin, end) : window_sum<float>(a, begin, end);
+}
+void window_scatter_kernel(const WindowScatterArgs& a, int64_t begin, int64_t end) {
+  a.wide ? window_scatter<double>(a, begin, end) : window_scatter<float>(a, begin, end);
+}
+
+}  // namespace smis::SMIS_ISA
