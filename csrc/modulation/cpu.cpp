@@ -1,33 +1,11 @@
 // CPU implementations of the modulation ops: layout, scratch, threads. The loops: cpu_kernel.cpp.
-#include "common/tensor.h"
+#include "common/modulate_host.h"
 #include "modulation/cpu_kernel.h"
 
 namespace smis {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;      // elements a thread takes at least
 constexpr int64_t kPartialPixels = 512;  // row layout: pixels behind one row of partial sums
-constexpr int64_t kStreamBytes = 8 << 20;  // outputs from this size on do not stay in L2
-
-int64_t grain(int64_t elements_per_item) { return kGrain / std::max<int64_t>(elements_per_item, 1); }
-
-// The tensor itself where its layout is the wanted one, else a copy.
-Tensor laid_out(const Tensor& t, bool last) {
-  if (last ? rows_dense(t) : planes_dense(t)) return t;
-  return torch::stable::contiguous(t, last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                           : torch::headeronly::MemoryFormat::Contiguous);
-}
-
-Operand operand(const Tensor& t) {
-  // Height 1 or width 1: the other axis carries the pixel stride.
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(t.size(3) > 1 ? 3 : 2)};
-}
-
-Tensor vector_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  std::vector<int64_t> shape(sizes);
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
-                              type, std::nullopt, like.device());
-}
 
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& input) {
   const int64_t N = input.size(0), C = input.size(1), P = input.size(2) * input.size(3);
@@ -76,30 +54,6 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& input) {
   return {torch::stable::subtract(mean, first, -1.0), var};
 }
 
-ModulationBranch branch(const Tensor& mean, const Tensor& rstd, const Tensor& gamma, double slope) {
-  ModulationBranch br;
-  br.mean = mean.const_data_ptr();
-  br.rstd = rstd.const_data_ptr();
-  br.stat_n = mean.size(0) > 1;
-  br.gamma = operand(gamma);
-  br.slope = slope;
-  return br;
-}
-
-ModulationArgs arguments(const Tensor& x, bool upsample, bool pair) {
-  ModulationArgs a;
-  a.element = element_of(x, "modulation");
-  a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
-  a.x = operand(x);
-  a.upsample = upsample;
-  a.branches = pair ? 2 : 1;
-  return a;
-}
-
-Tensor absent(const Tensor& like) {
-  return vector_like(like, {0}, like.scalar_type());
-}
-
 std::tuple<Tensor, Tensor> modulation_apply(
     const Tensor& input, const Tensor& mean, const Tensor& rstd, const Tensor& gamma,
     const Tensor& beta, std::optional<Tensor> mean_s, std::optional<Tensor> rstd_s,
@@ -111,14 +65,16 @@ std::tuple<Tensor, Tensor> modulation_apply(
   const int64_t up = upsample ? 2 : 1;
   Tensor out = empty_nchw(a.N, a.C, a.H * up, a.W * up, last, x);
   a.stream = out.numel() * int64_t(out.element_size()) >= kStreamBytes;
-  a.branch[0] = branch(mean, rstd, g, slope);
+  a.branch[0] = branch(mean, rstd, slope);
+  a.branch[0].gamma = operand(g);
   a.branch[0].beta = operand(b);
   a.branch[0].out = operand(out);
   Tensor out_s, gs, bs;
   if (pair) {
     gs = laid_out(*gamma_s, last), bs = laid_out(*beta_s, last);
     out_s = empty_nchw(a.N, a.C, a.H * up, a.W * up, last, x);
-    a.branch[1] = branch(mean_s.value_or(mean), rstd_s.value_or(rstd), gs, slope_s);
+    a.branch[1] = branch(mean_s.value_or(mean), rstd_s.value_or(rstd), slope_s);
+    a.branch[1].gamma = operand(gs);
     a.branch[1].beta = operand(bs);
     a.branch[1].out = operand(out_s);
   }
@@ -144,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulation_backward(
   const auto fill = [&](ModulationBranch& br, const Tensor& m, const Tensor& r, const Tensor& g,
                         const Tensor& dy, const Tensor& y, double s) {
     kept.push_back(laid_out(g, last));
-    br = branch(m, r, kept.back(), s);
+    br = branch(m, r, s);
+    br.gamma = operand(kept.back());
     kept.push_back(laid_out(dy, last));
     br.grad = operand(kept.back());
     kept.push_back(laid_out(y, last));

@@ -284,6 +284,16 @@ def check_input(input: Tensor, options: Options, running: Running) -> None:
             check_device(name, tensor, input, "input")
 
 
+def check_running_pair(
+    input: Tensor, options: Options, running: Running, running_s: Running
+) -> None:
+    """:func:`check_input` for both outputs of a pair."""
+    check_input(input, options, running)
+    check_input(input, options, running_s)
+    if (running[0] is None) != (running_s[0] is None):
+        raise ValueError("running_mean_s: expected running statistics for both outputs or neither")
+
+
 def _check_dense(name: str, tensor: Tensor, input: Tensor, options: Options) -> Tensor:
     if torch.is_autocast_enabled(input.device.type) and isinstance(tensor, Tensor):
         tensor = tensor.to(input.dtype)
@@ -377,10 +387,8 @@ def modulation_pair(
     """
     options = Options(norm, num_groups, training, momentum, eps, upsample, process_group)
     slope = activation_slope(activation, negative_slope)
-    check_input(input, options, (running_mean, running_var))
-    check_input(input, options, (running_mean_s, running_var_s))
-    if (running_mean is None) != (running_mean_s is None):
-        raise ValueError("running_mean_s: expected running statistics for both outputs or neither")
+    running, running_s = (running_mean, running_var), (running_mean_s, running_var_s)
+    check_running_pair(input, options, running, running_s)
     gamma, beta, gamma_s, beta_s = (
         _check_dense(name, tensor, input, options)
         for name, tensor in (("gamma", gamma), ("beta", beta), ("gamma_s", gamma_s),
@@ -401,9 +409,7 @@ def modulation_pair(
                 (gamma_s, beta_s, running_mean_s, running_var_s, None),
             )
         )
-    stats, stats_s = statistics(
-        input, kind, options, (running_mean, running_var), (running_mean_s, running_var_s)
-    )
+    stats, stats_s = statistics(input, kind, options, running, running_s)
     own = (stats_s.mean, stats_s.rstd) if stats_s is not stats else (None, None)
     out: tuple[Tensor, Tensor] = _Modulation.apply(
         input, gamma, beta, gamma_s, beta_s, stats.mean, stats.rstd, *own, stats.reduction,
