@@ -1,0 +1,30 @@
+// The operands of class_crops on any device. Strides count elements; a crop has K channels.
+#pragma once
+#include "class_crops/nearest.h"
+#include "common/isa.h"
+
+namespace smis {
+
+// A strided (N, C, H, W) operand.
+struct Strided {
+  void* data = nullptr;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+};
+
+// What the mask of a class is read from: integer labels, or one plane per class.
+enum class Masks : int32_t { u8, i8, i16, i32, i64, planes };
+
+struct ClassCropsArgs {
+  Element element = Element::f32;
+  Masks masks = Masks::u8;
+  int64_t N = 0, K = 0, H = 0, W = 0, C = 0;  // image (N, K, H, W), C classes
+  int64_t out_h = 0, out_w = 0;
+  Strided image;      // read forward, written by the backward loop
+  Strided semantics;  // c is 0 for labels
+  Strided crops;      // (N, C*K, out_h, out_w): written forward, read backward
+  bool last = false;  // crops is written (N, out_h, out_w, C*K)
+  bool stream = false;  // crops are too large to stay in cache: write past it
+  const Box* boxes = nullptr;  // (N, C)
+};
+
+}  // namespace smis
