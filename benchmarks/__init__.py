@@ -1,0 +1,1 @@
+"""``pytest benchmarks --benchmark-json=out.json``; ``python -m benchmarks.report out.json``."""

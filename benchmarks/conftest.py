@@ -1,0 +1,93 @@
+"""pytest-benchmark over :mod:`smis_models.benchmark`: one interleaved run per case."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import pytest
+import torch
+
+from smis_models import benchmark as harness
+from smis_models.benchmark.records import Record
+from smis_models.memory import reuse_freed_memory
+
+
+class ReplayClock:
+    """A timer that returns, start and end in turn, times that were measured before.
+
+    All providers of a case are timed in one rotating run; each test then hands its provider's
+    times to pytest-benchmark through this clock, so its statistics and JSON are of that run.
+    """
+
+    def __init__(self) -> None:
+        self._readings: deque[float] = deque()
+
+    def load(self, times: list[float]) -> None:
+        now = 0.0
+        for seconds in times:
+            self._readings += (now, now + seconds)
+            now += seconds
+
+    def __call__(self) -> float:
+        return self._readings.popleft() if self._readings else time.perf_counter()
+
+
+CLOCK = ReplayClock()
+
+
+def pytest_configure(config):
+    reuse_freed_memory()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--maps", help="folder of label maps to use instead of the sample scenes")
+
+
+def pytest_generate_tests(metafunc):
+    # A file names its cases by PREFIX; each test is one provider of one case on one setting.
+    if "measured" not in metafunc.fixturenames:
+        return
+    places = [("cpu", torch.float32)]
+    if torch.cuda.is_available():
+        places += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
+    parameters = [
+        pytest.param((case, provider.name, device, dtype),
+                     id=f"{case.group}-{provider.name}-{device}-{str(dtype)[6:]}")
+        for case in harness.cases("all", metafunc.module.PREFIX)
+        for device, dtype in places
+        for provider in case.providers
+    ]
+    metafunc.parametrize("measured", parameters, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def records(request):
+    maps = harness.Maps(request.config.getoption("--maps"))
+    known: dict[tuple[str, str, torch.dtype], dict[str, Record]] = {}
+
+    def get(case, device, dtype):
+        key = (case.group, device, dtype)
+        if key not in known:
+            setting = harness.Setting(torch.device(device), dtype, maps)
+            known[key] = {r.provider: r for r in harness.measure(case, setting)}
+        return known[key]
+
+    return get
+
+
+@pytest.fixture
+def measured(request, records, benchmark):
+    """The record of one provider, handed to pytest-benchmark."""
+    case, provider, device, dtype = request.param
+    record = records(case, device, dtype)[provider]
+    benchmark.group = record.group
+    benchmark.extra_info.update(record.extra_info())
+    CLOCK.load(record.times)
+    benchmark.pedantic(lambda: None, rounds=len(record.times), iterations=1)
+    return record

@@ -1,0 +1,189 @@
+"""What is measured: a case, its inputs, and the providers that compute it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import images
+from ..scenes import sample_scene
+
+Inputs = tuple[Any, ...]
+DIRECTIONS = ("forward", "backward", "step")
+
+
+class Maps:
+    """Label and instance maps for the cases: a folder of real ones, or the sample scenes.
+
+    Args:
+        folder: with label PNGs, or with ``label/`` and (optionally) ``inst/`` inside. Classes
+            beyond a case's number are taken modulo it: only the layout matters to speed.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = folder
+        self._files: list[Path] = []
+        if folder is not None:
+            root = Path(folder)
+            nested = root / "label"
+            place = nested if nested.is_dir() else root
+            if not place.is_dir():
+                raise FileNotFoundError(f"maps: {folder} is no folder of label PNGs")
+            self._files = sorted(p for p in place.iterdir() if p.suffix.lower() in images.SUFFIXES)
+            if not self._files:
+                raise FileNotFoundError(f"maps: no label PNG in {place}")
+
+    def labels(self, kind: str, size: tuple[int, int], num_classes: int,
+               index: int = 0) -> NDArray[np.int64]:
+        """(H, W) labels; ``kind`` chooses among the sample scenes only."""
+        if not self._files:
+            return sample_scene(kind, *size, num_classes, seed=index).labels.astype(np.int64)
+        path = self._files[index % len(self._files)]
+        return images.read_labels(path, 1 << 16, size) % num_classes
+
+    def instances(self, kind: str, size: tuple[int, int], index: int = 0) -> NDArray[np.int64]:
+        """(H, W) instance ids."""
+        if not self._files:
+            return sample_scene(kind, *size, 35, seed=index).instances.astype(np.int64)
+        path = self._files[index % len(self._files)]
+        folder = path.parent.parent / "inst"
+        found = sorted(folder.iterdir()) if folder.is_dir() else self._files
+        return images.read_instances(found[index % len(found)], size)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what a case is measured."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    maps: Maps = field(default_factory=Maps)
+    compiled: bool = True
+    """Measure the torch.compile providers too."""
+
+
+def unchanged(inputs: Inputs) -> Inputs:
+    """Inputs as the case makes them."""
+    return inputs
+
+
+def convert(inputs: Inputs, **to: Any) -> Inputs:
+    """``x.to(**to)`` for every floating tensor (4-D ones for a memory format) and module."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, nn.Module):
+            return copy.deepcopy(x).to(**to)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.to(**to) if x.dim() == 4 or "memory_format" not in to else x
+        return x
+
+    return tuple(one(x) for x in inputs)
+
+
+def channels_last(inputs: Inputs) -> Inputs:
+    """The inputs in channels-last memory."""
+    return convert(inputs, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case: ``run(*prepare(inputs))``, compiled first where asked."""
+
+    name: str
+    run: Callable[..., Any]
+    prepare: Callable[[Inputs], Inputs] = unchanged
+    compile: bool = False
+
+
+def providers(reference: Callable[..., Any], fused: Callable[..., Any], *,
+              prepare: Callable[[Inputs], Inputs] = unchanged,
+              compile: bool = True) -> tuple[Provider, ...]:
+    """The reference as it is, at its best twice, and ours.
+
+    Args:
+        reference: the definition that the tests check.
+        fused: ours.
+        prepare: the layout in which ``reference``, ``compiled`` and ``fused`` get the inputs.
+        compile: False where torch.compile has nothing to fuse (loops over values).
+    """
+    baselines = (
+        Provider("reference", reference, prepare),
+        Provider("channels_last", reference, channels_last),
+    )
+    compiled = (Provider("compiled", reference, prepare, compile=True),) if compile else ()
+    return (*baselines, *compiled, Provider("fused", fused, prepare))
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples and lists, depth first."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from tensors(value)
+
+
+def nbytes(*values: Any) -> int:
+    """Bytes of all tensors in ``values``."""
+    return sum(t.numel() * t.element_size() for t in tensors(values))
+
+
+def read_and_written(inputs: Inputs, outputs: Any) -> int:
+    """The floor of a streaming op: every input read once, every output written once."""
+    return nbytes(inputs, outputs)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured computation.
+
+    Attributes:
+        name: "<op or model>/<case>".
+        make_inputs: the arguments of the providers; floating ones in ``setting.dtype``.
+        providers: in the order reference, channels_last, compiled, fused.
+        direction: "forward", "backward" or "step" (both), over the inputs in ``leaves``.
+        leaves: positions of the inputs that get gradients.
+        moved: bytes that any implementation must read and write, from inputs and outputs.
+        macs: multiply-accumulates of the definition, given the inputs.
+        memory_bound: report the share of the copy bandwidth.
+        targets: what the fused provider must reach: "reference" (times), "copy" (share),
+            "scratch" (share of the output's bytes).
+        factor, floor: error allowed against fp64, in the reference's own error and absolute;
+            ``floor`` None is four units in the last place.
+        seconds: measuring time to spend on the CPU.
+        graphs: on CUDA, whether the case may be captured in a graph (no synchronisation inside).
+        confirm: repeat peak memory as the resident size of fresh processes.
+    """
+
+    name: str
+    make_inputs: Callable[[Setting], Inputs]
+    providers: tuple[Provider, ...]
+    direction: str = "forward"
+    leaves: tuple[int, ...] = ()
+    moved: Callable[[Inputs, Any], int] = read_and_written
+    macs: Callable[[Inputs], int] = lambda inputs: 0
+    memory_bound: bool = True
+    targets: dict[str, float] = field(default_factory=dict)
+    factor: float = 3.0
+    floor: float | None = None
+    seconds: float = 4.0
+    graphs: bool = True
+    confirm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            expected = ", ".join(DIRECTIONS)
+            raise ValueError(f"direction: expected one of {expected}; got {self.direction!r}")
+
+    @property
+    def group(self) -> str:
+        """"<op or model>/<case>/<direction>"."""
+        return f"{self.name}/{self.direction}"

@@ -1,0 +1,208 @@
+"""Measure one case: correctness first, then time and memory of all providers in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from smis_kernels.testing import max_error
+
+from ..memory import ENVIRONMENT
+from . import timing
+from .case import Case, Inputs, Maps, Provider, Setting, convert, nbytes, tensors
+from .records import Record
+
+Call = Callable[[], Any]
+
+
+def bind(case: Case, run: Callable[..., Any], inputs: Inputs) -> Call:
+    """A call without arguments that runs ``case.direction`` and returns what it computes."""
+    if case.direction == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return run(*inputs)
+
+        return forward
+    leaves = [inputs[i].detach().requires_grad_() for i in case.leaves]
+    arguments = list(inputs)
+    for i, leaf in zip(case.leaves, leaves, strict=True):
+        arguments[i] = leaf
+    kept = run(*arguments)
+    cotangent = _cotangent(kept)
+    if case.direction == "backward":
+        return partial(torch.autograd.grad, kept, leaves, cotangent, retain_graph=True)
+
+    def step() -> Any:
+        out = run(*arguments)
+        return (out, *torch.autograd.grad(out, leaves, cotangent))
+
+    return step
+
+
+def _cotangent(out: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(out.shape, generator=generator)
+    return torch.empty_like(out).copy_(drawn)
+
+
+def _error(outputs: Any, truth: Any) -> float:
+    pairs = list(zip(tensors(outputs), tensors(truth), strict=True))
+    # max() drops NaN unless it comes first; a sum over "not finite" does not.
+    errors = [max_error(output, exact) for output, exact in pairs]
+    return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+def _allowed(case: Case, reference_error: float, outputs: Any) -> float:
+    floating = [t.dtype for t in tensors(outputs) if t.is_floating_point()]
+    units = 4 * max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    return case.factor * reference_error + (units if case.floor is None else case.floor)
+
+
+@dataclass
+class _Bound:
+    provider: Provider
+    call: Call
+    inputs: Inputs
+    run: Callable[..., Any]
+    error: float = 0.0
+    allowed: float = 0.0
+    compile_seconds: float | None = None
+
+
+def _compile(provider: Provider, setting: Setting) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    mode = "max-autotune" if setting.device.type == "cuda" else "default"
+    return torch.compile(provider.run, mode=mode)
+
+
+def _prepare(case: Case, setting: Setting, inputs: Inputs) -> tuple[list[_Bound], Any]:
+    """Bind every provider and judge it against fp64."""
+    reference = case.providers[0]
+    truth = bind(case, reference.run, convert(reference.prepare(inputs), dtype=torch.float64))()
+    ready: list[_Bound] = []
+    reference_error, outputs = 0.0, None
+    for provider in case.providers:
+        if provider.compile and not setting.compiled:
+            continue
+        run = _compile(provider, setting) if provider.compile else provider.run
+        arguments = provider.prepare(inputs)
+        start = time.perf_counter()
+        call = bind(case, run, arguments)
+        outputs = call()
+        bound = _Bound(provider, call, arguments, run, _error(outputs, truth))
+        if provider.compile:
+            bound.compile_seconds = time.perf_counter() - start
+        if provider is reference:
+            reference_error = bound.error
+        bound.allowed = _allowed(case, reference_error, outputs)
+        ready.append(bound)
+    return ready, outputs
+
+
+def _copies(case: Case, bound: _Bound, count: int) -> list[Call]:
+    """The same call on ``count`` copies of its inputs."""
+    calls = [bound.call]
+    for _ in range(count - 1):
+        clone = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in bound.inputs)
+        calls.append(bind(case, bound.run, clone))
+    return calls
+
+
+def _times(case: Case, setting: Setting, ready: list[_Bound], moved: int,
+           copy: Call) -> dict[str, list[float]]:
+    """Seconds per call of every provider and of the copy, from one interleaved run.
+
+    On CUDA inputs rotate, and where every provider is bound by its launches all are captured.
+    """
+    cuda = setting.device.type == "cuda"
+    count = timing.rotations(moved, setting.device) if cuda else 1
+    copies = {bound.provider.name: _copies(case, bound, count) for bound in ready}
+    calls = {name: timing.rotating(c) if cuda else c[0] for name, c in copies.items()}
+    captured = (
+        cuda and case.graphs and case.direction == "forward"
+        and all(timing.launch_bound(call) for call in calls.values())
+    )
+    if captured:
+        calls = {name: timing.graphed(c) for name, c in copies.items()}
+    times = timing.interleave({**calls, "copy": copy}, case.seconds, device=setting.device)
+    if captured:  # one replay is one call on every copy
+        times.update({name: [t / count for t in times[name]] for name in calls})
+    return times
+
+
+def measure(case: Case, setting: Setting,
+            progress: Callable[[str], None] = lambda what: None) -> list[Record]:
+    """One record per provider of ``case``, all from one interleaved run.
+
+    Args:
+        case: what to measure.
+        setting: device, dtype, maps.
+        progress: called with the name of each step.
+
+    Returns:
+        Records in the order of ``case.providers``; their ``correct`` says whether a speedup may
+        be reported.
+    """
+    progress("correctness")
+    inputs = case.make_inputs(setting)
+    ready, outputs = _prepare(case, setting, inputs)
+    moved = case.moved(inputs, outputs)
+    produced = nbytes(outputs)
+    largest = max(tensors(outputs), key=nbytes)
+    progress("timing")
+    times = _times(case, setting, ready, moved, timing.copy_call(largest))
+    copied = 2 * nbytes(largest) / median(times["copy"])
+    progress("memory")
+    shape = tuple(next(t for t in tensors(inputs)).shape)
+    return [
+        Record(
+            group=case.group, provider=bound.provider.name, times=times[bound.provider.name],
+            device=setting.device.type, dtype=str(setting.dtype).removeprefix("torch."),
+            shape=shape, bytes=moved, macs=case.macs(inputs),
+            peak_memory=timing.peak_allocated(bound.call, setting.device),
+            output_bytes=produced, max_rel_error=bound.error,
+            correct=bound.error <= bound.allowed, copy_bandwidth=copied,
+            memory_bound=case.memory_bound, targets=case.targets,
+            compile_seconds=bound.compile_seconds,
+        )
+        for bound in ready
+    ]
+
+
+def _child(*arguments: str) -> Any:
+    """Run this package's worker in a fresh process under the default allocator."""
+    environment = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
+    command = [sys.executable, "-m", "smis_models.benchmark.worker", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"benchmark worker failed ({' '.join(arguments)}): {lines[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _folder(maps: Maps) -> tuple[str, ...]:
+    return () if maps.folder is None else ("--maps", str(maps.folder))
+
+
+def resident_peak(case: Case, provider: str, maps: Maps) -> int:
+    """Growth of the largest resident size during one call, in a fresh process (CPU, Linux)."""
+    return int(_child("resident", case.group, provider, *_folder(maps)))
+
+
+def under_default_allocator(case: Case, maps: Maps) -> list[Record]:
+    """The case once more in a fresh process that does not keep freed memory (CPU)."""
+    entries = _child("time", case.group, "all", *_folder(maps))
+    return [replace(Record.from_entry(e), allocator="default") for e in entries]
+
+

@@ -1,0 +1,189 @@
+"""From label maps on disk to pictures: layouts, codes, and the loop that the command line runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smis_kernels import use_backend
+
+from .images import SUFFIXES, Picture, read_instances, read_labels, to_pictures
+from .presets import GroupDNetPreset
+from .scenes import palette, sample_scene
+
+# What data sets append to the names of label and instance maps of one scene.
+_ROLE = re.compile(r"(_gtFine)?_?(labelIds|instanceIds|labels?|inst|instances?)$")
+_SCENES = {8: ("person",), 35: ("street",)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A scene to synthesise: (H, W) labels and, where the model reads them, instance ids."""
+
+    name: str
+    labels: NDArray[np.int64]
+    instances: NDArray[np.int64] | None
+
+    @property
+    def present(self) -> list[int]:
+        """The classes in the map, largest first."""
+        classes, counts = np.unique(self.labels, return_counts=True)
+        return [int(c) for c in classes[np.argsort(-counts)]]
+
+    def picture(self, num_classes: int) -> Picture:
+        """The label map in display colours."""
+        return palette(num_classes)[self.labels]
+
+
+def _maps(name: str, path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: {path} does not exist; give a PNG or a folder of PNGs")
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise FileNotFoundError(f"{name}: no {', '.join(SUFFIXES)} file in {path}")
+    return found
+
+
+def _scene(path: Path) -> str:
+    return _ROLE.sub("", path.stem)
+
+
+def read_layouts(labels: str | Path, instances: str | Path | None, preset: GroupDNetPreset,
+                 unknown: int | None = None) -> list[Layout]:
+    """The layouts in a label map or a folder of them, resized to the model's size.
+
+    Args:
+        labels: a PNG, or a folder of PNGs.
+        instances: the same for instance ids; files of a folder are matched by scene, that is by
+            their names without endings such as ``_labelIds`` and ``_instanceIds``.
+        preset: of the model.
+        unknown: the class for pixels labelled 255; by default the preset's don't-care class.
+
+    Raises:
+        FileNotFoundError: a path, or the instance map of a scene, is missing.
+        ImageError: a file is not an index map in range.
+        ValueError: the model reads instances and none are given.
+    """
+    paths = _maps("labels", Path(labels))
+    ids: dict[str, Path] = {}
+    if preset.instance_edge:
+        if instances is None:
+            raise ValueError("instances: this model reads instance maps; give --instances")
+        given = _maps("instances", Path(instances))
+        single = len(paths) == len(given) == 1
+        ids = {_scene(paths[0] if single else p): p for p in given}
+        for path in paths:
+            if _scene(path) not in ids:
+                scene = _scene(path)
+                raise FileNotFoundError(f"instances: no map of scene {scene!r} in {instances}")
+    unknown = preset.dont_care if unknown is None else unknown
+    return [
+        Layout(
+            _scene(path), read_labels(path, preset.classes, preset.image_size, unknown),
+            read_instances(ids[_scene(path)], preset.image_size) if ids else None,
+        )
+        for path in paths
+    ]
+
+
+def sample_layouts(preset: GroupDNetPreset, count: int, seed: int = 0) -> list[Layout]:
+    """``count`` of the package's own scenes, of the kinds that the model's data set shows."""
+    kinds = _SCENES.get(preset.classes, ("indoor", "street"))
+    layouts = []
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        scene = sample_scene(kind, *preset.image_size, preset.classes, seed + i)
+        ids = scene.instances.astype(np.int64) if preset.instance_edge else None
+        layouts.append(Layout(f"{kind}_{seed + i}", scene.labels.astype(np.int64), ids))
+    return layouts
+
+
+def semantics(model: Any, layout: Layout) -> Tensor:
+    """The model's input planes of one layout."""
+    ids = None if layout.instances is None else torch.from_numpy(layout.instances)[None]
+    planes: Tensor = model.semantics(torch.from_numpy(layout.labels)[None], ids)
+    return planes
+
+
+def draw_code(model: Any, seed: int) -> Tensor:
+    """A latent code (1, 8C, h, w) from N(0, 1); the same seed, the same code."""
+    code: Tensor = model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
+    return code
+
+
+def resample_class(model: Any, z: Tensor, index: int, seed: int) -> Tensor:
+    """``z`` with the code of class ``index`` drawn anew and all others held."""
+    channels = model.generator.class_channels(index)
+    changed = z.clone()
+    changed[:, channels] = draw_code(model, seed)[:, channels]
+    return changed
+
+
+def morph(start: Tensor, end: Tensor, t: float) -> Tensor:
+    """From ``start`` (t = 0) to ``end`` (t = 1), with the variance of a code all the way.
+
+    .. math:: z = ((1 - t) z_0 + t z_1) / \\sqrt{(1 - t)^2 + t^2}
+    """
+    mixed: Tensor = torch.lerp(start, end, t) / ((1 - t) ** 2 + t**2) ** 0.5
+    return mixed
+
+
+@torch.no_grad()
+def pictures(model: Any, planes: Tensor, codes: Sequence[Tensor]) -> list[Picture]:
+    """One picture per code."""
+    return [picture for z in codes for picture in to_pictures(model(planes, z))]
+
+
+def _scale_to(deviation: float) -> Any:
+    """A forward hook that scales a conv, for good: each output channel gets that deviation."""
+
+    def hook(conv: torch.nn.Conv2d, _: Any, output: Tensor) -> Tensor:
+        mean = output.mean(dim=(0, 2, 3))
+        # Bounded: on a map of a single class the channels barely vary.
+        scale = (deviation / output.std(dim=(0, 2, 3)).clamp_min(1e-12)).clamp_max(1e3)
+        conv.weight.mul_(scale.view(-1, 1, 1, 1))
+        assert conv.bias is not None
+        conv.bias.copy_((conv.bias - mean) * scale)
+        return (output - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
+
+    return hook
+
+
+@torch.no_grad()
+def calibrate(model: Any, planes: Tensor, z: Tensor) -> None:
+    """Give untrained weights pictures in which the layout shows: they would be grey otherwise.
+
+    One pass in training mode sets the running statistics of every norm to those of its input and
+    scales the convs of gamma, beta and the image. For random weights only: a trained network's
+    statistics and scales are part of its checkpoint.
+    """
+    generator = model.generator
+    norms = [m for m in generator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    deviations = {"mlp_gamma": 0.4, "mlp_beta": 0.8, "conv_img": 0.6}
+    hooks = [
+        module.register_forward_hook(_scale_to(deviations[name.rpartition(".")[2]]))
+        for name, module in generator.named_modules() if name.rpartition(".")[2] in deviations
+    ]
+    for norm in norms:
+        norm.momentum = 1.0
+    try:
+        generator.train()
+        with use_backend("reference"):  # which calls each conv, so that its hook runs
+            generator(planes, z)
+    finally:
+        generator.eval()
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,220 @@
+"""The command line: what it writes, what it says, and one line for every mistake."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smis_models import cli, create_model, images, synthesis
+from smis_models.scenes import sample_scene
+
+SMALL = {
+    "groupdnet_deepfashion": {"ngf": 8, "nef": 8, "image_size": (64, 64), "upsampling": "normal"},
+    "groupdnet_cityscapes": {"ngf": 70, "nef": 35, "image_size": (64, 128), "upsampling": "normal"},
+}
+
+
+def _small_model(name, checkpoint=None, **options):
+    return create_model(name, checkpoint, **{**options, **SMALL.get(name, {})})
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(cli, "create_model", _small_model)
+
+
+@pytest.fixture
+def smis(monkeypatch, capsys):
+    """Run the command line; its exit code, stdout and stderr."""
+    # The setting is the whole process's; the other tests are to run without it.
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["smis", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """A folder with label and instance maps of two street scenes and two people."""
+    for seed in range(2):
+        street = sample_scene("street", 48, 96, 35, seed)
+        images.write_indices(tmp_path / f"street/label/{seed}_labelIds.png", street.labels)
+        images.write_indices(tmp_path / f"street/inst/{seed}_instanceIds.png", street.instances)
+        person = sample_scene("person", 64, 64, 8, seed)
+        images.write_indices(tmp_path / f"person/{seed}.png", person.labels)
+    return tmp_path
+
+
+def _read(path):
+    return np.asarray(Image.open(path))
+
+
+def test_list_names_every_model(smis):
+    code, out, _ = smis("list")
+    assert code == 0
+    for name in ("groupdnet_deepfashion", "groupdnet_cityscapes", "groupdnet_ade20k"):
+        assert name[:12] in out
+
+
+def test_info_reports_the_libraries(smis):
+    code, out, _ = smis("info")
+    assert code == 0
+    assert "native libraries" in out
+
+
+def test_synthesize_writes_samples_and_a_grid(smis, small, scene, tmp_path):
+    arguments = ("--model", "groupdnet_deepfashion", "--labels", scene / "person", "--samples", 2)
+    code, out, _ = smis("synthesize", *arguments, "--out", tmp_path / "a")
+    assert code == 0
+    assert "random" in out.lower()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "0_0.png", "0_1.png", "1_0.png", "1_1.png", "grid.png"
+    }
+    first, second = (_read(tmp_path / f"a/0_{k}.png") for k in range(2))
+    assert first.shape == (64, 64, 3)
+    assert first.std() > 10
+    assert not np.array_equal(first, second)
+    smis("synthesize", *arguments, "--out", tmp_path / "b")
+    assert np.array_equal(first, _read(tmp_path / "b/0_0.png"))
+
+
+def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
+    model = _small_model("groupdnet_deepfashion", seed=5, init_gain=1.0).eval()
+    torch.save(model.generator.state_dict(), tmp_path / "latest_net_G.pth")
+    code, out, _ = smis(
+        "synthesize", "--model", "groupdnet_deepfashion", "--labels", scene / "person/0.png",
+        "--checkpoint", tmp_path / "latest_net_G.pth", "--out", tmp_path / "out", "--seed", 3,
+    )
+    assert code == 0
+    assert "random" not in out.lower()
+    (layout,) = synthesis.read_layouts(scene / "person/0.png", None, model.preset)
+    expected = synthesis.pictures(
+        model, synthesis.semantics(model, layout), [synthesis.draw_code(model, 3)])
+    np.testing.assert_allclose(_read(tmp_path / "out/0_0.png").astype(int), expected[0], atol=1)
+
+
+def test_instances_are_matched_by_scene_and_keep_sixteen_bits(scene):
+    preset = _small_model("groupdnet_cityscapes", part="generator", device="meta").preset
+    folder = scene / "street"
+    layouts = synthesis.read_layouts(folder / "label", folder / "inst", preset)
+    assert [layout.name for layout in layouts] == ["0", "1"]
+    for layout in layouts:
+        assert layout.labels.shape == layout.instances.shape == (64, 128)
+        assert layout.instances.max() >= 26000
+        classes = np.where(
+            layout.instances < 1000, layout.instances, layout.instances // 1000)
+        np.testing.assert_array_equal(classes, layout.labels)
+
+
+@pytest.fixture
+def bad(scene):
+    """Files that are not what they are given as."""
+    (scene / "text.png").write_text("no image")
+    Image.new("RGB", (8, 8)).save(scene / "rgb.png")
+    images.write_indices(scene / "nine.png", np.full((8, 8), 9))
+    images.write_indices(scene / "unknown.png", np.full((8, 8), 255))
+    torch.save({"fc.weight": torch.zeros(3)}, scene / "other.pth")
+    torch.save({"code": functools.partial(print, "run")}, scene / "code.pth")
+    (scene / "empty").mkdir()
+    return scene
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"--labels": "text.png"}, r"text\.png: cannot be read as an image"),
+        ({"--labels": "rgb.png"}, r"rgb\.png: expected one index per pixel"),
+        ({"--labels": "nine.png"}, r"nine\.png: expected labels 0\.\.7, got 9"),
+        ({"--labels": "unknown.png"}, r"unknown\.png: .*got 255; .*--unknown"),
+        ({"--labels": "absent.png"}, r"labels: .*absent\.png does not exist"),
+        ({"--labels": "empty"}, r"labels: no .*\.png.* in .*empty"),
+        ({"--unknown": "8"}, r"unknown: expected a class 0\.\.7, got 8"),
+        ({"--model": "pix3pix"}, r"name: expected one of .*; got 'pix3pix'"),
+        ({"--checkpoint": "absent.pth"}, r"checkpoint: .*absent\.pth does not exist"),
+        ({"--checkpoint": "rgb.png"}, r"checkpoint: .*rgb\.png is no .*PyTorch checkpoint"),
+        ({"--checkpoint": "other.pth"}, r"checkpoint: .*other\.pth is not groupdnet_deepfashion"),
+        ({"--checkpoint": "code.pth"}, r"checkpoint: .*code\.pth holds pickled code"),
+        ({"--device": "cuda:99"}, r"device: cuda:99 is not here"),
+        ({"--device": "abacus"}, r"device: expected cpu"),
+        ({"--backend": "fast"}, r"backend: expected one of .*; got 'fast'"),
+        (
+            {"--model": "groupdnet_cityscapes", "--labels": "street/label"},
+            r"instances: .*give --instances",
+        ),
+        (
+            {"--model": "groupdnet_cityscapes", "--labels": "street/label",
+             "--instances": "street/inst/0_instanceIds.png"},
+            r"instances: no map of scene '1'",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(smis, small, bad, tmp_path, arguments, message):
+    paths = {"--labels", "--checkpoint", "--instances"}
+    given = {"--model": "groupdnet_deepfashion", "--labels": "person", **arguments}
+    words = [
+        word for option, value in given.items()
+        for word in (option, bad / value if option in paths else value)
+    ]
+    code, _, err = smis("synthesize", *words, "--out", tmp_path / "out")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    monkeypatch.setattr("sys.argv", [
+        "smis", "--debug", "synthesize", "--model", "none", "--labels", "x",
+        "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="name: expected one of"):
+        cli.main()
+
+
+def test_unknown_pixels_may_be_given_a_class(smis, small, bad, tmp_path):
+    code, *_ = smis("synthesize", "--model", "groupdnet_deepfashion", "--labels",
+                    bad / "unknown.png", "--unknown", 0, "--out", tmp_path / "out")
+    assert code == 0
+    assert (tmp_path / "out/unknown_0.png").exists()
+
+
+def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, tmp_path):
+    run = functools.partial(cli.demonstration.run, seconds=0.1)
+    monkeypatch.setattr(cli.demonstration, "run", run)
+    code, out, _ = smis("demo", "--out", tmp_path / "demo", "--samples", 2, "--scenes", 1)
+    assert code == 0
+    assert "random" in out.lower()
+    html = (tmp_path / "demo/index.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == 3 + 3 + 4  # samples, one class, morph; each with the layout
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for stage in ("class crops", "encoder", "modulation", "main convs", "generator"):
+        assert stage in html
+        assert stage in out
+    assert "<strong>random</strong>" in html
+    assert _read(tmp_path / "demo/person_0.png").std() > 10
+
+
+def test_one_class_is_resampled_and_the_rest_held():
+    model = _small_model("groupdnet_deepfashion").eval()
+    z = synthesis.draw_code(model, 0)
+    changed = synthesis.resample_class(model, z, 3, seed=9)
+    channels = model.generator.class_channels(3)
+    assert not torch.equal(changed[:, channels], z[:, channels])
+    changed[:, channels] = z[:, channels]
+    assert torch.equal(changed, z)
+
+
+def test_a_morph_starts_and_ends_at_its_codes_with_unit_variance():
+    start, end = torch.randn(2, 1, 4096, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(synthesis.morph(start, end, 0), start)
+    torch.testing.assert_close(synthesis.morph(start, end, 1), end)
+    assert abs(synthesis.morph(start, end, 0.5).var().item() - 1) < 0.05
