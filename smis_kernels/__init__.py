@@ -11,10 +11,12 @@ except ModuleNotFoundError:
 
 from ._backend import BackendError, use_backend
 from ._explain import Explanation, explain
+from ._path import use_path
 from .class_crops.module import ClassCrops
 from .class_crops.op import class_boxes, class_crops
 from .instance_edges.module import InstanceEdges
 from .instance_edges.op import instance_edges
+from .layout import LabelLayout, layout_scope, share_layouts
 from .modulation.module import SPADE, CGNorm, modulate_pair
 from .modulation.op import modulation, modulation_pair
 
@@ -27,12 +29,16 @@ __all__ = [
     "ClassCrops",
     "Explanation",
     "InstanceEdges",
+    "LabelLayout",
     "class_boxes",
     "class_crops",
     "explain",
     "instance_edges",
+    "layout_scope",
     "modulate_pair",
     "modulation",
     "modulation_pair",
+    "share_layouts",
     "use_backend",
+    "use_path",
 ]

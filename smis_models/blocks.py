@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from smis_kernels import CGNorm, modulate_pair
+from smis_kernels import CGNorm, LabelLayout, modulate_pair
+from smis_kernels._backend import requested
 
 NormFactory = Callable[[int], CGNorm]
 
@@ -32,6 +33,13 @@ def conv(channels: int, out_channels: int, *, groups: int = 1, kernel_size: int 
         padding=kernel_size // 2 if padding is None else padding,
     )
     return spectral_norm(layer) if spectral else layer
+
+
+def fast_format(x: Tensor) -> Tensor:
+    """Features in the memory format the convs and tables are fastest in; the reference keeps its."""
+    if requested() == "reference":
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class SPADEResBlock(nn.Module):
@@ -70,7 +78,7 @@ class SPADEResBlock(nn.Module):
             self.norm_s = norm(channels)
         self.learned_shortcut = learned
 
-    def forward(self, x: Tensor, segmap: Tensor, upsample: bool = False) -> Tensor:
+    def forward(self, x: Tensor, segmap: Tensor | LabelLayout, upsample: bool = False) -> Tensor:
         if self.learned_shortcut:
             h, shortcut = modulate_pair(self.norm_0, self.norm_s, x, segmap, upsample=upsample)
             shortcut = self.conv_s(shortcut)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_kernels import CGNorm
+from smis_kernels import CGNorm, LabelLayout
+from smis_kernels.modulation.choice import prepare_map
 
-from .blocks import NormFactory, SPADEResBlock, conv
+from .blocks import NormFactory, SPADEResBlock, conv, fast_format
 from .presets import GroupDNetPreset
 
 BLOCKS = ("G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4")
@@ -77,7 +78,7 @@ class GroupDNetGenerator(nn.Module):
         size = self.preset.latent_channels
         return slice(index * size, (index + 1) * size)
 
-    def forward(self, semantics: Tensor, z: Tensor) -> Tensor:
+    def forward(self, semantics: Tensor | LabelLayout, z: Tensor) -> Tensor:
         preset = self.preset
         _check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
                     + (" and the edge plane" if preset.instance_edge else ""))
@@ -87,22 +88,30 @@ class GroupDNetGenerator(nn.Module):
             raise ValueError(
                 f"z: expected batch size {semantics.shape[0]} as semantics, got {z.shape[0]}"
             )
-        segmap = _interleave_edge(semantics) if preset.instance_edge else semantics
-        x = self.head_0(self.fc(z), segmap)
+        segmap = prepare_map(semantics, self.fc.weight)
+        if preset.instance_edge:
+            segmap = _interleave_edge(segmap)
+        x = self.head_0(fast_format(self.fc(z)), segmap)
         for name in _CALLED:
             upsample = name != "G_middle_1" or preset.upsampling == "more"
             x = self.get_submodule(name)(x, segmap, upsample=upsample)
         return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
 
 
-def _check_maps(name: str, x: Tensor, channels: int, meaning: str) -> None:
-    if x.dim() != 4 or x.shape[1] != channels:
+def _check_maps(name: str, x: Tensor | LabelLayout, channels: int, meaning: str) -> None:
+    if len(x.shape) != 4 or x.shape[1] != channels:
         raise ValueError(
             f"{name}: expected (N, {channels}, H, W), {meaning}; got {tuple(x.shape)}"
         )
 
 
-def _interleave_edge(semantics: Tensor) -> Tensor:
+def _interleave_edge(semantics: Tensor | LabelLayout) -> Tensor | LabelLayout:
     """[class 0, ..., class C-1, edge] -> [class 0, edge, class 1, edge, ...]."""
-    classes, edge = semantics[:, :-1], semantics[:, -1:]
+    if isinstance(semantics, LabelLayout):
+        return semantics.map_vectors(_interleave_planes)
+    return _interleave_planes(semantics)
+
+
+def _interleave_planes(planes: Tensor) -> Tensor:
+    classes, edge = planes[:, :-1], planes[:, -1:]
     return torch.stack([classes, edge.expand_as(classes)], 2).flatten(1, 2)

@@ -10,13 +10,13 @@ namespace smis::SMIS_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 3, kOneLevelRows = 6;
+constexpr int kBytes = 64, kRows = 8, kOneLevelRows = 6;
 #elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 1, kOneLevelRows = 2;
+constexpr int kBytes = 32, kRows = 4, kOneLevelRows = 2;
 #else
-constexpr int kBytes = 16, kRows = 1, kOneLevelRows = 2;
+constexpr int kBytes = 16, kRows = 4, kOneLevelRows = 2;
 #endif
-constexpr int64_t kDepth = 32;  // hidden channels at a time: their weights (9 x 32 lines) fit L1
+constexpr int kTaps = 3;        // taps of a two-level tile: rows x taps sums fill the registers
 constexpr int kWide = 4;        // register rows of a one-level block
 
 template <class T> struct Lane {
@@ -28,26 +28,26 @@ template <class T> using Vec = typename Lane<T>::vec;
 template <class T> inline Vec<T> get(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
 template <class T> inline void put(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
 
-// t[r][tap] (+)= sum over k of h[r][k] * b[k][tap], lanes are channels.
+// t[r][tap] = sum over k of h[r][k] * b[k][tap] for kTaps of the nine taps; lanes are channels.
 template <class T, int rows>
-inline void taps_tile(const T* h, int64_t stride, int64_t depth, const T* b, T* t, bool first) {
+inline void taps_tile(const T* h, int64_t stride, int64_t depth, const T* b, T* t) {
   constexpr int64_t L = Lane<T>::n;
-  Vec<T> acc[rows][9];
-#pragma GCC unroll 27
-  for (int i = 0; i < rows * 9; ++i) acc[i / 9][i % 9] = first ? Vec<T>{} : get(t + i * L);
-  for (int64_t k = 0; k < depth; ++k, b += 9 * L) {
-    T s[rows];
+  Vec<T> acc[rows][kTaps] = {};
+  for (int64_t k = 0; k < depth; ++k, b += kTaps * L) {
+    Vec<T> w[kTaps];
+#pragma GCC unroll 3
+    for (int tap = 0; tap < kTaps; ++tap) w[tap] = get(b + tap * L);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) s[r] = h[r * stride + k];
-#pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) {
-      const Vec<T> w = get(b + tap * L);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) acc[r][tap] += w * s[r];
+    for (int r = 0; r < rows; ++r) {
+      const T s = h[r * stride + k];
+#pragma GCC unroll 3
+      for (int tap = 0; tap < kTaps; ++tap) acc[r][tap] += w[tap] * s;
     }
   }
-#pragma GCC unroll 27
-  for (int i = 0; i < rows * 9; ++i) put(t + i * L, acc[i / 9][i % 9]);
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 3
+    for (int tap = 0; tap < kTaps; ++tap) put(t + (r * 9 + tap) * L, acc[r][tap]);
 }
 
 // One block: which half, group and channels; `lanes` of them exist.
@@ -67,16 +67,17 @@ void two_level(const WindowTableArgs& a, const Block& b, T* packed, T* t) {
   const int64_t depth = a.D / a.groups, J = depth * 9;
   const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
   const T* hidden = static_cast<const T*>(a.hidden) + b.group * depth;
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t d = std::min(kDepth, depth - k);
+  for (int first = 0; first < 9; first += kTaps) {
     for (int64_t l = 0; l < L; ++l)  // (channel, k, tap) -> (k, tap, channel)
-      for (int64_t j = 0; j < d * 9; ++j)
-        packed[j * L + l] = l < b.lanes ? weight[l * J + k * 9 + j] : T(0);
+      for (int64_t k = 0; k < depth; ++k)
+        for (int tap = 0; tap < kTaps; ++tap)
+          packed[(k * kTaps + tap) * L + l] =
+              l < b.lanes ? weight[l * J + k * 9 + first + tap] : T(0);
     int64_t v = 0;
     for (; v + kRows <= a.V; v += kRows)
-      taps_tile<T, kRows>(hidden + v * a.D + k, a.D, d, packed, t + v * 9 * L, k == 0);
+      taps_tile<T, kRows>(hidden + v * a.D, a.D, depth, packed, t + (v * 9 + first) * L);
     for (; v < a.V; ++v)
-      taps_tile<T, 1>(hidden + v * a.D + k, a.D, d, packed, t + v * 9 * L, k == 0);
+      taps_tile<T, 1>(hidden + v * a.D, a.D, depth, packed, t + (v * 9 + first) * L);
   }
   alignas(kBytes) T bias[L], line[L];
   for (int64_t l = 0; l < L; ++l)
@@ -155,7 +156,7 @@ template <class T> void plan(const WindowTableArgs& a, int64_t* blocks, int64_t*
   constexpr int64_t L = Lane<T>::n;
   const int64_t width = a.one_level ? kWide * L : L, per_group = a.C / a.groups;
   *blocks = 2 * a.groups * ((per_group + width - 1) / width);
-  const int64_t packed = a.one_level ? a.D / a.groups * 9 * width : kDepth * 9 * L;
+  const int64_t packed = a.D / a.groups * (a.one_level ? 9 : kTaps) * width;
   *scratch_bytes = int64_t(sizeof(T)) * (packed + (a.one_level ? 0 : a.V * 9 * L));
 }
 
@@ -165,7 +166,7 @@ void window_table(const WindowTableArgs& a, int64_t begin, int64_t end, void* sc
   T* packed = static_cast<T*>(scratch);
   for (int64_t i = begin; i < end; ++i) {
     if (a.one_level) one_level<T>(a, block_at(a, i, kWide * L), packed);
-    else two_level<T>(a, block_at(a, i, L), packed, packed + kDepth * 9 * L);
+    else two_level<T>(a, block_at(a, i, L), packed, packed + a.D / a.groups * kTaps * L);
   }
 }
 

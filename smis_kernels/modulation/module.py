@@ -10,8 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._backend import resolve
-from .op import KINDS, modulation, modulation_pair
+from .._layout import acc_dtype
+from ..indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from ..layout import LabelLayout
+from ..window_table.op import window_embedding, window_table
+from .choice import choose
+from .op import modulation, modulation_pair
 
 _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
 _NORMS = ("batch", "syncbatch", "instance")
@@ -68,7 +72,7 @@ class CGNorm(nn.Module):
                 raise ValueError(f"{name}: expected a divisor of {total}, got {divisor}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        self.channels, self.label_channels = channels, label_channels
+        self.channels, self.label_channels, self.hidden = channels, label_channels, hidden
         self.synchronized = norm == "syncbatch"
         self.backend = backend
         pad = kernel_size // 2
@@ -116,12 +120,8 @@ class CGNorm(nn.Module):
         self, segmap: Tensor, size: tuple[int, int], fused: bool
     ) -> tuple[Tensor, Tensor]:
         """Gamma and beta (N, C, *size) by dense convs; ``fused``: one conv with 2C outputs."""
-        if segmap.dim() != 4 or segmap.shape[1] != self.label_channels:
-            raise ValueError(
-                f"segmap: expected (N, {self.label_channels}, H, W), got {tuple(segmap.shape)}"
-            )
         resized = F.interpolate(segmap, size=size, mode="nearest")
-        hidden = self.mlp_shared(resized) if hasattr(self, "mlp_shared") else resized
+        hidden = self.mlp_shared(resized) if self.hidden else resized
         gamma, beta = self.mlp_gamma, self.mlp_beta
         if not fused or gamma.groups > 1:  # grouped outputs would interleave
             return gamma(hidden), beta(hidden)
@@ -131,28 +131,68 @@ class CGNorm(nn.Module):
         both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
         return both[:, : self.channels], both[:, self.channels :]
 
+    def table(self, layout: LabelLayout, size: tuple[int, int], path: str) -> Tensor:
+        """Gamma and beta of every distinct window at ``size``: (U + 1, 2C), rows [gamma | beta]."""
+        if layout.tables is not None:
+            kept = layout.tables.get(self, size)
+            if kept is not None:
+                return kept
+        level = layout.level(size)
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        dtype = acc_dtype(gamma.weight)
+
+        def wide(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+            assert conv.bias is not None
+            return conv.weight.to(dtype), conv.bias.to(dtype)
+
+        vectors = layout.vectors.to(dtype)
+        if self.hidden:
+            shared: nn.Conv2d = self.mlp_shared[0]
+            hidden = window_embedding(vectors, *wide(shared), level.windows3, groups=shared.groups)
+            table = window_table(
+                hidden, *wide(gamma), *wide(beta), level.windows5, groups=gamma.groups,
+                one_level=path == "one_level",
+            )
+        else:
+            table = torch.cat([
+                window_embedding(vectors, *wide(conv), level.windows3, groups=conv.groups,
+                                 relu=False)
+                for conv in (gamma, beta)
+            ], 1)
+        if layout.tables is not None:
+            layout.tables.put(self, size, table)
+        return table
+
+    def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
+        """The row of :meth:`table` at each pixel of ``size``."""
+        level = layout.level(size)
+        return level.index5 if self.hidden else level.index3
+
     def output_size(self, input: Tensor, upsample: bool) -> tuple[int, int]:
         """(H, W) of the output."""
         scale = 2 if upsample else 1
         return input.shape[2] * scale, input.shape[3] * scale
 
     def forward(
-        self, input: Tensor, segmap: Tensor, *, activation: str | None = None,
+        self, input: Tensor, segmap: Tensor | LabelLayout, *, activation: str | None = None,
         negative_slope: float = 0.2, upsample: bool = False,
     ) -> Tensor:
-        """(N, C, H, W) features and a (N, label_channels, ., .) map -> modulated features.
+        """Modulate (N, C, H, W) features by a (N, label_channels, any, any) map or its layout.
 
         The map is resized by nearest to the output; ``upsample`` folds a nearest x2 upsampling
         of the features into the read, ``activation`` a ReLU or LeakyReLU into the write.
         """
-        fused = resolve("modulation", input, self.backend, KINDS) != "reference"
-        gamma, beta = self.gamma_beta(segmap, self.output_size(input, upsample), fused)
+        size = self.output_size(input, upsample)
+        plan = choose((self,), input, segmap, size)
+        options = {"activation": activation, "negative_slope": negative_slope,
+                   "upsample": upsample, "backend": self.backend,
+                   **self.norm_arguments(), **self.shared_arguments()}
         self.count_batch()
-        return modulation(
-            input, gamma, beta, activation=activation, negative_slope=negative_slope,
-            upsample=upsample, backend=self.backend,
-            **self.norm_arguments(), **self.shared_arguments(),
-        )
+        if plan.layout is None:
+            gamma, beta = self.gamma_beta(plan.dense(size), size, plan.fused)
+            return modulation(input, gamma, beta, **options)
+        index, table = self.index(plan.layout, size), self.table(plan.layout, size, plan.path)
+        return indexed_modulation(input, index, table, **options)
 
 
 class SPADE(CGNorm):
@@ -193,7 +233,7 @@ class SPADE(CGNorm):
 
 
 def modulate_pair(
-    norm_0: CGNorm, norm_s: CGNorm, input: Tensor, segmap: Tensor, *,
+    norm_0: CGNorm, norm_s: CGNorm, input: Tensor, segmap: Tensor | LabelLayout, *,
     activation: str | None = "leaky_relu", negative_slope: float = 0.2, upsample: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``norm_0`` (activated) and the shortcut's ``norm_s`` (not) from one read of ``input``.
@@ -208,15 +248,16 @@ def modulate_pair(
     shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
     if shared != shared_s:
         raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
-    fused = resolve("modulation_pair", input, norm_0.backend, KINDS) != "reference"
     size = norm_0.output_size(input, upsample)
-    gamma, beta = norm_0.gamma_beta(segmap, size, fused)
-    gamma_s, beta_s = norm_s.gamma_beta(segmap, size, fused)
+    plan = choose((norm_0, norm_s), input, segmap, size)
+    options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,
+               "backend": norm_0.backend, **norm_0.norm_arguments(),
+               **norm_s.norm_arguments("_s"), **shared}
     norm_0.count_batch()
     norm_s.count_batch()
-    return modulation_pair(
-        input, gamma, beta, gamma_s, beta_s, activation=activation,
-        negative_slope=negative_slope, upsample=upsample, backend=norm_0.backend,
-        **norm_0.norm_arguments(), **norm_s.norm_arguments("_s"),
-        **shared,
-    )
+    if plan.layout is None:
+        affine = (*norm_0.gamma_beta(plan.dense(size), size, plan.fused),
+                  *norm_s.gamma_beta(plan.dense(size), size, plan.fused))
+        return modulation_pair(input, *affine, **options)
+    tables = (norm.table(plan.layout, size, plan.path) for norm in (norm_0, norm_s))
+    return indexed_modulation_pair(input, norm_0.index(plan.layout, size), *tables, **options)
