@@ -11,6 +11,7 @@ except ModuleNotFoundError:
 
 from ._backend import BackendError, use_backend
 from ._explain import Explanation, explain
+from ._library import note_absent_kernels
 from ._path import use_path
 from .class_crops.module import ClassCrops
 from .class_crops.op import class_boxes, class_crops
@@ -19,6 +20,8 @@ from .instance_edges.op import instance_edges
 from .layout import LabelLayout, layout_scope, share_layouts
 from .modulation.module import SPADE, CGNorm, modulate_pair
 from .modulation.op import modulation, modulation_pair
+
+note_absent_kernels()
 
 __version__ = "0.1.0"
 

@@ -34,7 +34,7 @@ class _Selection:
 
 
 _selection = _Selection()
-_environment = _validated(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+_environment = os.environ.get(ENVIRONMENT, "auto")
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def requested(backend: str | None = None) -> str:
     """The backend asked for: the argument, else ``use_backend``, else ``SMIS_BACKEND``."""
     if backend is not None:
         return _validated(backend, "backend")
-    return _selection.backend or _environment
+    return _selection.backend or _validated(_environment, ENVIRONMENT)
 
 
 def triton_interpreted() -> bool:
@@ -69,8 +69,13 @@ def missing(kind: str) -> str | None:
     """Why the implementation ``kind`` cannot run in this process, with the cure; else None."""
     if kind in ("cpu", "cuda"):
         status = _native.STATUS[kind]
-        if status.loaded:
+        if status.loaded and not (kind == "cpu" and _native.absent_kernels):
             return None
+        if status.loaded:
+            return (
+                f"the native cpu library is older than the package: it lacks "
+                f"{', '.join(_native.absent_kernels)}; cure: {_native.BUILD_COMMAND}"
+            )
         return f"the native {kind} library is not loaded: {status.reason}; cure: {status.cure}"
     if kind == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; cure: pip install triton"

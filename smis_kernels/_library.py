@@ -8,11 +8,25 @@ from typing import Any
 
 import torch
 
+from . import _native
+
 NAMESPACE = "smis_kernels"
 
 # The Library object owns the registrations: it must outlive every call.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+_names: list[str] = []
+
+
+def note_absent_kernels() -> None:
+    """Note the ops without a CPU kernel in a loaded library; called once all ops are defined."""
+    if _native.STATUS["cpu"].loaded:
+        has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+        _native.absent_kernels[:] = [
+            name for name in _names if not has_kernel(f"{NAMESPACE}::{name}", "CPU")
+        ]
 
 
 class RawOp:
@@ -29,6 +43,7 @@ class RawOp:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         self.name = name
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _names.append(name)
         self._triton = triton
         if triton is not None:
             _LIBRARY.impl(name, self._launch, "CUDA")

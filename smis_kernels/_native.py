@@ -51,4 +51,7 @@ def _load(name: str) -> NativeStatus:
     return NativeStatus(name, True, str(path))
 
 
+# Raw ops that the loaded CPU library does not implement: it was built from older sources.
+absent_kernels: list[str] = []
+
 STATUS = {name: _load(name) for name in ("cpu", "cuda")}

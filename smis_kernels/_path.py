@@ -16,6 +16,9 @@ def _validated(name: str, origin: str) -> str:
     return name
 
 
+_environment = os.environ.get(ENVIRONMENT, "auto")
+
+
 class _Selection:
     path: str | None = None  # process-wide, as the backend's
 
@@ -48,4 +51,4 @@ def requested_path(path: str | None = None) -> str:
         return _validated(path, "path")
     if _selection.path is not None:
         return _selection.path
-    return _validated(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    return _validated(_environment, ENVIRONMENT)

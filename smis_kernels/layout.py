@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class WindowLevel:
 
 
 def _compile_level(symbols: Tensor) -> WindowLevel:
-    # Fewer than half as many rows as pixels, or dense convs win anyway; small maps are always cheap.
+    # With more rows than half the pixels dense convs win anyway; small maps are always cheap.
     limit = max(symbols.numel() // 2, 4096)
     index3, windows3 = number_windows(symbols, limit)
     if len(windows3) == 0:
@@ -161,11 +161,22 @@ class LabelLayout:
         rows, columns = nearest_source(size[0], h, device), nearest_source(size[1], w, device)
         return self.symbols[:, rows[:, None], columns[None, :]].contiguous()
 
-    def dense(self, size: tuple[int, int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def dense(self, size: tuple[int, int] | None = None,
+              dtype: torch.dtype | None = None) -> Tensor:
         """The conditioning tensor (N, K, h, w) itself, for code that needs it."""
         symbols = self.symbols if size is None else self.resized(size)
         vectors = self.vectors if dtype is None else self.vectors.to(dtype)
         return vectors[symbols.long()].permute(0, 3, 1, 2).contiguous()
+
+    def patches(self, size: tuple[int, int]) -> Tensor:
+        """(U + 1, 25) symbols of each distinct 5x5 window, row-major, 0 outside the image."""
+        level = self.level(size)
+        rows, columns = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+        # Position (y, x) of the 5x5 window lies in the 3x3 window of the nearest inner tap.
+        tap_y, tap_x = rows.clamp(1, 3) - 1, columns.clamp(1, 3) - 1
+        tap = (3 * tap_y + tap_x).flatten().to(level.windows5.device)
+        inner = (3 * (rows - tap_y) + columns - tap_x).flatten().to(level.windows5.device)
+        return level.windows3[level.windows5.long()[:, tap], inner]
 
     def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
         """The layout of ``function`` applied to every pixel's vector: (S, K) -> (S, K').
@@ -201,24 +212,70 @@ class LabelLayout:
                 continue
             v, u = level.counts
             lines.append(
-                f"{h:>5}x{w:<5}{pixels:>9}  {v:>7} ({v / pixels:6.1%})    {u:>7} ({u / pixels:6.1%})"
+                f"{h:>5}x{w:<5}{pixels:>9}  {v:>7} ({v / pixels:6.1%})    "
+                f"{u:>7} ({u / pixels:6.1%})"
             )
         return "\n".join(lines)
 
 
-@dataclass
-class TableCache:
-    """Finished tables of frozen norms on one layout: further samples skip building them."""
+def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *,
+                  reach: int) -> Tensor:
+    """For each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
 
-    tables: dict[tuple[int, tuple[int, int]], Tensor] = field(default_factory=dict)
-    owners: dict[int, nn.Module] = field(default_factory=dict)  # keeps ids valid
+    Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
+    for 5x5 windows.
+    """
+    marked = [
+        torch.cat([x.vectors.double(), torch.zeros((len(x.vectors), 1))
+                   .to(x.vectors.device, torch.double).index_fill_(0, _first(x.vectors), 1)], 1)
+        for x in (old, new)
+    ]  # the outside differs from a pixel whose vector is zero
+    _, common = torch.unique(torch.cat(marked), dim=0, return_inverse=True)
+    names = common.split([len(old.vectors), len(new.vectors)])
+    rows = []
+    for layout, name in zip((old, new), names, strict=True):
+        windows = layout.patches(size) if reach == 2 else layout.level(size).windows3
+        rows.append(name[windows.long()])
+    _, keys = torch.unique(torch.cat(rows), dim=0, return_inverse=True)
+    old_keys, new_keys = keys.split([len(rows[0]), len(rows[1])])
+    place = torch.full((int(keys.max()) + 1,), -1, device=keys.device)
+    place[old_keys] = torch.arange(len(old_keys), device=keys.device)
+    return place[new_keys]
+
+
+def _first(rows: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.long, device=rows.device)
+
+
+class TableCache:
+    """Finished tables of frozen norms on one layout: further samples skip building them.
+
+    Where an edited layout follows another, rows of windows that both have are taken over.
+    """
+
+    def __init__(self, earlier: TableCache | None = None) -> None:
+        self._kept: dict[tuple[nn.Module, tuple[int, int]], tuple[LabelLayout, Tensor]] = {}
+        self._matches: dict[tuple[int, int], Tensor] = {}
+        self._earlier = None if earlier is None else earlier._kept
 
     def get(self, owner: nn.Module, size: tuple[int, int]) -> Tensor | None:
-        return self.tables.get((id(owner), size))
+        found = self._kept.get((owner, size))
+        return None if found is None else found[1]
 
-    def put(self, owner: nn.Module, size: tuple[int, int], table: Tensor) -> None:
-        self.owners[id(owner)] = owner
-        self.tables[id(owner), size] = table
+    def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
+            table: Tensor) -> None:
+        self._kept[owner, size] = (layout, table)
+
+    def earlier(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
+                reach: int) -> tuple[Tensor, Tensor] | None:
+        """The owner's table before the edit, and the row in it of each window (-1: new)."""
+        found = None if self._earlier is None else self._earlier.get((owner, size))
+        if found is None:
+            return None
+        before, table = found
+        if size not in self._matches:  # the same for all norms of a resolution
+            self._matches[size] = match_windows(before, layout, size, reach=reach)
+        return table, self._matches[size]
 
 
 class _Known(threading.local):

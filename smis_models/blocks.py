@@ -36,7 +36,7 @@ def conv(channels: int, out_channels: int, *, groups: int = 1, kernel_size: int 
 
 
 def fast_format(x: Tensor) -> Tensor:
-    """Features in the memory format the convs and tables are fastest in; the reference keeps its."""
+    """Features in the memory format that is fastest; the reference keeps the one it has."""
     if requested() == "reference":
         return x
     return x.contiguous(memory_format=torch.channels_last)

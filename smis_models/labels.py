@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smis_kernels import instance_edges
+from smis_kernels import LabelLayout, instance_edges
 
-from .presets import GroupDNetPreset
+from .presets import Preset
 
 UNKNOWN = 255  # what data sets write for pixels without a class
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
@@ -75,7 +75,30 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
     return planes.scatter_(1, labels[:, None], 1)
 
 
-def semantics(labels: Tensor, preset: GroupDNetPreset, instances: Tensor | None = None, *,
+def layout(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
+           source: str | Path | None = None) -> LabelLayout:
+    """The compiled form of :func:`semantics`: no plane is built. Arguments and errors as there.
+
+    Example:
+        >>> image = generator(layout(labels, CITYSCAPES, instances), z)
+    """
+    maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care, source=source)
+    ids = _instance_ids(instances, maps) if preset.instance_edge else None
+    return LabelLayout.from_labels(maps, preset.classes, instances=ids)
+
+
+def _instance_ids(instances: Tensor | None, labels: Tensor) -> Tensor:
+    if instances is None:
+        raise ValueError("instances: expected a map of ids, which this model needs; got None")
+    ids = _as_maps("instances", instances)
+    if ids.shape != labels.shape:
+        raise ValueError(
+            f"instances: expected the labels' shape {tuple(labels.shape)}, got {tuple(ids.shape)}"
+        )
+    return ids
+
+
+def semantics(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
               dtype: torch.dtype = torch.float32, source: str | Path | None = None) -> Tensor:
     """What a model of ``preset`` reads: one-hot labels and, where it has one, the edge plane.
 
@@ -101,11 +124,5 @@ def semantics(labels: Tensor, preset: GroupDNetPreset, instances: Tensor | None 
     planes = one_hot(maps, preset.classes, dtype)
     if not preset.instance_edge:
         return planes
-    if instances is None:
-        raise ValueError("instances: expected a map of ids, which this model needs; got None")
-    ids = _as_maps("instances", instances)
-    if ids.shape != maps.shape:
-        raise ValueError(
-            f"instances: expected the labels' shape {tuple(maps.shape)}, got {tuple(ids.shape)}"
-        )
+    ids = _instance_ids(instances, maps)
     return torch.cat([planes, instance_edges(ids).to(dtype)], 1)

@@ -9,7 +9,6 @@
 namespace smis {
 namespace {
 
-constexpr int64_t kStreamBytes = 8 << 20;  // outputs from this size on do not stay in L2
 
 // Tasks worth starting a thread for, at most one per thread.
 int64_t task_count(int64_t elements, int64_t rows) {

@@ -5,8 +5,7 @@
 
 namespace smis {
 
-constexpr int64_t kGrain = 1 << 15;        // elements a thread takes at least
-constexpr int64_t kStreamBytes = 8 << 20;  // outputs from this size on do not stay in L2
+constexpr int64_t kGrain = 1 << 15;  // elements a thread takes at least
 
 inline int64_t grain(int64_t elements_per_item) { return kGrain / std::max<int64_t>(elements_per_item, 1); }
 

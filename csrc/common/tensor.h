@@ -50,6 +50,8 @@ inline bool channels_last(const Tensor& t) {
          t.stride(t.size(3) > 1 ? 3 : 2) >= t.size(1);
 }
 
+constexpr int64_t kStreamBytes = 8 << 20;  // outputs from this size on do not stay in L2
+
 template <class F>
 inline void parallel(int64_t count, int64_t grain, const F& fn) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), fn);

@@ -25,7 +25,8 @@ from ..modulation.op import (
 )
 from . import reference
 
-KINDS = ("cpu",)
+KINDS = ("cpu", "triton")
+_TRITON = "smis_kernels.indexed_modulation.triton:"
 
 
 def _apply_fake(
@@ -56,7 +57,7 @@ _apply = RawOp(
     "indexed_modulation_apply(Tensor input, Tensor mean, Tensor rstd, Tensor index, Tensor table, "
     "Tensor? mean_s, Tensor? rstd_s, Tensor? table_s, float slope, float slope_s, bool upsample) "
     "-> (Tensor, Tensor)",
-    _apply_fake,
+    _apply_fake, _TRITON + "indexed_modulation_apply",
 )
 # -> input gradient with fixed statistics, gradients of the tables, and the two sums over each
 # plane that batch statistics need.
@@ -65,7 +66,7 @@ _backward = RawOp(
     "Tensor rstd, Tensor index, Tensor table, Tensor? grad_s, Tensor? output_s, Tensor? mean_s, "
     "Tensor? rstd_s, Tensor? table_s, float slope, float slope_s, bool upsample, bool sums) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_fake,
+    _backward_fake, _TRITON + "indexed_modulation_backward",
 )
 
 

@@ -10,7 +10,7 @@ from .._check import FLOATS, check_tensor
 from .._library import RawOp
 from . import reference
 
-KINDS = ("cpu",)
+KINDS = ("cpu", "cuda")
 
 
 def _vectors_fake(input: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def number_vectors(input: Tensor, limit: int, *,
     Args:
         input: (N, K, H, W), any float dtype. Compared by value: -0 equals 0.
         limit: give up beyond so many.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "cuda" (which waits for the device once).
 
     Returns:
         Symbols (N, H, W) int32, from 1 in order of first appearance, and the vectors (S + 1, K),
@@ -61,7 +61,7 @@ def number_windows(map: Tensor, limit: int, *,
     Args:
         map: (N, H, W) int32, ids from 1; 0 stands for the pixels outside the image.
         limit: give up beyond so many.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "cuda" (which waits for the device once).
 
     Returns:
         Ids (N, H, W) int32 from 1 in order of first appearance over the whole batch, and the

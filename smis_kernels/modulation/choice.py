@@ -43,11 +43,10 @@ class Plan:
 def costs(norm: CGNorm, level: WindowLevel, pixels: int) -> dict[str, float]:
     """Nanoseconds of each path's convs or tables for one norm."""
     gamma = norm.mlp_gamma
-    per_output = gamma.weight[0].numel() * 2 * norm.channels
-    shared = 0
-    if norm.hidden:
-        shared = norm.mlp_shared[0].weight.numel()
-    dense = pixels * (per_output + shared) / DENSE_RATE
+    per_output = 2 * gamma.weight.numel()  # multiply-adds of gamma and beta at one pixel
+    shared = norm.shared_conv
+    embedded = 0 if shared is None else shared.weight.numel()
+    dense = pixels * (per_output + embedded) / DENSE_RATE
     if not level.repeats:
         return {"dense": dense}
     v, u = level.counts
@@ -143,9 +142,8 @@ def _why_dense(norms: Sequence[CGNorm], segmap: Tensor | LabelLayout, kind: str)
     if kind not in indexed.KINDS:
         return f"tables have no {kind} kernel"
     for norm in norms:
-        convs = [norm.mlp_gamma, norm.mlp_beta, *([norm.mlp_shared[0]] if norm.hidden else [])]
-        if any(conv.kernel_size != (3, 3) for conv in convs):
-            return f"kernel_size is {convs[0].kernel_size[0]}, tables are for 3"
+        if norm.mlp_gamma.kernel_size != (3, 3):
+            return f"kernel_size is {norm.mlp_gamma.kernel_size[0]}, tables are for 3"
     if isinstance(segmap, LabelLayout):
         return None
     if segmap.requires_grad:

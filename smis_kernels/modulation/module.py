@@ -133,11 +133,30 @@ class CGNorm(nn.Module):
 
     def table(self, layout: LabelLayout, size: tuple[int, int], path: str) -> Tensor:
         """Gamma and beta of every distinct window at ``size``: (U + 1, 2C), rows [gamma | beta]."""
-        if layout.tables is not None:
-            kept = layout.tables.get(self, size)
-            if kept is not None:
-                return kept
         level = layout.level(size)
+        windows = level.windows5 if self.hidden else level.windows3
+        kept = layout.tables
+        if kept is None:
+            return self._build_table(layout, level.windows3, windows, path)
+        table = kept.get(self, size)
+        if table is not None:
+            return table
+        earlier = kept.earlier(self, size, layout, reach=2 if self.hidden else 1)
+        if earlier is None:
+            table = self._build_table(layout, level.windows3, windows, path)
+        else:
+            before, row = earlier
+            fresh = row < 0
+            table = before[row.clamp_min(0)]
+            if bool(fresh.any()):
+                wanted = torch.cat([torch.zeros_like(windows[:1]), windows[fresh]])
+                table[fresh] = self._build_table(layout, level.windows3, wanted, path)[1:]
+        kept.put(self, size, layout, table)
+        return table
+
+    def _build_table(self, layout: LabelLayout, windows3: Tensor, windows: Tensor,
+                     path: str) -> Tensor:
+        """Rows for ``windows``: of 3x3-window ids, or of symbols with hidden=0."""
         gamma, beta = self.mlp_gamma, self.mlp_beta
         dtype = acc_dtype(gamma.weight)
 
@@ -146,22 +165,33 @@ class CGNorm(nn.Module):
             return conv.weight.to(dtype), conv.bias.to(dtype)
 
         vectors = layout.vectors.to(dtype)
-        if self.hidden:
-            shared: nn.Conv2d = self.mlp_shared[0]
-            hidden = window_embedding(vectors, *wide(shared), level.windows3, groups=shared.groups)
-            table = window_table(
-                hidden, *wide(gamma), *wide(beta), level.windows5, groups=gamma.groups,
-                one_level=path == "one_level",
-            )
-        else:
-            table = torch.cat([
-                window_embedding(vectors, *wide(conv), level.windows3, groups=conv.groups,
-                                 relu=False)
+        shared = self.shared_conv
+        if shared is None:
+            return torch.cat([
+                window_embedding(vectors, *wide(conv), windows, groups=conv.groups, relu=False)
                 for conv in (gamma, beta)
             ], 1)
-        if layout.tables is not None:
-            layout.tables.put(self, size, table)
-        return table
+        if len(windows) < len(windows3) // 4:
+            # A few windows after an edit: only the 3x3 windows that they hold.
+            used, renamed = torch.unique(
+                torch.cat([windows.new_zeros(1), windows.flatten()]), return_inverse=True
+            )
+            windows3 = windows3[used.long()]
+            windows = renamed[1:].view_as(windows).int()
+        hidden = window_embedding(vectors, *wide(shared), windows3, groups=shared.groups)
+        return window_table(
+            hidden, *wide(gamma), *wide(beta), windows, groups=gamma.groups,
+            one_level=path == "one_level",
+        )
+
+    @property
+    def shared_conv(self) -> nn.Conv2d | None:
+        """The conv of ``mlp_shared``; None with hidden=0."""
+        if not self.hidden:
+            return None
+        conv = self.mlp_shared[0]
+        assert isinstance(conv, nn.Conv2d)
+        return conv
 
     def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
         """The row of :meth:`table` at each pixel of ``size``."""

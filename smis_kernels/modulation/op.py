@@ -295,7 +295,9 @@ def check_running_pair(
 
 
 def _check_dense(name: str, tensor: Tensor, input: Tensor, options: Options) -> Tensor:
-    if torch.is_autocast_enabled(input.device.type) and isinstance(tensor, Tensor):
+    device = input.device.type
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if autocast and isinstance(tensor, Tensor):
         tensor = tensor.to(input.dtype)
     check_tensor(name, tensor, 4, "(N, C, H, W)", (input.dtype,))
     why = "(twice the input's H and W: upsample=True)" if options.upsample else "to match input"

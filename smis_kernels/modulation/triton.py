@@ -29,12 +29,12 @@ def _offset(c, p, stride, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load(base, n, stride_n, c, p, stride, mask, ROWS: tl.constexpr, ACC: tl.constexpr):
+def load_tile(base, n, stride_n, c, p, stride, mask, ROWS: tl.constexpr, ACC: tl.constexpr):
     return tl.load(base + n * stride_n + _offset(c, p, stride, ROWS), mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _store(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
+def store_tile(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
     # outputs are dense: their strides follow from the shape
     stride = channels if ROWS else pixels
     offset = n * channels * pixels + _offset(c, p, stride, ROWS)
@@ -42,7 +42,7 @@ def _store(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def tile_at(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     # 64-bit: batch x channels x pixels exceeds 2^31 at sizes that fit one GPU
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -51,14 +51,14 @@ def _tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _hat(x, mean, rstd, n, stat_n, c, C):
+def normalize(x, mean, rstd, n, stat_n, c, C):
     m = tl.load(mean + n * stat_n + c, mask=c < C, other=0.0)[:, None]
     r = tl.load(rstd + n * stat_n + c, mask=c < C, other=0.0)[:, None]
     return (x - m) * r, r
 
 
 @triton.jit
-def _activate(z, SLOPE: tl.constexpr):
+def activate(z, SLOPE: tl.constexpr):
     # NaN is not below zero, so it passes
     if SLOPE == 1.0:
         return z
@@ -76,21 +76,33 @@ def modulation_apply_kernel(
     ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
+    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
     if UPSAMPLE:
         source = (p // W // 2) * (W // 2) + (p % W) // 2
     else:
         source = p
-    value = _load(x, n, x_n, c, source, x_s, mask, ROWS, ACC)
-    hat, _ = _hat(value, mean, rstd, n, stat_n, c, C)
-    g = _load(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
-    b = _load(beta, n, beta_n, c, p, beta_s, mask, ROWS, ACC)
-    _store(out, _activate(hat * (1.0 + g) + b, SLOPE), n, c, p, C, P, mask, ROWS)
+    value = load_tile(x, n, x_n, c, source, x_s, mask, ROWS, ACC)
+    hat, _ = normalize(value, mean, rstd, n, stat_n, c, C)
+    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
+    b = load_tile(beta, n, beta_n, c, p, beta_s, mask, ROWS, ACC)
+    store_tile(out, activate(hat * (1.0 + g) + b, SLOPE), n, c, p, C, P, mask, ROWS)
     if PAIR:
-        hat2, _ = _hat(value, mean2, rstd2, n, stat_n, c, C)
-        g2 = _load(gamma2, n, gamma2_n, c, p, gamma2_s, mask, ROWS, ACC)
-        b2 = _load(beta2, n, beta2_n, c, p, beta2_s, mask, ROWS, ACC)
-        _store(out2, _activate(hat2 * (1.0 + g2) + b2, SLOPE2), n, c, p, C, P, mask, ROWS)
+        hat2, _ = normalize(value, mean2, rstd2, n, stat_n, c, C)
+        g2 = load_tile(gamma2, n, gamma2_n, c, p, gamma2_s, mask, ROWS, ACC)
+        b2 = load_tile(beta2, n, beta2_n, c, p, beta2_s, mask, ROWS, ACC)
+        store_tile(out2, activate(hat2 * (1.0 + g2) + b2, SLOPE2), n, c, p, C, P, mask, ROWS)
+
+
+@triton.jit
+def activation_gradient(
+    grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE: tl.constexpr,
+    ROWS: tl.constexpr, ACC: tl.constexpr,
+):
+    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
+    if SLOPE != 1.0:
+        y = load_tile(out, n, out_n, c, p, out_s, mask, ROWS, ACC)
+        dz = tl.where(y > 0, dz, dz * SLOPE)
+    return dz
 
 
 @triton.jit
@@ -98,14 +110,22 @@ def _branch_gradients(
     grad, grad_n, grad_s, out, out_n, out_s, gamma, gamma_n, gamma_s, dgamma, dbeta, hat, rstd,
     n, c, p, C, P, mask, SLOPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):
-    dz = _load(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
-    if SLOPE != 1.0:
-        y = _load(out, n, out_n, c, p, out_s, mask, ROWS, ACC)
-        dz = tl.where(y > 0, dz, dz * SLOPE)
-    g = _load(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
-    _store(dbeta, dz, n, c, p, C, P, mask, ROWS)
-    _store(dgamma, dz * hat, n, c, p, C, P, mask, ROWS)
+    dz = activation_gradient(
+        grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE, ROWS, ACC
+    )
+    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
+    store_tile(dbeta, dz, n, c, p, C, P, mask, ROWS)
+    store_tile(dgamma, dz * hat, n, c, p, C, P, mask, ROWS)
     return rstd * dz * (1.0 + g)
+
+
+@triton.jit
+def store_sums(total, hat, partial, partial_s, n, c, C, mask):
+    # [2, N, C, blocks]: summed afterwards in a fixed order, so the result is deterministic
+    kept = tl.where(mask, total, 0.0)
+    at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partial + at, tl.sum(kept, 1), mask=c < C)
+    tl.store(partial + partial_s + at, tl.sum(kept * hat, 1), mask=c < C)
 
 
 @triton.jit
@@ -120,11 +140,11 @@ def modulation_backward_kernel(
     BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
-    value = _load(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-    hat, r = _hat(value, mean, rstd, n, stat_n, c, C)
+    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+    hat, r = normalize(value, mean, rstd, n, stat_n, c, C)
     if PAIR:
-        hat2, r2 = _hat(value, mean2, rstd2, n, stat_n, c, C)
+        hat2, r2 = normalize(value, mean2, rstd2, n, stat_n, c, C)
     total = tl.zeros_like(hat)
     for q in tl.static_range(4 if UPSAMPLE else 1):
         if UPSAMPLE:
@@ -142,13 +162,9 @@ def modulation_backward_kernel(
                 grad2, grad2_n, grad2_s, out2, out2_n, out2_s, gamma2, gamma2_n, gamma2_s,
                 dgamma2, dbeta2, hat2, r2, n, c, wide, C, pixels, mask, SLOPE2, ROWS, ACC,
             )
-    _store(dx, total, n, c, p, C, P, mask, ROWS)
+    store_tile(dx, total, n, c, p, C, P, mask, ROWS)
     if SUMS:
-        # [2, N, C, blocks]: summed afterwards in a fixed order, so the result is deterministic
-        kept = tl.where(mask, total, 0.0)
-        at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(partial + at, tl.sum(kept, 1), mask=c < C)
-        tl.store(partial + partial_s + at, tl.sum(kept * hat, 1), mask=c < C)
+        store_sums(total, hat, partial, partial_s, n, c, C, mask)
 
 
 @triton.jit
@@ -157,8 +173,8 @@ def channel_moments_kernel(
     ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # mean and summed squared deviation of each tile: two passes over registers, no cancellation
-    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
-    value = _load(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
     count = tl.minimum(P - tl.program_id(0) * BLOCK_P, BLOCK_P).to(ACC)
     average = tl.sum(value, 1) / count
     deviation = tl.where(mask, value - average[:, None], 0.0)
@@ -172,15 +188,16 @@ def modulation_center_kernel(
     grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, stat_n, shift, scale, dx, C, P,
     ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    n, c, p, mask = _tile(C, P, BLOCK_C, BLOCK_P)
-    hat, _ = _hat(_load(x, n, x_n, c, p, x_s, mask, ROWS, ACC), mean, rstd, n, stat_n, c, C)
-    g = _load(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
+    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+    hat, _ = normalize(value, mean, rstd, n, stat_n, c, C)
+    g = load_tile(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
     a = tl.load(shift + n * stat_n + c, mask=c < C, other=0.0)[:, None]
     b = tl.load(scale + n * stat_n + c, mask=c < C, other=0.0)[:, None]
-    _store(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
+    store_tile(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
 
 
-def _dense(t: Tensor, rows: bool) -> Tensor:
+def dense(t: Tensor, rows: bool) -> Tensor:
     """``t`` where its layout is the kernel's, else a copy that is."""
     _, c, h, w = t.shape
     _, sc, sh, sw = t.stride()
@@ -191,12 +208,12 @@ def _dense(t: Tensor, rows: bool) -> Tensor:
     return t if fits else t.contiguous()
 
 
-def _strides(t: Tensor, rows: bool) -> tuple[int, int]:
+def strides(t: Tensor, rows: bool) -> tuple[int, int]:
     """(batch stride, stride of the axis that is not dense)."""
     return t.stride(0), t.stride(3 if t.shape[3] > 1 else 2) if rows else t.stride(1)
 
 
-def _blocks(channels: int, pixels: int, rows: bool, tile: int = TILE) -> tuple[int, int]:
+def tile_sizes(channels: int, pixels: int, rows: bool, tile: int = TILE) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_P): the dense axis first, then the other one up to the tile's size."""
     if rows:
         block_c = min(triton.next_power_of_2(channels), 256)
@@ -205,31 +222,31 @@ def _blocks(channels: int, pixels: int, rows: bool, tile: int = TILE) -> tuple[i
     return max(1, min(triton.next_power_of_2(channels), tile // block_p)), block_p
 
 
-def _grid(n: int, c: int, pixels: int, blocks: tuple[int, int]) -> tuple[int, int, int]:
+def tile_grid(n: int, c: int, pixels: int, blocks: tuple[int, int]) -> tuple[int, int, int]:
     return triton.cdiv(pixels, blocks[1]), triton.cdiv(c, blocks[0]), n
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
+def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _acc(x: Tensor) -> tl.dtype:
+def acc_type(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
     rows, pixels = is_channels_last(input), h * w
-    x = _dense(input, rows)
-    blocks = _blocks(c, pixels, rows, MOMENT_TILE)
-    grid = _grid(n, c, pixels, blocks)
+    x = dense(input, rows)
+    blocks = tile_sizes(c, pixels, rows, MOMENT_TILE)
+    grid = tile_grid(n, c, pixels, blocks)
     means, squares = (
         torch.empty((n, c, grid[0]), dtype=acc_dtype(x), device=x.device) for _ in range(2)
     )
-    with _on(x):
+    with on_device(x):
         channel_moments_kernel[grid](
-            x, *_strides(x, rows), means, squares, c, pixels,
-            ROWS=rows, ACC=_acc(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=8,
+            x, *strides(x, rows), means, squares, c, pixels,
+            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=8,
         )
     if grid[0] == 1:
         return means.view(n, c), squares.view(n, c) / pixels
@@ -247,20 +264,20 @@ def modulation_apply(
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
     rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
-    x, g, b = (_dense(t, rows) for t in (input, gamma, beta))
-    g2, b2 = (_dense(t, rows) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
+    x, g, b = (dense(t, rows) for t in (input, gamma, beta))
+    g2, b2 = (dense(t, rows) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
     pixels = h * w * up * up
-    blocks = _blocks(c, pixels, rows)
-    with _on(x):
-        modulation_apply_kernel[_grid(n, c, pixels, blocks)](
-            x, *_strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
-            g, *_strides(g, rows), b, *_strides(b, rows), out,
+    blocks = tile_sizes(c, pixels, rows)
+    with on_device(x):
+        modulation_apply_kernel[tile_grid(n, c, pixels, blocks)](
+            x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
+            g, *strides(g, rows), b, *strides(b, rows), out,
             mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
-            g2, *_strides(g2, rows), b2, *_strides(b2, rows), out2 if pair else out,
+            g2, *strides(g2, rows), b2, *strides(b2, rows), out2 if pair else out,
             c, w * up, pixels,
-            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, ROWS=rows, ACC=_acc(x),
+            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, ROWS=rows, ACC=acc_type(x),
             BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
         )
     return out, out2
@@ -273,9 +290,9 @@ def modulation_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
     rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
-    x, dy, y, g = (_dense(t, rows) for t in (input, grad, output, gamma))
+    x, dy, y, g = (dense(t, rows) for t in (input, grad, output, gamma))
     dy2, y2, g2 = (
-        _dense(t, rows) if t is not None else s
+        dense(t, rows) if t is not None else s
         for t, s in ((grad_s, dy), (output_s, y), (gamma_s, g))
     )
     dx = empty_nchw((n, c, h, w), input)
@@ -283,19 +300,19 @@ def modulation_backward(
         empty_nchw((n, c, h * up, w * up), input) for _ in range(4 if pair else 2)
     )
     dgamma2, dbeta2 = second or (dgamma, dbeta)
-    blocks = _blocks(c, h * w, rows)
-    grid = _grid(n, c, h * w, blocks)
+    blocks = tile_sizes(c, h * w, rows)
+    grid = tile_grid(n, c, h * w, blocks)
     partial = torch.empty((2, n, c, grid[0]) if sums else (0,), dtype=acc_dtype(x), device=x.device)
-    with _on(x):
+    with on_device(x):
         modulation_backward_kernel[grid](
-            x, *_strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
-            dy, *_strides(dy, rows), y, *_strides(y, rows), g, *_strides(g, rows), dgamma, dbeta,
+            x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
+            dy, *strides(dy, rows), y, *strides(y, rows), g, *strides(g, rows), dgamma, dbeta,
             mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
-            dy2, *_strides(dy2, rows), y2, *_strides(y2, rows), g2, *_strides(g2, rows),
+            dy2, *strides(dy2, rows), y2, *strides(y2, rows), g2, *strides(g2, rows),
             dgamma2, dbeta2, dx, partial, partial.numel() // 2,
             c, w, h * w,
             SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums, ROWS=rows,
-            ACC=_acc(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=BACKWARD_WARPS,
+            ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=BACKWARD_WARPS,
         )
     total = partial.sum(3) if sums else partial
     if not pair:
@@ -308,26 +325,28 @@ def modulation_center(
 ) -> Tensor:
     n, c, h, w = input.shape
     rows = is_channels_last(input)
-    x, g = _dense(input, rows), _dense(grad, rows)
+    x, g = dense(input, rows), dense(grad, rows)
     dx = empty_nchw((n, c, h, w), input)
-    blocks = _blocks(c, h * w, rows)
-    with _on(x):
-        modulation_center_kernel[_grid(n, c, h * w, blocks)](
-            g, *_strides(g, rows), x, *_strides(x, rows), mean, rstd,
+    blocks = tile_sizes(c, h * w, rows)
+    with on_device(x):
+        modulation_center_kernel[tile_grid(n, c, h * w, blocks)](
+            g, *strides(g, rows), x, *strides(x, rows), mean, rstd,
             c if mean.shape[0] > 1 else 0, shift, scale, dx, c, h * w,
-            ROWS=rows, ACC=_acc(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
+            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
         )
     return dx
 
 
-def _signature(kernel: triton.JITFunction, element: str, single: set[str]) -> dict[str, str]:
-    """Run-time arguments: pointers to ``element``, to fp32 for ``single``, the rest i64."""
+def signature(
+    kernel: triton.JITFunction, element: str, others: dict[str, str]
+) -> dict[str, str]:
+    """Run-time arguments: ``others``, else i64 sizes and strides, else pointers to ``element``."""
     types = {}
     for name in kernel.arg_names:
         if name.isupper() and len(name) > 1:
             continue
         scalar = name in ("C", "W", "P", "stat_n") or name.endswith(("_n", "_s"))
-        types[name] = "i64" if scalar else "*fp32" if name in single else f"*{element}"
+        types[name] = others.get(name, "i64" if scalar else f"*{element}")
     return types
 
 
@@ -336,7 +355,8 @@ CompileCase = tuple[str, triton.JITFunction, dict[str, str], dict[str, object], 
 
 def _compile_cases() -> list[CompileCase]:
     """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
-    statistics = {"mean", "rstd", "mean2", "rstd2", "shift", "scale", "partial", "square"}
+    statistics = dict.fromkeys(
+        ("mean", "rstd", "mean2", "rstd2", "shift", "scale", "partial", "square"), "*fp32")
     cases = []
     for element, rows in (("fp32", False), ("bf16", False), ("bf16", True)):
         common: dict[str, object] = {
@@ -354,13 +374,13 @@ def _compile_cases() -> list[CompileCase]:
                 ("modulation_backward", modulation_backward_kernel, {"SUMS": True},
                  BACKWARD_WARPS),
             ):
-                cases.append((f"{name} {suffix}", kernel, _signature(kernel, element, statistics),
+                cases.append((f"{name} {suffix}", kernel, signature(kernel, element, statistics),
                               {**variant, **extra}, warps))
         cases.append((f"modulation_center {element} {layout}", modulation_center_kernel,
-                      _signature(modulation_center_kernel, element, statistics), common, 4))
+                      signature(modulation_center_kernel, element, statistics), common, 4))
         moments = {**common, "BLOCK_P": 16 if rows else MOMENT_TILE}
         cases.append((f"channel_moments {element} {layout}", channel_moments_kernel,
-                      _signature(channel_moments_kernel, element, statistics), moments, 8))
+                      signature(channel_moments_kernel, element, statistics), moments, 8))
     return cases
 
 

@@ -13,7 +13,8 @@ from .._check import check_device, check_shape, check_tensor
 from .._library import RawOp
 from . import reference
 
-KINDS = ("cpu",)
+KINDS = ("cpu", "triton")
+_TRITON = "smis_kernels.window_table.triton:"
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -36,15 +37,16 @@ def _scatter_fake(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
 _window_table = RawOp(
     "window_table(Tensor hidden, Tensor weight_gamma, Tensor bias_gamma, Tensor weight_beta, "
     "Tensor bias_beta, Tensor windows, int groups, bool one_level) -> Tensor",
-    _table_fake,
+    _table_fake, _TRITON + "window_table",
 )
 # (R, 9, C) rows -> (V, C): the sum of row windows[v, t] at tap t, plus bias.
 _window_sum = RawOp(
-    "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu) -> Tensor", _sum_fake
+    "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu) -> Tensor", _sum_fake,
+    _TRITON + "window_sum",
 )
 # Its transpose: (V, C) -> (R, 9, C).
 _window_scatter = RawOp("window_scatter(Tensor grad, Tensor windows, int rows) -> Tensor",
-                        _scatter_fake)
+                        _scatter_fake, _TRITON + "window_scatter")
 
 
 class _WindowSum(torch.autograd.Function):
@@ -120,7 +122,7 @@ def window_embedding(
         weight: (D, K / groups, 3, 3). bias: (D,) or None.
         windows: (V + 1, 9) int32 rows of ``vectors``.
         relu: apply it.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         (V + 1, D); row 0 is zero. Differentiable in vectors, weight and bias.
@@ -160,7 +162,7 @@ def window_table(
         one_level: multiply the nine rows of each window directly, U x 9D; else the products of
             the V rows with every tap are made once (kept in cache a block of channels at a time)
             and summed nine at a time, V x D. Same result up to the order of sums.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         (U + 1, 2C), rows [gamma | beta]; row 0 is zero. Differentiable in all but windows.

@@ -1,0 +1,119 @@
+"""Synthesizer: many pictures of one layout, with all that depends on the layout done once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smis_kernels import LabelLayout
+from smis_kernels.layout import TableCache
+
+from . import labels as label_maps
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """The network in eval mode with spectral normalisation folded into the weights.
+
+    Parameters that nothing folds are shared with the original, not copied.
+
+    Example:
+        >>> fast = frozen_copy(generator)
+    """
+    shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    frozen = copy.deepcopy(network, shared).eval()
+    for module in frozen.modules():
+        if hasattr(module, "weight_orig"):
+            nn.utils.remove_spectral_norm(module)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # Wrapped anew, so that the original goes on asking for gradients.
+            setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    return frozen
+
+
+class Synthesizer:
+    """Pictures of one layout: label windows and modulation tables are computed once.
+
+    Each sample then costs the main convs and one pass over the features for each norm. The
+    weights are those at construction: spectral normalisation is folded.
+
+    Args:
+        model: a :class:`SynthesisModel` of the zoo (a generator with ``preset`` serves too).
+        labels: (N, H, W) integers, or a :class:`smis_kernels.LabelLayout`.
+        instances: ids of the labels' shape where the model reads edges.
+
+    Raises:
+        ValueError: labels out of range or of another shape; the message names it.
+        RuntimeError: from any sample, once the model's weights have changed.
+
+    Example:
+        >>> s = Synthesizer(model, labels)
+        >>> first = s.sample(seed=0)
+        >>> again = s.resample(3, seed=1)     # class 3 drawn anew, all else held
+        >>> frames = s.morph(s.code(0), s.code(1), steps=8)
+    """
+
+    def __init__(self, model: Any, labels: Tensor | LabelLayout,
+                 instances: Tensor | None = None) -> None:
+        self._source: nn.Module = getattr(model, "generator", model)
+        self._preset = model.preset
+        self._stamp = self._weights()
+        self._generator: Any = frozen_copy(self._source)
+        self._layout = self._compile(labels, instances)
+        self._layout.tables = TableCache()
+        self.z: Tensor | None = None
+
+    def _weights(self) -> tuple[tuple[int, int], ...]:
+        tensors = (*self._source.parameters(), *self._source.buffers())
+        return tuple((t.data_ptr(), t._version) for t in tensors)
+
+    def _compile(self, labels: Tensor | LabelLayout, instances: Tensor | None) -> LabelLayout:
+        if isinstance(labels, LabelLayout):
+            return labels.map_vectors(torch.clone)
+        layout = label_maps.layout(labels, self._preset, instances)
+        return layout.to(next(self._source.parameters()).device)
+
+    @property
+    def layout(self) -> LabelLayout:
+        """The compiled layout; ``print(s.layout.summary())`` tells how much repeats."""
+        return self._layout
+
+    def code(self, seed: int) -> Tensor:
+        """A latent code for every image of the layout, from N(0, 1)."""
+        generator = torch.Generator().manual_seed(seed)
+        z: Tensor = self._generator.sample_latent(self._layout.shape[0], generator)
+        return z
+
+    @torch.no_grad()
+    def sample(self, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
+        """The picture (N, 3, H, W) of code ``z``, or of a fresh one; kept as the current code."""
+        if self._weights() != self._stamp:
+            raise RuntimeError(
+                "model: its weights have changed since this Synthesizer was made; make a new one"
+            )
+        self.z = self.code(seed) if z is None else z
+        image: Tensor = self._generator(self._layout, self.z)
+        return image
+
+    def resample(self, index: int, *, seed: int = 1, z: Tensor | None = None) -> Tensor:
+        """Draw class ``index`` anew and hold all others, from ``z`` or the current code."""
+        start = z if z is not None else self.z if self.z is not None else self.code(0)
+        channels = self._generator.class_channels(index)
+        changed = start.clone()
+        changed[:, channels] = self.code(seed)[:, channels]
+        return self.sample(changed)
+
+    def morph(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
+        """Pictures (steps, N, 3, H, W) on the line from ``z0`` to ``z1``, both ends included."""
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, got {steps}")
+        weights = torch.linspace(0, 1, steps).tolist()
+        return torch.stack([self.sample(torch.lerp(z0, z1, t)) for t in weights])
+
+    def update(self, labels: Tensor | LabelLayout, instances: Tensor | None = None) -> None:
+        """Go on with an edited map: table rows are computed only for windows not seen before."""
+        layout = self._compile(labels, instances)
+        layout.tables = TableCache(self._layout.tables)
+        self._layout = layout
