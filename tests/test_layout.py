@@ -1,0 +1,385 @@
+"""LabelLayout and the table paths of SPADE and CG-Norm against the dense definition."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import smis_kernels
+from smis_kernels import (
+    SPADE,
+    CGNorm,
+    LabelLayout,
+    layout_scope,
+    modulate_pair,
+    share_layouts,
+    use_backend,
+    use_path,
+)
+from smis_kernels import layout as layout_module
+from smis_kernels._backend import missing
+from smis_kernels.layout import layout_of, match_windows
+from smis_kernels.testing import max_error
+
+needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+TABLES = ("one_level", "two_level")
+
+
+def blocky(n: int, h: int, w: int, classes: int, seed: int = 0) -> Tensor:
+    """Labels in rectangles: windows repeat."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, classes, (n, 1, -(-h // 5), -(-w // 7)), generator=generator)
+    return F.interpolate(coarse.double(), (h, w), mode="nearest")[:, 0].long()
+
+
+def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return F.one_hot(labels, classes).permute(0, 3, 1, 2).to(dtype)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How often windows were compiled."""
+    calls: list[int] = []
+    compile_level = layout_module._compile_level
+
+    def counting(symbols: Tensor) -> object:
+        calls.append(symbols.numel())
+        return compile_level(symbols)
+
+    monkeypatch.setattr(layout_module, "_compile_level", counting)
+    monkeypatch.setattr(layout_module._known, "last", None)
+    yield calls
+
+
+@pytest.mark.parametrize(("h", "w"), [(256, 256), (97, 61), (64, 101), (1, 1), (3, 200)])
+def test_resizing_is_that_of_interpolate(h: int, w: int) -> None:
+    labels = torch.randint(0, 9, (2, h, w))
+    layout = LabelLayout.from_labels(labels, 9)
+    planes = one_hot(labels, 9, torch.float32)
+    for size in [(h, w), (7, 5), (49, 30), (33, 77), (13, 1), (64, 64), (h * 2, w * 3)]:
+        expected = F.interpolate(planes, size=size, mode="nearest")
+        assert torch.equal(layout.dense(size), expected), size
+
+
+def test_labels_edges_and_tensors_give_the_same_layout() -> None:
+    labels, instances = blocky(2, 33, 29, 6), blocky(2, 33, 29, 40, seed=1)
+    edges = smis_kernels.instance_edges(instances)
+    planes = torch.cat([one_hot(labels, 8, torch.float32), edges], 1)
+    by_instances = LabelLayout.from_labels(labels, 8, instances=instances)
+    by_edges = LabelLayout.from_labels(labels[:, None], 8, edges=edges.bool())
+    by_tensor = LabelLayout.from_tensor(planes)
+    assert by_tensor is not None
+    for layout in (by_instances, by_edges, by_tensor):
+        assert torch.equal(layout.dense(), planes)
+        assert layout.shape == (2, 9, 33, 29)
+    assert by_instances.level((33, 29)).counts == by_tensor.level((33, 29)).counts
+
+
+def test_windows_determine_their_surroundings() -> None:
+    layout = LabelLayout.from_labels(blocky(2, 23, 17, 5), 5)
+    level = layout.level((23, 17))
+    padded = F.pad(level.symbols, (2, 2, 2, 2))
+    patches = layout.patches((23, 17))[level.index5.long()]
+    for k in range(25):
+        y, x = divmod(k, 5)
+        assert torch.equal(patches[..., k], padded[:, y : y + 23, x : x + 17])
+
+
+def test_layouts_move_pickle_and_report() -> None:
+    layout = LabelLayout.from_labels(blocky(1, 32, 32, 5), 5)
+    layout.level((32, 32))
+    layout.level((8, 8))
+    again = pickle.loads(pickle.dumps(layout))
+    moved = again.to("cpu")
+    for other in (again, moved):
+        assert torch.equal(other.level((8, 8)).index5, layout.level((8, 8)).index5)
+    assert "32x32" in layout.summary()
+    noise = LabelLayout.from_labels(torch.randint(0, 5, (1, 128, 128)), 5)
+    assert not noise.level((128, 128)).repeats
+    assert "nothing repeats" in noise.summary()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"labels": torch.full((1, 4, 4), 255)}, "expected labels 0..4, got 255"),
+    ({"labels": torch.full((1, 4, 4), -1)}, "expected labels 0..4, got -1"),
+    ({"labels": torch.zeros(1, 4, 4)}, "labels: expected dtype"),
+    ({"labels": torch.zeros(4, 4, dtype=torch.long)}, "labels: expected (N, H, W)"),
+    ({"instances": torch.zeros(1, 4, 5, dtype=torch.long)}, "instances: expected shape (1, 4, 4)"),
+    ({"edges": torch.zeros(2, 4, 4)}, "edges: expected shape (1, 4, 4)"),
+    ({"edges": torch.zeros(1, 4, 4), "instances": torch.zeros(1, 4, 4, dtype=torch.long)},
+     "edges: expected instances or edges"),
+])
+def test_bad_maps_name_themselves(arguments: dict[str, Tensor], words: str) -> None:
+    labels = arguments.pop("labels", torch.zeros(1, 4, 4, dtype=torch.long))
+    with pytest.raises((ValueError, TypeError)) as error:
+        LabelLayout.from_labels(labels, 5, **arguments)
+    assert words in str(error.value)
+
+
+# Hidden widths and groups of GroupDNet's data sets (scaled down), SPADE, and a single conv.
+NORMS = {
+    "spade": lambda: SPADE(24, 7, 10),
+    "single conv": lambda: SPADE(24, 7, 0),
+    "deepfashion": lambda: CGNorm(24, 8, 12, groups=4),
+    "cityscapes": lambda: CGNorm(28, 14, 21, groups=7),
+    "ade20k": lambda: CGNorm(24, 12, 24, groups=4, shared_groups=12),
+    "batch of widths": lambda: CGNorm(70, 7, 35, groups=1, shared_groups=7),
+}
+
+
+def gradients_of(norms: list[CGNorm], x: Tensor, segmap: Tensor | LabelLayout,
+                 **options: object) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    outs = (modulate_pair(norms[0], norms[1], x, segmap, **options) if len(norms) > 1
+            else (norms[0](x, segmap, **options),))
+    loss = sum((y * torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)).sum()
+               for y in outs)
+    parameters = [p for norm in norms for p in norm.parameters()]
+    return [*(y.detach() for y in outs), *torch.autograd.grad(loss, [x, *parameters])]
+
+
+@needs_cpu
+@pytest.mark.parametrize("path", TABLES)
+@pytest.mark.parametrize("name", NORMS)
+def test_tables_equal_the_dense_reference(name: str, path: str) -> None:
+    torch.manual_seed(0)
+    norm, twin = NORMS[name]().double(), NORMS[name]().double()
+    labels = blocky(2, 26, 22, norm.label_channels)
+    segmap = one_hot(labels, norm.label_channels)
+    for training, upsample, norms in ((True, False, [norm]), (True, True, [norm, twin]),
+                                      (False, True, [norm]), (False, False, [norm, twin])):
+        for n in norms:
+            n.train(training)
+        scale = 2 if upsample else 1
+        x = torch.randn(2, norm.channels, 26 // scale, 22 // scale, dtype=torch.float64)
+        for memory in (torch.contiguous_format, torch.channels_last):
+            with use_backend("reference"):
+                expected = gradients_of(norms, x, segmap, upsample=upsample)
+            with use_path(path):
+                found = gradients_of(norms, x.to(memory_format=memory), segmap, upsample=upsample)
+            for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+                assert max_error(a, b) < 1e-10, f"result {i}"
+
+
+@needs_cpu
+@settings(max_examples=20, deadline=None)
+@given(h=st.integers(1, 20), w=st.integers(1, 20), n=st.integers(1, 2), seed=st.integers(0, 99),
+       classes=st.integers(1, 6), groups=st.sampled_from((1, 2, 3)), hidden=st.sampled_from((0, 6)),
+       path=st.sampled_from((*TABLES, "auto")), noise=st.booleans(), kernel=st.sampled_from((1, 3)))
+def test_any_map(h: int, w: int, n: int, seed: int, classes: int, groups: int, hidden: int,
+                 path: str, noise: bool, kernel: int) -> None:
+    torch.manual_seed(seed)
+    planes = classes * groups
+    norm = CGNorm(6, planes, hidden, groups=groups, kernel_size=kernel).double().eval()
+    labels = torch.randint(0, planes, (n, h, w)) if noise else blocky(n, h, w, planes, seed)
+    x, segmap = torch.randn(n, 6, 9, 11, dtype=torch.float64), one_hot(labels, planes)
+    with use_backend("reference"):
+        expected = norm(x, segmap)
+    with use_path("auto" if kernel == 1 else path):
+        assert max_error(norm(x, segmap), expected) < 1e-10
+        assert max_error(norm(x, LabelLayout.from_labels(labels, planes)), expected) < 1e-10
+
+
+@needs_cpu
+def test_multi_hot_and_interleaved_planes_need_no_case() -> None:
+    norm = SPADE(8, 5, 6).double().eval()
+    palette = torch.rand(7, 5, dtype=torch.float64)  # soft, but few distinct vectors
+    segmap = palette[blocky(1, 40, 40, 7)].permute(0, 3, 1, 2)
+    x = torch.randn(1, 8, 40, 40, dtype=torch.float64)
+    with use_backend("reference"):
+        expected = norm(x, segmap)
+    with use_path("two_level"):
+        assert max_error(norm(x, segmap), expected) < 1e-10
+
+
+@needs_cpu
+def test_the_choice_is_explained() -> None:
+    norm, x = SPADE(64, 9).eval(), torch.randn(1, 64, 64, 64)
+    labels = blocky(1, 64, 64, 9)
+    segmap = one_hot(labels, 9, torch.float32)
+
+    def choice(segmap: Tensor | LabelLayout, x: Tensor = x, norm: CGNorm = norm) -> object:
+        return smis_kernels.explain(norm, x, segmap).choices[-2]
+
+    chosen = choice(segmap)
+    assert chosen.path in TABLES
+    assert {"V", "U", "pixels", "expected_gain"} <= set(chosen.numbers)
+    soft = choice(torch.rand(1, 9, 128, 128))
+    assert (soft.path, soft.reason) == ("dense", "the map's vectors do not repeat (or hold NaN)")
+    nan = segmap.clone()
+    nan[0, 0, 0, 0] = float("nan")
+    assert choice(nan).path == "dense"
+    noise = choice(one_hot(torch.randint(0, 9, (1, 128, 128)), 9, torch.float32),
+                   torch.randn(1, 64, 128, 128))
+    assert (noise.path, noise.reason) == ("dense", "the map's windows do not repeat")
+    five = choice(segmap, norm=SPADE(64, 9, kernel_size=5).eval())
+    assert (five.path, five.reason) == ("dense", "kernel_size is 5, tables are for 3")
+    graded = choice(segmap.clone().requires_grad_())
+    assert (graded.path, graded.reason) == ("dense", "the map requires a gradient")
+
+
+@needs_cpu
+@pytest.mark.parametrize("path", TABLES)
+def test_a_forced_path_runs_or_raises(path: str) -> None:
+    norm, x = SPADE(4, 3), torch.randn(1, 4, 8, 8)
+    segmap = one_hot(blocky(1, 8, 8, 3), 3, torch.float32)
+    with use_path(path):
+        with pytest.raises(ValueError, match="requires a gradient"):
+            norm(x, segmap.requires_grad_())
+        with pytest.raises(ValueError, match="do not repeat"):
+            norm(torch.randn(1, 4, 128, 128), torch.rand(1, 3, 128, 128))
+        with pytest.raises(ValueError, match="kernel_size is 5"):
+            SPADE(4, 3, kernel_size=5)(x, segmap.detach())
+    with pytest.raises(ValueError, match="path: expected one of"), use_path("fast"):
+        pass
+    with pytest.raises(ValueError, match=r"segmap: expected \(N, 3, H, W\)"):
+        norm(x, LabelLayout.from_labels(blocky(1, 8, 8, 3), 4))
+    with pytest.raises(ValueError, match="segmap: expected the batch size 1"):
+        norm(x, LabelLayout.from_labels(blocky(2, 8, 8, 3), 3))
+
+
+class Stack(nn.Module):
+    """A network as published code writes it: a float map handed to every norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(SPADE(6, 4, 5) for _ in range(3))
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
+        for norm in self.norms:
+            x = norm(x, segmap)
+        return x
+
+
+@needs_cpu
+def test_a_network_compiles_its_map_once_per_forward(counted: list[int]) -> None:
+    network, x = Stack().eval(), torch.randn(1, 6, 12, 12)
+    undo = share_layouts(network)
+    numbered: list[int] = []
+    original = layout_module.number_vectors
+
+    def counting(conditioning: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        numbered.append(1)
+        return original(conditioning, limit)
+
+    layout_module.number_vectors = counting
+    try:
+        with use_path("two_level"):
+            for seed in range(3):
+                network(x, one_hot(blocky(1, 24, 24, 4, seed), 4, torch.float32))
+            assert len(numbered) == len(counted) == 3
+            undo()
+            network(x, one_hot(blocky(1, 24, 24, 4, 3), 4, torch.float32))
+            assert len(numbered) == 6  # a norm on its own numbers the pixels each time
+            assert len(counted) == 4  # but not the windows
+    finally:
+        layout_module.number_vectors = original
+
+
+@needs_cpu
+def test_edits_of_any_kind_are_seen() -> None:
+    norm, x = SPADE(6, 4, 5).eval(), torch.randn(1, 6, 16, 16)
+
+    def check(segmap: Tensor) -> None:
+        with use_backend("reference"):
+            expected = norm(x, segmap)
+        with use_path("two_level"):
+            assert max_error(norm(x, segmap), expected) < 1e-5
+
+    with torch.no_grad():
+        for seed in range(20):  # new tensors in a loop: memory is reused at once
+            check(one_hot(blocky(1, 16, 16, 4, seed), 4, torch.float32))
+        segmap = one_hot(blocky(1, 16, 16, 4), 4, torch.float32).contiguous()
+        check(segmap)
+        segmap[:, :, :5] = segmap[:, :, 6:7]
+        check(segmap)
+        segmap.data[:, :, 9:] = segmap.data[:, :, 2:3]
+        check(segmap)
+        segmap.numpy()[:, [0, 1]] = segmap.numpy()[:, [1, 0]]
+        check(segmap)
+    with torch.inference_mode():
+        for seed in range(3):
+            check(one_hot(blocky(1, 16, 16, 4, seed), 4, torch.float32))
+        with layout_scope():
+            segmap = one_hot(blocky(1, 16, 16, 4), 4, torch.float32)
+            check(segmap)
+            segmap.fill_(0)
+            check(segmap)
+    with layout_scope(), torch.no_grad():
+        segmap = one_hot(blocky(1, 16, 16, 4), 4, torch.float32)
+        check(segmap)
+        segmap[:, :, :5] = segmap[:, :, 6:7]
+        check(segmap)
+
+
+@needs_cpu
+def test_two_threads_do_not_mix_their_layouts() -> None:
+    norm, x = SPADE(6, 4, 5).eval(), torch.randn(1, 6, 16, 16)
+    maps = [one_hot(blocky(1, 16, 16, 4, seed), 4, torch.float32) for seed in range(2)]
+    with use_backend("reference"), torch.no_grad():
+        expected = [norm(x, m) for m in maps]
+    errors: list[float] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            with torch.no_grad(), layout_scope():
+                errors.append(max_error(norm(x, maps[i]), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 60
+    assert max(errors) < 1e-5
+
+
+def test_layouts_are_found_again_only_inside_a_scope() -> None:
+    segmap = one_hot(blocky(1, 16, 16, 4), 4, torch.float32)
+    with layout_scope():
+        first = layout_of(segmap)
+        assert layout_of(segmap) is first
+        assert layout_of(segmap.clone()) is first  # the same pixels: the windows are kept
+    assert not layout_module._known.scope
+
+
+def test_windows_of_an_edited_map_are_matched() -> None:
+    labels = blocky(1, 40, 40, 5)
+    edited = labels.clone()
+    edited[:, 10:20, 10:20] = 4
+    old, new = (LabelLayout.from_labels(m, 6) for m in (labels, edited))
+    for reach, windows in ((2, lambda x: x.patches((40, 40))),
+                           (1, lambda x: x.level((40, 40)).windows3)):
+        row = match_windows(old, new, (40, 40), reach=reach)
+        vectors = [x.vectors[windows(x).long()].flatten(1) for x in (old, new)]
+        assert (row >= 0).sum() > 1
+        for i, r in enumerate(row.tolist()):
+            if r >= 0:
+                assert torch.equal(vectors[0][r], vectors[1][i])
+            else:
+                assert not (vectors[0] == vectors[1][i]).all(1)[1:].any()
+
+
+@needs_cpu
+def test_compiles_without_a_graph_break_on_a_prepared_layout() -> None:
+    norm_0, norm_s = SPADE(6, 4, 5), CGNorm(6, 4, 8, groups=2)
+    layout = LabelLayout.from_labels(blocky(1, 16, 16, 4), 4)
+    layout.level((16, 16))
+    x = torch.randn(1, 6, 8, 8, requires_grad=True)
+
+    def call(x: Tensor) -> Tensor:
+        with use_path("two_level"):
+            y, y_s = modulate_pair(norm_0, norm_s, x, layout, upsample=True)
+        return (y * y_s).sum()
+
+    expected = torch.autograd.grad(call(x), x)[0]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)

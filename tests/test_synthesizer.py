@@ -1,0 +1,133 @@
+"""Synthesizer: the same pictures as the model, with the layout's work done once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smis_kernels import LabelLayout, use_backend
+from smis_kernels._backend import missing
+from smis_kernels.modulation.module import CGNorm
+from smis_kernels.testing import max_error
+from smis_models import create_model
+from smis_models.scenes import sample_scene
+from smis_models.synthesizer import Synthesizer, frozen_copy
+
+pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+MODELS = {
+    "groupdnet_deepfashion": {"ngf": 8, "nef": 32, "image_size": (64, 64)},
+    "groupdnet_cityscapes": {"ngf": 70, "nef": 70, "image_size": (64, 128)},
+}
+
+
+def small(name: str) -> tuple[nn.Module, Tensor, Tensor | None]:
+    model = create_model(name, init_gain=1.0, **MODELS[name]).double().eval()
+    scene = sample_scene("street", *model.preset.image_size, model.preset.classes, 0)
+    labels = torch.from_numpy(scene.labels.astype("int64"))[None]
+    instances = torch.from_numpy(scene.instances.astype("int64"))[None]
+    return model, labels, instances if model.preset.instance_edge else None
+
+
+def plain(model: nn.Module, labels: Tensor, instances: Tensor | None, z: Tensor) -> Tensor:
+    with use_backend("reference"), torch.no_grad():
+        return model(model.semantics(labels, instances), z)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every table that is built."""
+    rows: list[int] = []
+    build = CGNorm._build_table
+
+    def counting(self: CGNorm, layout: LabelLayout, windows3: Tensor, windows: Tensor,
+                 path: str) -> Tensor:
+        rows.append(len(windows))
+        return build(self, layout, windows3, windows, path)
+
+    monkeypatch.setattr(CGNorm, "_build_table", counting)
+    return rows
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_are_those_of_the_model(name: str, built: list[int]) -> None:
+    model, labels, instances = small(name)
+    s = Synthesizer(model, labels, instances)
+    z = s.code(3)
+    assert max_error(s.sample(z), plain(model, labels, instances, z)) < 1e-9
+    tables = len(built)
+    assert tables > 0
+    assert max_error(s.sample(seed=5), plain(model, labels, instances, s.code(5))) < 1e-9
+    assert len(built) == tables  # further samples build nothing
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_edit_computes_new_windows_only(name: str, built: list[int]) -> None:
+    model, labels, instances = small(name)
+    s = Synthesizer(model, labels, instances)
+    z = s.code(0)
+    s.sample(z)
+    whole = max(built)
+    built.clear()
+    edited = labels.clone()
+    edited[:, 20:28, 20:28] = labels.max()
+    s.update(edited, instances)
+    assert max_error(s.sample(z), plain(model, edited, instances, z)) < 1e-9
+    assert max(built) < whole / 2
+    built.clear()
+    s.update(labels, instances)  # back: only the edit's own windows are not there any more
+    assert max_error(s.sample(z), plain(model, labels, instances, z)) < 1e-9
+    assert max(built, default=0) < whole / 2
+
+
+def test_resampling_and_morphing() -> None:
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels, instances)
+    s.sample(seed=0)
+    start = s.code(0)
+    s.resample(2, seed=1)
+    assert s.z is not None
+    changed = (s.z != start).flatten(2).any(2)[0].nonzero().flatten()
+    assert changed.tolist() == list(range(*model.generator.class_channels(2).indices(64)))
+    frames = s.morph(s.code(0), s.code(1), steps=3)
+    assert frames.shape == (3, 1, 3, 64, 64)
+    assert max_error(frames[0], s.sample(s.code(0))) == 0
+    assert max_error(frames[2], s.sample(s.code(1))) == 0
+    with pytest.raises(ValueError, match="steps: expected at least 2"):
+        s.morph(start, start, 1)
+    with pytest.raises(ValueError, match="index: expected a class"):
+        s.resample(8)
+
+
+def test_changed_weights_are_refused() -> None:
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels, instances)
+    with torch.no_grad():
+        model.generator.conv_img.bias.add_(1)
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        s.sample()
+
+
+def test_freezing_leaves_the_model_alone() -> None:
+    model, labels, instances = small("groupdnet_deepfashion")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    frozen = frozen_copy(model.generator)
+    assert not any("weight_orig" in key for key in frozen.state_dict())
+    assert frozen.fc.weight.data_ptr() == model.generator.fc.weight.data_ptr()
+    assert all(not p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    z = model.generator.sample_latent(1)
+    semantics = model.semantics(labels, instances)
+    with torch.no_grad():
+        assert max_error(frozen(semantics, z), model.generator(semantics, z)) < 1e-12
+
+
+def test_bad_labels_name_themselves() -> None:
+    model, labels, _ = small("groupdnet_deepfashion")
+    with pytest.raises(ValueError, match=r"labels: expected 0\.\.7, got 9"):
+        Synthesizer(model, torch.full_like(labels, 9))
+    model, labels, _ = small("groupdnet_cityscapes")
+    with pytest.raises(ValueError, match="instances: expected a map of ids"):
+        Synthesizer(model, labels)
