@@ -15,11 +15,20 @@ from ._library import note_absent_kernels
 from ._path import use_path
 from .class_crops.module import ClassCrops
 from .class_crops.op import class_boxes, class_crops
+from .conditional_attention.op import conditional_attention
+from .conditional_conv.module import ConditionalConv2d
+from .conditional_conv.op import conditional_conv2d
 from .instance_edges.module import InstanceEdges
 from .instance_edges.op import instance_edges
+from .instance_pool.module import InstanceAvgPool2d
+from .instance_pool.op import InstanceMeans, instance_avg_pool2d, instance_mean_table
 from .layout import LabelLayout, layout_scope, share_layouts
 from .modulation.module import SPADE, CGNorm, modulate_pair
 from .modulation.op import modulation, modulation_pair
+from .norm_act.module import InstanceNormAct2d
+from .norm_act.op import norm_act
+from .spatially_varying_conv.module import SpatiallyVaryingConv2d
+from .spatially_varying_conv.op import spatially_varying_conv2d
 
 note_absent_kernels()
 
@@ -30,18 +39,29 @@ __all__ = [
     "BackendError",
     "CGNorm",
     "ClassCrops",
+    "ConditionalConv2d",
     "Explanation",
+    "InstanceAvgPool2d",
     "InstanceEdges",
+    "InstanceMeans",
+    "InstanceNormAct2d",
     "LabelLayout",
+    "SpatiallyVaryingConv2d",
     "class_boxes",
     "class_crops",
+    "conditional_attention",
+    "conditional_conv2d",
     "explain",
+    "instance_avg_pool2d",
     "instance_edges",
+    "instance_mean_table",
     "layout_scope",
     "modulate_pair",
     "modulation",
     "modulation_pair",
+    "norm_act",
     "share_layouts",
+    "spatially_varying_conv2d",
     "use_backend",
     "use_path",
 ]

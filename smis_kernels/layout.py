@@ -48,13 +48,14 @@ class WindowLevel:
         return len(self.windows3) - 1, len(self.windows5) - 1
 
 
-def _compile_level(symbols: Tensor) -> WindowLevel:
+def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
     # With more rows than half the pixels dense convs win anyway; small maps are always cheap.
-    limit = max(symbols.numel() // 2, 4096)
-    index3, windows3 = number_windows(symbols, limit)
+    limit = symbols.numel() if unlimited else max(symbols.numel() // 2, 4096)
+    # Numbering is exact on every implementation: it follows the device, whatever norms run on.
+    index3, windows3 = number_windows(symbols, limit, backend="auto")
     if len(windows3) == 0:
         return WindowLevel(symbols, windows3, index3, windows3, index3)
-    index5, windows5 = number_windows(index3, limit)
+    index5, windows5 = number_windows(index3, limit, backend="auto")
     return WindowLevel(symbols, windows3, index3, windows5, index5)
 
 
@@ -136,7 +137,7 @@ class LabelLayout:
         One-hot, one-hot with edges, multi-hot: one mechanism. None where there are more than
         ``limit`` distinct vectors, or a NaN.
         """
-        symbols, vectors = number_vectors(conditioning.detach(), limit)
+        symbols, vectors = number_vectors(conditioning.detach(), limit, backend="auto")
         return cls(symbols, vectors) if len(vectors) else None
 
     @property
@@ -145,11 +146,14 @@ class LabelLayout:
         n, h, w = self.symbols.shape
         return n, self.vectors.shape[1], h, w
 
-    def level(self, size: tuple[int, int]) -> WindowLevel:
-        """The windows at (h, w), the map resized by nearest as ``F.interpolate`` does."""
+    def level(self, size: tuple[int, int], *, unlimited: bool = False) -> WindowLevel:
+        """The windows at (h, w), the map resized by nearest as ``F.interpolate`` does.
+
+        Numbering stops where windows hardly repeat, unless ``unlimited``: for a forced path.
+        """
         found = self._levels.get(size)
-        if found is None:
-            found = self._levels[size] = _compile_level(self.resized(size))
+        if found is None or (unlimited and not found.repeats):
+            found = self._levels[size] = _compile_level(self.resized(size), unlimited)
         return found
 
     def resized(self, size: tuple[int, int]) -> Tensor:

@@ -42,6 +42,14 @@ def fast_format(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def check_maps(name: str, x: Tensor | LabelLayout, channels: int, meaning: str) -> None:
+    """Refuse maps of another rank or number of channels; ``meaning`` says what they hold."""
+    if len(x.shape) != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"{name}: expected (N, {channels}, H, W), {meaning}; got {tuple(x.shape)}"
+        )
+
+
 class SPADEResBlock(nn.Module):
     """Residual block of SPADE and GroupDNet, optional nearest x2 upsampling of its input.
 

@@ -1,4 +1,4 @@
-"""The command line: ``smis demo | list | info | synthesize | benchmark``."""
+"""The command line: ``smis demo | list | info | synthesize | features | benchmark``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from . import demo as demonstration
 from . import synthesis
 from .benchmark.measure import resident_peak, under_default_allocator
 from .benchmark.records import SUMMARY, plots, summary, target_lines
+from .features import CLUSTERS, FeatureClusters, encode_features
 from .images import grid, write_atomically, write_png
 from .memory import reuse_freed_memory
-from .presets import GroupDNetPreset
+from .presets import GroupDNetPreset, Pix2pixHDPreset, Preset
 from .registry import create_model, list_models
 
 USER_ERRORS = (ValueError, OSError, BackendError)
@@ -136,11 +137,16 @@ def synthesize(
     model: Model, labels: Annotated[Path, typer.Option(help="label map (PNG) or a folder of them")],
     out: Out, checkpoint: Checkpoint = None, instances: Instances = None, samples: Samples = 1,
     seed: Seed = 0, backend: Backend = None, device: Device = "cpu", unknown: Unknown = None,
+    features: Annotated[
+        Path | None, typer.Option(help="clusters of instance features (.npz, or an official .npy)")
+    ] = None,
 ) -> None:
     """Label maps to pictures: OUT/<scene>_<sample>.png, and all of them on OUT/grid.png."""
     with _selected(backend):
         place = _device(device)
-        layouts = synthesis.read_layouts(labels, instances, _preset(model), unknown)
+        preset = _preset(model)
+        clusters = synthesis.read_clusters(preset, features)
+        layouts = synthesis.read_layouts(labels, instances, preset, unknown)
         network = _model(model, checkpoint, place, seed)
         _say_random(checkpoint)
         rows, sheet = Table("scene", "classes", "pictures", "seconds each"), []
@@ -148,11 +154,12 @@ def synthesize(
             for i, layout in enumerate(layouts):
                 planes = synthesis.semantics(network, layout)
                 if checkpoint is None and i == 0:
-                    synthesis.calibrate(network, planes, synthesis.draw_code(network, seed))
+                    first = synthesis.draw_input(network, layout, seed, clusters)
+                    synthesis.calibrate(network, planes, first)
                 start, drawn = time.perf_counter(), []
                 for k in range(samples):
                     step(layout.name)
-                    code = synthesis.draw_code(network, seed + k)
+                    code = synthesis.draw_input(network, layout, seed + k, clusters)
                     drawn += synthesis.pictures(network, planes, [code])
                     write_png(out / f"{layout.name}_{k}.png", drawn[-1])
                 spent = (time.perf_counter() - start) / samples
@@ -163,6 +170,39 @@ def synthesize(
     console.print(rows)
     console.print(f"weights: {_weights(checkpoint)}", soft_wrap=True)
     console.print(f"{len(layouts) * samples} pictures in {out}, all on {path}", soft_wrap=True)
+
+
+@app.command()
+def features(
+    out: Annotated[Path, typer.Option(help="file to write, .npz")],
+    model: Model = "pix2pixhd_cityscapes_features", checkpoint: Checkpoint = None,
+    images: Annotated[Path | None, typer.Option(help="picture or a folder of them")] = None,
+    instances: Instances = None,
+    convert: Annotated[
+        Path | None, typer.Option(help="an official .npy of clusters, to convert instead")
+    ] = None,
+    clusters: Annotated[int, typer.Option(help="of each class, at most", min=1)] = CLUSTERS,
+    device: Device = "cpu", seed: Seed = 0,
+) -> None:
+    """Encode a data set's instances, cluster each class, and write what --features reads."""
+    if convert is not None:
+        found = FeatureClusters.load(convert)
+    elif images is None or instances is None:
+        raise ValueError("images, instances: expected both (or --convert); give two folders")
+    else:
+        place, preset = _device(device), _preset(model)
+        if not isinstance(preset, Pix2pixHDPreset) or not preset.features:
+            raise ValueError(f"model: expected one that reads instance features, got {model!r}")
+        encoder = _model(model, checkpoint, place, seed, part="encoder")
+        _say_random(checkpoint)
+        scenes = synthesis.read_photographs(images, instances, preset.image_size)
+        with _progress(None) as step:
+            encoded = encode_features(
+                encoder, ((image.to(place), ids.to(place)) for image, ids in scenes), step)
+        found = FeatureClusters.fit(encoded, clusters)
+    path = found.save(out)
+    total = sum(len(centers) for centers in found.centers.values())
+    console.print(f"{total} clusters of {len(found.centers)} classes in {path}", soft_wrap=True)
 
 
 @app.command()
@@ -180,6 +220,11 @@ def demo(
     published = full or checkpoint is not None
     with _selected(backend):
         preset = _preset(model)
+        if not isinstance(preset, GroupDNetPreset):
+            raise ValueError(
+                "model: expected a GroupDNet, for the demo draws the code of one class anew; got "
+                f"{model!r}; smis synthesize takes every model"
+            )
         layouts = (
             synthesis.sample_layouts(preset, scenes, seed) if labels is None
             else synthesis.read_layouts(labels, instances, preset, unknown)
@@ -212,9 +257,9 @@ def demo(
                   soft_wrap=True)
 
 
-def _preset(model: str) -> GroupDNetPreset:
+def _preset(model: str) -> Preset:
     """The options of a model, before its weights take time and memory."""
-    preset: GroupDNetPreset = create_model(model, part="generator", device="meta").preset
+    preset: Preset = create_model(model, part="generator", device="meta").preset
     return preset
 
 

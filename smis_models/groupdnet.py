@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smis_kernels import CGNorm, LabelLayout
 from smis_kernels.modulation.choice import prepare_map
 
-from .blocks import NormFactory, SPADEResBlock, conv, fast_format
+from .blocks import NormFactory, SPADEResBlock, check_maps, conv, fast_format
 from .presets import GroupDNetPreset
 
 BLOCKS = ("G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4")
@@ -80,10 +80,10 @@ class GroupDNetGenerator(nn.Module):
 
     def forward(self, semantics: Tensor | LabelLayout, z: Tensor) -> Tensor:
         preset = self.preset
-        _check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-                    + (" and the edge plane" if preset.instance_edge else ""))
-        _check_maps("z", z, preset.latent_channels * preset.classes,
-                    f"{preset.latent_channels} channels per class")
+        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
+                   + (" and the edge plane" if preset.instance_edge else ""))
+        check_maps("z", z, preset.latent_channels * preset.classes,
+                   f"{preset.latent_channels} channels per class")
         if z.shape[0] != semantics.shape[0]:
             raise ValueError(
                 f"z: expected batch size {semantics.shape[0]} as semantics, got {z.shape[0]}"
@@ -96,13 +96,6 @@ class GroupDNetGenerator(nn.Module):
             upsample = name != "G_middle_1" or preset.upsampling == "more"
             x = self.get_submodule(name)(x, segmap, upsample=upsample)
         return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
-
-
-def _check_maps(name: str, x: Tensor | LabelLayout, channels: int, meaning: str) -> None:
-    if len(x.shape) != 4 or x.shape[1] != channels:
-        raise ValueError(
-            f"{name}: expected (N, {channels}, H, W), {meaning}; got {tuple(x.shape)}"
-        )
 
 
 def _interleave_edge(semantics: Tensor | LabelLayout) -> Tensor | LabelLayout:

@@ -104,6 +104,27 @@ def read_instances(path: str | Path, size: tuple[int, int] | None = None) -> NDA
     return ids if size is None else resize_nearest(ids, size)
 
 
+def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> Picture:
+    """Read a photograph as (H, W, 3), resized bicubically to ``size`` (height, width).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageError: not an image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected a picture")
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: cannot be read as a picture ({error}); "
+                         "expected a PNG or JPEG") from error
+    if size is not None:
+        picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
 def write_atomically(path: str | Path, content: bytes) -> Path:
     """Write a whole file or none of it: a temporary file beside it, then a rename."""
     path = Path(path)

@@ -42,8 +42,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: bool = True,
-             mode: str = "hinge") -> Tensor:
-    r"""Adversarial loss, the mean over the scales' predictions.
+             mode: str = "hinge", reduction: str = "mean") -> Tensor:
+    r"""Adversarial loss, the mean (or sum) over the scales' predictions.
 
     ==========  ==============================  =============================  ==============
     mode        discriminator, real             discriminator, fake            generator
@@ -61,12 +61,13 @@ def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: b
         discriminator: False for the generator's loss.
         mode: "hinge" (Lim & Ye, 2017; Miyato et al., 2018), "ls" (Mao et al., 2017),
             "original" (Goodfellow et al., 2014) or "w" (Arjovsky et al., 2017).
+        reduction: over the scales: "mean" (SPADE, GroupDNet, CC-FPSE) or "sum" (pix2pixHD).
 
     Returns:
         A scalar; fp32 for 16-bit predictions.
 
     Raises:
-        ValueError: an unknown mode, no predictions, or a generator loss with a fake target.
+        ValueError: an unknown mode or reduction, no predictions, or a generator loss with a fake target.
 
     Example:
         >>> loss_d = gan_loss(pred_fake, False) + gan_loss(pred_real, True)
@@ -74,6 +75,8 @@ def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: b
     """
     if mode not in _MODES:
         raise ValueError(f"mode: expected one of {', '.join(_MODES)}; got {mode!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum'; got {reduction!r}")
     if not discriminator and not target_is_real:
         raise ValueError("target_is_real: expected True for the generator's loss, got False")
     scales: list[Any] = [predictions] if isinstance(predictions, Tensor) else list(predictions)
@@ -81,7 +84,8 @@ def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: b
         raise ValueError("predictions: expected at least one, got an empty list")
     last = [scale if isinstance(scale, Tensor) else scale[-1] for scale in scales]
     terms = [_MODES[mode](_wide(x), target_is_real, discriminator) for x in last]
-    return torch.stack(terms).mean()
+    total = torch.stack(terms).sum()
+    return total / len(terms) if reduction == "mean" else total
 
 
 def feature_matching_loss(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[Tensor]],

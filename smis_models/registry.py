@@ -11,48 +11,118 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smis_kernels import LabelLayout
+
 from .blocks import init_weights
+from .ccfpse import CCFPSEGenerator, FPSEDiscriminator
 from .checkpoint import CheckpointError, State, load_state, mismatch, read_checkpoint
 from .discriminator import MultiscaleDiscriminator
 from .encoder import GroupDNetEncoder
 from .groupdnet import GroupDNetGenerator
 from .labels import semantics
-from .presets import ADE20K, CITYSCAPES, DEEPFASHION, GroupDNetPreset, with_options
+from .pix2pixhd import FeatureEncoder, Pix2pixHDDiscriminator, pix2pixhd_generator
+from .presets import (
+    ADE20K,
+    CCFPSE_ADE20K,
+    CCFPSE_CITYSCAPES,
+    CCFPSE_COCO,
+    CITYSCAPES,
+    DEEPFASHION,
+    PIX2PIXHD_CITYSCAPES,
+    PIX2PIXHD_CITYSCAPES_1024,
+    PIX2PIXHD_CITYSCAPES_FEATURES,
+    SPADE_ADE20K,
+    SPADE_CITYSCAPES,
+    SPADE_COCO,
+    SPADE_COCO_VAE,
+    CCFPSEPreset,
+    GroupDNetPreset,
+    Pix2pixHDPreset,
+    Preset,
+    SPADEPreset,
+    with_options,
+)
+from .spade import SPADEEncoder, SPADEGenerator
 
 PARTS = ("generator", "encoder", "discriminator")
 _OFFICIAL_FILES = dict(zip(PARTS, ("latest_net_G.pth", "latest_net_E.pth", "latest_net_D.pth"),
                            strict=True))
 
 
-def _discriminator(preset: GroupDNetPreset) -> MultiscaleDiscriminator:
+def _discriminator(preset: Preset) -> MultiscaleDiscriminator:
     return MultiscaleDiscriminator(
         preset.semantic_channels + 3, preset.ndf, layers=preset.discriminator_layers,
         scales=preset.discriminator_scales,
     )
 
 
-GROUPDNET_PARTS: dict[str, Callable[[GroupDNetPreset], nn.Module]] = {
-    "generator": GroupDNetGenerator, "encoder": GroupDNetEncoder, "discriminator": _discriminator,
+_FAMILIES: dict[type[Preset], dict[str, Callable[[Any], nn.Module]]] = {
+    GroupDNetPreset: {
+        "generator": GroupDNetGenerator, "encoder": GroupDNetEncoder,
+        "discriminator": _discriminator,
+    },
+    SPADEPreset: {
+        "generator": SPADEGenerator, "encoder": SPADEEncoder, "discriminator": _discriminator,
+    },
+    CCFPSEPreset: {
+        "generator": CCFPSEGenerator, "encoder": SPADEEncoder, "discriminator": FPSEDiscriminator,
+    },
+    Pix2pixHDPreset: {
+        "generator": pix2pixhd_generator, "encoder": FeatureEncoder,
+        "discriminator": Pix2pixHDDiscriminator,
+    },
 }
+
+
+def network_parts(preset: Preset) -> dict[str, Callable[[Any], nn.Module]]:
+    """What makes each network of a model of ``preset`` from the preset."""
+    return {
+        part: make for part, make in _FAMILIES[type(preset)].items()
+        if part != "encoder" or preset.has_encoder
+    }
 
 
 @dataclass(frozen=True)
 class _Entry:
     description: str
-    preset: GroupDNetPreset
-    parts: Mapping[str, Callable[[GroupDNetPreset], nn.Module]]
+    preset: Preset
 
 
 _MODELS = {
     "groupdnet_deepfashion": _Entry(
-        "GroupDNet for DeepFashion: 8 classes, 256x256", DEEPFASHION, GROUPDNET_PARTS
+        "GroupDNet for DeepFashion: 8 classes, 256x256", DEEPFASHION
     ),
     "groupdnet_cityscapes": _Entry(
-        "GroupDNet for Cityscapes: 35 classes and instance edges, 256x512", CITYSCAPES,
-        GROUPDNET_PARTS,
+        "GroupDNet for Cityscapes: 35 classes and instance edges, 256x512", CITYSCAPES
     ),
-    "groupdnet_ade20k": _Entry(
-        "GroupDNet for ADE20K: 151 classes, 256x256", ADE20K, GROUPDNET_PARTS
+    "groupdnet_ade20k": _Entry("GroupDNet for ADE20K: 151 classes, 256x256", ADE20K),
+    "spade_coco": _Entry("SPADE for COCO-Stuff: 183 classes and instance edges, 256x256",
+                         SPADE_COCO),
+    "spade_ade20k": _Entry("SPADE for ADE20K: 151 classes, 256x256", SPADE_ADE20K),
+    "spade_cityscapes": _Entry(
+        "SPADE for Cityscapes: 35 classes and instance edges, 256x512", SPADE_CITYSCAPES
+    ),
+    "spade_coco_vae": _Entry(
+        "SPADE for COCO-Stuff with a latent code and its image encoder, 256x256", SPADE_COCO_VAE
+    ),
+    "ccfpse_coco": _Entry(
+        "CC-FPSE for COCO-Stuff: 183 classes and instance edges, 256x256", CCFPSE_COCO
+    ),
+    "ccfpse_ade20k": _Entry("CC-FPSE for ADE20K: 151 classes, 256x256", CCFPSE_ADE20K),
+    "ccfpse_cityscapes": _Entry(
+        "CC-FPSE for Cityscapes: 35 classes and instance edges, 256x512", CCFPSE_CITYSCAPES
+    ),
+    "pix2pixhd_cityscapes": _Entry(
+        "pix2pixHD for Cityscapes, global generator: 35 classes and instance edges, 512x1024",
+        PIX2PIXHD_CITYSCAPES,
+    ),
+    "pix2pixhd_cityscapes_features": _Entry(
+        "pix2pixHD for Cityscapes, global generator with instance features, 512x1024",
+        PIX2PIXHD_CITYSCAPES_FEATURES,
+    ),
+    "pix2pixhd_cityscapes_1024": _Entry(
+        "pix2pixHD for Cityscapes, local enhancer around the global generator, 1024x2048",
+        PIX2PIXHD_CITYSCAPES_1024,
     ),
 }
 
@@ -60,14 +130,15 @@ _MODELS = {
 class SynthesisModel(nn.Module):
     """A model of the zoo: ``generator``, ``encoder``, ``discriminator`` and their ``preset``.
 
-    A part that a checkpoint does not hold is not built: using it raises one line.
+    A part that a checkpoint does not hold, or that the model has not, is not built: using it
+    raises one line.
 
     Example:
         >>> model = create_model("groupdnet_deepfashion").eval()
         >>> image = model(model.semantics(labels))
     """
 
-    def __init__(self, name: str, preset: GroupDNetPreset, parts: Mapping[str, nn.Module]) -> None:
+    def __init__(self, name: str, preset: Preset, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.name, self.preset = name, preset
         for part, module in parts.items():
@@ -75,6 +146,8 @@ class SynthesisModel(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in PARTS and name not in self._modules:
+            if name not in network_parts(self.preset):
+                raise AttributeError(f"{name}: a {self.name} has none with these options")
             raise AttributeError(
                 f"{name}: this {self.name} was made from a checkpoint without it; pass one that "
                 f"holds it, or create_model({self.name!r}, part={name!r})"
@@ -84,12 +157,12 @@ class SynthesisModel(nn.Module):
     def semantics(self, labels: Tensor, instances: Tensor | None = None,
                   source: str | Path | None = None) -> Tensor:
         """One-hot (and edge) planes of a label map, on the generator's device in its dtype."""
-        weight = self.generator.fc.weight
+        weight = next(self.generator.parameters())
         planes = semantics(labels, self.preset, instances, dtype=weight.dtype, source=source)
         return planes.to(weight.device)
 
-    def forward(self, semantics: Tensor, z: Tensor | None = None) -> Tensor:
-        """The generator's image; ``z`` is drawn from N(0, 1) where it is not given."""
+    def forward(self, semantics: Tensor | LabelLayout, z: Tensor | None = None) -> Tensor:
+        """The generator's image; ``z``, if it takes one, is drawn from N(0, 1) where not given."""
         if z is None:
             z = self.generator.sample_latent(semantics.shape[0])
         return self.generator(semantics, z)
@@ -115,7 +188,7 @@ def _published(name: str, part: str) -> nn.Module:
     """A part with published options and no memory behind it."""
     entry = _entry(name)
     with torch.device("meta"):
-        return entry.parts[part](entry.preset)
+        return network_parts(entry.preset)[part](entry.preset)
 
 
 def list_models() -> list[ModelInfo]:
@@ -123,12 +196,12 @@ def list_models() -> list[ModelInfo]:
 
     Example:
         >>> [info.name for info in list_models()]
-        ['groupdnet_deepfashion', 'groupdnet_cityscapes', 'groupdnet_ade20k']
+        ['groupdnet_deepfashion', 'groupdnet_cityscapes', 'groupdnet_ade20k', 'spade_coco', ...]
     """
     return [
         ModelInfo(name, entry.description, {
             part: sum(p.numel() for p in _published(name, part).parameters())
-            for part in entry.parts
+            for part in network_parts(entry.preset)
         })
         for name, entry in _MODELS.items()
     ]
@@ -137,7 +210,7 @@ def list_models() -> list[ModelInfo]:
 def _fitting_model(state: Mapping[str, Tensor]) -> str | None:
     """``"<name>, part <part>"`` of the listed model that ``state`` belongs to."""
     for name, entry in _MODELS.items():
-        for part in entry.parts:
+        for part in network_parts(entry.preset):
             if not mismatch(_published(name, part), state):
                 return f"{name}, part {part}"
     return None
@@ -199,11 +272,12 @@ def create_model(name: str, checkpoint: str | Path | None = None, *, part: str |
     """
     entry = _entry(name)
     preset = with_options(entry.preset, options, name)
-    if part is not None and part not in entry.parts:
-        raise ValueError(f"part: expected one of {', '.join(entry.parts)}; got {part!r}")
-    wanted = tuple(entry.parts) if part is None else (part,)
+    makers = network_parts(preset)
+    if part is not None and part not in makers:
+        raise ValueError(f"part: expected one of {', '.join(makers)}; got {part!r}")
+    wanted = tuple(makers) if part is None else (part,)
     with torch.device("meta"):  # no memory is filled before it is known with what
-        modules = {p: entry.parts[p](preset) for p in wanted}
+        modules = {p: makers[p](preset) for p in wanted}
     if checkpoint is None:
         for module in modules.values():
             module.to_empty(device=device)

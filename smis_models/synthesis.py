@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,23 @@ from torch import Tensor
 
 from smis_kernels import use_backend
 
-from .images import SUFFIXES, Picture, read_instances, read_labels, to_pictures
-from .presets import GroupDNetPreset
+from .features import FeatureClusters
+from .images import (
+    SUFFIXES,
+    Picture,
+    read_instances,
+    read_labels,
+    read_picture,
+    to_pictures,
+)
+from .presets import Pix2pixHDPreset, Preset
 from .scenes import palette, sample_scene
 
 # What data sets append to the names of label and instance maps of one scene.
-_ROLE = re.compile(r"(_gtFine)?_?(labelIds|instanceIds|labels?|inst|instances?)$")
+_ROLE = re.compile(
+    r"(_gtFine)?_?(labelIds|instanceIds|labels?|inst|instances?|leftImg8bit|img|images?)$"
+)
+_PICTURES = (*SUFFIXES, ".jpg", ".jpeg", ".webp")
 _SCENES = {8: ("person",), 35: ("street",)}
 
 
@@ -43,14 +54,14 @@ class Layout:
         return palette(num_classes)[self.labels]
 
 
-def _maps(name: str, path: Path) -> list[Path]:
+def _maps(name: str, path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{name}: {path} does not exist; give a PNG or a folder of PNGs")
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
     if not found:
-        raise FileNotFoundError(f"{name}: no {', '.join(SUFFIXES)} file in {path}")
+        raise FileNotFoundError(f"{name}: no {', '.join(suffixes)} file in {path}")
     return found
 
 
@@ -58,7 +69,19 @@ def _scene(path: Path) -> str:
     return _ROLE.sub("", path.stem)
 
 
-def read_layouts(labels: str | Path, instances: str | Path | None, preset: GroupDNetPreset,
+def _instances_of(paths: Sequence[Path], instances: str | Path) -> dict[str, Path]:
+    """The instance map of every scene in ``paths``."""
+    given = _maps("instances", Path(instances))
+    single = len(paths) == len(given) == 1
+    ids = {_scene(paths[0] if single else p): p for p in given}
+    for path in paths:
+        if _scene(path) not in ids:
+            scene = _scene(path)
+            raise FileNotFoundError(f"instances: no map of scene {scene!r} in {instances}")
+    return ids
+
+
+def read_layouts(labels: str | Path, instances: str | Path | None, preset: Preset,
                  unknown: int | None = None) -> list[Layout]:
     """The layouts in a label map or a folder of them, resized to the model's size.
 
@@ -79,13 +102,7 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Group
     if preset.instance_edge:
         if instances is None:
             raise ValueError("instances: this model reads instance maps; give --instances")
-        given = _maps("instances", Path(instances))
-        single = len(paths) == len(given) == 1
-        ids = {_scene(paths[0] if single else p): p for p in given}
-        for path in paths:
-            if _scene(path) not in ids:
-                scene = _scene(path)
-                raise FileNotFoundError(f"instances: no map of scene {scene!r} in {instances}")
+        ids = _instances_of(paths, instances)
     unknown = preset.dont_care if unknown is None else unknown
     return [
         Layout(
@@ -96,7 +113,7 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Group
     ]
 
 
-def sample_layouts(preset: GroupDNetPreset, count: int, seed: int = 0) -> list[Layout]:
+def sample_layouts(preset: Preset, count: int, seed: int = 0) -> list[Layout]:
     """``count`` of the package's own scenes, of the kinds that the model's data set shows."""
     kinds = _SCENES.get(preset.classes, ("indoor", "street"))
     layouts = []
@@ -119,6 +136,53 @@ def draw_code(model: Any, seed: int) -> Tensor:
     """A latent code (1, 8C, h, w) from N(0, 1); the same seed, the same code."""
     code: Tensor = model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
     return code
+
+
+def read_clusters(preset: Preset, path: str | Path | None) -> FeatureClusters | None:
+    """The clusters of instance features that a model reads, or None for a model that reads none.
+
+    Raises:
+        ValueError: a file is missing, or given where none is read, or has other channels.
+    """
+    reads = isinstance(preset, Pix2pixHDPreset) and preset.features
+    if not reads:
+        if path is not None:
+            raise ValueError("features: this model reads no instance features; leave them out")
+        return None
+    if path is None:
+        raise ValueError("features: this model reads instance features; give --features "
+                         "(smis features makes the file)")
+    clusters = FeatureClusters.load(path)
+    assert isinstance(preset, Pix2pixHDPreset)
+    if clusters.channels != preset.feature_channels:
+        raise ValueError(f"features: expected {preset.feature_channels} channels, got "
+                         f"{clusters.channels} in {path}")
+    return clusters
+
+
+def draw_input(model: Any, layout: Layout, seed: int,
+               clusters: FeatureClusters | None = None) -> Tensor | None:
+    """What the model reads besides the semantics: features of each instance, else a code or None."""
+    if clusters is None:
+        return draw_code(model, seed)
+    assert layout.instances is not None
+    planes = clusters.sample(torch.from_numpy(layout.instances)[None], seed=seed)
+    return planes.to(next(model.parameters()))
+
+
+def read_photographs(images: str | Path, instances: str | Path, size: tuple[int, int],
+                     ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of image (1, 3, H, W) in [-1, 1] and instance ids (1, H, W), matched by scene.
+
+    Raises:
+        FileNotFoundError: a path, or the instance map of a scene, is missing.
+        ImageError: a file is not what it was given as.
+    """
+    paths = _maps("images", Path(images), _PICTURES)
+    ids = _instances_of(paths, instances)
+    for path in paths:
+        picture = torch.from_numpy(read_picture(path, size).copy()).permute(2, 0, 1)[None]
+        yield picture / 127.5 - 1, torch.from_numpy(read_instances(ids[_scene(path)], size))[None]
 
 
 def resample_class(model: Any, z: Tensor, index: int, seed: int) -> Tensor:

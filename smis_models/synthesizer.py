@@ -80,10 +80,10 @@ class Synthesizer:
         """The compiled layout; ``print(s.layout.summary())`` tells how much repeats."""
         return self._layout
 
-    def code(self, seed: int) -> Tensor:
-        """A latent code for every image of the layout, from N(0, 1)."""
+    def code(self, seed: int) -> Tensor | None:
+        """A latent code for every image of the layout, from N(0, 1); None for a model without."""
         generator = torch.Generator().manual_seed(seed)
-        z: Tensor = self._generator.sample_latent(self._layout.shape[0], generator)
+        z: Tensor | None = self._generator.sample_latent(self._layout.shape[0], generator)
         return z
 
     @torch.no_grad()
@@ -98,11 +98,22 @@ class Synthesizer:
         return image
 
     def resample(self, index: int, *, seed: int = 1, z: Tensor | None = None) -> Tensor:
-        """Draw class ``index`` anew and hold all others, from ``z`` or the current code."""
+        """Draw class ``index`` anew and hold all others, from ``z`` or the current code.
+
+        Raises:
+            TypeError: the model has no code of its own for each class.
+        """
+        if not hasattr(self._generator, "class_channels"):
+            raise TypeError(
+                "model: expected one with a code for each class (GroupDNet), got "
+                f"{type(self._source).__name__}"
+            )
         start = z if z is not None else self.z if self.z is not None else self.code(0)
+        fresh = self.code(seed)
+        assert start is not None and fresh is not None
         channels = self._generator.class_channels(index)
         changed = start.clone()
-        changed[:, channels] = self.code(seed)[:, channels]
+        changed[:, channels] = fresh[:, channels]
         return self.sample(changed)
 
     def morph(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:

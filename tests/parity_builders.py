@@ -9,40 +9,70 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smis_kernels import class_crops, instance_edges
+from smis_kernels import (
+    class_crops,
+    instance_avg_pool2d,
+    instance_edges,
+    spatially_varying_conv2d,
+)
+from smis_models.ccfpse import discriminate_pairs, pyramid_matching_loss
 from smis_models.discriminator import discriminate
 from smis_models.labels import semantics
 from smis_models.losses import feature_matching_loss, gan_loss, kl_loss
-from smis_models.presets import ADE20K, CITYSCAPES, DEEPFASHION, GroupDNetPreset, with_options
-from smis_models.registry import GROUPDNET_PARTS
+from smis_models.pix2pixhd import pix2pixhd_losses
+from smis_models.presets import (
+    ADE20K,
+    CCFPSE_ADE20K,
+    CCFPSE_CITYSCAPES,
+    CCFPSE_COCO,
+    CITYSCAPES,
+    DEEPFASHION,
+    PIX2PIXHD_CITYSCAPES,
+    SPADE_ADE20K,
+    SPADE_CITYSCAPES,
+    SPADE_COCO,
+    SPADE_COCO_VAE,
+    GroupDNetPreset,
+    Preset,
+    with_options,
+)
+from smis_models.registry import network_parts
 
-_PRESETS = {"deepfashion": DEEPFASHION, "cityscapes": CITYSCAPES, "ade20k": ADE20K}
-_PARTS = {"G": "generator", "E": "encoder", "D": "discriminator"}
+_PRESETS: dict[str, Preset] = {
+    "smis_deepfashion": DEEPFASHION, "smis_cityscapes": CITYSCAPES, "smis_ade20k": ADE20K,
+    "spade_coco": SPADE_COCO, "spade_coco_vae": SPADE_COCO_VAE, "spade_ade20k": SPADE_ADE20K,
+    "spade_cityscapes": SPADE_CITYSCAPES, "ccfpse_coco": CCFPSE_COCO,
+    "ccfpse_ade20k": CCFPSE_ADE20K, "ccfpse_cityscapes": CCFPSE_CITYSCAPES,
+}
 
 
-def groupdnet_preset(options: dict[str, Any], part: str) -> GroupDNetPreset:
-    """The preset that the published options mean."""
-    preset = _PRESETS[options["dataset_mode"]]
+def preset_of(published: Preset, options: dict[str, Any], part: str) -> Preset:
+    """``published`` with the options of a spec, whose names are those of the papers' code."""
     height = round(options["crop_size"] / options["aspect_ratio"])
-    changes = {
+    changes: dict[str, Any] = {
         "classes": options["label_nc"] + options["contain_dontcare_label"],
         "dont_care": options["label_nc"] if options["contain_dontcare_label"] else None,
-        "upsampling": options["num_upsampling_layers"],
+        "upsampling": options.get("num_upsampling_layers", published.upsampling),
         "instance_edge": not options["no_instance"],
         "ndf": options["ndf"],
-        "discriminator_scales": options["num_D"],
-        "discriminator_layers": options["n_layers_D"],
-        "nef": options.get("ndf_E", preset.nef),
+        "discriminator_scales": options.get("num_D", published.discriminator_scales),
+        "discriminator_layers": options.get("n_layers_D", published.discriminator_layers),
+        "image_size": (height, options["crop_size"]),
     }
-    if part == "generator":
+    if isinstance(published, GroupDNetPreset):
+        changes["nef"] = options.get("ndf_E", published.nef)
+    else:
+        changes |= {"vae": options["use_vae"], "latent_channels": options["z_dim"]}
+    if part == "generator" or not isinstance(published, GroupDNetPreset):
         changes["ngf"] = options["ngf"]
-    return with_options(preset, {**changes, "image_size": (height, options["crop_size"])}, "spec")
+    return with_options(published, changes, "spec")
 
 
-def groupdnet_part(part: str, spec: dict[str, Any]) -> nn.Module:
+def network(published: Preset, part: str, spec: dict[str, Any]) -> nn.Module:
     """The network of a spec, its memory not filled: the checker loads every entry."""
+    preset = preset_of(published, spec["options"], part)
     with torch.device("meta"):
-        module = GROUPDNET_PARTS[part](groupdnet_preset(spec["options"], part))
+        module = network_parts(preset)[part](preset)
     return module.to_empty(device="cpu")
 
 
@@ -62,8 +92,8 @@ def _gan_cases() -> dict[str, Callable[..., Tensor]]:
     return cases
 
 
-def ops_smis(spec: None) -> dict[str, Callable[..., Any]]:
-    """The op and loss cases of GroupDNet."""
+def ops_spade(spec: None) -> dict[str, Callable[..., Any]]:
+    """The op and loss cases of SPADE, which are GroupDNet's too."""
     return {
         **_gan_cases(),
         "get_edges": instance_edges,
@@ -71,6 +101,28 @@ def ops_smis(spec: None) -> dict[str, Callable[..., Any]]:
         "feature_matching_lambda10": feature_matching_loss,
         "kld": kl_loss,
         "discriminate_identityD": partial(discriminate, lambda x: [[x, 2 * x], [3 * x]]),
+    }
+
+
+def ops_ccfpse(spec: None) -> dict[str, Callable[..., Any]]:
+    """The op and loss cases of CC-FPSE."""
+    hinge = _gan_cases()
+    return {
+        **{f"{name}_flat_list": hinge[name]
+           for name in ("gan_hinge_D_real", "gan_hinge_D_fake", "gan_hinge_G")},
+        "get_edges": instance_edges,
+        "feature_matching_lambda20": partial(pyramid_matching_loss, weight=20.0),
+        "kld": kl_loss,
+        "discriminate_identityD": partial(
+            discriminate_pairs, lambda x, semantics: ([x, 2 * x], [3 * x, semantics])),
+        "depthconv_stride1": spatially_varying_conv2d,
+    }
+
+
+def ops_smis(spec: None) -> dict[str, Callable[..., Any]]:
+    """The op and loss cases of GroupDNet."""
+    return {
+        **ops_spade(spec),
         "trans_img_deepfashion": _crops,
         "trans_img_ade20k_151": _crops,
         "trans_img_cityscapes": lambda planes, image: _crops(planes[:, :-1], image, (256, 512)),
@@ -79,11 +131,81 @@ def ops_smis(spec: None) -> dict[str, Callable[..., Any]]:
     }
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {
-    f"smis_{dataset}_{letter}{suffix}": partial(groupdnet_part, part)
-    for dataset in _PRESETS
-    for letter, part in _PARTS.items()
-    for suffix in ("", "_small")
+_PARTS = {"G": "generator", "E": "encoder", "D": "discriminator"}
+# What each published network is called, and the preset and part it comes from.
+_NETWORKS = {
+    **{f"smis_{dataset}_{letter}": (f"smis_{dataset}", part)
+       for dataset in ("deepfashion", "cityscapes", "ade20k") for letter, part in _PARTS.items()},
+    **{f"{name}_G": (name, "generator") for name in _PRESETS if name.startswith("spade")},
+    "spade_D": ("spade_cityscapes", "discriminator"),
+    "spade_vae_E": ("spade_coco_vae", "encoder"),
+    **{f"ccfpse_{dataset}_{letter}": (f"ccfpse_{dataset}", part)
+       for dataset in ("coco", "ade20k", "cityscapes")
+       for letter, part in (("G", "generator"), ("D", "discriminator"))},
+    "ccfpse_E": ("ccfpse_coco", "encoder"),
 }
-BUILDERS["smis_deepfashion_G_small256"] = partial(groupdnet_part, "generator")
+BUILDERS: dict[str, Callable[..., Any]] = {
+    name + suffix: partial(network, _PRESETS[published], part)
+    for name, (published, part) in _NETWORKS.items() for suffix in ("", "_small")
+}
+BUILDERS["smis_deepfashion_G_small256"] = partial(network, DEEPFASHION, "generator")
+BUILDERS["ccfpse_coco_novae_G_small"] = partial(network, CCFPSE_COCO, "generator")
+BUILDERS["ops_ccfpse"] = ops_ccfpse
 BUILDERS["ops_smis"] = ops_smis
+BUILDERS["ops_spade"] = ops_spade
+
+
+def pix2pixhd(part: str, spec: dict[str, Any]) -> nn.Module:
+    """A network of pix2pixHD from the options of its spec."""
+    options = spec["options"]
+    changes = {
+        "classes": options["label_nc"], "instance_edge": not options["no_instance"],
+        "ngf": options["ngf"], "ndf": options["ndf"], "nef": options["nef"],
+        "enhancers": options["n_local_enhancers"] if options["netG"] == "local" else 0,
+        "downsamplings": options["n_downsample_global"], "blocks": options["n_blocks_global"],
+        "local_blocks": options["n_blocks_local"], "features": options["instance_feat"],
+        "feature_channels": options["feat_num"],
+        "encoder_downsamplings": options["n_downsample_E"],
+        "discriminator_scales": options["num_D"], "discriminator_layers": options["n_layers_D"],
+        "image_size": tuple(options.get("image_size", (512, 1024))),
+    }
+    preset = with_options(PIX2PIXHD_CITYSCAPES, changes, "spec")
+    with torch.device("meta"):
+        module = network_parts(preset)[part](preset)
+    return module.to_empty(device="cpu")
+
+
+def _pooled_gradient(x: Tensor, ids: Tensor, cotangent: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad((instance_avg_pool2d(x, ids) * cotangent).sum(), x)
+    return grad
+
+
+def ops_pix2pixhd(spec: None) -> dict[str, Callable[..., Any]]:
+    """The op and loss cases of pix2pixHD."""
+    lsgan = partial(gan_loss, mode="ls", reduction="sum")
+    # The published code takes the logarithm of a sigmoid; here the loss reads the logits.
+    bce = partial(gan_loss, mode="original", reduction="sum")
+    return {
+        "get_edges": instance_edges,
+        "gan_lsgan_D_real": partial(lsgan, target_is_real=True),
+        "gan_lsgan_D_fake": partial(lsgan, target_is_real=False),
+        "gan_lsgan_G": partial(lsgan, target_is_real=True, discriminator=False),
+        # A flat list is one scale: features, and last the prediction.
+        "gan_lsgan_single": lambda scale: lsgan([scale], target_is_real=True),
+        "gan_bce_D_real_sigmoid": partial(bce, target_is_real=True),
+        "gan_bce_D_fake_sigmoid": partial(bce, target_is_real=False),
+        "losses_numD2": lambda *pairs: list(pix2pixhd_losses(*pairs)),
+        "losses_numD3": lambda *pairs: list(pix2pixhd_losses(*pairs)),
+        **{f"instance_avg_pool_b{n}": instance_avg_pool2d for n in (1, 2, 3)},
+        "instance_avg_pool_b2_grad": _pooled_gradient,
+    }
+
+
+_PIX2PIXHD = {"global_G": "generator", "local_G": "generator", "E": "encoder",
+              "D_num2": "discriminator", "D_num3": "discriminator"}
+BUILDERS |= {
+    f"pix2pixhd_{name}{suffix}": partial(pix2pixhd, part)
+    for name, part in _PIX2PIXHD.items() for suffix in ("", "_small")
+}
+BUILDERS["ops_pix2pixhd"] = ops_pix2pixhd

@@ -50,15 +50,30 @@ def fill(module: nn.Module, gains: dict[str, float]) -> None:
     module.load_state_dict({k: v.to(module.state_dict()[k].dtype) for k, v in state.items()})
 
 
+def _cells(name: str, h: int, w: int, cells: int) -> tuple[np.ndarray, np.random.RandomState]:
+    """The Voronoi cell of every pixel, and the numbers that the points were drawn from."""
+    numbers = stream(name)
+    ys, xs = (numbers.randint(0, size, cells) for size in (h, w))
+    rows, columns = np.arange(h)[:, None, None], np.arange(w)[None, :, None]
+    return ((rows - ys) ** 2 + (columns - xs) ** 2).argmin(2), numbers
+
+
+def _instances(name: str, recipe: dict[str, Any]) -> np.ndarray:
+    """Voronoi cells of the ids that the recipe lists for each image."""
+    out = np.empty((recipe["B"], 1, recipe["H"], recipe["W"]), np.int64)
+    for b in range(recipe["B"]):
+        cell, _ = _cells(f"{name}/{b}", recipe["H"], recipe["W"], recipe["cells"])
+        ids = np.asarray(recipe["ids"][b % len(recipe["ids"])])
+        out[b, 0] = ids[cell % len(ids)]
+    return out
+
+
 def _semantics(name: str, recipe: dict[str, Any]) -> np.ndarray:
     """Voronoi cells of random classes as one-hot planes, and the edges between instances."""
     n, h, w, classes = (recipe[k] for k in ("B", "H", "W", "nc"))
     out = np.zeros((n, classes + recipe["edge"], h, w), np.float32)
-    rows, columns = np.arange(h)[:, None, None], np.arange(w)[None, :, None]
     for b in range(n):
-        numbers = stream(f"{name}/{b}")
-        ys, xs = (numbers.randint(0, size, recipe["cells"]) for size in (h, w))
-        cell = ((rows - ys) ** 2 + (columns - xs) ** 2).argmin(2)
+        cell, numbers = _cells(f"{name}/{b}", h, w, recipe["cells"])
         labels = numbers.randint(0, classes, recipe["cells"])
         np.put_along_axis(out[b, :classes], labels[cell][None], 1.0, axis=0)
         if recipe["edge"]:
@@ -73,12 +88,14 @@ def _semantics(name: str, recipe: dict[str, Any]) -> np.ndarray:
 
 
 def make_input(name: str, recipe: dict[str, Any]) -> np.ndarray:
-    """One input from its recipe, fp32."""
+    """One input from its recipe: fp32, instance ids int64."""
     kind = recipe["recipe"]
     if kind == "normal":
         return stream(name).standard_normal(recipe["shape"]).astype(np.float32)
     if kind == "semantics":
         return _semantics(name, recipe)
+    if kind == "inst_ids":
+        return _instances(name, recipe)
     if kind == "concat":
         parts = [make_input(f"{name}/{i}", part) for i, part in enumerate(recipe["parts"])]
         return np.concatenate(parts, 1)

@@ -14,6 +14,9 @@ from smis_models.scenes import sample_scene
 SMALL = {
     "groupdnet_deepfashion": {"ngf": 8, "nef": 8, "image_size": (64, 64), "upsampling": "normal"},
     "groupdnet_cityscapes": {"ngf": 70, "nef": 35, "image_size": (64, 128), "upsampling": "normal"},
+    "spade_ade20k": {"ngf": 4, "hidden": 16, "image_size": (64, 64)},
+    "pix2pixhd_cityscapes": {"ngf": 4, "blocks": 1, "image_size": (64, 128)},
+    "pix2pixhd_cityscapes_features": {"ngf": 4, "nef": 4, "blocks": 1, "image_size": (64, 128)},
 }
 
 
@@ -203,6 +206,17 @@ def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, 
     assert _read(tmp_path / "demo/person_0.png").std() > 10
 
 
+def test_spade_paints_and_has_no_demo(smis, small, scene, tmp_path):
+    code, *_ = smis("synthesize", "--model", "spade_ade20k", "--labels", scene / "person",
+                    "--out", tmp_path / "out")
+    assert code == 0
+    assert _read(tmp_path / "out/0_0.png").std() > 10
+    code, _, err = smis("demo", "--model", "spade_ade20k", "--out", tmp_path / "demo")
+    assert code == 2
+    assert re.match(r"error: model: expected a GroupDNet, .*got 'spade_ade20k'.*\n$", err), err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_one_class_is_resampled_and_the_rest_held():
     model = _small_model("groupdnet_deepfashion").eval()
     z = synthesis.draw_code(model, 0)
@@ -218,3 +232,38 @@ def test_a_morph_starts_and_ends_at_its_codes_with_unit_variance():
     assert torch.equal(synthesis.morph(start, end, 0), start)
     torch.testing.assert_close(synthesis.morph(start, end, 1), end)
     assert abs(synthesis.morph(start, end, 0.5).var().item() - 1) < 0.05
+
+
+def test_features_are_made_and_read(small, smis, scene, tmp_path):
+    pytest.importorskip("sklearn")
+    name = "pix2pixhd_cityscapes_features"
+    photographs = tmp_path / "photographs"
+    for seed in range(2):
+        colours = np.random.default_rng(seed).integers(0, 255, (48, 96, 3), np.uint8)
+        images.write_png(photographs / f"{seed}_leftImg8bit.png", colours)
+    made = tmp_path / "features.npz"
+    code, out, _ = smis("features", "--model", name, "--images", photographs,
+                        "--instances", scene / "street/inst", "--out", made)
+    assert code == 0
+    assert re.search(r"\d+ clusters of \d+ classes in", out)
+    given = ("--model", name, "--labels", scene / "street/label",
+             "--instances", scene / "street/inst", "--out", tmp_path / "out")
+    code, out, _ = smis("synthesize", *given, "--features", made, "--samples", 2)
+    assert code == 0
+    first, second = (np.asarray(Image.open(tmp_path / f"out/0_{k}.png")) for k in range(2))
+    assert first.shape == (64, 128, 3)
+    assert (first != second).any()  # other clusters, another picture
+    code, _, error = smis("synthesize", *given)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "give --features" in error
+    other = ("--model", "pix2pixhd_cityscapes", *given[2:], "--features", made)
+    code, _, error = smis("synthesize", *other)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "reads no instance features" in error
+    code, _, error = smis("features", "--out", made)
+    assert (code, error.count("\n")) == (2, 1)
+    official = tmp_path / "official.npy"
+    np.save(official, {7: np.zeros((2, 3), np.float32)}, allow_pickle=True)
+    code, out, _ = smis("features", "--convert", official, "--out", tmp_path / "converted.npz")
+    assert code == 0
+    assert "2 clusters of 1 classes" in out

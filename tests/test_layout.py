@@ -50,9 +50,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     calls: list[int] = []
     compile_level = layout_module._compile_level
 
-    def counting(symbols: Tensor) -> object:
+    def counting(symbols: Tensor, unlimited: bool = False) -> object:
         calls.append(symbols.numel())
-        return compile_level(symbols)
+        return compile_level(symbols, unlimited)
 
     monkeypatch.setattr(layout_module, "_compile_level", counting)
     monkeypatch.setattr(layout_module._known, "last", None)
@@ -266,9 +266,9 @@ def test_a_network_compiles_its_map_once_per_forward(counted: list[int]) -> None
     numbered: list[int] = []
     original = layout_module.number_vectors
 
-    def counting(conditioning: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    def counting(conditioning: Tensor, limit: int, **options: str) -> tuple[Tensor, Tensor]:
         numbered.append(1)
-        return original(conditioning, limit)
+        return original(conditioning, limit, **options)
 
     layout_module.number_vectors = counting
     try:

@@ -95,16 +95,40 @@ template <class T> void apply_rows(const IndexedArgs& ia, int64_t begin, int64_t
   if (a.stream) stream_fence();
 }
 
+// Sums over one run of equal indices, flushed into the table's gradient where the index changes.
+template <class A> struct RunSum {
+  A *dgamma = nullptr, *dbeta = nullptr;  // of one channel
+  int32_t row = -1;
+  double gamma = 0, beta = 0;
+
+  void flush() {
+    if (row < 0) return;
+    dgamma[row] += A(gamma);
+    dbeta[row] += A(beta);
+    gamma = beta = 0;
+    row = -1;
+  }
+  void add(int32_t next, A dz, A hat) {
+    if (next != row) flush();
+    row = next;
+    gamma += double(dz * hat);
+    beta += double(dz);
+  }
+};
+
 template <class T> void backward_planes(const IndexedArgs& ia, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const ModulationArgs& a = ia.base;
   const int64_t up = a.upsample ? 2 : 1, P = a.H * a.W, O = P * up * up;
+  RunSum<A> runs[2];
   for (int64_t c = begin; c < end; ++c) {
-    for (int k = 0; k < a.branches; ++k)
-      for (int64_t half = 0; half < 2; ++half) {
-        A* d = static_cast<A*>(a.branch[k].dtable) + (half * a.C + c) * ia.rows;
-        std::fill(d, d + ia.rows, A(0));
-      }
+    for (int k = 0; k < a.branches; ++k) {
+      A* d = static_cast<A*>(a.branch[k].dtable) + c * ia.rows;
+      runs[k].dgamma = d;
+      runs[k].dbeta = d + a.C * ia.rows;
+      std::fill(d, d + ia.rows, A(0));
+      std::fill(runs[k].dbeta, runs[k].dbeta + ia.rows, A(0));
+    }
     for (int64_t n = 0; n < a.N; ++n) {
       const int32_t* index = ia.index + n * O;
       double sum = 0, product = 0;
@@ -115,15 +139,12 @@ template <class T> void backward_planes(const IndexedArgs& ia, int64_t begin, in
           const auto& br = a.branch[k];
           const auto s = scalar_stats<A>(a, br, n, c);
           const A *g = table_of<A>(br) + c * ia.rows, slope = A(br.slope);
-          A* dg = static_cast<A*>(br.dtable) + c * ia.rows;
-          A* db = dg + a.C * ia.rows;
           hat = s.hat(&x, 0);
           for (int64_t q = 0; q < up * up; ++q) {
             const int64_t o = output_pixel(a, p / a.W, p % a.W, q);
             const A dy = load(*at<const T>(br.grad, n, c, o));
             const A dz = load(*at<const T>(br.out, n, c, o)) > A(0) ? dy : dy * slope;
-            dg[index[o]] += dz * hat;
-            db[index[o]] += dz;
+            runs[k].add(index[o], dz, hat);
             into += s.rstd * dz * (A(1) + g[index[o]]);
           }
         }
@@ -136,18 +157,21 @@ template <class T> void backward_planes(const IndexedArgs& ia, int64_t begin, in
         static_cast<A*>(a.sums)[a.sums_stride + n * a.C + c] = A(product);
       }
     }
+    for (int k = 0; k < a.branches; ++k) runs[k].flush();
   }
 }
 
-// Sums of one run of equal indices, flushed into the table's gradient where the index changes.
+// The same for a run of channels; no run is longer than kRun, so that its fp32 sums stay exact enough.
+constexpr int64_t kRun = 256;
 template <class A> struct RunSums {
   alignas(64) A dgamma[kChunk], dbeta[kChunk];
   int32_t row = -1;
   A* table = nullptr;
-  int64_t half = 0, m = 0;
+  int64_t half = 0, m = 0, length = 0;
 
   void flush() {
     if (row < 0) return;
+    length = 0;
     A *g = table + row * 2 * half, *b = g + half;
 #pragma omp simd
     for (int64_t j = 0; j < m; ++j) {
@@ -157,7 +181,7 @@ template <class A> struct RunSums {
     row = -1;
   }
   void start(int32_t next) {
-    if (next == row) return;
+    if (next == row && ++length < kRun) return;
     flush();
     row = next;
     std::fill(dgamma, dgamma + m, A(0));
@@ -184,7 +208,7 @@ template <class T> void backward_rows(const IndexedArgs& ia, int64_t begin, int6
   const ModulationArgs& a = ia.base;
   const int64_t up = a.upsample ? 2 : 1, O = a.H * a.W * up * up;
   alignas(64) A xb[kChunk], hat[kChunk], into[kChunk], dxb[kChunk], b0[kChunk], b1[kChunk];
-  alignas(64) A s1[kChunk], s2[kChunk];
+  alignas(64) A s1[kChunk], s2[kChunk], line1[kChunk], line2[kChunk];
   RunSums<A> runs[2];
   for (int64_t c = begin; c < end; c += kChunk) {
     const int64_t m = std::min(kChunk, end - c);
@@ -199,6 +223,8 @@ template <class T> void backward_rows(const IndexedArgs& ia, int64_t begin, int6
       const int32_t* index = ia.index + n * O;
       std::fill(s1, s1 + m, A(0));
       std::fill(s2, s2 + m, A(0));
+      std::fill(line1, line1 + m, A(0));
+      std::fill(line2, line2 + m, A(0));
       for (int64_t p = 0; p < a.H * a.W; ++p) {
         const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
         for (int k = 0; k < a.branches; ++k) {
@@ -221,10 +247,18 @@ template <class T> void backward_rows(const IndexedArgs& ia, int64_t begin, int6
 #pragma omp simd
         for (int64_t j = 0; j < m; ++j) {
           d[j] = into[j];
-          s1[j] += into[j];
-          s2[j] += into[j] * hat[j];
+          line1[j] += into[j];
+          line2[j] += into[j] * hat[j];
         }
         unstage(dx, dxb, m);
+        if ((p + 1) % a.W == 0) {  // sums of sums: fp32 stays exact enough
+#pragma omp simd
+          for (int64_t j = 0; j < m; ++j) {
+            s1[j] += line1[j];
+            s2[j] += line2[j];
+            line1[j] = line2[j] = A(0);
+          }
+        }
       }
       if (a.sums != nullptr) {
         std::copy(s1, s1 + m, static_cast<A*>(a.sums) + n * a.C + c);

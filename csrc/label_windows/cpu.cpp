@@ -1,15 +1,14 @@
 // Numbering: distinct per-pixel vectors, and distinct 3x3 windows of an integer map. Keys of windows
 // are exact (three 21-bit ids), those of vectors exact or verified, so nothing is assumed of a hash.
 #include <cstring>
+#include <stdexcept>
 
 #include "common/tensor.h"
 #include "label_windows/cpu_kernel.h"
+#include "label_windows/keys.h"
 
 namespace smis {
 namespace {
-
-constexpr int kIdBits = 21;
-constexpr int64_t kMaxIds = (int64_t(1) << kIdBits) - 1;
 
 Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   std::vector<int64_t> shape(sizes);
@@ -22,7 +21,7 @@ class Numbering {
  public:
   Numbering(const Tensor& like, int64_t expected) {
     int64_t capacity = 64;
-    while (capacity < 2 * expected) capacity *= 2;
+    for (shift_ = 58; capacity < 2 * expected; --shift_) capacity *= 2;
     mask_ = uint64_t(capacity - 1);
     slots_ = empty_of(like, {capacity, 2}, ScalarType::Long);
     data_ = reinterpret_cast<uint64_t*>(slots_.mutable_data_ptr());
@@ -30,7 +29,7 @@ class Numbering {
   }
   // The id of a key (never 0); `fresh` tells whether it is new.
   int32_t operator()(uint64_t key, bool& fresh) {
-    uint64_t i = (key * 0x9E3779B97F4A7C15ull) >> 20 & mask_;
+    uint64_t i = (key * kHashFactor) >> shift_;  // the top bits depend on all of the key's
     while (data_[2 * i] != 0 && data_[2 * i] != key) i = (i + 1) & mask_;
     fresh = data_[2 * i] == 0;
     if (fresh) {
@@ -45,23 +44,29 @@ class Numbering {
   Tensor slots_;
   uint64_t* data_;
   uint64_t mask_;
+  int shift_;
   int64_t count_ = 0;
 };
 
-uint64_t triple(int32_t a, int32_t b, int32_t c) {
-  return 1ull << 63 | uint64_t(a) << (2 * kIdBits) | uint64_t(b) << kIdBits | uint64_t(c);
-}
-
 // (N, H, W) int32 ids, 0 outside -> window ids (N, H, W) from 1, and windows (V + 1, 9) whose row 0
-// is the outside. More than `limit` windows: an empty (0, 9), the ids are then incomplete.
+// is the outside. More than `limit` windows, or an id that does not fit a key: zeros and an empty
+// (0, 9).
 std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
   const int64_t N = map.size(0), H = map.size(1), W = map.size(2), P = H * W;
   const Tensor dense = torch::stable::contiguous(map);
   const int32_t* in = dense.const_data_ptr<int32_t>();
-  limit = std::min(limit, std::min(kMaxIds, N * P));
+  limit = std::max<int64_t>(std::min(limit, std::min(kMaxIds, N * P)), 0);
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < N * P; ++i) bits |= uint32_t(in[i]);
+  if (bits >> 31) throw std::runtime_error("map: expected ids from 0, got a negative one");
   Tensor index = empty_of(map, {N, H, W}, ScalarType::Int);
   Tensor rows = empty_of(map, {N, H, W}, ScalarType::Int);
   Tensor first = empty_of(map, {limit + 1}, ScalarType::Long);  // where a window was first seen
+  const auto none = [&] {
+    torch::stable::zero_(index);
+    return std::make_tuple(index, empty_of(map, {0, 9}, ScalarType::Int));
+  };
+  if (bits > kMaxIds) return none();
   int32_t *out = index.mutable_data_ptr<int32_t>(), *row = rows.mutable_data_ptr<int32_t>();
   int64_t* seen = first.mutable_data_ptr<int64_t>();
 
@@ -75,7 +80,7 @@ std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
       row[line * W + x] = key == last ? row[line * W + x - 1] : horizontal(key, fresh);
       last = key;
     }
-    if (horizontal.count() >= kMaxIds) return {index, empty_of(map, {0, 9}, ScalarType::Int)};
+    if (horizontal.count() >= kMaxIds) return none();
   }
   Numbering windows(map, limit + W);
   for (int64_t line = 0; line < N * H; ++line) {
@@ -89,7 +94,7 @@ std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
         continue;
       }
       const int32_t id = windows(key, fresh);
-      if (id > limit) return {index, empty_of(map, {0, 9}, ScalarType::Int)};
+      if (id > limit) return none();
       if (fresh) seen[id] = line * W + x;
       out[line * W + x] = id;
       last = key;
@@ -129,7 +134,7 @@ Tensor collect(const Tensor& input, const std::vector<int64_t>& first) {
 
 // Distinct per-pixel vectors of (N, K, H, W): symbols (N, H, W) int32 from 1 in order of first
 // appearance, and the vectors (S + 1, K) in the input's dtype with a zero row 0 for the outside.
-// Empty vectors (0, K): more than `limit` of them, or NaN.
+// Zeros and empty vectors (0, K): more than `limit` of them, or NaN.
 std::tuple<Tensor, Tensor> number_vectors(const Tensor& input, int64_t limit) {
   VectorKeysArgs a;
   a.element = element_of(input, "number_vectors");
@@ -146,7 +151,10 @@ std::tuple<Tensor, Tensor> number_vectors(const Tensor& input, int64_t limit) {
   a.keys = reinterpret_cast<uint64_t*>(keys.mutable_data_ptr());
   a.flags = flags.mutable_data_ptr<uint8_t>();
   int32_t* out = symbols.mutable_data_ptr<int32_t>();
-  const auto none = [&] { return empty_of(x, {0, a.K}, x.scalar_type()); };
+  const auto none = [&] {
+    torch::stable::zero_(symbols);
+    return std::make_tuple(symbols, empty_of(x, {0, a.K}, x.scalar_type()));
+  };
   const auto any_flag = [&](uint8_t bit) {
     return std::any_of(a.flags, a.flags + chunks, [=](uint8_t f) { return (f & bit) != 0; });
   };
@@ -157,7 +165,7 @@ std::tuple<Tensor, Tensor> number_vectors(const Tensor& input, int64_t limit) {
   a.exact = a.K < 256;  // squares of channel numbers stay exact in the kernel's fp32 sums
   if (a.exact) {
     run(vector_keys_kernel_best());
-    if (any_flag(2)) return {symbols, none()};
+    if (any_flag(2)) return none();
     a.exact = !any_flag(1);
   }
   if (!a.exact) run(vector_keys_kernel_best());
@@ -171,14 +179,14 @@ std::tuple<Tensor, Tensor> number_vectors(const Tensor& input, int64_t limit) {
     }
     out[i] = number(a.keys[i], fresh);
     if (fresh) first.push_back(i);
-    if (number.count() > limit) return {symbols, none()};
+    if (number.count() > limit) return none();
   }
   Tensor wide = collect(x, first);
   if (!a.exact) {
     a.symbols = out;
     a.vectors = wide.const_data_ptr<double>();
     run(verify_vectors_kernel_best());
-    if (any_flag(1)) return {symbols, none()};  // NaN, or two vectors with one hash
+    if (any_flag(1)) return none();  // NaN, or two vectors with one hash
   }
   return {symbols, torch::stable::to(wide, x.scalar_type())};
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/element.h"
+#include "label_windows/keys.h"
 
 namespace smis::SMIS_ISA {
 namespace {
@@ -18,10 +19,6 @@ inline uint64_t bits_of(double v) {
   v = v == 0 ? 0. : v;
   std::memcpy(&u, &v, 8);
   return u;
-}
-inline uint64_t mix(uint64_t h, uint64_t v) {
-  h = (h ^ v) * 0x9E3779B97F4A7C15ull;
-  return h ^ (h >> 29);
 }
 
 template <class T>
@@ -71,7 +68,7 @@ template <class T> void hash_chunk(const VectorKeysArgs& a, int64_t n, int64_t p
                                    uint64_t* keys) {
   using A = Acc<T>;
   alignas(64) A buffer[kKeyChunk];
-  std::fill(keys, keys + m, 0x243F6A8885A308D3ull);
+  std::fill(keys, keys + m, kHashSeed);
   for (int64_t k = 0; k < a.K; ++k) {
     const A* x = run<T>(a, n, k, p, m, buffer);
     for (int64_t i = 0; i < m; ++i) keys[i] = mix(keys[i], bits_of(x[i]));

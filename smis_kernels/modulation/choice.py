@@ -100,7 +100,7 @@ def choose(norms: Sequence[CGNorm], input: Tensor, segmap: Tensor | LabelLayout,
         if layout is None:
             problem = "the map's vectors do not repeat (or hold NaN)"
     if layout is not None:
-        level = layout.level(size)
+        level = layout.level(size, unlimited=wanted != "auto")
         if not level.repeats:
             problem = "the map's windows do not repeat"
     if problem is not None or layout is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ Inputs = tuple[Any, ...]
 DIRECTIONS = ("forward", "backward", "step")
 
 
+DATA_SETS = ("coco", "cityscapes")
+
+
 class Maps:
     """Label and instance maps for the cases: a folder of real ones, or the sample scenes.
 
     Args:
-        folder: with label PNGs, or with ``label/`` and (optionally) ``inst/`` inside. Classes
+        folder: with label PNGs, or with ``label/`` and (optionally) ``inst/`` inside, or with one
+            such folder for each data set, ``coco`` and ``cityscapes``. Classes
             beyond a case's number are taken modulo it: only the layout matters to speed.
     """
 
@@ -35,11 +39,24 @@ class Maps:
             root = Path(folder)
             nested = root / "label"
             place = nested if nested.is_dir() else root
+            if any((root / name / "label").is_dir() for name in DATA_SETS):
+                return  # maps come from `named`
             if not place.is_dir():
                 raise FileNotFoundError(f"maps: {folder} is no folder of label PNGs")
             self._files = sorted(p for p in place.iterdir() if p.suffix.lower() in images.SUFFIXES)
             if not self._files:
                 raise FileNotFoundError(f"maps: no label PNG in {place}")
+
+    def named(self, name: str) -> Maps:
+        """The maps of one data set, where the folder holds one folder for each."""
+        if self.folder is not None and (Path(self.folder) / name).is_dir():
+            return Maps(Path(self.folder) / name)
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many maps there are; of the endless sample scenes, four."""
+        return len(self._files) or 4
 
     def labels(self, kind: str, size: tuple[int, int], num_classes: int,
                index: int = 0) -> NDArray[np.int64]:
@@ -68,6 +85,12 @@ class Setting:
     maps: Maps = field(default_factory=Maps)
     compiled: bool = True
     """Measure the torch.compile providers too."""
+    index: int = 0
+    """Which map."""
+
+    def at(self, index: int) -> Setting:
+        """The same with another map."""
+        return replace(self, index=index)
 
 
 def unchanged(inputs: Inputs) -> Inputs:
@@ -154,13 +177,18 @@ class Case:
         moved: bytes that any implementation must read and write, from inputs and outputs.
         macs: multiply-accumulates of the definition, given the inputs.
         memory_bound: report the share of the copy bandwidth.
-        targets: what the fused provider must reach: "reference" (times), "copy" (share),
-            "scratch" (share of the output's bytes).
+        targets: what the fused provider must reach: "reference" and "best" (times), "slowest"
+            (times, on the slowest map), "copy" (share), "scratch" (share of the output's bytes),
+            "memory" (share of the reference's peak).
         factor, floor: error allowed against fp64, in the reference's own error and absolute;
             ``floor`` None is four units in the last place.
         seconds: measuring time to spend on the CPU.
         graphs: on CUDA, whether the case may be captured in a graph (no synchronisation inside).
         confirm: repeat peak memory as the resident size of fresh processes.
+        every_map: ours runs on every map of the setting, the baselines on the first.
+        scenes: the data set whose maps are used where the folder holds several.
+        bound: multiply-adds and bytes that remain at the least, from the inputs.
+        single_precision_truth: judge by the reference in its own dtype (fp64 would not fit).
     """
 
     name: str
@@ -177,6 +205,10 @@ class Case:
     seconds: float = 4.0
     graphs: bool = True
     confirm: bool = False
+    every_map: bool = False
+    scenes: str = "coco"
+    bound: Callable[[Inputs], tuple[int, int]] | None = None
+    single_precision_truth: bool = False
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -89,7 +89,9 @@ def _compile(provider: Provider, setting: Setting) -> Callable[..., Any]:
 def _prepare(case: Case, setting: Setting, inputs: Inputs) -> tuple[list[_Bound], Any]:
     """Bind every provider and judge it against fp64."""
     reference = case.providers[0]
-    truth = bind(case, reference.run, convert(reference.prepare(inputs), dtype=torch.float64))()
+    exact = inputs if case.single_precision_truth else convert(
+        reference.prepare(inputs), dtype=torch.float64)
+    truth = bind(case, reference.run, exact)()
     ready: list[_Bound] = []
     reference_error, outputs = 0.0, None
     for provider in case.providers:
@@ -119,8 +121,27 @@ def _copies(case: Case, bound: _Bound, count: int) -> list[Call]:
     return calls
 
 
+def _other_maps(case: Case, setting: Setting, ready: list[_Bound],
+                progress: Callable[[str], None]) -> dict[str, Call]:
+    """Ours on the maps after the first, each judged against the reference there."""
+    by_name = {bound.provider.name: bound for bound in ready}
+    reference, fused = by_name["reference"], by_name["fused"]
+    calls: dict[str, Call] = {}
+    for index in range(1, setting.maps.count):
+        progress(f"correctness, map {index}")
+        inputs = case.make_inputs(setting.at(index))
+        expected = bind(case, reference.run, reference.provider.prepare(inputs))()
+        call = bind(case, fused.run, fused.provider.prepare(inputs))
+        error = _error(call(), expected)
+        # both differ from the truth: the fused error may be the sum of the two
+        fused.error = max(fused.error, error)
+        calls[f"map {index}"] = call
+    fused.allowed += reference.error
+    return calls
+
+
 def _times(case: Case, setting: Setting, ready: list[_Bound], moved: int,
-           copy: Call) -> dict[str, list[float]]:
+           others: dict[str, Call]) -> dict[str, list[float]]:
     """Seconds per call of every provider and of the copy, from one interleaved run.
 
     On CUDA inputs rotate, and where every provider is bound by its launches all are captured.
@@ -135,7 +156,7 @@ def _times(case: Case, setting: Setting, ready: list[_Bound], moved: int,
     )
     if captured:
         calls = {name: timing.graphed(c) for name, c in copies.items()}
-    times = timing.interleave({**calls, "copy": copy}, case.seconds, device=setting.device)
+    times = timing.interleave({**calls, **others}, case.seconds, device=setting.device)
     if captured:  # one replay is one call on every copy
         times.update({name: [t / count for t in times[name]] for name in calls})
     return times
@@ -154,6 +175,7 @@ def measure(case: Case, setting: Setting,
         Records in the order of ``case.providers``; their ``correct`` says whether a speedup may
         be reported.
     """
+    setting = replace(setting, maps=setting.maps.named(case.scenes))
     progress("correctness")
     inputs = case.make_inputs(setting)
     ready, outputs = _prepare(case, setting, inputs)
@@ -161,22 +183,35 @@ def measure(case: Case, setting: Setting,
     produced = nbytes(outputs)
     largest = max(tensors(outputs), key=nbytes)
     progress("timing")
-    times = _times(case, setting, ready, moved, timing.copy_call(largest))
+    others = _other_maps(case, setting, ready, progress) if case.every_map else {}
+    copy_call, multiply = timing.copy_call(largest), timing.conv_call(setting.device, setting.dtype)
+    times = _times(case, setting, ready, moved, {**others, "copy": copy_call, "conv": multiply})
     copied = 2 * nbytes(largest) / median(times["copy"])
+    maps = {"map 0": median(times["fused"]),
+            **{name: median(times[name]) for name in others}} if others else {}
+    if others:
+        rounds = zip(*(times[name] for name in ("fused", *others)), strict=True)
+        times["fused"] = [geometric_mean(each) for each in rounds]
+    bound = None
+    if case.bound is not None:
+        remaining, traffic = case.bound(inputs)
+        rate = timing.CONV_MACS / median(times["conv"])
+        bound = remaining / rate + traffic / copied
     progress("memory")
     shape = tuple(next(t for t in tensors(inputs)).shape)
     return [
         Record(
-            group=case.group, provider=bound.provider.name, times=times[bound.provider.name],
+            group=case.group, provider=each.provider.name, times=times[each.provider.name],
             device=setting.device.type, dtype=str(setting.dtype).removeprefix("torch."),
             shape=shape, bytes=moved, macs=case.macs(inputs),
-            peak_memory=timing.peak_allocated(bound.call, setting.device),
-            output_bytes=produced, max_rel_error=bound.error,
-            correct=bound.error <= bound.allowed, copy_bandwidth=copied,
+            peak_memory=timing.peak_allocated(each.call, setting.device),
+            output_bytes=produced, max_rel_error=each.error,
+            correct=each.error <= each.allowed, copy_bandwidth=copied,
             memory_bound=case.memory_bound, targets=case.targets,
-            compile_seconds=bound.compile_seconds,
+            compile_seconds=each.compile_seconds,
+            maps=maps if each.provider.name == "fused" else {}, bound=bound,
         )
-        for bound in ready
+        for each in ready
     ]
 
 

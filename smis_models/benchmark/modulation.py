@@ -1,4 +1,4 @@
-"""The set ``modulation``: modulation, class crops, instance edges, and GroupDNet whole."""
+"""The set ``modulation``: modulation, class crops and instance edges."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from smis_kernels.instance_edges.op import instance_edges
 from smis_kernels.modulation import reference as modulation_reference
 from smis_kernels.modulation.op import modulation
 
-from ..registry import create_model
 from .case import Case, Inputs, Setting, channels_last, nbytes, providers, unchanged
 
-_SCENES = {8: "person", 35: "street", 151: "indoor"}
+_SCENES = {8: "person", 151: "indoor"}
 
 
 def _random(setting: Setting, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -104,10 +103,12 @@ def _edges_case() -> Case:
     )
 
 
-def _on(backend: str) -> Callable[..., Tensor]:
-    def run(generator: Any, semantics: Tensor, z: Tensor) -> Tensor:
+def on_backend(backend: str) -> Callable[..., Tensor]:
+    """``run(module, *inputs)`` on a backend."""
+
+    def run(module: Any, *inputs: Any) -> Tensor:
         with use_backend(backend):
-            return generator(semantics, z)
+            return module(*inputs)
 
     return run
 
@@ -117,32 +118,8 @@ def conv_macs(inputs: Inputs) -> int:
     module, *arguments = inputs
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
-        _on("reference")(module, *arguments)
+        on_backend("reference")(module, *arguments)
     return counter.get_total_flops() // 2
-
-
-def _generator_case(dataset: str, classes: int) -> Case:
-    """GroupDNet's generator with published options and random weights, eval, N=1.
-
-    No torch.compile provider: the spectral norm hooks break its graph at every conv.
-    """
-
-    def make_inputs(setting: Setting) -> Inputs:
-        model = create_model(f"groupdnet_{dataset}", device=setting.device, dtype=setting.dtype,
-                             init_gain=1.0).eval()
-        size = model.preset.image_size
-        labels = _labels(setting, size, classes)
-        instances = torch.from_numpy(setting.maps.instances("street", size))[None]
-        semantics = model.semantics(
-            labels, instances.to(setting.device) if model.preset.instance_edge else None)
-        z = model.generator.sample_latent(1, torch.Generator().manual_seed(0))
-        return model.generator, semantics, z
-
-    return Case(
-        name=f"groupdnet_{dataset}/generator", make_inputs=make_inputs,
-        providers=providers(_on("reference"), _on("auto"), compile=False),
-        macs=conv_macs, memory_bound=False, floor=1e-4, seconds=20.0,
-    )
 
 
 _MODULATION = {"reference": 3.0, "copy": 0.8, "scratch": 0.01}
@@ -158,7 +135,4 @@ CASES = [
     _crops_case("ade20k", 151, least=100),
     _crops_case("deepfashion", 8, least=10),
     _edges_case(),
-    _generator_case("deepfashion", 8),
-    _generator_case("cityscapes", 35),
-    _generator_case("ade20k", 151),
 ]

@@ -46,6 +46,15 @@ class Record:
     compile_seconds: float | None = None
     resident_memory: int | None = None
     allocator: str = "reuse"
+    maps: dict[str, float] = field(default_factory=dict)
+    """Median seconds on each map, where ``times`` are geometric means over several."""
+    bound: float | None = None
+    """Seconds that the remaining arithmetic and traffic take at the rates of the same run."""
+
+    @property
+    def slowest(self) -> float:
+        """Seconds on the slowest map."""
+        return max(self.maps.values(), default=self.median)
 
     @property
     def median(self) -> float:
@@ -156,14 +165,15 @@ def by_case(records: Sequence[Record]) -> dict[Key, dict[str, Record]]:
     return cases
 
 
-def speedup(rows: dict[str, Record], baseline: str = "reference") -> float | None:
+def speedup(rows: dict[str, Record], baseline: str = "reference", *,
+            slowest: bool = False) -> float | None:
     """Fused over a baseline ("best": the fastest); None where a check against fp64 failed."""
     names = [n for n in (_BASELINES if baseline == "best" else (baseline,)) if n in rows]
     fused = rows.get("fused")
     correct = [rows[n].median for n in names if rows[n].correct]
     if fused is None or not fused.correct or not correct:
         return None
-    return min(correct) / fused.median
+    return min(correct) / (fused.slowest if slowest else fused.median)
 
 
 def copy_share(record: Record) -> float:
@@ -186,8 +196,15 @@ def checks(rows: dict[str, Record]) -> list[tuple[str, float | None, float, bool
         if what == "scratch":
             value: float | None = scratch_share(fused)
             reached = value is not None and value <= target
+        elif what == "memory":
+            value = fused.peak_memory / max(1, rows["reference"].peak_memory)
+            reached = value <= target
+        elif what == "copy":
+            value = copy_share(fused) if fused.correct else None
+            reached = value is not None and value >= target
         else:
-            value = copy_share(fused) if what == "copy" and fused.correct else speedup(rows)
+            value = speedup(rows, "best" if what == "best" else "reference",
+                            slowest=what == "slowest")
             reached = value is not None and value >= target
         found.append((what, value, target, reached))
     return found
@@ -206,9 +223,12 @@ def _times(value: float | None) -> str:
 
 def _check_text(what: str, value: float | None, target: float, reached: bool) -> str:
     sign = "reached" if reached else "MISSED"
-    if what == "reference":
-        return f">= {target:g}x reference: {_times(value)} {sign}"
+    times = {"reference": "reference", "best": "best baseline", "slowest": "reference, slowest map"}
+    if what in times:
+        return f">= {target:g}x {times[what]}: {_times(value)} {sign}"
     share = "-" if value is None else f"{value:.1%}"
+    if what == "memory":
+        return f"peak <= {target:.0%} of reference: {share} {sign}"
     if what == "copy":
         return f">= {target:.0%} of copy: {share} {sign}"
     return f"scratch <= {target:.0%} of output: {share} {sign}"
@@ -223,7 +243,7 @@ def _provider_cell(rows: dict[str, Record], name: str) -> str:
     return f"{_time(record.median)} [{_time(low)}, {_time(high)}]{wrong}"
 
 
-COLUMNS = ("case", *PROVIDERS, "x reference", "x best baseline", "of copy",
+COLUMNS = ("case", *PROVIDERS, "slowest map", "bound", "x reference", "x best baseline", "of copy",
            "peak MB (ref -> fused)", "error (ref, fused)", "targets")
 
 
@@ -241,6 +261,8 @@ def table(records: Sequence[Record]) -> list[tuple[str, ...]]:
         place = "" if (device, dtype) == ("cpu", "float32") else f" ({device}, {dtype})"
         lines.append((
             group + place, *(_provider_cell(rows, name) for name in PROVIDERS),
+            _time(fused.slowest) if fused is not None and fused.maps else "-",
+            _time(fused.bound) if fused is not None and fused.bound else "-",
             _times(speedup(rows)), _times(speedup(rows, "best")), share, peak, error,
             "; ".join(_check_text(*check) for check in checks(rows)) or "-",
         ))

@@ -132,6 +132,22 @@ def copy_call(like: Tensor) -> Call:
     return lambda: out.copy_(source)
 
 
+CONV_MACS = 256 * 256 * 9 * 64 * 64
+
+
+def conv_call(device: torch.device, dtype: torch.dtype) -> Call:
+    """A 3x3 conv of 256 channels at 64², channels-last: the rate that convs can reach."""
+    layout = torch.channels_last
+    x = torch.ones((1, 256, 64, 64), device=device, dtype=dtype).to(memory_format=layout)
+    weight = torch.ones((256, 256, 3, 3), device=device, dtype=dtype).to(memory_format=layout)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.conv2d(x, weight, padding=1)
+
+    return call
+
+
 def peak_allocated(call: Call, device: torch.device) -> int:
     """Largest sum of live allocations made by one call, its outputs included."""
     if device.type == "cuda":

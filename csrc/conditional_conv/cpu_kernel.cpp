@@ -1,0 +1,487 @@
+// Predict a tile's kernels in cache, apply them, forget them. See cpu_kernel.h for the layout.
+#include "conditional_conv/cpu_kernel.h"
+
+#include <algorithm>
+
+#include "common/lanes.h"
+#include "common/modulate.h"
+#include "conditional_conv/scratch.h"
+
+namespace smis::SMIS_ISA {
+namespace {
+
+// Where a region lies; its patch starts one pixel up and left of its first pixel.
+struct Region {
+  int64_t n, y0, x0;
+};
+Region region_at(const Tiling& t, int64_t i) {
+  const int64_t n = i / (t.across * t.down), j = i % (t.across * t.down);
+  return {n, j / t.across * t.rows * 2 - 1, j % t.across * t.cols * 2 - 1};
+}
+
+// Channels [c0, c0 + count) of the patch of a region as (pixels, width), zeros outside.
+template <class T>
+void stage_patch(const Tiling& t, const Operand& o, const Region& r, int64_t c0, int64_t count,
+                 int64_t width, Acc<T>* patch) {
+  const int64_t PW = t.patch_width();
+  std::fill(patch, patch + t.patch_pixels() * width, Acc<T>(0));
+  const int64_t j0 = std::max<int64_t>(0, -r.x0), j1 = std::min(PW, t.W - r.x0);
+  for (int64_t i = 0; i < t.patch_height(); ++i) {
+    const int64_t y = r.y0 + i;
+    if (y < 0 || y >= t.H) continue;
+    const T* row = at<const T>(o, r.n, c0, y * t.W + r.x0);
+    Acc<T>* out = patch + i * PW * width;
+    if (o.c == 1) {
+      for (int64_t j = j0; j < j1; ++j) {
+        const Acc<T>* values = staged(row + j * o.p, count, out + j * width);
+        if (values != out + j * width) std::copy(values, values + count, out + j * width);
+      }
+    } else {
+      for (int64_t c = 0; c < count; c += 16) {
+        const int64_t some = std::min<int64_t>(16, count - c);
+        for (int64_t j = j0; j < j1; ++j)
+          for (int64_t l = c; l < c + some; ++l) out[j * width + l] = load(row[l * o.c + j * o.p]);
+      }
+    }
+  }
+}
+
+// Adds channels [c0, c0 + count) of a patch to the image.
+template <class A>
+void add_patch(const Tiling& t, const Operand& o, const Region& r, int64_t c0, int64_t count,
+               int64_t width, const A* patch) {
+  const int64_t PW = t.patch_width();
+  const int64_t j0 = std::max<int64_t>(0, -r.x0), j1 = std::min(PW, t.W - r.x0);
+  for (int64_t i = 0; i < t.patch_height(); ++i) {
+    const int64_t y = r.y0 + i;
+    if (y < 0 || y >= t.H) continue;
+    A* row = at<A>(o, r.n, c0, y * t.W + r.x0);
+    const A* in = patch + i * PW * width;
+    for (int64_t j = j0; j < j1; ++j)
+      for (int64_t l = 0; l < count; ++l) row[l * o.c + j * o.p] += in[j * width + l];
+  }
+}
+
+// Winograd's F(2x2, 3x3) and, for the gradients, the transposes of its three maps.
+template <class V> struct Winograd {
+  static void input_row(const V* d, V* v, int64_t step) {  // 4 -> 4
+    v[0] = d[0] - d[2 * step];
+    v[step] = d[step] + d[2 * step];
+    v[2 * step] = d[2 * step] - d[step];
+    v[3 * step] = d[step] - d[3 * step];
+  }
+  static void input_row_transposed(const V* v, V* d, int64_t step) {
+    d[0] = v[0];
+    d[step] = v[step] - v[2 * step] + v[3 * step];
+    d[2 * step] = v[step] + v[2 * step] - v[0];
+    d[3 * step] = -v[3 * step];
+  }
+  static void input(const V* d, V* v) {
+    V half[16];
+    for (int i = 0; i < 4; ++i) input_row(d + 4 * i, half + 4 * i, 1);
+    for (int j = 0; j < 4; ++j) input_row(half + j, v + j, 4);
+  }
+  static void input_transposed(const V* v, V* d) {
+    V half[16];
+    for (int i = 0; i < 4; ++i) input_row_transposed(v + 4 * i, half + 4 * i, 1);
+    for (int j = 0; j < 4; ++j) input_row_transposed(half + j, d + j, 4);
+  }
+  static void weight(const V* g, V* u) {  // 3x3 -> 4x4
+    V half[12];
+    for (int j = 0; j < 3; ++j) {
+      const V even = (g[j] + g[6 + j]) / 2, odd = g[3 + j] / 2;
+      half[j] = g[j], half[3 + j] = even + odd, half[6 + j] = even - odd, half[9 + j] = g[6 + j];
+    }
+    for (int i = 0; i < 4; ++i) {
+      const V even = (half[3 * i] + half[3 * i + 2]) / 2, odd = half[3 * i + 1] / 2;
+      u[4 * i] = half[3 * i], u[4 * i + 1] = even + odd;
+      u[4 * i + 2] = even - odd, u[4 * i + 3] = half[3 * i + 2];
+    }
+  }
+  static void weight_transposed(const V* u, V* g) {
+    V half[12];
+    for (int i = 0; i < 4; ++i) {
+      const V even = (u[4 * i + 1] + u[4 * i + 2]) / 2;
+      half[3 * i] = u[4 * i] + even, half[3 * i + 2] = u[4 * i + 3] + even;
+      half[3 * i + 1] = (u[4 * i + 1] - u[4 * i + 2]) / 2;
+    }
+    for (int j = 0; j < 3; ++j) {
+      const V even = (half[3 + j] + half[6 + j]) / 2;
+      g[j] = half[j] + even, g[6 + j] = half[9 + j] + even;
+      g[3 + j] = (half[3 + j] - half[6 + j]) / 2;
+    }
+  }
+  static void output(const V* m, V* w) {  // 4x4 -> 2x2
+    V half[8];
+    for (int j = 0; j < 4; ++j) {
+      half[j] = m[j] + m[4 + j] + m[8 + j];
+      half[4 + j] = m[4 + j] - m[8 + j] - m[12 + j];
+    }
+    for (int i = 0; i < 2; ++i) {
+      w[2 * i] = half[4 * i] + half[4 * i + 1] + half[4 * i + 2];
+      w[2 * i + 1] = half[4 * i + 1] - half[4 * i + 2] - half[4 * i + 3];
+    }
+  }
+  static void output_transposed(const V* w, V* m) {
+    V half[8];
+    for (int i = 0; i < 2; ++i) {
+      half[4 * i] = w[2 * i], half[4 * i + 1] = w[2 * i] + w[2 * i + 1];
+      half[4 * i + 2] = w[2 * i] - w[2 * i + 1], half[4 * i + 3] = -w[2 * i + 1];
+    }
+    for (int j = 0; j < 4; ++j) {
+      m[j] = half[j], m[4 + j] = half[j] + half[4 + j];
+      m[8 + j] = half[j] - half[4 + j], m[12 + j] = -half[4 + j];
+    }
+  }
+};
+
+template <class T> void transform_condition(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const Tiling& t = a.tiling;
+  const int64_t depth = a.depth(), PW = t.patch_width(), plane = t.tiles * depth;
+  A* patch = static_cast<A*>(scratch);
+  for (int64_t i = begin; i < end; ++i) {
+    stage_patch<T>(t, a.h, region_at(t, a.first + i), 0, a.D, depth, patch);
+    A* v = static_cast<A*>(a.v) + i * a.transformed();
+    for (int64_t tile = 0; tile < t.tiles; ++tile)
+      for (int64_t k = 0; k < depth; k += L) {
+        V d[16] = {}, out[16];
+        if (tile < t.rows * t.cols) {
+          const A* corner = patch + (tile / t.cols * 2 * PW + tile % t.cols * 2) * depth + k;
+          for (int f = 0; f < 16; ++f) d[f] = get(corner + (f / 4 * PW + f % 4) * depth);
+        }
+        Winograd<V>::input(d, out);
+        for (int f = 0; f < 16; ++f) put(v + f * plane + tile * depth + k, out[f]);
+      }
+  }
+}
+
+// One block of channels.
+template <class T> struct Block {
+  static constexpr int64_t L = Lanes<Acc<T>>::n;
+  int64_t channel, lanes;
+  Block(const ConditionalConvArgs& a, int64_t i)
+      : channel(i * L), lanes(std::min(L, a.C - i * L)) {}
+};
+
+// The block's weights as u[row][f][k][tap][lane]; row and tap are those of the predicted kernel.
+template <class T> void transform_weights(const ConditionalConvArgs& a, const Block<T>& b, Acc<T>* u) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const int64_t depth = a.depth();
+  const T* weight = static_cast<const T*>(a.weight) + b.channel * 9 * a.D * 9;
+  for (int64_t kk = 0; kk < 9; ++kk)
+    for (int64_t k = 0; k < depth; ++k) {
+      alignas(kVectorBytes) A g[9 * L] = {};
+      if (k < a.D)
+        for (int64_t l = 0; l < b.lanes; ++l)
+          for (int64_t i = 0; i < 9; ++i) g[i * L + l] = load(weight[((l * 9 + kk) * a.D + k) * 9 + i]);
+      V taps[9], out[16];
+      for (int i = 0; i < 9; ++i) taps[i] = get(g + i * L);
+      Winograd<V>::weight(taps, out);
+      for (int64_t f = 0; f < 16; ++f)
+        put(u + (((kk / 3 * 16 + f) * depth + k) * kTaps + kk % 3) * L, out[f]);
+    }
+}
+
+// The same weights as u[row][f][tap][lane][k].
+template <class T> void transform_weights_transposed(const ConditionalConvArgs& a, const Block<T>& b, Acc<T>* u) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const int64_t depth = a.depth();
+  const T* weight = static_cast<const T*>(a.weight) + b.channel * 9 * a.D * 9;
+  for (int64_t kk = 0; kk < 9; ++kk)
+    for (int64_t l = 0; l < L; ++l)
+      for (int64_t k = 0; k < depth; k += L) {
+        alignas(kVectorBytes) A g[9 * L] = {};
+        if (l < b.lanes)
+          for (int64_t j = 0; j < std::min(L, a.D - k); ++j)
+            for (int64_t i = 0; i < 9; ++i)
+              g[i * L + j] = load(weight[((l * 9 + kk) * a.D + k + j) * 9 + i]);
+        V taps[9], out[16];
+        for (int i = 0; i < 9; ++i) taps[i] = get(g + i * L);
+        Winograd<V>::weight(taps, out);
+        for (int64_t f = 0; f < 16; ++f)
+          put(u + (((kk / 3 * 16 + f) * kTaps + kk % 3) * L + l) * depth + k, out[f]);
+      }
+}
+
+// m[f][tile][tap][lane]: the transformed kernels of one kernel row, for all tiles of a region.
+template <class A>
+void predict(const ConditionalConvArgs& a, const A* v, const A* u, A* m) {
+  constexpr int64_t L = Lanes<A>::n;
+  const int64_t depth = a.depth(), tiles = a.tiling.tiles;
+  for (int64_t f = 0; f < kFrequencies; ++f)
+    for (int64_t tile = 0; tile < tiles; tile += kTileRows)
+      product_tile<A, int(kTaps), false>(v + (f * tiles + tile) * depth, depth, 1,
+                                         u + f * depth * kTaps * L, kTaps * L, depth,
+                                         m + (f * tiles + tile) * kTaps * L, kTaps * L);
+}
+
+// The predicted kernels of a tile's 2x2 pixels at one tap.
+template <class A>
+inline void kernels_of(const ConditionalConvArgs& a, const A* m, int64_t tile, int64_t tap,
+                       Vec<A> bias, Vec<A>* w) {
+  constexpr int64_t L = Lanes<A>::n;
+  Vec<A> in[16];
+#pragma GCC unroll 16
+  for (int f = 0; f < 16; ++f) in[f] = get(m + ((f * a.tiling.tiles + tile) * kTaps + tap) * L);
+  Winograd<Vec<A>>::output(in, w);
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) w[q] += bias;
+}
+
+template <class T> Vec<Acc<T>> bias_of(const ConditionalConvArgs& a, const Block<T>& b, int64_t kk) {
+  constexpr int64_t L = Block<T>::L;
+  alignas(kVectorBytes) Acc<T> bias[L] = {};
+  if (a.bias != nullptr)
+    for (int64_t l = 0; l < b.lanes; ++l)
+      bias[l] = load(static_cast<const T*>(a.bias)[(b.channel + l) * 9 + kk]);
+  return get(bias);
+}
+
+template <class T>
+void write_output(const ConditionalConvArgs& a, const Block<T>& b, const Region& r, const Acc<T>* sums) {
+  constexpr int64_t L = Block<T>::L;
+  const Tiling& t = a.tiling;
+  for (int64_t y = 0; y < std::min(2 * t.rows, t.H - r.y0 - 1); ++y) {
+    T* row = at<T>(a.y, r.n, b.channel, (r.y0 + 1 + y) * t.W + r.x0 + 1);
+    const Acc<T>* in = sums + (y / 2 * t.cols * 4 + y % 2 * 2) * L;
+    const int64_t width = std::min(2 * t.cols, t.W - r.x0 - 1);
+    if (a.y.c == 1) {
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t l = 0; l < b.lanes; ++l) store(row[x * a.y.p + l], in[(x / 2 * 4 + x % 2) * L + l]);
+    } else {
+      for (int64_t l = 0; l < b.lanes; ++l)
+        for (int64_t x = 0; x < width; ++x)
+          store(row[x * a.y.p + l * a.y.c], in[(x / 2 * 4 + x % 2) * L + l]);
+    }
+  }
+}
+
+template <class T> void forward(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const Tiling& t = a.tiling;
+  const int64_t PW = t.patch_width();
+  A* u = static_cast<A*>(scratch);
+  A* m = u + block_weights(a, L);
+  A* patch = m + products(a, L);
+  A* sums = patch + block_patch(a, L);
+  int64_t made = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t index = item / a.count, i = item % a.count;
+    const Block<T> b(a, index);
+    if (made != index) transform_weights<T>(a, b, u);
+    made = index;
+    const Region r = region_at(t, a.first + i);
+    stage_patch<T>(t, a.x, r, b.channel, b.lanes, L, patch);
+    std::fill(sums, sums + block_output(a, L), A(0));
+    for (int64_t ky = 0; ky < 3; ++ky) {
+      predict(a, static_cast<const A*>(a.v) + i * a.transformed(),
+              u + ky * kFrequencies * a.depth() * kTaps * L, m);
+      V bias[kTaps];
+      for (int kx = 0; kx < kTaps; ++kx) bias[kx] = bias_of<T>(a, b, ky * 3 + kx);
+      for (int64_t tile = 0; tile < t.rows * t.cols; ++tile) {
+        const A* x = patch + ((tile / t.cols * 2 + ky) * PW + tile % t.cols * 2) * L;
+        V sum[4];
+        for (int q = 0; q < 4; ++q) sum[q] = get(sums + (tile * 4 + q) * L);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < kTaps; ++kx) {
+          V w[4];
+          kernels_of(a, m, tile, kx, bias[kx], w);
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q) sum[q] += w[q] * get(x + (q / 2 * PW + q % 2 + kx) * L);
+        }
+        for (int q = 0; q < 4; ++q) put(sums + (tile * 4 + q) * L, sum[q]);
+      }
+    }
+    write_output<T>(a, b, r, sums);
+  }
+}
+
+// Gradients of a region's transformed kernels in one kernel row: dm[f][tile][tap][lane].
+template <class A>
+void kernel_gradients(const ConditionalConvArgs& a, const A* x, const A* dy, int64_t ky, A* dm,
+                      Vec<A>* dbias) {
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const Tiling& t = a.tiling;
+  const int64_t PW = t.patch_width();
+  for (int64_t tile = 0; tile < t.tiles; ++tile) {
+    const int64_t corner = (tile / t.cols * 2 * PW + tile % t.cols * 2) * L;
+    for (int kx = 0; kx < kTaps; ++kx) {
+      V dw[4] = {}, out[16];
+      if (tile < t.rows * t.cols)
+        for (int q = 0; q < 4; ++q) {
+          dw[q] = get(dy + corner + ((q / 2 + 1) * PW + q % 2 + 1) * L) *
+                  get(x + corner + ((q / 2 + ky) * PW + q % 2 + kx) * L);
+          dbias[kx] += dw[q];
+        }
+      Winograd<V>::output_transposed(dw, out);
+      for (int f = 0; f < 16; ++f) put(dm + ((f * t.tiles + tile) * kTaps + kx) * L, out[f]);
+    }
+  }
+}
+
+template <class T> void backward(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const Tiling& t = a.tiling;
+  const int64_t PW = t.patch_width(), depth = a.depth(), row = kFrequencies * depth * kTaps * L;
+  A* u = static_cast<A*>(scratch);
+  A* m = u + block_weights(a, L);
+  A* x = m + products(a, L);
+  A* dy = x + block_patch(a, L);
+  A* dx = dy + block_patch(a, L);
+  for (int64_t index = begin; index < end; ++index) {
+    const Block<T> b(a, index);
+    if (a.dx.data != nullptr) transform_weights<T>(a, b, u);
+    for (int64_t i = 0; i < a.count; ++i) {
+      const Region r = region_at(t, a.first + i);
+      const A* v = static_cast<const A*>(a.v) + i * a.transformed();
+      stage_patch<T>(t, a.x, r, b.channel, b.lanes, L, x);
+      stage_patch<T>(t, a.y, r, b.channel, b.lanes, L, dy);
+      std::fill(dx, dx + block_patch(a, L), A(0));
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        if (a.dx.data != nullptr) {
+          predict(a, v, u + ky * row, m);
+          for (int kx = 0; kx < kTaps; ++kx) {
+            const V bias = bias_of<T>(a, b, ky * 3 + kx);
+            for (int64_t tile = 0; tile < t.rows * t.cols; ++tile) {
+              const int64_t corner = (tile / t.cols * 2 * PW + tile % t.cols * 2) * L;
+              V w[4];
+              kernels_of(a, m, tile, kx, bias, w);
+              for (int q = 0; q < 4; ++q) {
+                A* to = dx + corner + ((q / 2 + ky) * PW + q % 2 + kx) * L;
+                put(to, get(to) + w[q] * get(dy + corner + ((q / 2 + 1) * PW + q % 2 + 1) * L));
+              }
+            }
+          }
+        }
+        if (a.du == nullptr) continue;
+        V dbias[kTaps] = {};
+        kernel_gradients(a, x, dy, ky, m, dbias);
+        for (int kx = 0; kx < kTaps; ++kx)
+          for (int64_t l = 0; l < b.lanes; ++l)
+            static_cast<A*>(a.dbias)[(b.channel + l) * 9 + ky * 3 + kx] += dbias[kx][l];
+        A* du = static_cast<A*>(a.du) + index * block_weights(a, L) + ky * row;
+        for (int64_t f = 0; f < kFrequencies; ++f)
+          for (int64_t k = 0; k < depth; k += kTileRows)
+            product_tile<A, int(kTaps), true>(
+                v + f * t.tiles * depth + k, 1, depth, m + f * t.tiles * kTaps * L, kTaps * L,
+                t.tiles, du + (f * depth + k) * kTaps * L, kTaps * L);
+      }
+      if (a.dx.data != nullptr) add_patch(t, a.dx, r, b.channel, b.lanes, L, dx);
+    }
+  }
+}
+
+template <class T> void finish_weight_gradient(const ConditionalConvArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const int64_t depth = a.depth();
+  for (int64_t index = begin; index < end; ++index) {
+    const Block<T> b(a, index);
+    const A* du = static_cast<const A*>(a.du) + index * block_weights(a, L);
+    T* weight = static_cast<T*>(a.dweight) + b.channel * 9 * a.D * 9;
+    for (int64_t kk = 0; kk < 9; ++kk)
+      for (int64_t k = 0; k < a.D; ++k) {
+        V in[16], g[9];
+        for (int64_t f = 0; f < 16; ++f)
+          in[f] = get(du + (((kk / 3 * 16 + f) * depth + k) * kTaps + kk % 3) * L);
+        Winograd<V>::weight_transposed(in, g);
+        for (int64_t l = 0; l < b.lanes; ++l)
+          for (int64_t i = 0; i < 9; ++i) store(weight[((l * 9 + kk) * a.D + k) * 9 + i], A(g[i][l]));
+      }
+  }
+}
+
+template <class T> void condition_gradient(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  constexpr int kVecs = 2;
+  const Tiling& t = a.tiling;
+  const int64_t depth = a.depth(), plane = t.tiles * depth;
+  A* u = static_cast<A*>(scratch);
+  A* m = u + block_weights(a, L);
+  A* x = m + products(a, L);
+  A* dy = x + block_patch(a, L);
+  A* dv = static_cast<A*>(a.dv);
+  std::fill(dv + begin * a.transformed(), dv + end * a.transformed(), A(0));
+  for (int64_t index = 0; index * L < a.C; ++index) {
+    const Block<T> b(a, index);
+    transform_weights_transposed<T>(a, b, u);
+    for (int64_t i = begin; i < end; ++i) {
+      const Region r = region_at(t, a.first + i);
+      stage_patch<T>(t, a.x, r, b.channel, b.lanes, L, x);
+      stage_patch<T>(t, a.y, r, b.channel, b.lanes, L, dy);
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        V dbias[kTaps] = {};
+        kernel_gradients(a, x, dy, ky, m, dbias);
+        for (int64_t f = 0; f < kFrequencies; ++f)
+          for (int64_t tile = 0; tile < t.tiles; tile += kTileRows)
+            for (int64_t k = 0; k < depth; k += kVecs * L)
+              product_tile<A, kVecs, true>(
+                  m + (f * t.tiles + tile) * kTaps * L, kTaps * L, 1,
+                  u + (ky * kFrequencies + f) * kTaps * L * depth + k, depth, kTaps * L,
+                  dv + i * a.transformed() + f * plane + tile * depth + k, depth);
+      }
+    }
+  }
+}
+
+template <class T>
+void finish_condition_gradient(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t L = Lanes<A>::n;
+  const Tiling& t = a.tiling;
+  const int64_t depth = a.depth(), PW = t.patch_width();
+  A* patch = static_cast<A*>(scratch);
+  for (int64_t group = begin; group < end; ++group)
+    for (int64_t i = 0; i < a.count; ++i) {
+      std::fill(patch, patch + t.patch_pixels() * L, A(0));
+      const A* dv = static_cast<const A*>(a.dv) + i * a.transformed() + group * L;
+      for (int64_t tile = 0; tile < t.rows * t.cols; ++tile) {
+        V in[16], d[16];
+        for (int f = 0; f < 16; ++f) in[f] = get(dv + (f * t.tiles + tile) * depth);
+        Winograd<V>::input_transposed(in, d);
+        A* corner = patch + (tile / t.cols * 2 * PW + tile % t.cols * 2) * L;
+        for (int f = 0; f < 16; ++f) {
+          A* to = corner + (f / 4 * PW + f % 4) * L;
+          put(to, get(to) + d[f]);
+        }
+      }
+      add_patch(t, a.dh, region_at(t, a.first + i), group * L, std::min(L, a.D - group * L), L, patch);
+    }
+}
+
+}  // namespace
+
+#define SMIS_CONDITIONAL_CONV(name, function)                                                 \
+  void name(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {        \
+    with_element(a.element, [&](auto t) { function<decltype(t)>(a, begin, end, scratch); });  \
+  }
+SMIS_CONDITIONAL_CONV(transform_condition_kernel, transform_condition)
+SMIS_CONDITIONAL_CONV(conditional_conv_kernel, forward)
+SMIS_CONDITIONAL_CONV(conditional_conv_backward_kernel, backward)
+SMIS_CONDITIONAL_CONV(condition_gradient_kernel, condition_gradient)
+SMIS_CONDITIONAL_CONV(finish_condition_gradient_kernel, finish_condition_gradient)
+
+void finish_weight_gradient_kernel(const ConditionalConvArgs& a, int64_t begin, int64_t end) {
+  with_element(a.element, [&](auto t) { finish_weight_gradient<decltype(t)>(a, begin, end); });
+}
+void conditional_conv_lanes(Element element, int64_t* lanes) {
+  with_element(element, [&](auto t) { *lanes = Lanes<Acc<decltype(t)>>::n; });
+}
+
+}  // namespace smis::SMIS_ISA

@@ -1,0 +1,24 @@
+// Scratch of the kernels, in elements of the sums' type; `lanes` channels make a block.
+#pragma once
+#include "conditional_conv/cpu_kernel.h"
+
+namespace smis {
+
+inline int64_t block_weights(const ConditionalConvArgs& a, int64_t lanes) {
+  return 3 * kFrequencies * a.depth() * kTaps * lanes;
+}
+inline int64_t products(const ConditionalConvArgs& a, int64_t lanes) {
+  return kFrequencies * a.tiling.tiles * kTaps * lanes;
+}
+inline int64_t block_patch(const ConditionalConvArgs& a, int64_t lanes) {
+  return a.tiling.patch_pixels() * lanes;
+}
+inline int64_t block_output(const ConditionalConvArgs& a, int64_t lanes) {
+  return a.tiling.tiles * 4 * lanes;
+}
+inline int64_t block_scratch(const ConditionalConvArgs& a, int64_t lanes) {
+  return block_weights(a, lanes) + products(a, lanes) + 3 * block_patch(a, lanes) +
+         block_output(a, lanes);
+}
+
+}  // namespace smis

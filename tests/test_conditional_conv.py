@@ -1,0 +1,188 @@
+"""conditional_conv2d against predict, unfold, multiply, sum: values, gradients, memory, errors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from smis_kernels import ConditionalConv2d, conditional_conv2d
+from smis_kernels._backend import missing
+from smis_kernels.conditional_conv import op
+from smis_kernels.testing import (
+    LAYOUTS,
+    assert_as_accurate,
+    gradients,
+    max_error,
+    poisoned_empty,
+    with_layout,
+)
+
+needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+# N, C, H, W, D
+CASES = [(2, 6, 5, 7, 5), (1, 16, 8, 8, 16), (3, 4, 1, 1, 3), (2, 3, 1, 5, 1), (1, 1, 4, 3, 17),
+         (1, 17, 20, 37, 33), (1, 35, 3, 150, 20), (2, 2, 70, 3, 4)]
+
+
+def make(case: tuple[int, ...], layout: str = "contiguous", other: str | None = None,
+         dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    n, c, h, w, depth = case
+    generator = torch.Generator().manual_seed(sum(case))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return (with_layout(draw(n, c, h, w), layout), with_layout(draw(n, depth, h, w), other or layout),
+            draw(9 * c, depth, 3, 3) / (9 * depth) ** 0.5, draw(9 * c))
+
+
+def results(inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
+    def call(*tensors: Tensor) -> Tensor:
+        return conditional_conv2d(*tensors, backend=backend)
+
+    return [call(*inputs), *gradients(call, inputs)]
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_equals_reference(case: tuple[int, ...], layout: str) -> None:
+    for other in ("contiguous", "channels_last", "sliced"):
+        inputs = make(case, layout, other)
+        for a, b in zip(results(inputs, "cpu"), results(inputs, "reference"), strict=True):
+            assert a.shape == b.shape
+            assert max_error(a, b) < 1e-12
+
+
+@needs_cpu
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 18),
+       st.integers(1, 18), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_shape(n: int, c: int, depth: int, h: int, w: int, biased: bool) -> None:
+    inputs = make((n, c, h, w, depth))[: 4 if biased else 3]
+    for a, b in zip(results(inputs, "cpu"), results(inputs, "reference"), strict=True):
+        assert max_error(a, b) < 1e-12
+
+
+@needs_cpu
+def test_more_regions_than_fit_at_once() -> None:
+    # 8 MiB of transformed condition are made at a time; fp64 at depth 128 fills them with 8 regions
+    inputs = make((2, 3, 20, 260, 120))
+    for a, b in zip(results(inputs, "cpu"), results(inputs, "reference"), strict=True):
+        assert max_error(a, b) < 1e-12
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype, layout: str) -> None:
+    inputs = make((2, 19, 23, 17, 64), layout, dtype=dtype)
+    truth = results(tuple(t.double() for t in inputs), "reference")
+    for a, b, t in zip(results(inputs, "cpu"), results(inputs, "reference"), truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_accurate(a, b, t, factor=3)
+
+
+@needs_cpu
+def test_output_keeps_the_memory_format_of_the_input() -> None:
+    for layout, other in itertools.product(("contiguous", "channels_last"), repeat=2):
+        inputs = make(CASES[0], layout, other)
+        last = layout == "channels_last"
+        format = torch.channels_last if last else torch.contiguous_format
+        for backend in ("cpu", "reference"):
+            assert conditional_conv2d(*inputs, backend=backend).is_contiguous(memory_format=format)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_every_element_is_written(layout: str) -> None:
+    with poisoned_empty():
+        for case in CASES:
+            assert all(torch.isfinite(t).all() for t in results(make(case, layout), "cpu"))
+
+
+@needs_cpu
+def test_gradients_that_nobody_needs_are_not_made() -> None:
+    x, h, weight, bias = make(CASES[0])
+    for needed in itertools.product((False, True), repeat=4):
+        leaves = [t.clone().requires_grad_(need) for t, need in
+                  zip((x, h, weight, bias), needed, strict=True)]
+        if any(needed):
+            conditional_conv2d(*leaves).sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(needed)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck_and_gradcheck(layout: str) -> None:
+    inputs = make((2, 3, 4, 5, 4), layout)
+    y = conditional_conv2d(*inputs)
+    torch.library.opcheck(op._conv.overload, inputs)
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        torch.library.opcheck(op._backward.overload, (y, *inputs, *needs))
+    for t in inputs:
+        t.requires_grad_()
+    assert torch.autograd.gradcheck(conditional_conv2d, inputs)
+
+
+@needs_cpu
+def test_compiles_into_one_graph() -> None:
+    inputs = make(CASES[0], dtype=torch.float32)
+    compiled = torch.compile(conditional_conv2d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), conditional_conv2d(*inputs))
+
+
+@needs_cpu
+def test_the_predicted_kernels_are_never_in_memory() -> None:
+    x, h, weight, bias = make((1, 16, 128, 128, 32), dtype=torch.float32)
+    leaves = tuple(t.requires_grad_() for t in (x, h, weight, bias))
+    kernels = 9 * x.numel() * x.element_size()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        conditional_conv2d(*leaves).sum().backward()
+    largest = max(abs(event.cpu_memory_usage) for event in profile.events())
+    total = max(abs(e.nbytes()) for e in profile.events() if hasattr(e, "nbytes")) if False else 0
+    assert max(largest, total) < kernels
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_empty_batch_passes(backend: str) -> None:
+    x, h, weight = torch.randn(0, 4, 6, 6), torch.randn(0, 5, 6, 6), torch.randn(36, 5, 3, 3)
+    x.requires_grad_()
+    y = conditional_conv2d(x, h, weight, backend=backend)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_module_has_the_parameters_of_the_published_predictor() -> None:
+    conv, published = ConditionalConv2d(4, 6), nn.Conv2d(6, 36, 3, padding=1)
+    conv.load_state_dict(published.state_dict())
+    x, h = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(
+        conv(x, h), conditional_conv2d(x, h, published.weight, published.bias))
+
+
+@pytest.mark.parametrize(("shapes", "message"), [
+    (((1, 4, 5, 5), (1, 6, 5, 4), (36, 6, 3, 3), (36,)),
+     r"condition: expected shape \(1, 6, 5, 5\) to match input .*got \(1, 6, 5, 4\)"),
+    (((1, 4, 5, 5), (2, 6, 5, 5), (36, 6, 3, 3), (36,)), r"condition: .*got \(2, 6, 5, 5\)"),
+    (((1, 4, 5, 5), (1, 6, 5, 5), (35, 6, 3, 3), (36,)),
+     r"weight: expected shape \(36, 6, 3, 3\) for input .*got \(35, 6, 3, 3\)"),
+    (((1, 4, 5, 5), (1, 6, 5, 5), (36, 6, 5, 5), (36,)), r"weight: .*got \(36, 6, 5, 5\)"),
+    (((1, 4, 5, 5), (1, 6, 5, 5), (36, 6, 3, 3), (4,)), r"bias: .*got \(4,\)"),
+    (((4, 5, 5), (1, 6, 5, 5), (36, 6, 3, 3), (36,)), r"input: expected \(N, C, H, W\)"),
+])
+def test_bad_input(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conditional_conv2d(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    x, h, weight, bias = make(CASES[0])
+    with pytest.raises(TypeError, match="condition: expected dtype float64; got float32"):
+        conditional_conv2d(x, h.float(), weight, bias)

@@ -1,0 +1,259 @@
+"""GroupDNet's encoder: leaving out absent classes changes nothing, gradients included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import smis_models.encoder
+from smis_kernels import class_crops, use_backend
+from smis_kernels._backend import missing
+from smis_kernels.testing import assert_as_accurate, max_error
+from smis_models import create_model
+from smis_models.encoder import GroupDNetEncoder
+
+CLASSES, SIZE = 13, (64, 64)
+Codes = tuple[Tensor, Tensor]
+
+
+def encoder(dtype: torch.dtype = torch.float64, size: tuple[int, int] = SIZE) -> GroupDNetEncoder:
+    torch.manual_seed(0)
+    module = create_model(
+        "groupdnet_ade20k", part="encoder", classes=CLASSES, dont_care=None, nef=26,
+        image_size=size, init_gain=1.0,
+    ).to(dtype)
+    for head in (module.fc_mu, module.fc_var):
+        torch.nn.init.normal_(head.bias)
+    return module
+
+
+def images(batch: int, size: tuple[int, int] = SIZE, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn((batch, 3, *size), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def maps(classes: list[list[int]], size: tuple[int, int] = SIZE) -> Tensor:
+    """One image for each list of classes: vertical stripes, so that crops differ in shape."""
+    width = torch.arange(size[1])
+    rows = [torch.tensor(c)[width * len(c) // size[1]].expand(size) for c in classes]
+    return torch.stack(rows)
+
+
+def results(module: GroupDNetEncoder, call: Callable[[], Codes],
+            inputs: tuple[Tensor, ...] = ()) -> list[Tensor]:
+    """Codes, gradients of all parameters and inputs, and buffers; these are then restored."""
+    state = [b.clone() for b in module.buffers()]
+    codes = call()
+    generator = torch.Generator().manual_seed(5)
+    loss = sum(
+        (c * torch.randn(c.shape, generator=generator, dtype=torch.float64).to(c)).sum()
+        for c in codes
+    )
+    assert isinstance(loss, Tensor)
+    grads = torch.autograd.grad(loss, [*module.parameters(), *inputs])
+    buffers = [b.clone() for b in module.buffers()]
+    for buffer, kept in zip(module.buffers(), state, strict=True):
+        buffer.copy_(kept)
+    return [*codes, *grads, *buffers]
+
+
+def compare(module: GroupDNetEncoder, call: Callable[[], Codes],
+            inputs: tuple[Tensor, ...] = ()) -> None:
+    with use_backend("reference"):
+        expected = results(module, call, inputs)
+    for i, (a, b) in enumerate(zip(results(module, call, inputs), expected, strict=True)):
+        assert a.shape == b.shape
+        assert max_error(a, b) < 1e-10, f"result {i}: {max_error(a, b)}"
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of groups of every conv that is run."""
+    seen: list[int] = []
+    real = torch.nn.functional.conv2d
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["groups"] if kwargs else args[6])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(smis_models.encoder.F, "conv2d", spy)
+    return seen
+
+
+BATCHES = {
+    "one image": [[1, 4, 12]],
+    "one class": [[7]],
+    "first and last": [[0], [12]],
+    "different classes": [[1, 4, 12], [0], [4, 5, 6, 7, 8], [12, 1]],
+    "all classes in one of two": [list(range(13)), [2]],
+    "all classes": [list(range(13))] * 2,
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_encode_equals_the_dense_network(batch: list[list[int]], training: bool) -> None:
+    module = encoder().train(training)
+    image, labels = images(len(batch)).requires_grad_(), maps(batch)
+    compare(module, lambda: module.encode(image, labels), (image,))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_forward_equals_the_dense_network(batch: list[list[int]], training: bool) -> None:
+    module = encoder().train(training)
+    x = class_crops(images(len(batch)), maps(batch), CLASSES, size=SIZE)
+    for planes in (x, x.to(memory_format=torch.channels_last))[: 1 if training else 2]:
+        compare(module, lambda planes=planes: module(planes))
+
+
+def test_six_convs_from_256_pixels_on() -> None:
+    size = (64, 256)
+    module = encoder(size=size)
+    assert module.depth == 6
+    compare(module, lambda: module.encode(images(2, size), maps([[3, 8], [11]], size)))
+
+
+@pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+def test_fp32_is_as_accurate_as_the_dense_network() -> None:
+    module, wide = encoder(torch.float32), encoder()
+    batch = [[1, 4, 12], [0, 2]]
+    image, labels = images(2, dtype=torch.float32), maps(batch)
+    with torch.no_grad(), use_backend("reference"):
+        truth = wide.encode(image.double(), labels)
+        reference = module.encode(image, labels)
+    for call in (lambda: module.encode(image, labels),
+                 lambda: module(class_crops(image, labels, CLASSES, size=SIZE))):
+        with torch.no_grad():
+            codes = call()
+        for a, b, t in zip(codes, reference, truth, strict=True):
+            assert a.dtype == torch.float32
+            assert_as_accurate(a, b, t)
+
+
+def test_only_the_present_classes_are_computed(groups: list[int]) -> None:
+    module = encoder().eval()
+    image, labels = images(2), maps([[1, 4, 12], [4, 5]])
+    module.encode(image, labels)
+    module(class_crops(image, labels, CLASSES, size=SIZE))
+    assert groups == [5] * 2 * (module.depth + 2)
+
+
+def test_an_absent_class_has_the_bias_as_its_code() -> None:
+    module = encoder().eval()
+    mu, logvar = module.encode(images(1), maps([[2]]))
+    for code, head in ((mu, module.fc_mu), (logvar, module.fc_var)):
+        expected = head.bias.view(1, CLASSES, 8, 1, 1).expand(-1, -1, -1, *code.shape[2:])
+        classes = code.unflatten(1, (CLASSES, 8))
+        absent = [c for c in range(CLASSES) if c != 2]
+        assert torch.equal(classes[:, absent], expected[:, absent])
+        assert not torch.isclose(classes[:, 2], expected[:, 2]).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_present(training: bool) -> None:
+    module = encoder().train(training)
+    labels = maps([[1, 2], [3]])
+    black = torch.zeros(2, 3, *SIZE, dtype=torch.float64)
+    compare(module, lambda: module.encode(black, labels))
+    compare(module, lambda: module(torch.zeros(2, 3 * CLASSES, *SIZE, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_class_whose_pixels_are_zero_is_absent(training: bool, groups: list[int]) -> None:
+    module = encoder().train(training)
+    labels = maps([[1, 4, 12, 5], [4, 5]])
+    image = images(2)
+    image *= (labels != 4)[:, None]
+    image[0, :, 10:20] = 0  # and zeros inside of a class
+    image.requires_grad_()
+    compare(module, lambda: module.encode(image, labels), (image,))
+    assert groups[-7:] == [4] * 7
+
+
+def test_nan_reaches_every_class_of_its_image_alone() -> None:
+    module = encoder().eval()
+    image, labels = images(2), maps([[1, 4], [5]])
+    image[0, 1, 20, 3] = float("nan")
+    for call in (lambda: module.encode(image, labels),
+                 lambda: module(class_crops(image, labels, CLASSES, size=SIZE))):
+        with torch.no_grad():
+            codes = call()
+            with use_backend("reference"):
+                expected = call()
+        assert torch.isnan(codes[0][0]).all()
+        for a, b in zip(codes, expected, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_planes_that_cancel_are_present(groups: list[int]) -> None:
+    module = encoder().eval()
+    x = torch.zeros(1, 3 * CLASSES, *SIZE, dtype=torch.float64)
+    x[0, 6, 0, 0], x[0, 6, 5, 5] = 1, -1
+    x[0, 11, 7] = -2.0
+    compare(module, lambda: module(x))
+    assert groups[-7:] == [2] * 7
+
+
+def test_input_gradient_of_an_absent_class_is_not_lost() -> None:
+    # the norm of a zero plane divides by sqrt(eps): its gradient is large, not zero
+    module = encoder().train()
+    x = class_crops(images(1), maps([[1, 4]]), CLASSES, size=SIZE).requires_grad_()
+    compare(module, lambda: module(x), (x,))
+    mu, _ = module(x)
+    (grad,) = torch.autograd.grad(mu.square().sum(), x)
+    assert grad[:, 6:9].abs().max() > 0
+
+
+def test_without_spectral_norm() -> None:
+    module = encoder().eval()
+    for name, layer in module.named_modules():
+        if name.endswith(".0"):
+            torch.nn.utils.remove_spectral_norm(layer)
+    compare(module, lambda: module.encode(images(1), maps([[1, 4]])))
+
+
+@pytest.mark.parametrize("labels", ["uint8", "int32", "(N, 1, H, W)", "one-hot"])
+def test_labels_of_any_kind(labels: str) -> None:
+    module = encoder().eval()
+    image, kept = images(2), maps([[1, 4], [12, 0]])
+    given = {
+        "uint8": kept.to(torch.uint8), "int32": kept.int(), "(N, 1, H, W)": kept[:, None],
+        "one-hot": torch.nn.functional.one_hot(kept, CLASSES).permute(0, 3, 1, 2).double(),
+    }[labels]
+    with torch.no_grad():
+        for a, b in zip(module.encode(image, given), module.encode(image, kept), strict=True):
+            assert max_error(a, b) < 1e-10
+
+
+def test_images_of_another_size_and_format() -> None:
+    module = encoder().eval()
+    image = images(2, (37, 51)).to(memory_format=torch.channels_last)
+    compare(module, lambda: module.encode(image, maps([[1, 4], [9, 3, 2]], (37, 51))))
+
+
+def test_no_image() -> None:
+    module = encoder().eval()
+    mu, logvar = module(torch.zeros(0, 3 * CLASSES, *SIZE, dtype=torch.float64))
+    assert mu.shape == logvar.shape == (0, 8 * CLASSES, 2, 2)
+
+
+def test_bad_labels_are_named() -> None:
+    module = encoder().eval()
+    for labels in (maps([[13]]), maps([[-1]]), maps([[1]], (8, 8))):
+        with pytest.raises((ValueError, RuntimeError), match="semantics: expected") as error:
+            module.encode(images(1), labels)
+        assert "\n" not in str(error.value)
+
+
+def test_compiles_without_a_graph_break_in_eval_mode() -> None:
+    module = encoder().eval()
+    x = class_crops(images(2), maps([[1, 4], [5]]), CLASSES, size=SIZE)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for a, b in zip(compiled(x), module(x), strict=True):
+            assert max_error(a, b) < 1e-10

@@ -1,0 +1,205 @@
+"""The GPU kernels of the label algebra against the references: on a GPU, or interpreted."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from smis_kernels._backend import BackendError, missing, triton_interpreted
+from smis_kernels.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from smis_kernels.label_windows.op import number_vectors, number_windows
+from smis_kernels.testing import (
+    assert_as_accurate,
+    gradients,
+    max_error,
+    poisoned_empty,
+    with_layout,
+)
+from smis_kernels.window_table.op import window_embedding, window_table
+
+DEVICE = "cpu" if triton_interpreted() else "cuda"
+needs_cuda = pytest.mark.skipif(
+    missing("cuda") is not None or not torch.cuda.is_available(),
+    reason=str(missing("cuda") or "no GPU"),
+)
+
+
+def draw(*size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(size))
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def draw_windows(count: int, rows: int) -> Tensor:
+    """(count + 1, 9) numbers below ``rows``, most of them 1 as in real maps; row 0 is zero."""
+    generator = torch.Generator().manual_seed(count)
+    windows = torch.randint(0, rows, (count + 1, 9), generator=generator, dtype=torch.int32)
+    windows[torch.rand(windows.shape, generator=generator) < 0.5] = 1
+    windows[0] = 0
+    return windows.to(DEVICE)
+
+
+def table_inputs(groups: int, depth: int, channels: int) -> tuple[Tensor, ...]:
+    hidden = draw(5, depth)
+    hidden[0] = 0
+    weights = (draw(channels, depth // groups, 3, 3, seed=s) for s in (1, 2))
+    biases = (draw(channels, seed=s) for s in (3, 4))
+    return hidden, *(t for pair in zip(weights, biases, strict=True) for t in pair)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("one_level", [False, True])
+@pytest.mark.parametrize(("groups", "depth", "channels"), [(1, 19, 37), (2, 6, 4), (3, 54, 9)])
+def test_window_table(groups: int, depth: int, channels: int, one_level: bool) -> None:
+    windows = draw_windows(70, 5)
+    inputs = table_inputs(groups, depth, channels)
+
+    def call(backend: str, *tensors: Tensor) -> Tensor:
+        return window_table(*tensors, windows, groups=groups, one_level=one_level,
+                            backend=backend)
+
+    def run(backend: str) -> list[Tensor]:
+        return [call(backend, *inputs), *gradients(partial(call, backend), inputs)]
+
+    truth = run("reference")
+    for got, expected in zip(run("triton"), truth, strict=True):
+        assert got.shape == expected.shape
+        assert max_error(got, expected) < 1e-11
+    single = tuple(t.float() for t in inputs)
+    got = call("triton", *single)
+    assert got.dtype == torch.float32
+    assert_as_accurate(got, call("reference", *single), truth[0])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("relu", [False, True])
+def test_window_embedding(groups: int, relu: bool) -> None:
+    windows = draw_windows(40, 4)
+    vectors = draw(4, 9)
+    vectors[0] = 0
+    inputs = (vectors, draw(12, 9 // groups, 3, 3), draw(12))
+
+    def run(backend: str) -> list[Tensor]:
+        def call(*tensors: Tensor) -> Tensor:
+            return window_embedding(*tensors, windows, groups=groups, relu=relu, backend=backend)
+
+        plain = window_embedding(*inputs[:2], None, windows, groups=groups, relu=relu,
+                                 backend=backend)
+        return [call(*inputs), plain, *gradients(call, inputs)]
+
+    for got, expected in zip(run("triton"), run("reference"), strict=True):
+        assert max_error(got, expected) < 1e-11
+
+
+class Modulated:
+    """Inputs of one call; one row has most pixels, others none, so pieces and gaps are met."""
+
+    def __init__(self, shape: tuple[int, int, int, int], layout: str, upsample: bool) -> None:
+        n, c, h, w = shape
+        up = 2 if upsample else 1
+        generator = torch.Generator().manual_seed(h)
+        index = torch.randint(1, 9, (n, h * up, w * up), generator=generator, dtype=torch.int32)
+        index[torch.rand(index.shape, generator=generator) < 0.7] = 3
+        self.index = index.to(DEVICE)
+        self.x = with_layout(draw(*shape) + 1, layout)
+        self.tables = (draw(11, 2 * c), draw(11, 2 * c, seed=1))
+        self.upsample = upsample
+
+    def run(self, backend: str, pair: bool, dtype: torch.dtype = torch.float64,
+            **options: object) -> list[Tensor]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        inputs = (self.x.to(dtype), *(t.to(wide) for t in self.tables[: 2 if pair else 1]))
+
+        def call(x: Tensor, *tables: Tensor) -> Tensor:
+            function = indexed_modulation_pair if pair else indexed_modulation
+            out = function(x, self.index, *tables, upsample=self.upsample, backend=backend,
+                           **options)
+            return torch.cat(out, 1) if pair else out
+
+        return [call(*inputs), *gradients(call, inputs)]
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("upsample", [False, True])
+def test_indexed_modulation(layout: str, upsample: bool) -> None:
+    case = Modulated((2, 5, 7, 6), layout, upsample)
+    for pair, options in ((True, {"training": True}), (False, {"norm": "instance"}),
+                          (False, {"norm": "none", "activation": "relu"})):
+        options.setdefault("activation", "leaky_relu")
+        for got, expected in zip(case.run("triton", pair, **options),
+                                 case.run("reference", pair, **options), strict=True):
+            assert got.shape == expected.shape
+            assert got.dtype == expected.dtype
+            assert max_error(got, expected) < 1e-11
+
+
+@pytest.mark.triton
+def test_indexed_modulation_of_several_tiles() -> None:
+    for layout in ("contiguous", "channels_last"):
+        case = Modulated((1, 3, 35, 41), layout, False)
+        for got, expected in zip(case.run("triton", False, training=True),
+                                 case.run("reference", False, training=True), strict=True):
+            assert max_error(got, expected) < 1e-11
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
+    case = Modulated((1, 6, 8, 7), "channels_last", False)
+    case.x = case.x.to(dtype).double()
+    results = (case.run("triton", True, dtype, training=True),
+               case.run("reference", True, dtype, training=True),
+               case.run("reference", True, training=True))
+    for got, reference, truth in zip(*results, strict=True):
+        assert_as_accurate(got, reference, truth, floor=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.triton
+def test_every_element_is_written() -> None:
+    windows = draw_windows(5, 5)
+    with poisoned_empty():
+        results = Modulated((1, 3, 5, 4), "contiguous", True).run("triton", True, training=True)
+        for one_level in (False, True):
+            call = partial(window_table, windows=windows, one_level=one_level, backend="triton")
+            results += [call(*table_inputs(1, 5, 3)), *gradients(call, table_inputs(1, 5, 3))]
+    assert all(t.isfinite().all() for t in results)
+
+
+@needs_cuda
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 5), (3, 40, 33), (1, 128, 130)], ids=str)
+def test_numbering_on_cuda(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(shape[1])
+    for labels in (2, 5, 900):
+        coarse = torch.randint(0, labels, shape, generator=generator)
+        labels_map = coarse[:, torch.arange(shape[1]) // 4 * 4][:, :, torch.arange(shape[2]) // 3]
+        vectors = torch.nn.functional.one_hot(labels_map, labels).permute(0, 3, 1, 2)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            conditioning = torch.where(vectors == 0, -0.0, 1.0).to(dtype)
+            expected = number_vectors(conditioning, 4096, backend="reference")
+            got = number_vectors(conditioning.cuda(), 4096, backend="cuda")
+            for a, b in zip(got, expected, strict=True):
+                assert torch.equal(a.cpu(), b)
+        ids, expected_windows = number_windows(expected[0], 1 << 20, backend="reference")
+        index, windows = number_windows(expected[0].cuda(), 1 << 20, backend="cuda")
+        assert torch.equal(index.cpu(), ids)
+        assert torch.equal(windows.cpu(), expected_windows)
+        few = len(expected_windows) - 2
+        refused = [number_windows(expected[0].cuda(), few, backend="cuda"),
+                   number_windows(expected[0].cuda() + 2**21, 1 << 20, backend="cuda"),
+                   number_vectors(conditioning.cuda(), 0, backend="cuda")]
+        conditioning[0, 0, 0, 0] = float("nan")
+        refused.append(number_vectors(conditioning.cuda(), 4096, backend="cuda"))
+        for zeros, none in refused:
+            assert len(none) == 0
+            assert not zeros.any()
+    with pytest.raises(RuntimeError, match="map: expected ids from 0"):
+        number_windows(-torch.ones(shape, dtype=torch.int32).cuda(), 9, backend="cuda")
+
+
+def test_numbering_has_no_triton_kernel() -> None:
+    with pytest.raises(BackendError, match="number_windows has reference, cpu, cuda"):
+        number_windows(torch.ones(1, 2, 2, dtype=torch.int32), 4, backend="triton")
