@@ -21,7 +21,7 @@ from smis_kernels.indexed_modulation.op import indexed_modulation
 from smis_kernels.modulation.choice import prepare_map
 from smis_kernels.window_table.op import window_embedding
 
-from .blocks import conv, fast_format
+from .blocks import check_maps, conv, fast_format
 from .losses import feature_matching_loss
 from .presets import CCFPSEPreset
 
@@ -30,11 +30,11 @@ _WIDTHS = {"head_0": 16, "G_middle_0": 16, "G_middle_1": 16,
            "up_0": 8, "up_1": 4, "up_2": 2, "up_3": 1}
 
 
-def _check(name: str, x: Tensor | LabelLayout, channels: int, meaning: str) -> None:
-    if len(x.shape) != 4 or x.shape[1] != channels:
-        raise ValueError(
-            f"{name}: expected (N, {channels}, H, W), {meaning}; got {tuple(x.shape)}"
-        )
+def _weight(layer: nn.Conv2d) -> Tensor:
+    """The weight that a call of the layer would use: spectral norm sets it in a hook."""
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, ())
+    return layer.weight
 
 
 def _normalized_conv(channels: int, out_channels: int, **options: int) -> nn.Sequential:
@@ -205,7 +205,7 @@ class CCFPSEGenerator(nn.Module):
 
     def forward(self, semantics: Tensor | LabelLayout, z: Tensor | None = None) -> Tensor:
         preset = self.preset
-        _check("semantics", semantics, preset.semantic_channels, "one channel per class"
+        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
                + (" and the edge plane" if preset.instance_edge else ""))
         if tuple(semantics.shape[2:]) != tuple(preset.image_size):
             raise ValueError(
@@ -263,12 +263,21 @@ class CCFPSEGenerator(nn.Module):
         return pyramid
 
     def _first_features(self, segmap: Tensor | LabelLayout) -> Tensor:
-        first: nn.Sequential = self.get_submodule("labelenc1")
+        first = self.get_submodule("labelenc1")
         if not isinstance(segmap, LabelLayout):
-            return first(fast_format(segmap))
-        dtype = self.conv_img.weight.dtype
-        size = (segmap.shape[2], segmap.shape[3])
-        return first(fast_format(segmap.dense(size, dtype)))
+            features: Tensor = first(fast_format(segmap))
+            return features
+        dtype, size = self.conv_img.weight.dtype, (segmap.shape[2], segmap.shape[3])
+        level = segmap.level(size)
+        if not level.repeats:
+            return self._first_features(segmap.dense(size, dtype))
+        (layer, norm), activation = first[0], first[1]  # type: ignore[index]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        table = window_embedding(segmap.vectors.to(wide), _weight(layer).to(wide), None,
+                                 level.windows3, relu=False)
+        rows = F.embedding(level.index3, table.to(dtype))
+        out: Tensor = activation(norm(rows.permute(0, 3, 1, 2)))
+        return out
 
 
 class FPSEDiscriminator(nn.Module):
@@ -318,8 +327,8 @@ class FPSEDiscriminator(nn.Module):
         return out
 
     def forward(self, image: Tensor, semantics: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        _check("image", image, 3, "an image")
-        _check("semantics", semantics, self.label_channels, "the generator's semantics")
+        check_maps("image", image, 3, "an image")
+        check_maps("semantics", semantics, self.label_channels, "the generator's semantics")
         if semantics.shape[2:] != image.shape[2:] or any(s % 32 for s in image.shape[2:]):
             raise ValueError(
                 f"semantics: expected the image's size, multiples of 32; got "

@@ -11,8 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from smis_kernels import class_boxes, class_crops
 from smis_kernels._backend import requested
-from smis_kernels._layout import acc_dtype
-from smis_kernels.indexed_modulation.op import indexed_modulation
+from smis_kernels.norm_act.op import norm_act
 
 from .blocks import conv
 from .presets import GroupDNetPreset
@@ -46,15 +45,6 @@ def _conv_weight(layer: nn.Conv2d, classes: Tensor | None, count: int) -> Tensor
     )
     sigma = torch.dot(u, torch.mv(spectral.reshape_weight_to_matrix(original), v))
     return _of_classes(original, classes, count) / sigma
-
-
-def _instance_norm(x: Tensor, eps: float) -> Tensor:
-    """LeakyReLU(0.2) of the instance norm: modulation by a table whose only row is zero."""
-    n, c, h, w = x.shape
-    index = torch.zeros((n, h, w), dtype=torch.int32, device=x.device)
-    table = torch.zeros((1, 2 * c), dtype=acc_dtype(x), device=x.device)
-    return indexed_modulation(x, index, table, norm="instance", eps=eps, activation="leaky_relu",
-                              negative_slope=0.2)
 
 
 class GroupDNetEncoder(nn.Module):
@@ -157,7 +147,7 @@ class GroupDNetEncoder(nn.Module):
             ranked = ranks[indices[n : n + 1]]
             # Pixels of a class that is absent, for they are zero, keep a rank of their own.
             spare = int((ranked == count).any())
-            picture = image[n : n + 1].contiguous()
+            picture = image[n : n + 1].contiguous(memory_format=torch.channels_last)
             crop = class_crops(picture, ranked, count + spare, size=self.image_size)
             crops.append(crop[:, : 3 * count])
         return torch.cat(crops, 1) if len(crops) > 1 else crops[0]
@@ -182,7 +172,7 @@ class GroupDNetEncoder(nn.Module):
             layer, norm = self._layer(i)
             weight = _conv_weight(layer, classes, count)
             x = F.conv2d(x, weight, None, layer.stride, layer.padding, 1, groups)
-            x = _instance_norm(x, norm.eps)
+            x = norm_act(x, eps=norm.eps, activation="leaky_relu", negative_slope=0.2)
         mu, logvar = (
             F.conv2d(x, _of_classes(weight, classes, count), _of_classes(bias, classes, count),
                      padding=1, groups=groups)

@@ -17,6 +17,7 @@ from smis_kernels.instance_pool.op import (
     MAX_ID,
     instance_avg_pool2d,
     instance_mean_table,
+    _pooled_by_sorting,
     instance_means_op,
     instance_pool_op,
 )
@@ -191,6 +192,17 @@ def test_gradient(dtype: torch.dtype, layout: str) -> None:
         found = run("cpu", image)
     assert found.dtype == dtype
     assert_as_accurate(found, run("reference", image), run("reference", image.double()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_deterministic_path_of_the_gpu(layout: str, dtype: torch.dtype) -> None:
+    image, ids = with_layout(_image(2, 3, 17, 21, dtype), layout), _ids(2, 17, 21)
+    found = _pooled_by_sorting(image, ids)
+    expected = instance_avg_pool2d(image, ids, backend="reference")
+    assert found.stride() == image.stride()
+    assert_as_accurate(found, expected, instance_avg_pool2d(image.double(), ids,
+                                                            backend="reference"))
 
 
 @needs_cpu

@@ -199,27 +199,6 @@ Segments segments(const Tensor& map, int64_t channels, bool last) {
   return g;
 }
 
-// Rows of each image in ascending order of their ids.
-void sort_rows(Segments& g) {
-  std::vector<int64_t> order(size_t(g.rows())), rank(size_t(g.rows()));
-  std::iota(order.begin(), order.end(), int64_t(0));
-  auto* ids = static_cast<int64_t*>(g.ids.mutable_data_ptr());
-  auto* counts = static_cast<int64_t*>(g.counts.mutable_data_ptr());
-  for (size_t n = 0; n + 1 < g.images.size(); ++n)
-    std::sort(order.begin() + g.images[n], order.begin() + g.images[n + 1],
-              [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
-  const std::vector<int64_t> old_ids(ids, ids + g.rows()), old_counts(counts, counts + g.rows());
-  for (size_t k = 0; k < order.size(); ++k) {
-    rank[size_t(order[k])] = int64_t(k);
-    ids[k] = old_ids[size_t(order[k])];
-    counts[k] = old_counts[size_t(order[k])];
-  }
-  for (Stripe& s : g.stripes) {
-    auto* row = const_cast<int32_t*>(s.rows);
-    for (int64_t l = 0; l < s.ids; ++l) row[l] = int32_t(rank[size_t(row[l])]);
-  }
-}
-
 // Means (rows, channels) of the block, from the stripes' sums in their order.
 void reduce(const Segments& g, const InstancePoolArgs& a, double* sums) {
   const auto* counts = static_cast<const int64_t*>(g.counts.const_data_ptr());
@@ -298,14 +277,13 @@ Tensor instance_pool(const Tensor& input, const Tensor& instance_map) {
   return out;
 }
 
-// (image, id, mean, count) of every instance, by image and then by id.
+// (image, id, mean, count) of every instance, by image.
 std::tuple<Tensor, Tensor, Tensor, Tensor> instance_means(const Tensor& input,
                                                           const Tensor& instance_map) {
   const bool last = channels_last(input);
   const Tensor x = laid_out(input, last);
   const int64_t C = x.size(1);
-  Segments g = segments(instance_map, C, last);
-  sort_rows(g);
+  const Segments g = segments(instance_map, C, last);
   Tensor image = empty_of(x, {g.rows()}, ScalarType::Long);
   Tensor mean = empty_of(x, {g.rows(), C}, acc_type(x));
   auto* n = static_cast<int64_t*>(image.mutable_data_ptr());

@@ -43,11 +43,35 @@ def _means_fake(input: Tensor, instance_map: Tensor) -> tuple[Tensor, Tensor, Te
 instance_pool_op = RawOp(
     "instance_pool(Tensor input, Tensor instance_map) -> Tensor", _pool_fake
 )
-# (image, id, mean, count), sorted.
+# (image, id, mean, count), in any order.
 instance_means_op = RawOp(
     "instance_means(Tensor input, Tensor instance_map) -> (Tensor, Tensor, Tensor, Tensor)",
     _means_fake,
 )
+
+
+def _pooled_by_sorting(input: Tensor, instance_map: Tensor) -> Tensor:
+    """The same by torch's own calls in a fixed order, without waiting for a GPU."""
+    n, c, h, w = input.shape
+    images = torch.arange(n, device=input.device).view(n, 1, 1)
+    keys, order = (images << 32 | instance_map.long()).flatten().sort(stable=True)
+    segment = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).long()]).cumsum(0)
+    index = torch.empty_like(order).scatter_(0, order, segment)
+    rows = input.permute(0, 2, 3, 1).reshape(-1, c).to(acc_dtype(input))
+    ones = torch.ones_like(rows[:, :1])
+    sums = torch.zeros_like(rows).index_put_((index,), rows, accumulate=True)
+    count = torch.zeros_like(ones).index_put_((index,), ones, accumulate=True)
+    out = empty_nchw((n, c, h, w), input)
+    pooled = (sums / count)[index].view(n, h, w, c).permute(0, 3, 1, 2)
+    valid = (instance_map >= 0) & (instance_map <= MAX_ID)
+    return out.copy_(torch.where(valid.unsqueeze(1), pooled, torch.nan))
+
+
+def _pool(kind: str, input: Tensor, instance_map: Tensor) -> Tensor:
+    if kind == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return _pooled_by_sorting(input, instance_map)
+    out: Tensor = instance_pool_op(kind, input, instance_map)
+    return out
 
 
 class _InstancePool(torch.autograd.Function):
@@ -55,14 +79,14 @@ class _InstancePool(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, instance_map: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(instance_map)
         ctx.kind = kind
-        return instance_pool_op(kind, input, instance_map)
+        return _pool(kind, input, instance_map)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # The pooling matrix is symmetric: the gradient is pooled as the input was.
         (instance_map,) = ctx.saved_tensors
-        return instance_pool_op(ctx.kind, grad, instance_map), None, None
+        return _pool(ctx.kind, grad, instance_map), None, None
 
 
 def _checked(input: Tensor, instance_map: Tensor) -> Tensor:
@@ -131,7 +155,9 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
     """
     ids = _checked(input, instance_map)
     kind = resolve("instance_avg_pool2d", input, backend, KINDS)
-    record("instance_avg_pool2d", kind, input)
+    ordered = kind == "cuda" and torch.are_deterministic_algorithms_enabled()
+    record("instance_avg_pool2d", kind, input, path="sorted" if ordered else "",
+           reason="deterministic algorithms are asked for" if ordered else "")
     if kind == "reference":
         return reference.instance_avg_pool2d(input, _reference_ids(ids))
     out: Tensor = _InstancePool.apply(input, ids, kind)
@@ -171,4 +197,6 @@ def instance_mean_table(input: Tensor, instance_map: Tensor, *,
     x = input.detach()
     if kind == "reference":
         return InstanceMeans(*reference.instance_mean_table(x, _reference_ids(ids)))
-    return InstanceMeans(*instance_means_op(kind, x, ids))
+    table = InstanceMeans(*instance_means_op(kind, x, ids))
+    order = (table.image << 32 | table.id).argsort()
+    return InstanceMeans(*(column[order] for column in table))

@@ -109,6 +109,24 @@ def _check_windows(windows: Tensor, like: Tensor, other: str) -> None:
     check_device("windows", windows, like, other)
 
 
+def _check_groups(groups: int, *counts: int) -> None:
+    if groups < 1 or any(count % groups for count in counts):
+        raise ValueError(
+            f"groups: expected a divisor of {' and '.join(map(str, counts))}, got {groups}"
+        )
+
+
+def _check_conv(suffix: str, weight: Tensor, bias: Tensor | None, like: Tensor,
+                shape: tuple[int, ...]) -> None:
+    tensors = {"weight" + suffix: (weight, shape)}
+    if bias is not None:
+        tensors["bias" + suffix] = (bias, shape[:1])
+    for name, (tensor, expected) in tensors.items():
+        check_shape(name, tensor, expected, "for the rows and groups given")
+        check_tensor(name, tensor, len(expected), str(expected), (like.dtype,))
+        check_device(name, tensor, like, "the rows")
+
+
 def window_embedding(
     vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, *, groups: int = 1,
     relu: bool = True, backend: str | None = None,
@@ -120,7 +138,7 @@ def window_embedding(
     Args:
         vectors: E, (S + 1, K), float32 or float64; row 0 zero.
         weight: (D, K / groups, 3, 3). bias: (D,) or None.
-        windows: (V + 1, 9) int32 rows of ``vectors``.
+        windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range.
         relu: apply it.
         backend: "auto", "reference", "cpu" or "triton".
 
@@ -132,6 +150,9 @@ def window_embedding(
     """
     check_tensor("vectors", vectors, 2, "(S, K)", _WIDE)
     _check_windows(windows, vectors, "vectors")
+    _check_groups(groups, vectors.shape[1], weight.shape[0])
+    _check_conv("", weight, bias, vectors,
+                (weight.shape[0], vectors.shape[1] // groups, 3, 3))
     kind = resolve("window_embedding", vectors, backend, KINDS)
     if kind == "reference":
         return reference.window_embedding(
@@ -157,7 +178,7 @@ def window_table(
     Args:
         hidden: H, (V + 1, D), float32 or float64; row 0 zero.
         weight_gamma, weight_beta: (C, D / groups, 3, 3). bias_gamma, bias_beta: (C,).
-        windows: (U + 1, 9) int32 rows of ``hidden``.
+        windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
         groups: of the two convs.
         one_level: multiply the nine rows of each window directly, U x 9D; else the products of
             the V rows with every tap are made once (kept in cache a block of channels at a time)
@@ -172,6 +193,11 @@ def window_table(
     """
     check_tensor("hidden", hidden, 2, "(V, D)", _WIDE)
     _check_windows(windows, hidden, "hidden")
+    channels, depth = weight_gamma.shape[0], hidden.shape[1]
+    _check_groups(groups, depth, channels)
+    shape = (channels, depth // groups, 3, 3)
+    _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape)
+    _check_conv("_beta", weight_beta, bias_beta, hidden, shape)
     kind = resolve("window_table", hidden, backend, KINDS)
     if kind == "reference":
         return reference.window_table(

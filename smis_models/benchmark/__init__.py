@@ -11,7 +11,8 @@ from .case import Case, Maps, Provider, Setting
 from .measure import measure
 from .records import load, markdown, save
 
-SETS = {"modulation": ("modulation",), "algebra": ("algebra",), "pix2pixhd": ("pix2pixhd",)}
+SETS = {"modulation": ("modulation",), "algebra": ("algebra",), "pix2pixhd": ("pix2pixhd",),
+        "ccfpse": ("ccfpse",)}
 """Set name -> the modules of this package whose ``CASES`` it runs."""
 
 

@@ -1,0 +1,397 @@
+// instance_pool and instance_means on CUDA: ids are numbered on the device, sums follow runs of one
+// id down the columns, and nothing waits for the host (but the table, whose size it has to know).
+#include "common/cuda.h"
+#include "common/modulate_args.h"
+#include "common/modulate_host.h"
+
+namespace smis::cuda {
+namespace {
+
+constexpr unsigned kWarp = 0xffffffffu;
+constexpr int kLane = 31;
+constexpr int kRun = 8;                      // rows that a thread walks down, or 4 x pixels along
+constexpr int64_t kMaxId = 0x7fffffff;
+constexpr int64_t kSumBytes = 64 << 20;      // sums alive at a time, for as many ids as pixels
+constexpr int64_t kLeastChannels = 8;
+
+// (image, id) in open addressing, and what becomes of it. A key is never 0.
+struct Table {
+  unsigned long long* keys = nullptr;  // [capacity]
+  int32_t* counts = nullptr;           // [capacity] pixels
+  int32_t* rows = nullptr;             // [capacity] the row of the sums
+  int32_t* total = nullptr;            // rows in use, and whether an id was out of range
+  int64_t capacity = 0;
+};
+
+struct PoolArgs {
+  int64_t N = 0, C = 0, H = 0, W = 0;
+  int64_t c0 = 0, channels = 0;  // this block of channels
+  Operand x, out;
+  const int32_t* slots = nullptr;  // (N, H, W), -1 where the id is out of range
+  void* sums = nullptr;            // (rows, channels) of the accumulation type, then the means
+  Table table;
+};
+
+__device__ int32_t insert(const Table& t, unsigned long long key) {
+  const unsigned long long mask = (unsigned long long)(t.capacity - 1);
+  unsigned long long i = (key * 0x9E3779B97F4A7C15ull >> 32) & mask;
+  for (;;) {
+    const unsigned long long held = atomicCAS(t.keys + i, 0ull, key);
+    if (held == 0ull || held == key) return int32_t(i);
+    i = (i + 1) & mask;
+  }
+}
+
+// The slot of every pixel. Only the first lane of a run of equal ids touches the table.
+template <class Id>
+__global__ void number_kernel(const Id* ids, int64_t pixels, int64_t plane, Table t, int32_t* slots) {
+  const int lane = threadIdx.x & kLane;
+  for (int64_t start = thread_index() - lane; start < pixels; start += thread_stride()) {
+    const int64_t p = start + lane;
+    const bool inside = p < pixels;
+    const long long id = inside ? (long long)(ids[p]) : -1;
+    const bool valid = inside && id >= 0 && id <= kMaxId;
+    const unsigned long long key =
+        valid ? ((unsigned long long)(p / plane) << 32 | (unsigned long long)(id)) + 1 : 0ull;
+    const unsigned long long left = __shfl_up_sync(kWarp, key, 1);
+    const unsigned heads = __ballot_sync(kWarp, lane == 0 || key != left);
+    const int head = 31 - __clz(int(heads & (kWarp >> (31 - lane))));
+    int32_t slot = -1;
+    if (lane == head && valid) {
+      const unsigned after = lane == 31 ? 0u : heads >> (lane + 1);
+      const int length = after == 0u ? 32 - lane : __ffs(int(after));
+      slot = insert(t, key);
+      atomicAdd(t.counts + slot, length);
+    }
+    if (inside && !valid) t.total[1] = 1;
+    slot = __shfl_sync(kWarp, slot, head);
+    if (inside) slots[p] = slot;
+  }
+}
+
+// A row of the sums for every key.
+__global__ void compact_kernel(Table t) {
+  const int lane = threadIdx.x & kLane;
+  for (int64_t start = thread_index() - lane; start < t.capacity; start += thread_stride()) {
+    const int64_t i = start + lane;
+    const bool used = i < t.capacity && t.keys[i] != 0ull;
+    const unsigned users = __ballot_sync(kWarp, used);
+    int32_t first = 0;
+    if (lane == 0 && users != 0u) first = atomicAdd(t.total, __popc(users));
+    first = __shfl_sync(kWarp, first, 0);
+    if (used) t.rows[i] = first + __popc(users & ((1u << lane) - 1u));
+  }
+}
+
+template <class A> __global__ void clear_kernel(PoolArgs a) {
+  const int64_t count = int64_t(*a.table.total) * a.channels;
+  for (int64_t i = thread_index(); i < count; i += thread_stride()) static_cast<A*>(a.sums)[i] = A(0);
+}
+
+// Sums of the lanes that share a slot: one atomic for each slot of many lanes, and one for each lane
+// of a slot that few share. All lanes take part; those with slot -1 add nothing.
+template <class A, int CH>
+__device__ void add_runs(const PoolArgs& a, int64_t c, int count, int32_t slot, const A (&sum)[CH]) {
+  constexpr int kFew = 3;
+  const int lane = threadIdx.x & kLane;
+  const unsigned peers = __match_any_sync(kWarp, slot);
+  const bool few = __popc(peers) <= kFew;
+  A* sums = static_cast<A*>(a.sums);
+  if (slot >= 0 && few) {
+    A* row = sums + int64_t(a.table.rows[slot]) * a.channels + c;
+    for (int k = 0; k < CH; ++k)
+      if (k < count) atomicAdd(row + k, sum[k]);
+  }
+  unsigned left = __ballot_sync(kWarp, slot >= 0 && !few);
+  while (left != 0u) {
+    const int leader = __ffs(int(left)) - 1;
+    const int32_t shared = __shfl_sync(kWarp, slot, leader);
+    A* row = sums + int64_t(a.table.rows[shared]) * a.channels + c;
+    for (int k = 0; k < CH; ++k) {
+      A total = slot == shared ? sum[k] : A(0);
+      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kWarp, total, step);
+      if (lane == leader && k < count) atomicAdd(row + k, total);
+    }
+    left &= ~__ballot_sync(kWarp, slot == shared);
+  }
+}
+
+// A warp takes 32 columns and walks down kRun rows: reads are coalesced, and a column changes its
+// id rarely. blockIdx.y: image, group of channels.
+template <class T, int CH> __global__ void sum_planes_kernel(PoolArgs a) {
+  using A = Acc<T>;
+  const int64_t groups = (a.channels + CH - 1) / CH, strips = (a.H + kRun - 1) / kRun;
+  const int64_t tiles = (a.W + 31) / 32 * strips;
+  const int lane = threadIdx.x & kLane;
+  for (int64_t group = blockIdx.y; group < a.N * groups; group += gridDim.y) {
+    const int64_t n = group / groups, c = group % groups * CH;
+    const int count = int(a.channels - c < CH ? a.channels - c : CH);
+    const T* x = static_cast<const T*>(a.x.data) + n * a.x.n + (a.c0 + c) * a.x.c;
+    const int32_t* slots = a.slots + n * a.H * a.W;
+    for (int64_t tile = thread_index() / 32; tile < tiles; tile += thread_stride() / 32) {
+      const int64_t column = tile / strips * 32 + lane, first = tile % strips * kRun;
+      const int64_t last = first + kRun < a.H ? first + kRun : a.H;
+      const bool inside = column < a.W;
+      int32_t slot = -1;
+      A sum[CH];
+      for (int k = 0; k < CH; ++k) sum[k] = A(0);
+      for (int64_t y = first; y < last; ++y) {
+        const int64_t p = y * a.W + column;
+        const int32_t now = inside ? slots[p] : -1;
+        if (__any_sync(kWarp, now != slot && slot >= 0)) {
+          add_runs<A, CH>(a, c, count, now != slot ? slot : -1, sum);
+        }
+        if (now != slot)
+          for (int k = 0; k < CH; ++k) sum[k] = A(0);
+        slot = now;
+        if (inside)
+          for (int k = 0; k < CH; ++k)
+            if (k < count) sum[k] += load(x[p * a.x.p + k * a.x.c]);
+      }
+      add_runs<A, CH>(a, c, count, slot, sum);
+    }
+  }
+}
+
+// Channels last: a warp takes 32 channels of 4 * kRun consecutive pixels of one image.
+template <class T> __global__ void sum_rows_kernel(PoolArgs a) {
+  using A = Acc<T>;
+  const int64_t pixels = a.H * a.W, groups = (a.channels + 31) / 32;
+  const int64_t pieces = (pixels + 4 * kRun - 1) / (4 * kRun);
+  const int lane = threadIdx.x & kLane;
+  A* sums = static_cast<A*>(a.sums);
+  for (int64_t n = blockIdx.y; n < a.N; n += gridDim.y)
+    for (int64_t i = thread_index() / 32; i < pieces * groups; i += thread_stride() / 32) {
+      const int64_t c = i % groups * 32 + lane, first = i / groups * 4 * kRun;
+      const int64_t last = first + 4 * kRun < pixels ? first + 4 * kRun : pixels;
+      const bool inside = c < a.channels;
+      const T* x = static_cast<const T*>(a.x.data) + n * a.x.n + a.c0 + c;
+      int32_t slot = -1;
+      A sum = A(0);
+      for (int64_t p = first; p < last; ++p) {
+        const int32_t now = a.slots[n * pixels + p];
+        if (now != slot) {
+          if (slot >= 0 && inside)
+            atomicAdd(sums + int64_t(a.table.rows[slot]) * a.channels + c, sum);
+          sum = A(0);
+          slot = now;
+        }
+        if (inside) sum += load(x[p * a.x.p]);
+      }
+      if (slot >= 0 && inside)
+        atomicAdd(sums + int64_t(a.table.rows[slot]) * a.channels + c, sum);
+    }
+}
+
+template <class A> __global__ void divide_kernel(PoolArgs a) {
+  A* sums = static_cast<A*>(a.sums);
+  for (int64_t i = thread_index() / 32; i < a.table.capacity; i += thread_stride() / 32) {
+    if (a.table.keys[i] == 0ull) continue;
+    A* row = sums + int64_t(a.table.rows[i]) * a.channels;
+    const A count = A(a.table.counts[i]);
+    for (int64_t c = threadIdx.x & kLane; c < a.channels; c += 32) row[c] /= count;
+  }
+}
+
+template <class A> __device__ A mean_at(const PoolArgs& a, int32_t slot, int64_t c) {
+  // An id out of range: the host was not made to wait for the check, so the pixel shows it.
+  if (slot < 0) return A(nanf(""));
+  return static_cast<const A*>(a.sums)[int64_t(a.table.rows[slot]) * a.channels + c];
+}
+
+template <class T, int V> __global__ void spread_planes_kernel(PoolArgs a) {
+  using A = Acc<T>;
+  const int64_t pixels = a.H * a.W;
+  for (int64_t n = blockIdx.y; n < a.N; n += gridDim.y) {
+    T* out = static_cast<T*>(a.out.data) + n * a.out.n + a.c0 * a.out.c;
+    for (int64_t i = thread_index(); i < pixels / V; i += thread_stride()) {
+      int32_t slot[V];
+      for (int j = 0; j < V; ++j) slot[j] = a.slots[n * pixels + i * V + j];
+      for (int64_t c = 0; c < a.channels; ++c) {
+        Pack<T, V> pack;
+        for (int j = 0; j < V; ++j) pack.v[j] = rounded<T>(mean_at<A>(a, slot[j], c));
+        *reinterpret_cast<Pack<T, V>*>(out + c * a.out.c + i * V) = pack;
+      }
+    }
+  }
+}
+
+template <class T> __global__ void spread_rows_kernel(PoolArgs a) {
+  using A = Acc<T>;
+  const int64_t pixels = a.H * a.W;
+  for (int64_t n = blockIdx.y; n < a.N; n += gridDim.y) {
+    T* out = static_cast<T*>(a.out.data) + n * a.out.n + a.c0;
+    for (int64_t i = thread_index(); i < pixels * a.channels; i += thread_stride()) {
+      const int64_t p = i / a.channels, c = i % a.channels;
+      out[p * a.out.p + c] = rounded<T>(mean_at<A>(a, a.slots[n * pixels + p], c));
+    }
+  }
+}
+
+__global__ void list_kernel(Table t, int64_t* image, int64_t* ids, int64_t* counts) {
+  for (int64_t i = thread_index(); i < t.capacity; i += thread_stride()) {
+    if (t.keys[i] == 0ull) continue;
+    const unsigned long long key = t.keys[i] - 1;
+    const int32_t row = t.rows[i];
+    image[row] = int64_t(key >> 32);
+    ids[row] = int64_t(key & 0xffffffffull);
+    counts[row] = t.counts[i];
+  }
+}
+
+// The numbered map: its memory, and the table that points into it.
+struct Numbered {
+  Tensor keys, counts, rows, total, slots;
+  Table table;
+};
+
+Tensor integers(const Tensor& like, int64_t count, ScalarType type) {
+  return torch::stable::empty({count}, type, std::nullopt, like.device());
+}
+
+template <class F> void with_ids(const Tensor& map, F&& f) {
+  switch (map.scalar_type()) {
+    case ScalarType::Byte: return f(uint8_t{});
+    case ScalarType::Char: return f(int8_t{});
+    case ScalarType::Short: return f(int16_t{});
+    case ScalarType::UInt16: return f(uint16_t{});
+    case ScalarType::Int: return f(int32_t{});
+    case ScalarType::Long: return f(int64_t{});
+    default: STD_TORCH_CHECK(false, "instance_map must hold integers");
+  }
+}
+
+Numbered number(const Tensor& instance_map, cudaStream_t stream) {
+  const Tensor map = torch::stable::contiguous(instance_map);
+  const int64_t pixels = map.numel();
+  STD_TORCH_CHECK(pixels <= int64_t(1) << 29, "instance_map: expected at most 2^29 pixels");
+  Numbered found;
+  Table& t = found.table;
+  for (t.capacity = 1024; t.capacity < 2 * pixels;) t.capacity *= 2;
+  found.keys = integers(map, t.capacity, ScalarType::Long);
+  found.counts = integers(map, t.capacity, ScalarType::Int);
+  found.rows = integers(map, t.capacity, ScalarType::Int);
+  found.total = integers(map, 2, ScalarType::Int);
+  found.slots = integers(map, pixels, ScalarType::Int);
+  t.keys = static_cast<unsigned long long*>(found.keys.mutable_data_ptr());
+  t.counts = static_cast<int32_t*>(found.counts.mutable_data_ptr());
+  t.rows = static_cast<int32_t*>(found.rows.mutable_data_ptr());
+  t.total = static_cast<int32_t*>(found.total.mutable_data_ptr());
+  STD_CUDA_CHECK(cudaMemsetAsync(t.keys, 0, size_t(t.capacity) * 8, stream));
+  STD_CUDA_CHECK(cudaMemsetAsync(t.counts, 0, size_t(t.capacity) * 4, stream));
+  STD_CUDA_CHECK(cudaMemsetAsync(t.total, 0, 8, stream));
+  const int64_t plane = map.size(1) * map.size(2);
+  with_ids(map, [&](auto tag) {
+    using Id = decltype(tag);
+    number_kernel<Id><<<grid(pixels), kThreads, 0, stream>>>(
+        static_cast<const Id*>(map.const_data_ptr()), pixels, plane, t,
+        static_cast<int32_t*>(found.slots.mutable_data_ptr()));
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  compact_kernel<<<grid(t.capacity), kThreads, 0, stream>>>(t);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return found;
+}
+
+PoolArgs arguments(const Tensor& x, const Numbered& numbered) {
+  PoolArgs a;
+  a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
+  a.x = operand(x);
+  a.slots = static_cast<const int32_t*>(numbered.slots.const_data_ptr());
+  a.table = numbered.table;
+  return a;
+}
+
+template <class T> void sum_block(const PoolArgs& a, bool last, cudaStream_t stream) {
+  using A = Acc<T>;
+  clear_kernel<A><<<grid(a.H * a.W), kThreads, 0, stream>>>(a);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (last && a.channels >= 16) {
+    const int64_t warps = ceil_div(a.H * a.W, 4 * kRun) * ceil_div(a.channels, 32);
+    sum_rows_kernel<T><<<grid(32 * warps, a.N), kThreads, 0, stream>>>(a);
+  } else {
+    const int64_t threads = ceil_div(a.W, 32) * 32 * ceil_div(a.H, kRun);
+    if (a.channels < 8)
+      sum_planes_kernel<T, 1><<<grid(threads, a.N * a.channels), kThreads, 0, stream>>>(a);
+    else
+      sum_planes_kernel<T, 4>
+          <<<grid(threads, a.N * ceil_div(a.channels, 4)), kThreads, 0, stream>>>(a);
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  divide_kernel<A><<<grid(a.table.capacity), kThreads, 0, stream>>>(a);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T> void spread_block(const PoolArgs& a, bool last, cudaStream_t stream) {
+  constexpr int V = 16 / sizeof(T);
+  const int64_t pixels = a.H * a.W;
+  if (last)
+    spread_rows_kernel<T><<<grid(pixels * a.channels, a.N), kThreads, 0, stream>>>(a);
+  else if (pixels % V == 0)
+    spread_planes_kernel<T, V><<<grid(pixels / V, a.N), kThreads, 0, stream>>>(a);
+  else
+    spread_planes_kernel<T, 1><<<grid(pixels, a.N), kThreads, 0, stream>>>(a);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor instance_pool(const Tensor& input, const Tensor& instance_map) {
+  const Launch launch(input);
+  const bool last = channels_last(input);
+  const Tensor x = laid_out(input, last);
+  Tensor out = empty_nchw(x.size(0), x.size(1), x.size(2), x.size(3), last, x);
+  if (out.numel() == 0) return out;
+  const Numbered numbered = number(instance_map, launch.stream);
+  PoolArgs a = arguments(x, numbered);
+  a.out = operand(out);
+  const int64_t rows = a.N * a.H * a.W, bytes = acc_type(x) == ScalarType::Double ? 8 : 4;
+  const int64_t block = std::min(std::max(kSumBytes / (rows * bytes), kLeastChannels), a.C);
+  const Tensor sums = torch::stable::empty({rows * block}, acc_type(x), std::nullopt, x.device());
+  a.sums = sums.mutable_data_ptr();
+  with_element(element_of(x, "instance_avg_pool2d"), [&](auto tag) {
+    using T = decltype(tag);
+    for (a.c0 = 0; a.c0 < a.C; a.c0 += block) {
+      a.channels = std::min(block, a.C - a.c0);
+      sum_block<T>(a, last, launch.stream);
+      spread_block<T>(a, last, launch.stream);
+    }
+  });
+  return out;
+}
+
+// (image, id, mean, count) of every instance, in no order.
+std::tuple<Tensor, Tensor, Tensor, Tensor> instance_means(const Tensor& input,
+                                                          const Tensor& instance_map) {
+  const Launch launch(input);
+  const bool last = channels_last(input);
+  const Tensor x = laid_out(input, last);
+  const Numbered numbered = number(instance_map, launch.stream);
+  int32_t total[2] = {0, 0};
+  STD_CUDA_CHECK(cudaMemcpyAsync(total, numbered.table.total, sizeof(total), cudaMemcpyDeviceToHost,
+                                 launch.stream));
+  STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream));
+  STD_TORCH_CHECK(total[1] == 0, "instance_map: expected ids 0..", kMaxId,
+                  ", got one out of range; renumber the instances first");
+  PoolArgs a = arguments(x, numbered);
+  const int64_t rows = total[0];
+  Tensor image = integers(x, rows, ScalarType::Long), ids = integers(x, rows, ScalarType::Long);
+  Tensor counts = integers(x, rows, ScalarType::Long);
+  Tensor mean = torch::stable::empty({rows, a.C}, acc_type(x), std::nullopt, x.device());
+  list_kernel<<<grid(a.table.capacity), kThreads, 0, launch.stream>>>(
+      a.table, static_cast<int64_t*>(image.mutable_data_ptr()),
+      static_cast<int64_t*>(ids.mutable_data_ptr()),
+      static_cast<int64_t*>(counts.mutable_data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  a.channels = a.C;
+  a.sums = mean.mutable_data_ptr();
+  with_element(element_of(x, "instance_mean_table"),
+               [&](auto tag) { sum_block<decltype(tag)>(a, last, launch.stream); });
+  return {image, ids, mean, counts};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(smis_kernels, CUDA, m) {
+  m.impl("instance_pool", TORCH_BOX(&instance_pool));
+  m.impl("instance_means", TORCH_BOX(&instance_means));
+}
+
+}  // namespace
+}  // namespace smis::cuda
