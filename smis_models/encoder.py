@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from smis_kernels import class_boxes, class_crops
+from smis_kernels import class_boxes, class_crops, norm_act
 from smis_kernels._backend import requested
-from smis_kernels.norm_act.op import norm_act
 
 from .blocks import conv
 from .presets import GroupDNetPreset

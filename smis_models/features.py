@@ -64,7 +64,7 @@ def encode_features(
     for image, ids in scenes:
         table = instance_mean_table(encoder.features(image), ids)
         unit = image.shape[2] * image.shape[3] // _AREA_UNIT
-        large = table.count > 0.5 * unit
+        large = table.area > 0.5 * unit
         classes = class_of(table.id[large]).tolist()
         for label, mean in zip(classes, table.mean[large].float().cpu().numpy(), strict=True):
             found[label].append(mean)
@@ -137,7 +137,8 @@ class FeatureClusters:
         if path.suffix != ".npz":
             raise FeatureError(f"path: expected a name ending in .npz, got {path.name!r}")
         buffer = io.BytesIO()
-        np.savez(buffer, **{f"{_PREFIX}{label}": array for label, array in self.centers.items()})
+        arrays: dict[str, Any] = {f"{_PREFIX}{k}": array for k, array in self.centers.items()}
+        np.savez(buffer, **arrays)
         return write_atomically(path, buffer.getvalue())
 
     @classmethod
@@ -263,4 +264,5 @@ def _read_official(path: Path) -> dict[int, Centers]:
                            f"{error}") from error
     except Exception as error:  # damaged bytes raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise FeatureError(f"features: {path} is no official file of clusters ({reason})") from error
+        raise FeatureError(f"features: {path} is no official file of clusters ({reason})"
+                           ) from error

@@ -67,7 +67,8 @@ def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: b
         A scalar; fp32 for 16-bit predictions.
 
     Raises:
-        ValueError: an unknown mode or reduction, no predictions, or a generator loss with a fake target.
+        ValueError: an unknown mode or reduction, no predictions, or a generator loss with a fake
+            target.
 
     Example:
         >>> loss_d = gan_loss(pred_fake, False) + gan_loss(pred_real, True)

@@ -11,10 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import InstanceNormAct2d, LabelLayout, instance_avg_pool2d
+from smis_kernels.modulation.choice import prepare_map
 
+from . import stripes
 from .blocks import check_maps, fast_format
 from .losses import feature_matching_loss, gan_loss
 from .presets import Pix2pixHDPreset
+
+_STEM = 5  # layers that a striped stem stands for: padding, conv, norm, ReLU, halving conv
+_HEAD = 6  # and a striped head: doubling, norm, ReLU, padding, conv, tanh
 
 
 def _conv(channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1,
@@ -84,7 +89,7 @@ def _half(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
 
 
-def _check_size(name: str, x: Tensor, step: int) -> None:
+def _check_size(name: str, x: Tensor | LabelLayout, step: int) -> None:
     # One pixel at the smallest size has nothing to reflect.
     if any(size % step or size < 2 * step for size in x.shape[2:]):
         raise ValueError(
@@ -103,25 +108,57 @@ class _Generator(nn.Module):
     def sample_latent(self, batch: int, generator: torch.Generator | None = None) -> None:
         """None: pix2pixHD takes no latent code."""
 
-    def input(self, semantics: Tensor | LabelLayout, features: Tensor | None) -> Tensor:
+    def input(self, semantics: Tensor | LabelLayout,
+              features: Tensor | None) -> Tensor | LabelLayout:
         """Semantics and, where the preset has them, features: (N, input_channels, H, W)."""
         preset = self.preset
         check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
                    + (" and the edge plane" if preset.instance_edge else ""))
-        weight = next(self.parameters())
-        x = semantics.dense(dtype=weight.dtype) if isinstance(semantics, LabelLayout) else semantics
-        _check_size("semantics", x, preset.size_step)
+        _check_size("semantics", semantics, preset.size_step)
         if not preset.features:
             if features is not None:
                 raise ValueError("features: this model reads none; use one made with features=True")
-            return fast_format(x)
+            return semantics
         if features is None:
             raise ValueError("features: this model reads instance features; encode an image with "
                              "its encoder, or sample them from clusters")
-        expected = (x.shape[0], preset.feature_channels, *x.shape[2:])
+        expected = (semantics.shape[0], preset.feature_channels, *semantics.shape[2:])
         if tuple(features.shape) != expected:
             raise ValueError(f"features: expected {expected}, got {tuple(features.shape)}")
-        return fast_format(torch.cat([x, features.to(x)], 1))
+        planes = self.dense(semantics)
+        return torch.cat([planes, features.to(planes)], 1)
+
+    def dense(self, semantics: Tensor | LabelLayout) -> Tensor:
+        """The planes themselves, of a layout too."""
+        if not isinstance(semantics, LabelLayout):
+            return semantics
+        return semantics.dense(dtype=next(self.parameters()).dtype)
+
+    def run(self, layers: nn.Module, source: Tensor | LabelLayout, image: bool) -> Tensor:
+        """``layers`` on the input; in inference, stem and (``image``) last layers in stripes."""
+        assert isinstance(layers, nn.Sequential)
+        if not stripes.serves(self, source):
+            out: Tensor = layers(fast_format(self.dense(source)))
+            return out
+        source = prepare_map(source, next(self.parameters()))
+        rows = stripes.label_rows(source, layers[1])
+        if rows is None:
+            start, x = 0, fast_format(self.dense(source))
+        else:
+            start, x = _STEM, stripes.stem(rows, layers[2], layers[4], source.shape[2])
+        return self.finish(layers, x, image, start)
+
+    def finish(self, layers: nn.Module, x: Tensor, image: bool, start: int = 0) -> Tensor:
+        """``layers`` from ``start`` on; in inference, those that make the image in stripes."""
+        assert isinstance(layers, nn.Sequential)
+        rest = list(layers)[start:]
+        striped = image and stripes.serves(self, x)
+        for layer in rest[: -_HEAD] if striped else rest:
+            x = layer(x)
+        if not striped:
+            return x
+        up, norm, _, _, conv, _ = rest[-_HEAD :]
+        return stripes.head(x, up, norm, conv)
 
 
 class GlobalGenerator(_Generator):
@@ -152,8 +189,7 @@ class GlobalGenerator(_Generator):
         )
 
     def forward(self, semantics: Tensor | LabelLayout, features: Tensor | None = None) -> Tensor:
-        image: Tensor = self.model(self.input(semantics, features))
-        return image
+        return self.run(self.model, self.input(semantics, features), image=True)
 
 
 class LocalEnhancer(_Generator):
@@ -190,16 +226,19 @@ class LocalEnhancer(_Generator):
             up = [*(ResnetBlock(2 * width) for _ in range(preset.local_blocks)), *_up(2 * width)]
             last = n == preset.enhancers
             self.add_module(f"model{n}_1", nn.Sequential(*down))
-            self.add_module(f"model{n}_2", nn.Sequential(*up, *(_image_layers(width) if last else ())))
+            if last:
+                up += _image_layers(width)
+            self.add_module(f"model{n}_2", nn.Sequential(*up))
 
     def forward(self, semantics: Tensor | LabelLayout, features: Tensor | None = None) -> Tensor:
         inputs = [self.input(semantics, features)]
         for _ in range(self.preset.enhancers):
-            inputs.append(_half(inputs[-1]))
-        x: Tensor = self.model(inputs.pop())
+            inputs.append(_half(self.dense(inputs[-1])))
+        x = self.run(self.model, inputs.pop(), image=False)
         for n in range(1, self.preset.enhancers + 1):
-            own = self.get_submodule(f"model{n}_1")(inputs.pop())
-            x = self.get_submodule(f"model{n}_2")(own + x)
+            own = self.run(self.get_submodule(f"model{n}_1"), inputs.pop(), image=False)
+            image = n == self.preset.enhancers
+            x = self.finish(self.get_submodule(f"model{n}_2"), own + x, image)
         return x
 
     def load_global(self, state: dict[str, Tensor]) -> LocalEnhancer:

@@ -162,7 +162,7 @@ def read_clusters(preset: Preset, path: str | Path | None) -> FeatureClusters | 
 
 def draw_input(model: Any, layout: Layout, seed: int,
                clusters: FeatureClusters | None = None) -> Tensor | None:
-    """What the model reads besides the semantics: features of each instance, else a code or None."""
+    """What the model reads besides the semantics: instance features, a code, or None."""
     if clusters is None:
         return draw_code(model, seed)
     assert layout.instances is not None
@@ -203,7 +203,7 @@ def morph(start: Tensor, end: Tensor, t: float) -> Tensor:
 
 
 @torch.no_grad()
-def pictures(model: Any, planes: Tensor, codes: Sequence[Tensor]) -> list[Picture]:
+def pictures(model: Any, planes: Tensor, codes: Sequence[Tensor | None]) -> list[Picture]:
     """One picture per code."""
     return [picture for z in codes for picture in to_pictures(model(planes, z))]
 
@@ -224,7 +224,7 @@ def _scale_to(deviation: float) -> Any:
 
 
 @torch.no_grad()
-def calibrate(model: Any, planes: Tensor, z: Tensor) -> None:
+def calibrate(model: Any, planes: Tensor, z: Tensor | None) -> None:
     """Give untrained weights pictures in which the layout shows: they would be grey otherwise.
 
     One pass in training mode sets the running statistics of every norm to those of its input and

@@ -135,7 +135,7 @@ def test_bad_files(tmp_path: Path, clusters: FeatureClusters) -> None:
     np.save(tmp_path / "f.npy", np.zeros(3))
     with pytest.raises(FeatureError, match="expected one pickled dict"):
         FeatureClusters.load(tmp_path / "f.npy")
-    with pytest.raises(FeatureError, match="ending in .npz"):
+    with pytest.raises(FeatureError, match="ending in"):
         clusters.save(tmp_path / "g.npy")
     for centers in ({}, {7: np.zeros(3, np.float32)}, {7: np.full((1, 3), np.nan, np.float32)},
                     {7: np.zeros((1, 3), np.float32), 8: np.zeros((1, 4), np.float32)}):

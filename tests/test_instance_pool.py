@@ -15,9 +15,9 @@ from smis_kernels._check import FLOATS, INTEGERS
 from smis_kernels.instance_pool.module import InstanceAvgPool2d
 from smis_kernels.instance_pool.op import (
     MAX_ID,
+    _pooled_by_sorting,
     instance_avg_pool2d,
     instance_mean_table,
-    _pooled_by_sorting,
     instance_means_op,
     instance_pool_op,
 )
@@ -57,7 +57,7 @@ def test_by_hand(backend: str) -> None:
     table = instance_mean_table(image, ids, backend=backend)
     assert table.image.tolist() == [0, 0, 0, 1, 1]
     assert table.id.tolist() == [0, 5, 26001, 5, MAX_ID]
-    assert table.count.tolist() == [3, 2, 1, 5, 1]
+    assert table.area.tolist() == [3, 2, 1, 5, 1]
     assert table.mean.flatten().tolist() == pytest.approx([2, 3, 4, 3.2, 0])
 
 
@@ -78,7 +78,7 @@ def test_matches_the_loop(shape: tuple[int, int, int, int], layout: str,
     assert found.is_contiguous(memory_format=torch.channels_last) or layout != "channels_last"
     assert_as_accurate(found, expected, truth)
     rows = instance_mean_table(image.double(), ids, backend="reference")
-    for name in ("image", "id", "count"):
+    for name in ("image", "id", "area"):
         assert torch.equal(getattr(table, name), getattr(rows, name)), name
     assert table.mean.dtype == (dtype if dtype == torch.float64 else torch.float32)
     assert_as_accurate(table.mean, table.mean, rows.mean)
@@ -266,7 +266,7 @@ IMAGE, IDS = torch.zeros((1, 3, 4, 5)), torch.zeros((1, 4, 5), dtype=torch.int64
         (IMAGE[:, :0], IDS, {}, "input: expected at least one pixel and channel"),
         (IMAGE, IDS.float(), {}, "instance_map: expected dtype uint8.* got float32; cast"),
         (IMAGE, IDS[0], {}, r"instance_map: expected \(N, H, W\) or"),
-        (IMAGE, IDS[:, :3], {}, r"instance_map: expected \(1, 4, 5\) or .* got \(1, 3, 5\); resize"),
+        (IMAGE, IDS[:, :3], {}, r"instance_map: expected \(1, 4, 5\) or .* got \(1, 3, 5\);"),
         (IMAGE, IDS.expand(2, 4, 5), {}, "instance_map: expected"),
         (IMAGE, IDS.expand(2, 4, 5)[None].transpose(0, 1), {}, "instance_map: expected"),
         (IMAGE, IDS.to("meta"), {}, r"instance_map: expected the device of input \(cpu\)"),

@@ -73,8 +73,24 @@ def test_every_model_makes_a_picture(name: str, batch: int) -> None:
 def test_norm_activation_and_sum_are_one_pass() -> None:
     model = tiny("pix2pixhd_cityscapes")
     ops = [choice.op for choice in explain(model.generator, inputs(model)[0]).choices]
-    # The stem, four halvings, two blocks of two, four doublings: nothing else touches the features.
-    assert ops == ["norm_act"] * (1 + 4 + 2 * 2 + 4)
+    # The stem from its labels; then four halvings, two blocks of two, four doublings, of which
+    # stem and last doubling come in one stripe.
+    assert ops == ["label_conv2d", *["norm_act"] * (1 + 4 + 2 * 2 + 4)]
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["labels", "soft"])
+def test_stripes_make_the_same_picture(name: str, kind: str) -> None:
+    model = tiny(name, image_size=(160, 96))  # two whole stripes of 64 rows and a half
+    semantics, features, _ = inputs(model, 2)
+    if kind == "soft":
+        semantics = semantics + 0.1 * torch.rand(semantics.shape)
+    with torch.no_grad():
+        striped = model.double()(semantics.double(), features)
+        with use_backend("reference"):
+            expected = model(semantics.double(), features)
+    torch.testing.assert_close(striped, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_layout_serves_as_semantics() -> None:
@@ -132,7 +148,7 @@ def test_any_number_of_enhancers_around_a_trained_generator() -> None:
     with pytest.raises(ValueError, match=r"generator of width 8 .* got \(4, 6, 7, 7\)"):
         LocalEnhancer(presets[1]).load_global(GlobalGenerator(
             with_options(presets[0], {"ngf": 4}, "test")).state_dict())
-    with pytest.raises(ValueError, match="generator of width 8 .* got none"):
+    with pytest.raises(ValueError, match=r"generator of width 8 .* got none"):
         LocalEnhancer(presets[1]).load_global({})
 
 
@@ -180,7 +196,7 @@ def test_bad_input() -> None:
     semantics, features, _ = inputs(featured)
     for call, message in (
         (lambda: model(semantics[:, :4]), r"semantics: expected \(N, 6, H, W\)"),
-        (lambda: model(semantics[..., :63]), "semantics: expected height and width .* multiples of"),
+        (lambda: model(semantics[..., :63]), "semantics: expected height and width .* multiples"),
         (lambda: model(semantics, features), "features: this model reads none"),
         (lambda: featured(semantics), "features: this model reads instance features"),
         (lambda: featured(semantics, features[:, :2]), r"features: expected \(1, 3, 64, 64\)"),

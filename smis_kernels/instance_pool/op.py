@@ -25,7 +25,7 @@ class InstanceMeans(NamedTuple):
     image: Tensor
     id: Tensor
     mean: Tensor
-    count: Tensor
+    area: Tensor
 
 
 def _pool_fake(input: Tensor, instance_map: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ instance_means_op = RawOp(
 def _pooled_by_sorting(input: Tensor, instance_map: Tensor) -> Tensor:
     """The same by torch's own calls in a fixed order, without waiting for a GPU."""
     n, c, h, w = input.shape
-    images = torch.arange(n, device=input.device).view(n, 1, 1)
-    keys, order = (images << 32 | instance_map.long()).flatten().sort(stable=True)
+    images, ids = torch.arange(n, device=input.device).view(n, 1, 1), instance_map.long()
+    keys, order = (images << 32 | ids).flatten().sort(stable=True)
     segment = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).long()]).cumsum(0)
     index = torch.empty_like(order).scatter_(0, order, segment)
     rows = input.permute(0, 2, 3, 1).reshape(-1, c).to(acc_dtype(input))
@@ -63,7 +63,7 @@ def _pooled_by_sorting(input: Tensor, instance_map: Tensor) -> Tensor:
     count = torch.zeros_like(ones).index_put_((index,), ones, accumulate=True)
     out = empty_nchw((n, c, h, w), input)
     pooled = (sums / count)[index].view(n, h, w, c).permute(0, 3, 1, 2)
-    valid = (instance_map >= 0) & (instance_map <= MAX_ID)
+    valid = (ids >= 0) & (ids <= MAX_ID)
     return out.copy_(torch.where(valid.unsqueeze(1), pooled, torch.nan))
 
 
@@ -175,7 +175,7 @@ def instance_mean_table(input: Tensor, instance_map: Tensor, *,
         input, instance_map, backend: as in :func:`instance_avg_pool2d`.
 
     Returns:
-        ``InstanceMeans(image, id, mean, count)``: int64 (K,), int64 (K,), (K, C) in fp32 (fp64 for
+        ``InstanceMeans(image, id, mean, area)``: int64 (K,), int64 (K,), (K, C) in fp32 (fp64 for
         fp64), int64 (K,); by image and then by id. Not differentiable. As the number of rows
         depends on the ids, a GPU is waited for.
 
@@ -188,7 +188,7 @@ def instance_mean_table(input: Tensor, instance_map: Tensor, *,
     Example:
         >>> table = instance_mean_table(torch.tensor([[[[1.0, 3.0, 8.0]]]]),
         ...                             torch.tensor([[[26001, 26001, 7]]]))
-        >>> table.id.tolist(), table.mean.tolist(), table.count.tolist()
+        >>> table.id.tolist(), table.mean.tolist(), table.area.tolist()
         ([7, 26001], [[8.0], [2.0]], [1, 2])
     """
     ids = _checked(input, instance_map)

@@ -34,7 +34,8 @@ def norm_act_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    hat, _ = normalize(load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC), mean, rstd, n, stat_n, c, C)
+    features = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+    hat, _ = normalize(features, mean, rstd, n, stat_n, c, C)
     value = activate(hat, SLOPE)
     if ADD:
         value += load_tile(residual, n, residual_n, c, p, residual_s, mask, ROWS, ACC)
@@ -48,7 +49,8 @@ def norm_act_backward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    hat, r = normalize(load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC), mean, rstd, n, stat_n, c, C)
+    features = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+    hat, r = normalize(features, mean, rstd, n, stat_n, c, C)
     dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
     if SLOPE != 1.0:
         dz = tl.where(hat > 0, dz, dz * SLOPE)
@@ -84,7 +86,8 @@ def norm_act_backward(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, s
     dx = empty_nchw((n, c, h, w), input)
     blocks = tile_sizes(c, h * w, rows)
     grid = tile_grid(n, c, h * w, blocks)
-    partial = torch.empty((2, n, c, grid[0]) if sums else (0,), dtype=acc_dtype(x), device=x.device)
+    shape = (2, n, c, grid[0]) if sums else (0,)
+    partial = torch.empty(shape, dtype=acc_dtype(x), device=x.device)
     with on_device(x):
         norm_act_backward_kernel[grid](
             dy, *strides(dy, rows), x, *strides(x, rows), mean, rstd,

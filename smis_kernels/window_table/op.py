@@ -91,14 +91,17 @@ class _WindowTable(torch.autograd.Function):
         groups, kind = ctx.settings
         rows, depth = hidden.shape
         channels = weight_gamma.shape[0]
-        # T = H W: per group j, taps t, halves s: T[v, t, s, j, c] = H[v, j, k] W[s, j, c, k, t]
-        scattered = _window_scatter(kind, grad, windows, rows)
-        scattered = scattered.view(rows, 9, 2, groups, channels // groups)
-        weight = torch.stack([weight_gamma, weight_beta])
-        weight = weight.view(2, groups, channels // groups, depth // groups, 9)
-        dhidden = torch.einsum("vtsjc,sjckt->vjk", scattered, weight).reshape(rows, depth)
-        dweight = torch.einsum("vtsjc,vjk->sjckt", scattered, hidden.view(rows, groups, -1))
-        dgamma, dbeta = dweight.reshape(2, *weight_gamma.shape)
+        # T[v, j, tsc] = H[v, j, k] W[j, tsc, k]: groups j, taps t, halves s, channels c
+        wide, deep = channels // groups, depth // groups
+        scattered = _window_scatter(kind, grad, windows, rows).view(rows, 9, 2, groups, wide)
+        # One group: a view, so that the large (V, 18C) is never copied.
+        scattered = scattered.permute(3, 0, 1, 2, 4).reshape(groups, rows, 18 * wide)
+        weight = torch.stack([weight_gamma, weight_beta]).view(2, groups, wide, deep, 9)
+        weight = weight.permute(1, 4, 0, 2, 3).reshape(groups, 18 * wide, deep)
+        dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
+        grouped = hidden.view(rows, groups, deep).transpose(0, 1)
+        dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
+        dgamma, dbeta = dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
         bias_gamma, bias_beta = grad[1:].sum(0).split(channels)
         return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
 

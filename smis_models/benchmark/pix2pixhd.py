@@ -86,7 +86,7 @@ def _index_add_case(channels: int, least: float) -> Case:
 
 
 def _tiles_case(count: int) -> Case:
-    """The time must not depend on ``count``: benchmarks/test_pix2pixhd.py holds one against another."""
+    """The time must not depend on ``count``: benchmarks/test_pix2pixhd.py compares the two."""
 
     def make_inputs(setting: Setting) -> Inputs:
         return _features(setting, 3), tiles(count).to(setting.device)
