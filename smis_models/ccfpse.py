@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def _weight(layer: nn.Conv2d) -> Tensor:
     return layer.weight
 
 
-def _normalized_conv(channels: int, out_channels: int, **options: int) -> nn.Sequential:
+def _normalized_conv(channels: int, out_channels: int, **options: Any) -> nn.Sequential:
     layer = conv(channels, out_channels, bias=False, spectral=True, **options)
     return nn.Sequential(nn.Sequential(layer, nn.BatchNorm2d(out_channels)), nn.LeakyReLU(0.2))
 
@@ -85,6 +86,25 @@ class Condition:
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")
 
 
+class Predictor(nn.ModuleDict):
+    """Two convs with a ReLU between, under the keys that they have in the published Sequential."""
+
+    def __init__(self, first: nn.Conv2d, last: nn.Conv2d) -> None:
+        super().__init__({"0": first, "2": last})
+
+    @property
+    def first(self) -> nn.Conv2d:
+        """The conv that reads the condition."""
+        layer = self["0"]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    @property
+    def last(self) -> nn.Module:
+        """The conv that reads the hidden features."""
+        return self["2"]
+
+
 class ConditionalBlock(nn.Module):
     """CC-FPSE's residual block: norm, conditional conv, 1x1 conv, conditional attention; twice.
 
@@ -105,8 +125,8 @@ class ConditionalBlock(nn.Module):
         middle = min(channels, out_channels)
         source = label_channels + feature_channels
 
-        def predictor(last: nn.Conv2d) -> nn.ModuleDict:
-            return nn.ModuleDict({"0": conv(source, hidden), "2": last})
+        def predictor(last: nn.Conv2d) -> Predictor:
+            return Predictor(conv(source, hidden), last)
 
         self.gen_weights1 = predictor(ConditionalConv2d(channels, hidden))
         self.gen_weights2 = predictor(ConditionalConv2d(middle, hidden))
@@ -138,15 +158,15 @@ class ConditionalBlock(nn.Module):
     def forward(self, x: Tensor, segmap: Tensor | LabelLayout, features: Tensor) -> Tensor:
         weights1, weights2 = self.gen_weights1, self.gen_weights2
         gates1, gates2 = self.gen_se_weights1, self.gen_se_weights2
-        convs = [part["0"] for part in (weights1, weights2, gates1, gates2)]
+        convs = [part.first for part in (weights1, weights2, gates1, gates2)]
         if self.learned_shortcut:
             convs.append(self.norm_s.mlp_shared[0])
         condition = Condition(segmap, features, convs)
         shortcut = self._shortcut(x, condition)
-        h = weights1["2"](self.norm_1(x), condition(weights1["0"]))
-        h = conditional_attention(self.conv_1(h), gates1["2"](condition(gates1["0"])))
-        h = weights2["2"](self.norm_2(h), condition(weights2["0"]))
-        h = conditional_attention(self.conv_3(h), gates2["2"](condition(gates2["0"])))
+        h = weights1.last(self.norm_1(x), condition(weights1.first))
+        h = conditional_attention(self.conv_1(h), gates1.last(condition(gates1.first)))
+        h = weights2.last(self.norm_2(h), condition(weights2.first))
+        h = conditional_attention(self.conv_3(h), gates2.last(condition(gates2.first)))
         return shortcut + h
 
 
@@ -317,7 +337,7 @@ class FPSEDiscriminator(nn.Module):
         self.seg = conv(2 * ndf, 2 * ndf, kernel_size=1)
         self.embedding = conv(preset.semantic_channels, 2 * ndf, kernel_size=1)
 
-    def _layer(self, channels: int, out_channels: int, **options: int) -> nn.Sequential:
+    def _layer(self, channels: int, out_channels: int, **options: Any) -> nn.Sequential:
         layer = conv(channels, out_channels, bias=False, spectral=True, **options)
         normalised = nn.Sequential(layer, nn.InstanceNorm2d(out_channels))
         return nn.Sequential(normalised, nn.LeakyReLU(0.2))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from smis_kernels import InstanceNormAct2d, LabelLayout, instance_avg_pool2d
 from smis_kernels.modulation.choice import prepare_map
 
-from . import stripes
+from . import stripes, winograd
 from .blocks import check_maps, fast_format
 from .losses import feature_matching_loss, gan_loss
 from .presets import Pix2pixHDPreset
@@ -64,8 +64,12 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *layers, norm = self.conv_block
         h = x
+        fast = stripes.serves(self, x)
         for layer in layers:
-            h = layer(h)
+            if fast and isinstance(layer, nn.Conv2d) and winograd.pays(h, layer.weight):
+                h = winograd.conv3x3(h, layer.weight, layer.bias)
+            else:
+                h = layer(h)
         out: Tensor = norm(h, x)
         return out
 

@@ -27,17 +27,21 @@ inline float exp_negative(float x) {
 }
 inline double exp_negative(double x) { return std::exp(x); }
 
-template <class A> inline A sigmoid(A s) {
-  const A e = exp_negative(s < A(0) ? s : -s);
-  const A large = A(1) / (A(1) + e);
-  return s < A(0) ? e * large : large;
-}
+// sigmoid(s) and 1 - sigmoid(s), both without cancellation.
+template <class A> struct Gate {
+  A open, shut;
+  explicit Gate(A s) {
+    const A e = exp_negative(s < A(0) ? s : -s), large = A(1) / (A(1) + e), small = e * large;
+    open = s < A(0) ? small : large;
+    shut = s < A(0) ? large : small;
+  }
+};
 
 template <class A>
 inline void gate(const A* __restrict x, const A* __restrict s, A* __restrict y, A slope, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A z = x[i] * sigmoid(s[i]);
+    const A z = x[i] * Gate<A>(s[i]).open;
     y[i] = z > A(0) ? z : z * slope;
   }
 }
@@ -47,10 +51,10 @@ inline void gate_backward(const A* __restrict dy, const A* __restrict x, const A
                           A* __restrict dx, A* __restrict ds, A slope, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A g = sigmoid(s[i]);
-    const A dz = (x[i] > A(0) ? dy[i] : dy[i] * slope) * g;
+    const Gate<A> g(s[i]);
+    const A dz = (x[i] > A(0) ? dy[i] : dy[i] * slope) * g.open;
     dx[i] = dz;
-    ds[i] = dz * x[i] * (A(1) - g);
+    ds[i] = dz * x[i] * g.shut;
   }
 }
 

@@ -92,8 +92,8 @@ def norm_act_backward(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, s
         norm_act_backward_kernel[grid](
             dy, *strides(dy, rows), x, *strides(x, rows), mean, rstd,
             c if mean.shape[0] > 1 else 0, dx, partial, partial.numel() // 2, c, h * w,
-            SLOPE=slope, SUMS=sums, ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1],
-            num_warps=4,
+            SLOPE=slope, SUMS=sums, ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0],
+            BLOCK_P=blocks[1], num_warps=4,
         )
     return dx, partial.sum(3) if sums else partial
 

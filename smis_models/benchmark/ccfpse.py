@@ -17,7 +17,16 @@ from smis_kernels.spatially_varying_conv import reference as varying_conv_refere
 from smis_kernels.spatially_varying_conv.op import spatially_varying_conv2d
 
 from ..registry import create_model
-from .case import Case, Inputs, Setting, channels_last, nbytes, providers, unchanged
+from .case import (
+    Case,
+    Inputs,
+    Setting,
+    channels_last,
+    nbytes,
+    providers,
+    read_and_written,
+    unchanged,
+)
 from .modulation import conv_macs, on_backend
 
 
@@ -56,7 +65,7 @@ def _varying_case(channels: int, size: int, direction: str, targets: dict[str, f
             prepare=prepare if in_channels_last else unchanged,
         ),
         direction=direction, leaves=(0, 1) if backward else (),
-        **({"moved": backward_bytes} if backward else {}),
+        moved=backward_bytes if backward else read_and_written,
         macs=lambda inputs: inputs[1].numel() * (2 if backward else 1), targets=targets,
     )
 

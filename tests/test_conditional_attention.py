@@ -1,0 +1,129 @@
+"""conditional_attention against gate, then LeakyReLU: values, gradients, layouts, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smis_kernels import conditional_attention
+from smis_kernels._backend import missing
+from smis_kernels.conditional_attention import op
+from smis_kernels.testing import (
+    LAYOUTS,
+    assert_as_accurate,
+    gradients,
+    max_error,
+    poisoned_empty,
+    with_layout,
+)
+
+needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+SHAPES = [(2, 6, 5, 7), (1, 16, 8, 8), (3, 4, 1, 1), (1, 1, 4, 3), (1, 17, 20, 37)]
+
+
+def make(shape: tuple[int, ...], layout: str, other: str,
+         dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, logits = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    return with_layout(x.to(dtype), layout), with_layout((8 * logits).to(dtype), other)
+
+
+def results(inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
+    def call(x: Tensor, logits: Tensor) -> Tensor:
+        return conditional_attention(x, logits, negative_slope=0.3, backend=backend)
+
+    return [call(*inputs), *gradients(call, inputs)]
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpu_equals_reference(shape: tuple[int, ...], layout: str) -> None:
+    for other in LAYOUTS:
+        inputs = make(shape, layout, other)
+        for a, b in zip(results(inputs, "cpu"), results(inputs, "reference"), strict=True):
+            assert max_error(a, b) < 1e-14
+
+
+@needs_cpu
+@given(st.tuples(*(st.integers(1, 12) for _ in range(4))), st.sampled_from(LAYOUTS))
+@settings(max_examples=40, deadline=None)
+def test_any_shape(shape: tuple[int, ...], layout: str) -> None:
+    inputs = make(shape, layout, "contiguous", torch.float32)
+    truth = results(tuple(t.double() for t in inputs), "reference")
+    for a, b in zip(results(inputs, "cpu"), truth, strict=True):
+        assert max_error(a, b) < 1e-6
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [33, 300])  # the larger output is written past the caches
+def test_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype, size: int) -> None:
+    inputs = make((1, 48, size, size), "channels_last", "channels_last", dtype)
+    truth = results(tuple(t.double() for t in inputs), "reference")
+    for a, b, t in zip(results(inputs, "cpu"), results(inputs, "reference"), truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_accurate(a, b, t)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits(dtype: torch.dtype) -> None:
+    logits = torch.tensor([float("inf"), -float("inf"), 1e4, -1e4, 88, -88, 0, float("nan")])
+    logits = logits.to(dtype).view(1, 1, 2, 4)
+    x = torch.full_like(logits, -3)
+    got, expected = (conditional_attention(x, logits, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@needs_cpu
+def test_every_element_is_written() -> None:
+    with poisoned_empty():
+        for layout in ("contiguous", "channels_last"):
+            found = results(make((2, 5, 7, 3), layout, layout), "cpu")
+            assert all(torch.isfinite(t).all() for t in found)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck_and_gradcheck(layout: str) -> None:
+    inputs = make((2, 3, 4, 5), layout, layout)
+    torch.library.opcheck(op._attention.overload, (*inputs, 0.2))
+    torch.library.opcheck(op._backward.overload, (inputs[0] * 2, *inputs, 0.2))
+    for t in inputs:
+        t.requires_grad_()
+    assert torch.autograd.gradcheck(conditional_attention, inputs)
+
+
+@needs_cpu
+def test_compiles_into_one_graph() -> None:
+    inputs = make(SHAPES[0], "contiguous", "contiguous", torch.float32)
+    compiled = torch.compile(conditional_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), conditional_attention(*inputs))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_equals_reference(layout: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for shape in SHAPES:
+        inputs = tuple(t.to(device) for t in make(shape, layout, "contiguous"))
+        for a, b in zip(results(inputs, "triton"), results(inputs, "reference"), strict=True):
+            assert max_error(a, b) < 1e-14
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_empty_batch_passes(backend: str) -> None:
+    x = torch.randn(0, 4, 6, 6)
+    assert conditional_attention(x, x, backend=backend).shape == x.shape
+
+
+def test_bad_input() -> None:
+    x = torch.zeros(1, 4, 5, 5)
+    with pytest.raises(ValueError, match=r"logits: expected shape \(1, 4, 5, 5\) .*\(1, 4, 5, 4\)"):
+        conditional_attention(x, torch.zeros(1, 4, 5, 4))
+    with pytest.raises(TypeError, match="logits: expected dtype float32; got float64"):
+        conditional_attention(x, x.double())
