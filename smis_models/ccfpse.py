@@ -86,6 +86,12 @@ class Condition:
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")
 
 
+def _shared_conv(norm: SPADE) -> nn.Conv2d:
+    layer = norm.mlp_shared[0]
+    assert isinstance(layer, nn.Conv2d)
+    return layer
+
+
 class Predictor(nn.ModuleDict):
     """Two convs with a ReLU between, under the keys that they have in the published Sequential."""
 
@@ -108,8 +114,9 @@ class Predictor(nn.ModuleDict):
 class ConditionalBlock(nn.Module):
     """CC-FPSE's residual block: norm, conditional conv, 1x1 conv, conditional attention; twice.
 
-    ``y = conv_s(norm_s(x)) + attend(conv_3(condconv(norm_2(attend(conv_1(condconv(norm_1(x))))))))``
-    where the width changes, else with x itself as the shortcut. Kernels and gates are predicted
+    ``h = attend(conv_1(condconv(norm_1(x))))``, then
+    ``y = shortcut + attend(conv_3(condconv(norm_2(h))))`` with the shortcut ``conv_s(norm_s(x))``
+    where the width changes, else x itself. Kernels and gates are predicted
     from the label map and the pyramid's features. ``norm_0`` and the norms inside ``conv_0`` and
     ``conv_2`` are never called: they keep the published entries of the state dict.
 
@@ -148,7 +155,7 @@ class ConditionalBlock(nn.Module):
         if not self.learned_shortcut:
             return x
         norm = self.norm_s
-        hidden = condition(norm.mlp_shared[0])
+        hidden = condition(_shared_conv(norm))
         gamma, beta = norm.mlp_gamma, norm.mlp_beta
         norm.count_batch()
         out: Tensor = self.conv_s(modulation(
@@ -160,7 +167,7 @@ class ConditionalBlock(nn.Module):
         gates1, gates2 = self.gen_se_weights1, self.gen_se_weights2
         convs = [part.first for part in (weights1, weights2, gates1, gates2)]
         if self.learned_shortcut:
-            convs.append(self.norm_s.mlp_shared[0])
+            convs.append(_shared_conv(self.norm_s))
         condition = Condition(segmap, features, convs)
         shortcut = self._shortcut(x, condition)
         h = weights1.last(self.norm_1(x), condition(weights1.first))
@@ -300,6 +307,17 @@ class CCFPSEGenerator(nn.Module):
         return out
 
 
+def _pool(x: Tensor, size: int) -> Tensor:
+    """Average pooling as sums of slices, which vectorise: on a CPU ``avg_pool2d`` does not."""
+    rows = x[:, :, ::size]
+    for i in range(1, size):
+        rows = rows + x[:, :, i::size]
+    columns = rows[..., ::size]
+    for i in range(1, size):
+        columns = columns + rows[..., i::size]
+    return columns / size**2
+
+
 class FPSEDiscriminator(nn.Module):
     """Feature-pyramid, semantics-embedding discriminator.
 
@@ -372,11 +390,16 @@ class FPSEDiscriminator(nn.Module):
 
     def _embedded(self, semantics: Tensor) -> Iterator[Tensor]:
         """The embedding at 1/4, 1/8 and 1/16 of the size."""
-        pool_first = requested() != "reference"
-        x = F.avg_pool2d(semantics if pool_first else self.embedding(semantics), 2)
+        if requested() == "reference":
+            x = F.avg_pool2d(self.embedding(semantics), 2)
+            for _ in range(3):
+                x = F.avg_pool2d(x, 2)
+                yield x
+            return
+        x = _pool(semantics, 4)
         for _ in range(3):
-            x = F.avg_pool2d(x, 2)
-            yield self.embedding(x) if pool_first else x
+            yield self.embedding(x)
+            x = _pool(x, 2)
 
 
 def discriminate_pairs(

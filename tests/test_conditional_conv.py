@@ -36,7 +36,8 @@ def make(case: tuple[int, ...], layout: str = "contiguous", other: str | None = 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return (with_layout(draw(n, c, h, w), layout), with_layout(draw(n, depth, h, w), other or layout),
+    return (with_layout(draw(n, c, h, w), layout),
+            with_layout(draw(n, depth, h, w), other or layout),
             draw(9 * c, depth, 3, 3) / (9 * depth) ** 0.5, draw(9 * c))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float64) ->
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often windows were compiled."""
     calls: list[int] = []
     compile_level = layout_module._compile_level
@@ -56,7 +55,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(layout_module, "_compile_level", counting)
     monkeypatch.setattr(layout_module._known, "last", None)
-    yield calls
+    return calls
 
 
 @pytest.mark.parametrize(("h", "w"), [(256, 256), (97, 61), (64, 101), (1, 1), (3, 200)])

@@ -36,6 +36,11 @@ inline const Acc<T>* run(const VectorKeysArgs& a, int64_t n, int64_t k, int64_t 
   return buffer;
 }
 
+inline uint64_t exact_key(float count, float sum, float square) {
+  return 1 + (uint64_t(count) << (kSumBits + kSquareBits) | uint64_t(sum) << kSquareBits |
+              uint64_t(square));
+}
+
 template <class T> void exact_chunk(const VectorKeysArgs& a, int64_t n, int64_t p, int64_t m,
                                     uint64_t* keys, uint8_t& flag) {
   using A = Acc<T>;
@@ -58,8 +63,31 @@ template <class T> void exact_chunk(const VectorKeysArgs& a, int64_t n, int64_t 
   }
   for (int64_t i = 0; i < m; ++i) {
     bad |= count[i] > 2;
-    keys[i] = 1 + (uint64_t(count[i]) << (kSumBits + kSquareBits) |
-                   uint64_t(sum[i]) << kSquareBits | uint64_t(square[i]));
+    keys[i] = exact_key(count[i], sum[i], square[i]);
+  }
+  flag = uint8_t((bad ? 1 : 0) | (nan ? 2 : 0));
+}
+
+// The same for channels-last memory: the channels of a pixel are dense, so they are the inner loop.
+template <class T> void exact_rows(const VectorKeysArgs& a, int64_t n, int64_t p, int64_t m,
+                                   uint64_t* keys, uint8_t& flag) {
+  using A = Acc<T>;
+  alignas(64) A buffer[kKeyChunk];  // holds a row: exact keys are for fewer channels
+  int bad = 0, nan = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    const A* x = staged(pixels<T>(a, n, 0, p + i), a.K, buffer);
+    float count = 0, sum = 0, square = 0;
+#pragma omp simd reduction(| : bad, nan) reduction(+ : count, sum, square)
+    for (int64_t k = 0; k < a.K; ++k) {
+      const float one = x[k] != A(0) ? 1.f : 0.f, w = float(k);
+      bad |= (x[k] != A(0)) & (x[k] != A(1));
+      nan |= x[k] != x[k];
+      count += one;
+      sum += one * w;
+      square += one * w * w;
+    }
+    bad |= count > 2;
+    keys[i] = exact_key(count, sum, square);
   }
   flag = uint8_t((bad ? 1 : 0) | (nan ? 2 : 0));
 }
@@ -87,7 +115,8 @@ template <class F> void chunks(const VectorKeysArgs& a, int64_t begin, int64_t e
 template <class T> void vector_keys(const VectorKeysArgs& a, int64_t begin, int64_t end) {
   chunks(a, begin, end, [&](int64_t n, int64_t p, int64_t m, uint8_t& flag) {
     uint64_t* keys = a.keys + n * a.P + p;
-    if (a.exact) exact_chunk<T>(a, n, p, m, keys, flag);
+    if (a.exact && a.stride_k == 1) exact_rows<T>(a, n, p, m, keys, flag);
+    else if (a.exact) exact_chunk<T>(a, n, p, m, keys, flag);
     else hash_chunk<T>(a, n, p, m, keys);
   });
 }

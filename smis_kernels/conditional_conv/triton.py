@@ -9,6 +9,7 @@ one program in a fixed order; no atomics.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from torch import Tensor
 from .._layout import acc_dtype, empty_nchw
 
 BLOCK_P, BLOCK_C, BLOCK_D = 64, 64, 32
+WARPS = 8  # 4 spill: the 64-bit offsets of a tile take as many registers as its sums
 
 
 @triton.jit
@@ -134,10 +136,16 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _settings(x: Tensor) -> dict[str, object]:
-    wide = x.dtype == torch.float64
-    return {"BLOCK_P": BLOCK_P, "BLOCK_C": 32 if wide else BLOCK_C, "BLOCK_D": BLOCK_D,
-            "ACC": tl.float64 if wide else tl.float32, "PRECISION": "ieee"}
+def _tile(half: bool) -> dict[str, int]:
+    # without tensor cores, at full precision, a product's operands lie in registers too
+    sizes = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C, "BLOCK_D": BLOCK_D}
+    return sizes if half else {name: size // 2 for name, size in sizes.items()}
+
+
+def _settings(x: Tensor) -> dict[str, Any]:
+    wide, half = x.dtype == torch.float64, x.element_size() == 2
+    return {**_tile(half), "ACC": tl.float64 if wide else tl.float32, "PRECISION": "ieee",
+            "num_warps": WARPS}
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -156,7 +164,7 @@ def _apply(x: Tensor, condition: Tensor, packed: Tensor, bias: Tensor | None, li
     n, c, h, w = x.shape
     out = empty_nchw((n, c, h, w), like)
     settings = _settings(x)
-    grid = (triton.cdiv(h * w, BLOCK_P), triton.cdiv(c, settings["BLOCK_C"]), n)
+    grid = (triton.cdiv(h * w, settings["BLOCK_P"]), triton.cdiv(c, settings["BLOCK_C"]), n)
     with _on(x):
         conditional_conv_kernel[grid](
             x, condition, packed, packed if bias is None else bias, out, h, w, c,
@@ -194,14 +202,16 @@ def conditional_conv_backward(
     with _on(input):
         if need_condition:
             dcondition = empty_nchw(tuple(condition.shape), condition)
-            grid = (triton.cdiv(h * w, BLOCK_P), triton.cdiv(depth, BLOCK_D), n)
+            grid = (triton.cdiv(h * w, settings["BLOCK_P"]),
+                    triton.cdiv(depth, settings["BLOCK_D"]), n)
             condition_gradient_kernel[grid](
                 grad, input, packed, dcondition, h, w, c, depth, *grad.stride(), *input.stride(),
                 *dcondition.stride(), **settings)
         if need_weight:
             sums = input.new_empty(packed.shape, dtype=acc_dtype(input))
             bias_sums = input.new_empty(9 * c, dtype=acc_dtype(input))
-            grid = (81, triton.cdiv(depth, BLOCK_D), triton.cdiv(c, settings["BLOCK_C"]))
+            grid = (81, triton.cdiv(depth, settings["BLOCK_D"]),
+                    triton.cdiv(c, settings["BLOCK_C"]))
             weight_gradient_kernel[grid](
                 grad, input, condition, sums, bias_sums, n, h, w, c, depth, *grad.stride(),
                 *input.stride(), *condition.stride(), **settings)
@@ -219,22 +229,21 @@ def _compile_cases() -> list[tuple[object, ...]]:
 
     for kind in ("fp32", "bf16", "fp16"):
         pointer = f"*{kind}"
-        settings = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C, "BLOCK_D": BLOCK_D,
-                    "ACC": tl.float32, "PRECISION": "ieee"}
+        settings = {**_tile(kind != "fp32"), "ACC": tl.float32, "PRECISION": "ieee"}
         for transposed in (False, True):
             cases.append((
                 f"conditional_conv{'_transposed' * transposed}_{kind}", conditional_conv_kernel,
                 {**dict.fromkeys(("X", "COND", "WEIGHT", "BIAS", "Y"), pointer), **sizes,
                  **strides("x", "h", "y")},
-                {**settings, "BIASED": True, "TRANSPOSED": transposed}, 4))
+                {**settings, "BIASED": True, "TRANSPOSED": transposed}, WARPS))
         cases.append((
             f"condition_gradient_{kind}", condition_gradient_kernel,
             {**dict.fromkeys(("G", "X", "WEIGHT", "OUT"), pointer), **sizes,
-             **strides("g", "x", "o")}, settings, 4))
+             **strides("g", "x", "o")}, settings, WARPS))
         cases.append((
             f"weight_gradient_{kind}", weight_gradient_kernel,
             {**dict.fromkeys(("G", "X", "COND"), pointer), "DW": "*fp32", "DB": "*fp32",
-             "N": "i64", **sizes, **strides("g", "x", "h")}, settings, 4))
+             "N": "i64", **sizes, **strides("g", "x", "h")}, settings, WARPS))
     return cases
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -101,7 +102,15 @@ def _prepare(case: Case, setting: Setting, inputs: Inputs) -> tuple[list[_Bound]
         arguments = provider.prepare(inputs)
         start = time.perf_counter()
         call = bind(case, run, arguments)
-        outputs = call()
+        try:
+            outputs = call()
+        except Exception as error:
+            if not provider.compile:
+                raise
+            # torch.compile's own failures (a kernel that its C++ compiler refuses, say).
+            first = str(error).strip().splitlines()[0]
+            warnings.warn(f"{case.group}: torch.compile failed: {first}", stacklevel=2)
+            continue
         bound = _Bound(provider, call, arguments, run, _error(outputs, truth))
         if provider.compile:
             bound.compile_seconds = time.perf_counter() - start
