@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -348,10 +349,11 @@ def test_modules_match_their_definition_and_keys() -> None:
         modulate_pair(plain, SPADE(8, 6, norm="instance"), x.float(), seg.float())
 
 
-def _process(rank: int, port: int, directory: str) -> None:
+def _process(rank: int, directory: str) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     data = torch.load(f"{directory}/data.pt", weights_only=True)
     batch = slice(0, 1) if rank == 0 else slice(1, 4)  # unequal shares
     results = {}
@@ -364,12 +366,12 @@ def _process(rank: int, port: int, directory: str) -> None:
         ((y * data["cot"][batch]).sum() + y_s.square().sum()).backward()
         results[backend] = {"y": y.detach(), "grad": x.grad, "state": norm_s.state_dict()}
     torch.save(results, f"{directory}/rank{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # Threads of gloo may still run when the interpreter is torn down, which aborts the process.
+    os._exit(0)
 
 
 def test_synchronized_statistics_equal_one_process(tmp_path: Path) -> None:
-    import socket
-
     import torch.multiprocessing as mp
 
     torch.manual_seed(0)
@@ -377,10 +379,7 @@ def test_synchronized_statistics_equal_one_process(tmp_path: Path) -> None:
     data = {"x": torch.randn(4, 6, 5, 4).double() + 2, "seg": torch.randn(4, 3, 10, 8).double(),
             "cot": torch.randn(4, 6, 10, 8).double(), "state": module.state_dict()}
     torch.save(data, tmp_path / "data.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(_process, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
     twin = SPADE(6, 3).double()
     twin.load_state_dict(data["state"])
