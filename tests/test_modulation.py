@@ -157,6 +157,19 @@ def test_statistics_survive_a_large_mean() -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("pixel", [(0, 0), (0, 63), (20, 30)])
+def test_statistics_survive_an_outlier(pixel: tuple[int, int], layout: str) -> None:
+    # the variance is that pixel's alone: differences to it would cancel
+    x = torch.full((2, 3, 64, 64), 0.25)
+    x[:, :, pixel[0], pixel[1]] = 100
+    truth = F.instance_norm(x.double())
+    zero = torch.zeros_like(x)
+    fused = modulation(with_layout(x, layout), zero, zero, norm="instance", backend="cpu")
+    assert_as_accurate(fused, F.instance_norm(x), truth, floor=1e-6)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradcheck(layout: str) -> None:
     for norm, upsample in itertools.product(("batch", "instance", "group"), (False, True)):
         case = Case((2, 3, 3, 2), layout, pair=True)

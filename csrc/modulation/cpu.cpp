@@ -29,29 +29,9 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& input) {
   a.partial = partial.mutable_data_ptr<double>();
   const auto kernel = moments_rows_kernel_best();
   parallel(N * chunks, grain(a.chunk * C), [&](int64_t b, int64_t e) { kernel(a, b, e); });
-  const auto finish = [&](auto tag) {
-    using A = decltype(tag);
-    parallel(N * C, grain(chunks * 2), [&](int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; ++i) {
-        const int64_t n = i / C, c = i % C;
-        double sum = 0, square = 0;
-        for (int64_t k = 0; k < chunks; ++k) {
-          const double* row = a.partial + (n * chunks + k) * 2 * C;
-          sum += row[c];
-          square += row[C + c];
-        }
-        const double shifted = sum / double(P), v = square / double(P) - shifted * shifted;
-        static_cast<A*>(a.mean)[i] = A(shifted);
-        static_cast<A*>(a.var)[i] = A(v < 0 ? 0 : v);  // NaN is not below zero
-      }
-    });
-  };
-  if (acc_type(x) == ScalarType::Double) finish(double{});
-  else finish(float{});
-  // The kernel summed differences to each image's first pixel.
-  Tensor first = torch::stable::to(
-      torch::stable::select(torch::stable::select(x, 2, 0), 2, 0), acc_type(x));
-  return {torch::stable::subtract(mean, first, -1.0), var};
+  const auto merge = moments_merge_kernel_best();
+  parallel(N * C, grain(chunks * 2), [&](int64_t b, int64_t e) { merge(a, b, e); });
+  return {mean, var};
 }
 
 std::tuple<Tensor, Tensor> modulation_apply(

@@ -191,62 +191,117 @@ template <class T> void backward_rows(const ModulationArgs& a, int64_t begin, in
   }
 }
 
+// Mean and sum of squared deviations of so many values: parts merge without cancellation.
+struct Moments {
+  double count = 0, mean = 0, square = 0;
+  // A part given by the sums r and q of the differences to a value near its mean and their squares.
+  void add(double n, double near, double r, double q) {
+    const double part = near + r / n, delta = part - mean, total = count + n;
+    mean += delta * n / total;
+    square += std::max(q - r * r / n, 0.0) + delta * delta * count * n / total;
+    if (q != q) square = q;  // std::max drops NaN
+    count = total;
+  }
+};
+
+// Differences to the mean so far: those to a single sample would cancel where it is an outlier, as
+// the corner of a plane that a padded conv made can be.
 template <class T> void moments_planes(const MomentsArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   alignas(64) A xb[kChunk];
   for (int64_t plane = begin; plane < end; ++plane) {
     const int64_t n = plane / a.C, c = plane % a.C;
-    // Sums of differences to one sample of the plane: no cancellation when |mean| >> deviation.
-    const A shift = load(*at<const T>(a.x, n, c, 0));
-    double sum = 0, square = 0;
+    Moments total;
     for (int64_t p = 0; p < a.P; p += kChunk) {
       const int64_t m = std::min(kChunk, a.P - p);
       const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
-      A s = 0, q = 0;
+      A near = A(total.mean), s = 0, q = 0;
+      if (p == 0) {
+        near = x[0];
+#pragma omp simd reduction(+ : s)
+        for (int64_t i = 0; i < m; ++i) s += x[i] - near;
+        near += s / A(m);
+        s = 0;
+      }
 #pragma omp simd reduction(+ : s, q)
       for (int64_t i = 0; i < m; ++i) {
-        const A d = x[i] - shift;
+        const A d = x[i] - near;
         s += d;
         q += d * d;
       }
-      sum += s;
-      square += q;
+      total.add(double(m), near, s, q);
     }
-    const double mean = sum / double(a.P);
-    static_cast<A*>(a.mean)[plane] = A(double(shift) + mean);
-    static_cast<A*>(a.var)[plane] = A(std::max(square / double(a.P) - mean * mean, 0.0));
-    if (mean != mean) static_cast<A*>(a.var)[plane] = A(mean);  // std::max drops NaN
+    static_cast<A*>(a.mean)[plane] = A(total.mean);
+    static_cast<A*>(a.var)[plane] = A(total.square / double(a.P));
   }
 }
 
-// Each chunk of pixels leaves (sum, square) of the differences to the image's first pixel.
+// Each chunk of pixels leaves its mean and its sum of squared deviations, from the differences to
+// the mean of its first pixels.
 template <class T> void moments_rows(const MomentsArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t chunks = (a.P + a.chunk - 1) / a.chunk;
-  alignas(64) A xb[kChunk], shift[kChunk], s[kChunk], q[kChunk];
+  constexpr int64_t kFirst = 128, kBlock = 32;  // a block's sums may stay in fp32
+  alignas(64) A xb[kChunk], near[kChunk], s[kChunk], q[kChunk];
+  alignas(64) double sum[kChunk], square[kChunk];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / chunks, p0 = i % chunks * a.chunk, p1 = std::min(a.P, p0 + a.chunk);
     for (int64_t c = 0; c < a.C; c += kChunk) {
       const int64_t m = std::min(kChunk, a.C - c);
-      const T* first = at<const T>(a.x, n, c, 0);
-      for (int64_t j = 0; j < m; ++j) shift[j] = load(first[j]);
+      const T* first = at<const T>(a.x, n, c, p0);
+      for (int64_t j = 0; j < m; ++j) near[j] = load(first[j]);
       std::fill(s, s + m, A(0));
-      std::fill(q, q + m, A(0));
-      for (int64_t p = p0; p < p1; ++p) {
+      const int64_t some = std::min(p1 - p0, kFirst);
+      for (int64_t p = p0; p < p0 + some; ++p) {
         const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
 #pragma omp simd
+        for (int64_t j = 0; j < m; ++j) s[j] += x[j] - near[j];
+      }
+      for (int64_t j = 0; j < m; ++j) near[j] += s[j] / A(some);
+      std::fill(sum, sum + m, 0);
+      std::fill(square, square + m, 0);
+      for (int64_t block = p0; block < p1; block += kBlock) {
+        std::fill(s, s + m, A(0));
+        std::fill(q, q + m, A(0));
+        for (int64_t p = block; p < std::min(p1, block + kBlock); ++p) {
+          const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+#pragma omp simd
+          for (int64_t j = 0; j < m; ++j) {
+            const A d = x[j] - near[j];
+            s[j] += d;
+            q[j] += d * d;
+          }
+        }
+#pragma omp simd
         for (int64_t j = 0; j < m; ++j) {
-          const A d = x[j] - shift[j];
-          s[j] += d;
-          q[j] += d * d;
+          sum[j] += s[j];
+          square[j] += q[j];
         }
       }
       double* out = a.partial + i * 2 * a.C + c;
       for (int64_t j = 0; j < m; ++j) {
-        out[j] = s[j];
-        out[a.C + j] = q[j];
+        Moments part;
+        part.add(double(p1 - p0), near[j], sum[j], square[j]);
+        out[j] = part.mean;
+        out[a.C + j] = part.square;
       }
     }
+  }
+}
+
+// The chunks of an image and channel, in order.
+template <class T> void moments_merge(const MomentsArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t chunks = (a.P + a.chunk - 1) / a.chunk;
+  for (int64_t i = begin; i < end; ++i) {
+    Moments total;
+    for (int64_t k = 0; k < chunks; ++k) {
+      const double* part = a.partial + (i / a.C * chunks + k) * 2 * a.C + i % a.C;
+      const double n = double(std::min(a.chunk, a.P - k * a.chunk));
+      total.add(n, part[0], 0, part[a.C]);
+    }
+    static_cast<A*>(a.mean)[i] = A(total.mean);
+    static_cast<A*>(a.var)[i] = A(total.square / double(a.P));
   }
 }
 
@@ -298,6 +353,7 @@ SMIS_BY_ELEMENT(modulation_backward_planes_kernel, ModulationArgs, backward_plan
 SMIS_BY_ELEMENT(modulation_backward_rows_kernel, ModulationArgs, backward_rows<T>)
 SMIS_BY_ELEMENT(moments_planes_kernel, MomentsArgs, moments_planes<T>)
 SMIS_BY_ELEMENT(moments_rows_kernel, MomentsArgs, moments_rows<T>)
+SMIS_BY_ELEMENT(moments_merge_kernel, MomentsArgs, moments_merge<T>)
 SMIS_BY_ELEMENT(center_planes_kernel, CenterArgs, (center<T, true>))
 SMIS_BY_ELEMENT(center_rows_kernel, CenterArgs, (center<T, false>))
 

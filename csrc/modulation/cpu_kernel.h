@@ -9,7 +9,7 @@ struct MomentsArgs {
   int64_t N = 0, C = 0, P = 0;  // P: pixels
   Operand x;
   void *mean = nullptr, *var = nullptr;  // (N, C)
-  double* partial = nullptr;             // row layout: (N, chunks, 2, C)
+  double* partial = nullptr;             // row layout: (N, chunks, 2, C), means and squares
   int64_t chunk = 0;                     // row layout: pixels in a chunk
 };
 
@@ -23,13 +23,14 @@ struct CenterArgs {
 
 }  // namespace smis
 
-// Ranges in plane / row layout: apply (n, c, h) / (n, h); backward and moments (n, c) / (n, chunk);
-// center (n, c) / (n, pixel).
+// Ranges in plane / row layout: apply (n, c, h) / (n, h); backward and moments (n, c) / (n, chunk),
+// merged by (n, c); center (n, c) / (n, pixel).
 SMIS_DECLARE_KERNEL(modulation_planes_kernel, const ModulationArgs&, int64_t begin, int64_t end)
 SMIS_DECLARE_KERNEL(modulation_rows_kernel, const ModulationArgs&, int64_t begin, int64_t end)
 SMIS_DECLARE_KERNEL(modulation_backward_planes_kernel, const ModulationArgs&, int64_t begin, int64_t end)
 SMIS_DECLARE_KERNEL(modulation_backward_rows_kernel, const ModulationArgs&, int64_t begin, int64_t end)
 SMIS_DECLARE_KERNEL(moments_planes_kernel, const MomentsArgs&, int64_t begin, int64_t end)
 SMIS_DECLARE_KERNEL(moments_rows_kernel, const MomentsArgs&, int64_t begin, int64_t end)
+SMIS_DECLARE_KERNEL(moments_merge_kernel, const MomentsArgs&, int64_t begin, int64_t end)
 SMIS_DECLARE_KERNEL(center_planes_kernel, const CenterArgs&, int64_t begin, int64_t end)
 SMIS_DECLARE_KERNEL(center_rows_kernel, const CenterArgs&, int64_t begin, int64_t end)
