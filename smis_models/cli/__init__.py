@@ -1,0 +1,33 @@
+"""The command line, one file for each group of commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..memory import reuse_freed_memory
+from . import common, measure, synthesis
+from .common import USER_ERRORS, app
+
+__all__ = ["app", "common", "main", "measure", "synthesis"]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors")] = False,
+) -> None:
+    """Read by :func:`main`, which sees every error."""
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one line and exit code 2."""
+    reuse_freed_memory()
+    try:
+        app()
+    except USER_ERRORS as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,100 @@
+"""What the commands share: the app, its options, models, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from smis_kernels import BackendError, use_backend
+
+from ..presets import Preset
+from ..registry import create_model
+
+USER_ERRORS = (ValueError, OSError, BackendError)
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Semantic image synthesis: GroupDNet on fused kernels.",
+)
+console = Console()
+
+Labels = Annotated[Path | None, typer.Option(help="label map (PNG) or a folder of them")]
+Instances = Annotated[Path | None, typer.Option(help="instance map or a folder of them")]
+Model = Annotated[str, typer.Option(help="a name that `smis list` shows")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help=".pth or .safetensors file, or a folder; without one: random")
+]
+Out = Annotated[Path, typer.Option(help="folder to write to")]
+Seed = Annotated[int, typer.Option(help="of the codes and of random weights", min=0)]
+Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Unknown = Annotated[int | None, typer.Option(help="class of pixels labelled 255")]
+Samples = Annotated[int, typer.Option(help="pictures of each layout", min=1)]
+
+
+@contextmanager
+def progress(total: int | None) -> Iterator[Any]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
+               MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=total)
+
+        def step(what: str) -> None:
+            bar.update(task, description=what)
+            bar.advance(task)
+
+        yield step
+
+
+def selected(backend: str | None) -> AbstractContextManager[None]:
+    """Without an option SMIS_BACKEND decides."""
+    return nullcontext() if backend is None else use_backend(backend)
+
+
+def resolve_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not here ({torch.cuda.device_count()} GPUs are); "
+                         "use --device cpu")
+    return device
+
+
+def load_model(name: str, checkpoint: Path | None, device: torch.device, seed: int,
+           **options: Any) -> Any:
+    model = create_model(name, checkpoint, device=device, seed=seed, init_gain=1.0, **options)
+    return model.eval()
+
+
+def weights_line(checkpoint: Path | None) -> str:
+    return "RANDOM (no --checkpoint)" if checkpoint is None else str(checkpoint)
+
+
+def say_random(checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        console.print("[yellow]The weights are random[/]: no --checkpoint was given; the pictures "
+                      "show the mechanism, not what a trained network paints.")
+
+
+def preset_of(model: str) -> Preset:
+    """The options of a model, before its weights take time and memory."""
+    preset: Preset = create_model(model, part="generator", device="meta").preset
+    return preset

@@ -1,0 +1,74 @@
+"""``smis benchmark``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Column, Table
+
+from .. import benchmark as harness
+from ..benchmark.measure import resident_peak, under_default_allocator
+from ..benchmark.records import SUMMARY, plots, summary, target_lines
+from ..images import write_atomically
+from .common import Device, Out, app, console, progress, resolve_device
+
+
+@app.command()
+def benchmark(
+    set: Annotated[str, typer.Option(help=f"{', '.join(harness.SETS)} or all")],
+    out: Out = Path("benchmark"),
+    maps: Annotated[
+        Path | None, typer.Option(help="folder of label maps, or with label/ and inst/ inside")
+    ] = None,
+    only: Annotated[str, typer.Option(help="cases whose name contains this")] = "",
+    device: Device = "cpu",
+    default_allocator: Annotated[bool, typer.Option(
+        help="on the CPU measure once more under the default allocator")] = True,
+) -> None:
+    """Measure a set of cases; print its table, write records.json, report.md and plots to OUT."""
+    place = resolve_device(device)
+    cases = harness.cases(set, only)
+    source = harness.Maps(maps)
+    dtypes = (torch.float32,) if place.type == "cpu" else (torch.float32, torch.bfloat16)
+    on_cpu = place.type == "cpu"
+    records = []
+    with progress(None) as step:
+        for case in cases:
+            for dtype in dtypes:
+                setting = harness.Setting(place, dtype, source)
+                found = harness.measure(case, setting, partial(_named, step, case.group))
+                if case.confirm and on_cpu and sys.platform.startswith("linux"):
+                    step(f"{case.group}: resident memory")
+                    found = [
+                        r if r.provider == "compiled" else
+                        replace(r, resident_memory=resident_peak(case, r.provider, source))
+                        for r in found
+                    ]
+                records += found
+            if on_cpu and default_allocator:
+                step(f"{case.group}: default allocator")
+                records += under_default_allocator(case, source)
+    reused = [r for r in records if r.allocator == "reuse"]
+    rows = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])
+    for line in summary(reused):
+        rows.add_row(*line)
+    console.print(rows)
+    for text in target_lines(reused):
+        console.print(text, soft_wrap=True, highlight=False)
+    text = harness.markdown(records)
+    files = [
+        harness.save(out / "records.json", records),
+        write_atomically(out / "report.md", text.encode()), *plots(records, out),
+    ]
+    console.print("wrote " + ", ".join(map(str, files)), soft_wrap=True)
+
+
+def _named(step: Callable[[str], None], group: str, what: str) -> None:
+    step(f"{group}: {what}")
