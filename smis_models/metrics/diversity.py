@@ -1,0 +1,251 @@
+"""mCSD, mOCD and diversity by LPIPS: how far pictures of one layout differ, and where."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..synthesis import Layout
+from ..synthesizer import Synthesizer
+from .distance import Distance, Features
+from .protocols import DiversityProtocol
+
+Draw = Callable[[Tensor], Tensor]
+"""Codes (N, ...) of one layout -> pictures (N, 3, H, W)."""
+_BATCH = 4  # pictures at once: small layers fill the processor better, memory grows little
+
+
+@dataclass(frozen=True)
+class Diversity:
+    r"""How varied a model's pictures are.
+
+    .. math:: \mathrm{mCSD} = \frac{1}{C} \sum_c L_c, \quad
+              \mathrm{mOCD} = \frac{1}{C} \sum_c L_{\ne c}
+
+    :math:`L_c` is the mean distance of pairs of pictures in the area of class c where the code of
+    c alone was drawn anew, :math:`L_{\ne c}` that of all other areas; both are means over the
+    layouts in which c has a pixel. A model with one code for the whole picture draws that.
+
+    Attributes:
+        mcsd, mocd: as above.
+        lpips: mean distance of whole pictures whose codes were all drawn anew.
+        by_class: class -> (:math:`L_c`, :math:`L_{\ne c}`).
+        class_codes: whether the model has a code for each class.
+        seconds: of sampling and of measuring.
+        pictures: how many were drawn.
+    """
+
+    mcsd: float
+    mocd: float
+    lpips: float
+    by_class: dict[int, tuple[float, float]]
+    class_codes: bool
+    seconds: dict[str, float]
+    pictures: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        classes = {str(c): {"csd": own, "ocd": other} for c, (own, other) in self.by_class.items()}
+        return {"mcsd": self.mcsd, "mocd": self.mocd, "lpips": self.lpips, "by_class": classes,
+                "class_codes": self.class_codes, "seconds": self.seconds,
+                "pictures": self.pictures}
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed of its own for each tuple of numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def has_class_codes(model: Any) -> bool:
+    """Whether a model has a code for each class."""
+    return hasattr(model.generator, "class_channels")
+
+
+def _code(model: Any, *parts: int) -> Tensor:
+    z = model.generator.sample_latent(1, torch.Generator().manual_seed(derived_seed(*parts)))
+    if z is None:
+        raise ValueError(
+            f"model: expected one that draws a code, got {model.name}, which paints one picture "
+            "for a layout; its diversity is 0"
+        )
+    drawn: Tensor = z
+    return drawn
+
+
+def sample_codes(model: Any, samples: int, seed: int, index: int | None = None) -> Tensor:
+    """(samples, ...): codes drawn anew, or one code of which class ``index`` is drawn anew."""
+    if index is None:
+        return torch.cat([_code(model, seed, k) for k in range(samples)])
+    channels = model.generator.class_channels(index)
+    codes = _code(model, seed, 0).repeat(samples, 1, 1, 1)
+    for k in range(samples):
+        codes[k : k + 1, channels] = _code(model, seed, k, index + 1)[:, channels]
+    return codes
+
+
+def synthesizer_draw(model: Any, layout: Layout, batch: int = _BATCH) -> Draw:
+    """Pictures by a :class:`Synthesizer`: the layout is compiled once for all of them."""
+    made: dict[int, Synthesizer] = {}
+
+    def draw(codes: Tensor) -> Tensor:
+        pictures = []
+        for z in codes.split(batch):
+            if len(z) not in made:
+                made[len(z)] = Synthesizer(model, *layout_tensors(layout, len(z)))
+            pictures.append(made[len(z)].sample(z))
+        return torch.cat(pictures)
+
+    return draw
+
+
+def layout_tensors(layout: Layout, batch: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Labels and instance ids, (batch, H, W) each."""
+    def repeated(indices: Any) -> Tensor:
+        return torch.from_numpy(indices)[None].repeat(batch, 1, 1)
+
+    return (repeated(layout.labels),
+            None if layout.instances is None else repeated(layout.instances))
+
+
+def _pair_means(distance: Distance, features: Features, pairs: Sequence[tuple[int, int]],
+                ) -> float:
+    """The mean distance of pairs of whole pictures."""
+    first, second = ([layer[[p[i] for p in pairs]] for layer in features] for i in (0, 1))
+    return float(distance.between(first, second).mean())
+
+
+def area_distances(pictures: Tensor, masks: Sequence[Tensor], distance: Distance,
+                   pairs: Sequence[tuple[int, int]], mask_mode: str) -> list[tuple[float, float]]:
+    """For each mask the mean distance of the pairs inside and outside of it.
+
+    Args:
+        pictures: (N, 3, H, W) in [-1, 1].
+        masks: (H, W) bool each, with at least one pixel.
+        distance: of pictures.
+        pairs: indices of pictures.
+        mask_mode: of :class:`DiversityProtocol`. Where a mask covers all, the outside is 0.
+    """
+    found = []
+    if mask_mode == "zero":
+        for mask in masks:
+            inside, outside = (
+                _pair_means(distance, distance.features(pictures * area), pairs)
+                if bool(area.any()) else 0.0
+                for area in (mask.to(pictures.device), ~mask.to(pictures.device))
+            )
+            found.append((inside, outside))
+        return found
+    features = distance.features(pictures)
+    size = (pictures.shape[2], pictures.shape[3])
+    first, second = ([layer[[p[i] for p in pairs]] for layer in features] for i in (0, 1))
+    mean = distance.spatial(first, second, size).mean(0)
+    for mask in masks:
+        area = mask.to(mean.device)
+        inside, outside = (float(mean[a].mean()) if bool(a.any()) else 0.0 for a in (area, ~area))
+        found.append((inside, outside))
+    return found
+
+
+def layout_diversity(
+    model: Any, layout: Layout, draw: Draw, distance: Distance, protocol: DiversityProtocol,
+    seed: int = 0, step: Callable[[str], None] = lambda what: None,
+    clock: dict[str, float] | None = None,
+) -> tuple[dict[int, tuple[float, float]], float]:
+    """One layout's ({class: (L_c, L_other)}, LPIPS); see :class:`Diversity`.
+
+    Args:
+        model: whose codes are drawn.
+        layout: the label map.
+        draw: what makes pictures of codes: :func:`synthesizer_draw`, or any other path.
+        distance, protocol: how pictures are compared.
+        seed: of the codes and of random pairs.
+        step: called once for each set of pictures.
+        clock: seconds are added to its "sampling" and "measuring".
+    """
+    clock = defaultdict(float) if clock is None else clock
+    labels = torch.from_numpy(layout.labels)
+    masks = {c: labels == c for c in layout.present}
+    pairs = protocol.indices(derived_seed(seed, 1))
+
+    def sample(index: int | None) -> Tensor:
+        start = time.perf_counter()
+        pictures = draw(sample_codes(model, protocol.samples, seed, index))
+        if pictures.device.type == "cuda":
+            torch.cuda.synchronize(pictures.device)
+        clock["sampling"] += time.perf_counter() - start
+        return pictures
+
+    def areas(pictures: Tensor, classes: Sequence[int]) -> dict[int, tuple[float, float]]:
+        found = area_distances(pictures, [masks[c] for c in classes], distance, pairs,
+                               protocol.mask_mode)
+        return dict(zip(classes, found, strict=True))
+
+    def measured() -> Iterator[Any]:
+        step(f"{layout.name}: all codes")
+        whole = sample(None)
+        start, spent = time.perf_counter(), clock["sampling"]
+        yield _pair_means(distance, distance.features(whole), pairs)
+        if not has_class_codes(model):
+            yield areas(whole, list(masks))
+        else:
+            for c in masks:
+                step(f"{layout.name}: class {c}")
+                yield areas(sample(c), [c])
+        clock["measuring"] += time.perf_counter() - start - (clock["sampling"] - spent)
+
+    with torch.no_grad():
+        lpips, *by_class = list(measured())
+    return {c: value for part in by_class for c, value in part.items()}, lpips
+
+
+def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
+              protocol: DiversityProtocol | None = None, *, seed: int = 0,
+              step: Callable[[str], None] = lambda what: None, batch: int = _BATCH) -> Diversity:
+    """mCSD, mOCD and LPIPS of a model; each layout is compiled once for all its samples.
+
+    Args:
+        model: of the zoo, in eval mode, with a latent code.
+        layouts: label maps; the first ``protocol.layouts`` are taken.
+        distance: from :func:`create_distance`.
+        protocol: counts, pairs and masks; :class:`DiversityProtocol`'s by default.
+        seed: of the codes.
+        step: called with a few words for each set of pictures.
+        batch: pictures made at once.
+
+    Raises:
+        ValueError: too few layouts, or a model that draws nothing.
+
+    Paper: Zhu et al., "Semantically Multi-modal Image Synthesis", CVPR 2020, section 4.3; no code
+    of theirs was published, see :class:`DiversityProtocol` for the readings.
+
+    Example:
+        >>> found = diversity(model, layouts, create_distance("pixel"))
+        >>> print(found.mcsd, found.mocd)
+    """
+    protocol = DiversityProtocol() if protocol is None else protocol
+    if len(layouts) < protocol.layouts:
+        raise ValueError(f"layouts: expected {protocol.layouts} of them, got {len(layouts)}; give "
+                         "more label maps, or fewer with --layouts")
+    clock: dict[str, float] = {"sampling": 0.0, "measuring": 0.0}
+    own, other, whole = defaultdict(list), defaultdict(list), []
+    pictures = 0
+    for i, layout in enumerate(layouts[: protocol.layouts]):
+        draw = synthesizer_draw(model, layout, batch)
+        by_class, lpips = layout_diversity(model, layout, draw, distance, protocol,
+                                           derived_seed(seed, i), step, clock)
+        whole.append(lpips)
+        pictures += protocol.samples * (1 + len(by_class) * has_class_codes(model))
+        for c, (inside, outside) in by_class.items():
+            own[c].append(inside)
+            other[c].append(outside)
+    means = {c: (float(np.mean(own[c])), float(np.mean(other[c]))) for c in sorted(own)}
+    mcsd, mocd = (float(np.mean([value[i] for value in means.values()])) for i in (0, 1))
+    return Diversity(mcsd, mocd, float(np.mean(whole)), means, has_class_codes(model), clock,
+                     pictures)
