@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smis_kernels import BackendError
+from smis_kernels import SPADE, BackendError, LabelLayout, use_path
 from smis_kernels._backend import missing
 from smis_kernels.label_windows.op import number_vectors, number_windows
 from smis_kernels.testing import assert_as_accurate, gradients, max_error, poisoned_empty
@@ -400,3 +400,18 @@ def test_an_explicit_backend_never_falls_back() -> None:
         window_table(H, WG, BG, WB, BB, WINDOWS, groups=2, backend="cuda")
     with pytest.raises(BackendError):
         window_embedding(*embedding_inputs(6, 8, 2), WINDOWS, groups=2, backend="cuda")
+
+
+@pytest.mark.parametrize("path", ["one_level", "two_level"])
+def test_autocast_leaves_tables_in_single_precision(path: str) -> None:
+    norm = SPADE(4, 3, 5)
+    layout = LabelLayout.from_labels(torch.arange(16).view(1, 4, 4) // 6, 3)
+    x = torch.randn(1, 4, 4, 4)
+    with use_path(path):
+        expected = norm(x.bfloat16(), layout)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = norm(x.bfloat16(), layout)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+    got.float().sum().backward()
+    assert norm.mlp_gamma.weight.grad.isfinite().all()
