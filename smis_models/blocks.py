@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from smis_kernels import CGNorm, LabelLayout, modulate_pair
+from smis_kernels import CGNorm, LabelLayout, WinogradConv2d, modulate_pair
 from smis_kernels._backend import requested
 
 NormFactory = Callable[[int], CGNorm]
@@ -28,7 +28,7 @@ def conv(channels: int, out_channels: int, *, groups: int = 1, kernel_size: int 
             f"{what}: expected channels divisible by {groups} groups, got {channels} -> "
             f"{out_channels}; change ngf (or nef) or groups"
         )
-    layer = nn.Conv2d(
+    layer = WinogradConv2d(
         channels, out_channels, kernel_size, stride=stride, groups=groups, bias=bias,
         padding=kernel_size // 2 if padding is None else padding,
     )
@@ -94,7 +94,8 @@ class SPADEResBlock(nn.Module):
             h = self.norm_0(x, segmap, activation="leaky_relu", upsample=upsample)
             shortcut = F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
         h = self.norm_1(self.conv_0(h), segmap, activation="leaky_relu")
-        return shortcut + self.conv_1(h)
+        out: Tensor = self.conv_1(h, shortcut)
+        return out
 
 
 @torch.no_grad()

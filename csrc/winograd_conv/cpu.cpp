@@ -1,0 +1,72 @@
+// CPU implementation of the 3x3 convolution by Winograd's F(2x2, 3x3): checks, scratch, threads.
+// The loops: cpu_kernel.cpp.
+#include "common/tensor.h"
+#include "winograd_conv/cpu_kernel.h"
+
+namespace smis {
+namespace {
+
+constexpr int64_t kMostTiles = 128, kRows = 8;
+constexpr int64_t kCache = 1800 << 10;  // bytes that stay in a core's second cache
+
+// Tiles of a block, in blocks that the threads share evenly: where the kernels fit the cache, as many
+// as fit beside them; else as many as pay for reading the kernels from further away.
+int64_t tiles_of_block(const WinogradArgs& a) {
+  const int64_t threads = torch::stable::get_num_threads(), all = a.all_tiles();
+  const int64_t bytes = 16 * (a.wide ? 8 : 4);
+  const int64_t beside = (kCache - bytes * a.K * a.M) / (bytes * (a.K + a.M));
+  const int64_t most = beside >= 2 * kRows ? std::min<int64_t>(beside, kMostTiles) : kMostTiles;
+  int64_t blocks = (all + most - 1) / most;
+  while (a.groups * blocks % threads != 0 && a.groups * blocks < 8 * threads) ++blocks;
+  return ((all + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
+}
+
+Tensor as_rows(const Tensor& t) {
+  const bool dense = t.stride(1) == 1 && rows_dense(t) && t.size(2) * t.size(3) > 1;
+  return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor scratch_like(const Tensor& like, int64_t count) {
+  return torch::stable::empty({count}, like.scalar_type(), std::nullopt, like.device());
+}
+
+Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
+                     std::optional<Tensor> residual, int64_t groups, int64_t padding) {
+  const Tensor x = as_rows(input), w = torch::stable::contiguous(weight);
+  const Tensor b = bias.has_value() ? torch::stable::contiguous(*bias) : w;
+  WinogradArgs a;
+  a.wide = x.scalar_type() == ScalarType::Double;
+  a.N = x.size(0), a.H = x.size(2), a.W = x.size(3), a.padding = padding;
+  a.groups = groups, a.K = w.size(1), a.M = w.size(0) / groups;
+  Tensor y = empty_nchw(a.N, groups * a.M, a.height(), a.width(), true, x);
+  if (y.numel() == 0) return y;
+  Tensor r = y;
+  if (residual.has_value())
+    r = torch::stable::contiguous(*residual, torch::headeronly::MemoryFormat::ChannelsLast);
+  a.batch_step = x.stride(0), a.pixel_step = x.stride(x.size(3) > 1 ? 3 : 2);
+  a.x = x.const_data_ptr(), a.weight = w.const_data_ptr();
+  a.bias = bias.has_value() ? b.const_data_ptr() : nullptr;
+  a.residual = residual.has_value() ? r.const_data_ptr() : nullptr;
+  a.y = y.mutable_data_ptr();
+  a.tiles = tiles_of_block(a);
+  int64_t transformed = 0, scratch = 0, vectors = 0;
+  winograd_plan_best()(a, &transformed, &scratch, &vectors);
+  Tensor u = scratch_like(x, groups * transformed);
+  a.u = u.mutable_data_ptr();
+  const auto weights = winograd_weight_kernel_best();
+  parallel(groups * vectors, 1, [&](int64_t begin, int64_t end) { weights(a, begin, end); });
+  const auto conv = winograd_conv_kernel_best();
+  parallel(groups * a.blocks(), 1, [&](int64_t begin, int64_t end) {
+    Tensor each = scratch_like(x, scratch);
+    conv(a, begin, end, each.mutable_data_ptr());
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smis_kernels, CPU, m) {
+  m.impl("winograd_conv", TORCH_BOX(&winograd_conv));
+}
+
+}  // namespace smis

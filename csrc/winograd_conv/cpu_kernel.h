@@ -1,0 +1,39 @@
+// Arguments of the 3x3 convolution by Winograd's F(2x2, 3x3), features stored (N, H, W, C).
+//
+// Each 2x2 pixels of the output are a tile. A block of tiles is transformed to v[f][tile][k], for
+// each of the 16 frequencies f multiplied with the kernels' u[panel][f][k][column], and the products
+// m[f][tile][column] are transformed back. A panel is what the register tile takes of the outputs.
+#pragma once
+#include "common/isa.h"
+
+namespace smis {
+
+struct WinogradArgs {
+  bool wide = false;                       // fp64, else fp32
+  int64_t N = 0, H = 0, W = 0, padding = 0;
+  int64_t groups = 1, K = 0, M = 0;        // channels and outputs of one group
+  int64_t batch_step = 0, pixel_step = 0;  // of x, in elements
+  int64_t tiles = 0;                       // of a block
+  const void* x = nullptr;
+  const void* weight = nullptr;            // (groups * M, K, 3, 3)
+  const void* bias = nullptr;              // (groups * M) or null
+  const void* residual = nullptr;          // as y, added to it; or null
+  void* u = nullptr;
+  void* y = nullptr;                       // (N, height, width, groups * M)
+
+  int64_t height() const { return H + 2 * padding - 2; }
+  int64_t width() const { return W + 2 * padding - 2; }
+  int64_t tiles_down() const { return (height() + 1) / 2; }
+  int64_t tiles_across() const { return (width() + 1) / 2; }
+  int64_t all_tiles() const { return N * tiles_down() * tiles_across(); }
+  int64_t blocks() const { return (all_tiles() + tiles - 1) / tiles; }
+};
+
+}  // namespace smis
+
+// Elements of u for one group, and of scratch for one thread; `vectors` of a group's outputs.
+SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, int64_t* transformed, int64_t* scratch, int64_t* vectors)
+// Items: (group, vector of outputs).
+SMIS_DECLARE_KERNEL(winograd_weight_kernel, const WinogradArgs&, int64_t begin, int64_t end)
+// Items: (group, block of tiles), groups outermost.
+SMIS_DECLARE_KERNEL(winograd_conv_kernel, const WinogradArgs&, int64_t begin, int64_t end, void* scratch)
