@@ -261,6 +261,8 @@ class TableCache:
         self._kept: dict[tuple[nn.Module, tuple[int, int]], tuple[LabelLayout, Tensor]] = {}
         self._matches: dict[tuple[int, int], Tensor] = {}
         self._earlier = None if earlier is None else earlier._kept
+        if earlier is not None:
+            earlier._earlier = None  # one step back serves; a chain would keep every edit's tables
 
     def get(self, owner: nn.Module, size: tuple[int, int]) -> Tensor | None:
         found = self._kept.get((owner, size))

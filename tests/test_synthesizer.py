@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,6 +81,19 @@ def test_an_edit_computes_new_windows_only(name: str, built: list[int]) -> None:
     s.update(labels, instances)  # back: only the edit's own windows are not there any more
     assert max_error(s.sample(z), plain(model, labels, instances, z)) < 1e-9
     assert max(built, default=0) < whole / 2
+
+
+def test_tables_of_earlier_edits_are_freed() -> None:
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels, instances)
+    caches = []
+    for i in range(4):
+        s.sample(seed=0)
+        caches.append(weakref.ref(s.layout.tables))
+        s.update(torch.where(labels == i, labels.max(), labels), instances)
+    s.sample(seed=0)
+    gc.collect()
+    assert sum(cache() is not None for cache in caches) <= 1
 
 
 def test_resampling_and_morphing() -> None:
