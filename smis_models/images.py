@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # of index maps, which no lossy format may hold
+PICTURE_SUFFIXES = (*SUFFIXES, ".jpg", ".jpeg", ".webp")
+# What data sets append to the names of the picture and the maps of one scene.
+_ROLE = re.compile(
+    r"(_gtFine)?_?(labelIds|instanceIds|labels?|inst|instances?|leftImg8bit|img|images?)$"
+)
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 # Pillow stretches 2- and 4-bit grey levels to 0..255; indices must not be stretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
@@ -26,6 +32,16 @@ Picture = NDArray[np.uint8]
 
 class ImageError(ValueError):
     """A file that cannot be used as the map it was given as; the message names file and cure."""
+
+
+def scene_name(path: Path) -> str:
+    """The stem of a file without what tells its role: the same for all files of a scene.
+
+    Example:
+        >>> scene_name(Path("aachen_000000_000019_gtFine_labelIds.png"))
+        'aachen_000000_000019'
+    """
+    return _ROLE.sub("", path.stem)
 
 
 def _read_indices(path: Path) -> NDArray[np.int64]:

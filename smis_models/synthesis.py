@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,18 @@ from smis_kernels import use_backend
 
 from .features import FeatureClusters
 from .images import (
+    PICTURE_SUFFIXES,
     SUFFIXES,
     Picture,
     read_instances,
     read_labels,
     read_picture,
+    scene_name,
     to_pictures,
 )
 from .presets import Pix2pixHDPreset, Preset
 from .scenes import palette, sample_scene
 
-# What data sets append to the names of label and instance maps of one scene.
-_ROLE = re.compile(
-    r"(_gtFine)?_?(labelIds|instanceIds|labels?|inst|instances?|leftImg8bit|img|images?)$"
-)
-_PICTURES = (*SUFFIXES, ".jpg", ".jpeg", ".webp")
 _SCENES = {8: ("person",), 35: ("street",)}
 
 
@@ -65,18 +61,14 @@ def _maps(name: str, path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[P
     return found
 
 
-def _scene(path: Path) -> str:
-    return _ROLE.sub("", path.stem)
-
-
 def _instances_of(paths: Sequence[Path], instances: str | Path) -> dict[str, Path]:
     """The instance map of every scene in ``paths``."""
     given = _maps("instances", Path(instances))
     single = len(paths) == len(given) == 1
-    ids = {_scene(paths[0] if single else p): p for p in given}
+    ids = {scene_name(paths[0] if single else p): p for p in given}
     for path in paths:
-        if _scene(path) not in ids:
-            scene = _scene(path)
+        if scene_name(path) not in ids:
+            scene = scene_name(path)
             raise FileNotFoundError(f"instances: no map of scene {scene!r} in {instances}")
     return ids
 
@@ -106,8 +98,8 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Prese
     unknown = preset.dont_care if unknown is None else unknown
     return [
         Layout(
-            _scene(path), read_labels(path, preset.classes, preset.image_size, unknown),
-            read_instances(ids[_scene(path)], preset.image_size) if ids else None,
+            scene_name(path), read_labels(path, preset.classes, preset.image_size, unknown),
+            read_instances(ids[scene_name(path)], preset.image_size) if ids else None,
         )
         for path in paths
     ]
@@ -178,11 +170,12 @@ def read_photographs(images: str | Path, instances: str | Path, size: tuple[int,
         FileNotFoundError: a path, or the instance map of a scene, is missing.
         ImageError: a file is not what it was given as.
     """
-    paths = _maps("images", Path(images), _PICTURES)
+    paths = _maps("images", Path(images), PICTURE_SUFFIXES)
     ids = _instances_of(paths, instances)
     for path in paths:
         picture = torch.from_numpy(read_picture(path, size).copy()).permute(2, 0, 1)[None]
-        yield picture / 127.5 - 1, torch.from_numpy(read_instances(ids[_scene(path)], size))[None]
+        map_of_ids = read_instances(ids[scene_name(path)], size)
+        yield picture / 127.5 - 1, torch.from_numpy(map_of_ids)[None]
 
 
 def resample_class(model: Any, z: Tensor, index: int, seed: int) -> Tensor:
