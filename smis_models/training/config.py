@@ -1,0 +1,216 @@
+"""Training options: plain dataclasses, checked when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..presets import Pix2pixHDPreset, Preset
+
+GAN_MODES = ("hinge", "ls", "original", "w")
+
+
+def _at_least(owner: str, options: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not value >= least:
+            raise ValueError(f"{owner}.{name}: expected at least {least:g}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the objective's terms; a term with weight 0 is neither computed nor logged.
+
+    Args:
+        gan: hinge, ls (least squares), original or w (Wasserstein).
+        scales: how the discriminators' adversarial losses are joined, mean or sum.
+        discriminator: weight of the discriminator's loss; 0.5 in pix2pixHD.
+        feature_matching: L1 between the discriminator's features of fake and real.
+        perceptual: L1 between VGG19 features of fake and real; needs ``vgg``.
+        vgg: file with torchvision's VGG19 weights; without one the perceptual term is off.
+        kl: divergence of the codes from N(0, 1), summed over the images of a whole step.
+        pixel: mean L1 between fake and real; 0 as published.
+        prior: weight of the adversarial loss of pictures from codes drawn from N(0, 1).
+        latent: L1 between such a code and the one that the encoder finds in its picture.
+        diversity: weight of how far pictures of two drawn codes differ, up to a bound.
+        diversity_bound: the bound, τ.
+    """
+
+    gan: Literal["hinge", "ls", "original", "w"] = "hinge"
+    scales: Literal["mean", "sum"] = "mean"
+    discriminator: float = 1.0
+    feature_matching: float = 10.0
+    perceptual: float = 10.0
+    vgg: str | None = None
+    kl: float = 0.05
+    pixel: float = 0.0
+    prior: float = 0.0
+    latent: float = 0.0
+    diversity: float = 0.0
+    diversity_bound: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.gan not in GAN_MODES:
+            raise ValueError(f"losses.gan: expected {', '.join(GAN_MODES)}; got {self.gan!r}")
+        _at_least("losses", self, 0, "discriminator", "feature_matching", "perceptual", "kl",
+                  "pixel", "prior", "latent", "diversity", "diversity_bound")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam with one learning rate for generator and encoder and one for the discriminator (TTUR).
+
+    Args:
+        generator: learning rate of generator and encoder.
+        discriminator: learning rate of the discriminator.
+        betas: decay of Adam's two moments.
+        ema: decay of the moving average of generator and encoder; 0 for none, as published.
+        accumulate: micro-batches that a step's batch is split into.
+        reuse_fake: the discriminator sees the generator step's picture (pix2pixHD), instead of
+            one painted anew by the updated generator (SPADE, GroupDNet, CC-FPSE).
+    """
+
+    generator: float = 1e-4
+    discriminator: float = 4e-4
+    betas: tuple[float, float] = (0.0, 0.9)
+    ema: float = 0.0
+    accumulate: int = 1
+    reuse_fake: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer", self, 0, "generator", "discriminator", "ema")
+        _at_least("optimizer", self, 1, "accumulate")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: expected two numbers in [0, 1), got {self.betas}")
+        if self.ema >= 1:
+            raise ValueError(f"optimizer.ema: expected a decay below 1, got {self.ema}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long, and how the learning rates fall: constant, then linear to 0, by epoch.
+
+    Args:
+        epochs: with constant learning rates (the papers' niter).
+        decay_epochs: with falling ones (niter_decay).
+        freeze_global_epochs: train pix2pixHD's local enhancers alone at first (niter_fix_global).
+    """
+
+    epochs: int = 50
+    decay_epochs: int = 0
+    freeze_global_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("schedule", self, 0, "epochs", "decay_epochs", "freeze_global_epochs")
+        if self.epochs + self.decay_epochs == 0:
+            raise ValueError("schedule.epochs: expected at least one epoch, got 0 + 0")
+
+    @property
+    def total(self) -> int:
+        """All epochs."""
+        return self.epochs + self.decay_epochs
+
+    def factor(self, epoch: int) -> float:
+        """What the learning rates are multiplied by in epoch 0, 1, ..."""
+        late = max(0, epoch - self.epochs)
+        return 1 - late / self.decay_epochs if late else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pictures.
+
+    Args:
+        name: scenes (drawn by the program), cityscapes, ade20k, coco, deepfashion or folder.
+        root: folder of the data set; scenes need none.
+        batch: images of a step, over all processes and micro-batches.
+        workers: processes that read pictures and compile layouts; 0: the training process.
+        length: how many scenes are drawn for an epoch (scenes only).
+        flip: mirror pictures at random.
+    """
+
+    name: str = "scenes"
+    root: str | None = None
+    batch: int = 8
+    workers: int = 2
+    length: int = 2048
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, 1, "batch", "length")
+        _at_least("data", self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training, and how often (in steps).
+
+    Args:
+        every: losses to losses.csv, TensorBoard and the progress bar.
+        checkpoint_every: state to checkpoint.pt and weights to model.safetensors.
+        grid_every: a grid of samples to grids/; 0 for none.
+        rows: scenes on a grid.
+        samples: pictures of each scene on a grid.
+        tensorboard: write TensorBoard files too.
+    """
+
+    every: int = 50
+    checkpoint_every: int = 500
+    grid_every: int = 500
+    rows: int = 4
+    samples: int = 3
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("log", self, 1, "every", "checkpoint_every", "rows", "samples")
+        _at_least("log", self, 0, "grid_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides how a model is trained.
+
+    Args:
+        model: a name that `smis list` shows.
+        network: the model's options; its published ones by default.
+        data: the pictures.
+        losses: the objective.
+        optimizer: learning rates, moving average, accumulation.
+        schedule: epochs.
+        log: what is written.
+        precision: of the convolutions; statistics and losses are in fp32 always.
+        seed: of weights, order, augmentation and codes.
+        init_gain: of the xavier rule that weights start from.
+        init: weights to start from (safetensors or pth); for a pix2pixHD with local enhancers
+            those of the generator inside it serve too.
+    """
+
+    model: str
+    network: Preset
+    data: DataConfig = field(default_factory=DataConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+    init_gain: float = 0.02
+    init: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision: expected fp32, bf16 or fp16; got {self.precision!r}")
+        enhancers = self.network.enhancers if isinstance(self.network, Pix2pixHDPreset) else 0
+        if self.schedule.freeze_global_epochs and not enhancers:
+            raise ValueError("schedule.freeze_global_epochs: only a pix2pixHD with network."
+                             f"enhancers has a global generator to freeze; {self.model} has none")
+        if self.schedule.freeze_global_epochs >= self.schedule.total:
+            raise ValueError(
+                "schedule.freeze_global_epochs: expected fewer than all epochs "
+                f"({self.schedule.total}), got {self.schedule.freeze_global_epochs}"
+            )
+        if self.data.batch % self.optimizer.accumulate:
+            raise ValueError(
+                f"data.batch: expected a multiple of optimizer.accumulate "
+                f"({self.optimizer.accumulate}), got {self.data.batch}"
+            )

@@ -1,0 +1,149 @@
+"""From a recipe's name or a file, and the command line's options, to a :class:`TrainConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..presets import Preset
+from ..registry import create_model
+from .config import TrainConfig
+from .recipes import RECIPES
+
+_FILES = (".yaml", ".yml", ".json")
+
+
+def _parser(network: type[Preset]) -> Any:
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise ValueError("jsonargparse: not installed, which reads training options; "
+                         "pip install 'smis-kernels[train]'") from error
+    parser = ArgumentParser(prog="smis train CONFIG", exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, skip={"network"})
+    parser.add_argument("--network", type=network)
+    return parser
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain types only: what goes into files."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def to_json(config: TrainConfig) -> str:
+    """The configuration as a file that ``smis train`` takes."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def _line(error: Exception) -> str:
+    """The parser's message in one line."""
+    return " ".join(str(error).split())
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the entries of ``change``, level by level."""
+    out = dict(base)
+    for key, value in change.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(
+            value, Mapping) else value
+    return out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"config: {path} does not exist; give a file or one of "
+                                f"{', '.join(RECIPES)}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is no YAML or JSON: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config: expected options (name: value) in {path}, got "
+                         f"{type(content).__name__}")
+    return content
+
+
+def recipe(name: str) -> TrainConfig:
+    """A recipe by name.
+
+    Raises:
+        ValueError: an unknown one; the message lists them.
+
+    Example:
+        >>> config = recipe("groupdnet_deepfashion")
+    """
+    if name not in RECIPES:
+        raise ValueError(f"config: expected a .yaml or .json file, or one of {', '.join(RECIPES)}; "
+                         f"got {name!r}")
+    return RECIPES[name]()
+
+
+def _base(model: str) -> dict[str, Any]:
+    """Where a file that names no recipe starts: the model's recipe, or bare defaults."""
+    if model in RECIPES:
+        return to_dict(RECIPES[model]())
+    preset = create_model(model, part="generator", device="meta").preset
+    return to_dict(TrainConfig(model=model, network=preset))
+
+
+def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> TrainConfig:
+    """A configuration from plain types, as :func:`to_dict` makes them, changed by ``arguments``.
+
+    ``content`` may name a ``recipe`` to start from, or a ``model``; what it leaves out is as there.
+
+    Raises:
+        ValueError: an unknown option, a value of another type, or contradictory options: one line.
+    """
+    given = dict(content)
+    if "recipe" in given:
+        base = to_dict(recipe(str(given.pop("recipe"))))
+    elif "model" in given:
+        base = _base(str(given["model"]))
+    else:
+        raise ValueError("config: expected a recipe or a model; add `recipe: NAME` or `model: NAME`")
+    if given.get("model", base["model"]) != base["model"]:
+        raise ValueError(f"model: the recipe is of {base['model']}, got {given['model']!r}; "
+                         "leave one of recipe and model out")
+    network = type(create_model(base["model"], part="generator", device="meta").preset)
+    parser = _parser(network)
+    from jsonargparse import ArgumentError
+
+    try:
+        # Twice, so that an unknown name in the file is the file's error.
+        defaults = parser.parse_object(_merged(base, given))
+        parser.set_defaults(defaults)
+        chosen = parser.parse_args(list(arguments))
+        config: TrainConfig = parser.instantiate(chosen)
+        built = TrainConfig(**vars(config)) if not isinstance(config, TrainConfig) else config
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"config: {_line(error)}") from error
+    if built.model != base["model"]:
+        raise ValueError(f"model: the configuration is of {base['model']}, got {built.model!r}; "
+                         "choose another CONFIG instead")
+    return built
+
+
+def load_config(name: str | Path, arguments: Sequence[str] = ()) -> TrainConfig:
+    """The configuration ``name``, a recipe or a .yaml or .json file, changed by ``arguments``.
+
+    Args:
+        name: one of ``RECIPES``, or a file.
+        arguments: as on the command line, such as ``["--data.batch", "4"]``.
+
+    Raises:
+        ValueError: unknown or contradictory options, another type: one line that names it.
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> config = load_config("groupdnet_deepfashion", ["--network.ngf", "16"])
+    """
+    if Path(name).suffix.lower() in _FILES:
+        return from_dict(_read(Path(name)), arguments)
+    return from_dict({"recipe": recipe(str(name)) and str(name)}, arguments)

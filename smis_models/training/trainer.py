@@ -1,0 +1,186 @@
+"""One step of training, for every model, and the state that a run goes on from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import read_checkpoint
+from ..pix2pixhd import LocalEnhancer
+from ..registry import SynthesisModel, create_model
+from .batches import MicroBatch, seed_of
+from .config import TrainConfig
+from .objective import DiscriminatorStep, GeneratorStep, Losses, held, objective
+from .optimizers import PRECISIONS, Average, adam, scaler, set_rate, trained_parameters
+from .processes import Processes, unsynchronized
+
+
+class NonFiniteLoss(ValueError):
+    """A loss became NaN or infinite; the message names it."""
+
+
+class Trainer:
+    """Model, optimizers and moving average; :meth:`step` trains on one batch.
+
+    Generator and encoder are updated first, then the discriminator, each with Adam. Random numbers
+    of a step depend on the seed and the step alone.
+
+    Args:
+        config: all options.
+        device: of the networks.
+        processes: that train together; gradients are averaged over them, and the statistics of
+            synchronised norms are theirs in common.
+
+    Raises:
+        ValueError: contradictory options.
+        CheckpointError: ``config.init`` does not fit.
+
+    Example:
+        >>> trainer = Trainer(load_config("groupdnet_deepfashion"))
+        >>> losses = trainer.step(batches.step(), epoch=0)
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu",
+                 processes: Processes | None = None) -> None:
+        self.config, self.device = config, torch.device(device)
+        self.processes = processes or Processes()
+        self.model = _start(config, self.device).train()
+        parts = self.processes.count * config.optimizer.accumulate
+        self.objective = objective(self.model, config, parts)
+        self.step_count, self._epoch = 0, 0
+        self.average = (
+            Average(self.model, config.optimizer.ema) if config.optimizer.ema > 0 else None
+        )
+        rates = config.optimizer
+        self._discriminator = self.processes.wrap(DiscriminatorStep(self.objective))
+        self._optimizer_d = adam(self.model.discriminator.parameters(), rates.discriminator, rates)
+        self._scaler = scaler(config, self.device)
+        self._frozen: bool | None = None
+        self._prepare(0)
+
+    @property
+    def painter(self) -> SynthesisModel:
+        """The model that samples are shown of and that is exported: the average where there is."""
+        return self.model if self.average is None else self.average.model
+
+    def _prepare(self, epoch: int) -> None:
+        """What an epoch trains: a new optimizer where pix2pixHD's global generator thaws."""
+        frozen = epoch < self.config.schedule.freeze_global_epochs
+        if frozen == self._frozen:
+            return
+        self._frozen = frozen
+        rates = self.config.optimizer
+        trained = list(trained_parameters(self.model, frozen))
+        self._generator = self.processes.wrap(GeneratorStep(self.objective))
+        self._optimizer_g = adam(trained, rates.generator, rates)
+
+    def rates(self, epoch: int) -> tuple[float, float]:
+        """Learning rates of generator and discriminator in an epoch."""
+        factor, rates = self.config.schedule.factor(epoch), self.config.optimizer
+        return rates.generator * factor, rates.discriminator * factor
+
+    def step(self, batches: Sequence[MicroBatch], epoch: int) -> dict[str, float]:
+        """Train on the micro-batches of one step; the losses by name, over all of them.
+
+        Raises:
+            NonFiniteLoss: before the weights that it would spoil are changed.
+        """
+        torch.manual_seed(seed_of(self.config.seed, self.step_count, self.processes.rank))
+        self._epoch = epoch
+        self._prepare(epoch)
+        for optimizer, rate in zip((self._optimizer_g, self._optimizer_d), self.rates(epoch),
+                                   strict=True):
+            set_rate(optimizer, rate)
+        fakes: list[list[Tensor]] = []
+
+        def generator(batch: MicroBatch) -> Losses:
+            losses, painted = self._generator(batch)
+            fakes.append([fake.detach() for fake in painted])
+            return losses
+
+        with held(self.model.discriminator):
+            losses = self._update(batches, self._generator, generator, self._optimizer_g)
+        if self.average is not None:
+            self.average.update()
+        pictures = iter(fakes)
+
+        def discriminator(batch: MicroBatch) -> Losses:
+            painted = self.objective.repaint(batch, next(pictures))
+            found: Losses = self._discriminator(batch, painted)
+            return found
+
+        losses |= self._update(batches, self._discriminator, discriminator, self._optimizer_d)
+        self._scaler.update()
+        self.step_count += 1
+        return losses
+
+    def _update(self, batches: Sequence[MicroBatch], wrapped: nn.Module, run: Any,
+                optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Forward, backward and update of one side."""
+        optimizer.zero_grad()
+        dtype, total = PRECISIONS[self.config.precision], {}
+        for i, batch in enumerate(batches):
+            with unsynchronized(wrapped, last=i == len(batches) - 1):
+                with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                    losses = run(batch)
+                share = torch.stack([x.float() for x in losses.values()]) / len(batches)
+                self._scaler.scale(share.sum()).backward()
+            for name, value in zip(losses, share.detach(), strict=True):
+                total[name] = total.get(name, 0) + value
+        values = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"losses.{name}: became {value} in step {self.step_count + 1}; lower the "
+                    "learning rates or the term's weight, or train with precision fp32"
+                )
+        self._scaler.step(optimizer)
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on: weights, buffers, moments, average, scale, step."""
+        return {
+            "step": self.step_count,
+            "epoch": self._epoch,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.average.state_dict(),
+            "optimizer_g": self._optimizer_g.state_dict(),
+            "optimizer_d": self._optimizer_d.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.step_count, self._epoch = state["step"], state["epoch"]
+        self._prepare(state["epoch"])
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.average.load_state_dict(state["average"])
+        self._optimizer_g.load_state_dict(state["optimizer_g"])
+        self._optimizer_d.load_state_dict(state["optimizer_d"])
+        self._scaler.load_state_dict(state["scaler"])
+
+
+def _start(config: TrainConfig, device: torch.device) -> Any:
+    """The model with random weights, or where ``config.init`` has them with those."""
+    options = {field.name: getattr(config.network, field.name) for field in fields(config.network)}
+    model = create_model(config.model, device=device, seed=config.seed,
+                         init_gain=config.init_gain, **options)
+    if config.init is None:
+        return model
+    generator = model.generator
+    if isinstance(generator, LocalEnhancer):
+        state = read_checkpoint(config.init)
+        state = {key.removeprefix("generator."): value for key, value in state.items()}
+        if not any(key.startswith("model1_1") for key in state):
+            generator.load_global(state)
+            return model
+    held = create_model(config.model, config.init, device=device, **options)
+    for name, part in held.named_children():
+        model.get_submodule(name).load_state_dict(part.state_dict())
+    return model
