@@ -13,6 +13,8 @@ from ._backend import BackendError, use_backend
 from ._explain import Explanation, explain
 from ._library import note_absent_kernels
 from ._path import use_path
+from .accelerate.model import accelerate, restore
+from .accelerate.report import Report
 from .class_crops.module import ClassCrops
 from .class_crops.op import class_boxes, class_crops
 from .conditional_attention.op import conditional_attention
@@ -29,6 +31,8 @@ from .norm_act.module import InstanceNormAct2d
 from .norm_act.op import norm_act
 from .spatially_varying_conv.module import SpatiallyVaryingConv2d
 from .spatially_varying_conv.op import spatially_varying_conv2d
+from .winograd_conv.module import WinogradConv2d
+from .winograd_conv.op import winograd_conv2d
 
 note_absent_kernels()
 
@@ -46,7 +50,10 @@ __all__ = [
     "InstanceMeans",
     "InstanceNormAct2d",
     "LabelLayout",
+    "Report",
     "SpatiallyVaryingConv2d",
+    "WinogradConv2d",
+    "accelerate",
     "class_boxes",
     "class_crops",
     "conditional_attention",
@@ -60,8 +67,10 @@ __all__ = [
     "modulation",
     "modulation_pair",
     "norm_act",
+    "restore",
     "share_layouts",
     "spatially_varying_conv2d",
     "use_backend",
     "use_path",
+    "winograd_conv2d",
 ]

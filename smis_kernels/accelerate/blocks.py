@@ -1,0 +1,162 @@
+"""Residual blocks of conditional norm, activation and conv, each as one fused forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, permutations
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._layout import is_channels_last
+from ..modulation.module import modulate_pair
+from ..winograd_conv.module import WinogradConv2d
+from .formats import channels_last, in_format_of, network_call
+from .norms import FusedNorm, NormPlan, NormView, is_plain_conv, probe_inputs
+from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs
+from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of, watched
+
+# Activation and slope between norm and conv, likeliest first.
+_ACTIVATIONS = (("leaky_relu", 0.2), ("relu", 0.0), ("leaky_relu", 0.01), ("leaky_relu", 0.1))
+_MOST_WIRINGS = 4
+_Wiring = tuple[tuple[str, str], tuple[str, str], tuple[str, str] | None]
+
+
+@dataclass(frozen=True)
+class BlockPlan(Plan):
+    """Names of (norm, conv) in the order of the computation, and the shortcut's, if any."""
+
+    first: tuple[str, str]
+    second: tuple[str, str]
+    shortcut: tuple[str, str] | None
+    activation: str
+    slope: float
+
+
+def _wirings(widths: dict[str, int], convs: dict[str, nn.Conv2d]) -> Iterator[_Wiring]:
+    """Every way in which two or three norms and as many convs of fitting widths make a block."""
+    channels = {name: (c.in_channels, c.out_channels) for name, c in convs.items()}
+    for n in permutations(widths):
+        for c in permutations(convs):
+            start, middle, end = widths[n[0]], widths[n[1]], channels[c[1]][1]
+            fits = channels[c[0]] == (start, middle) and channels[c[1]] == (middle, end)
+            if fits and len(n) == 2 and start == end:
+                yield (n[0], c[0]), (n[1], c[1]), None
+            elif fits and len(n) == 3 and widths[n[2]] == start and (
+                    channels[c[2]] == (start, end)):
+                yield (n[0], c[0]), (n[1], c[1]), (n[2], c[2])
+
+
+def _parts_problem(block: nn.Module, names: set[str]) -> str | None:
+    if block._parameters or block._buffers:
+        return "it has parameters of its own"
+    for name, child in block.named_children():
+        if name not in names and next(iter(child.parameters()), None) is not None:
+            return f"{name} has parameters of its own"
+    return None
+
+
+def judge(block: nn.Module, norms: dict[str, NormPlan]) -> Verdict | None:
+    """Whether a module is a residual block that can be fused; None where it is nothing like one.
+
+    Args:
+        norms: those of its children that are norms which can be fused, by name: two or three.
+    """
+    convs = {name: m for name, m in block.named_children() if isinstance(m, nn.Conv2d)}
+    if len(convs) != len(norms):
+        return None
+    problem = _parts_problem(block, {*norms, *convs})
+    arguments = arguments_of(block, 2)
+    if problem is not None or arguments is None:
+        return None, problem or "its forward does not take features and a map"
+    widths = {name: NormView(block.get_submodule(name), False).channels for name in norms}
+    plans = [
+        BlockPlan(arguments, *wiring, *active)
+        for active in _ACTIVATIONS for wiring in islice(_wirings(widths, convs), _MOST_WIRINGS)
+    ]
+    if not plans:
+        return None, "the widths of its norms and convs fit no known block"
+    twin = shadow(block, keep=tuple(convs.values()))
+    unit_outputs(*(twin.get_submodule(name) for name in convs))
+    for parameter in twin.parameters():  # weights' gradients have been seen norm by norm
+        parameter.requires_grad_(parameter.requires_grad and parameter.dim() == 1)
+    x, planes = probe_inputs(twin.get_submodule(plans[0].first[0]), PROBE_SIZE, 2)
+    trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False)]
+    inner = [Change(twin.get_submodule(name), FusedNorm, plan) for name, plan in norms.items()]
+    chosen, why = agreeing(
+        twin, trials, [[*inner, *conv_changes(twin, plan), Change(twin, FusedBlock, plan)]
+                       for plan in plans])
+    return (None if chosen is None else plans[chosen]), why
+
+
+class FusedConv(Accelerated, WinogradConv2d):
+    """A block's conv, by Winograd's algorithm where that is faster."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_channels_last(input):  # elsewhere the output is to have the input's format
+            return super().forward(input, residual)
+        y: Tensor = super(WinogradConv2d, self).forward(input)
+        return y if residual is None else residual + y
+
+
+def conv_changes(block: nn.Module, plan: BlockPlan) -> list[Change]:
+    """The convs of a block that may be swapped."""
+    convs = (block.get_submodule(name) for _, name in (plan.first, plan.second))
+    return [Change(conv, FusedConv) for conv in convs if is_plain_conv(conv)]
+
+
+class FusedBlock(Fused):
+    """Norm and activation in one pass, both norms of the input from one read, channels-last."""
+
+    def _smis_ready(self, x: Any, segmap: Any) -> list[NormView] | str:
+        plan: BlockPlan = vars(self)[PLAN]
+        names = [plan.first[0], plan.second[0]] + ([plan.shortcut[0]] if plan.shortcut else [])
+        norms = [self._modules.get(name) for name in names]
+        views = []
+        for name, norm in zip(names, norms, strict=True):
+            if not isinstance(norm, FusedNorm) or watched(norm):
+                return f"{name} is not fused, or has hooks"
+            # The features of norm_1 are not there yet; they have x's dtype and batch size.
+            like = x if name != plan.second[0] else _like(x, NormView(norm, False).channels)
+            view = norm._smis_ready(like, segmap)
+            if isinstance(view, str):
+                return f"{name}: {view}"
+            views.append(view)
+        return views
+
+    def _smis_run(self, ready: list[NormView], x: Tensor, segmap: Tensor) -> Tensor:
+        plan: BlockPlan = vars(self)[PLAN]
+        active: dict[str, Any] = {"activation": plan.activation, "negative_slope": plan.slope}
+        conv_0, conv_1 = self._modules[plan.first[1]], self._modules[plan.second[1]]
+        assert conv_0 is not None and conv_1 is not None
+        norm_0, norm_1, *rest = ready
+        with network_call() as outermost:
+            h = shortcut = channels_last(x)
+            if rest:
+                h, shortcut = _both(norm_0, rest[0], h, segmap, active)
+                assert plan.shortcut is not None
+                shortcut = self.get_submodule(plan.shortcut[1])(shortcut)
+            else:
+                h = norm_0.forward(h, segmap, **active)
+            h = norm_1.forward(conv_0(h), segmap, **active)
+            if isinstance(conv_1, FusedConv) and not conv_1._forward_hooks:
+                out: Tensor = conv_1(h, shortcut)
+            else:
+                out = shortcut + conv_1(h)
+        result: Tensor = in_format_of(out, x) if outermost else out
+        return result
+
+
+def _both(norm_0: NormView, norm_s: NormView, x: Tensor, segmap: Tensor,
+          active: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    if norm_0.shared_arguments() == norm_s.shared_arguments():
+        return modulate_pair(norm_0, norm_s, x, segmap, **active)
+    return norm_0.forward(x, segmap, **active), norm_s.forward(x, segmap)
+
+
+def _like(x: Any, width: int) -> Any:
+    """A stand-in of another width, without memory."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return x
+    return x.detach().new_empty(1).expand(x.shape[0], width, *x.shape[2:])

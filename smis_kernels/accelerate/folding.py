@@ -1,0 +1,110 @@
+"""Spectral norm in inference: its weights are constants, made once in place of at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from .swap import FOLDED, Accelerated
+
+
+class Folded:
+    """A constant made from tensors, as long as these are the same ones and unchanged.
+
+    Writes through ``.data`` or numpy leave no trace.
+    """
+
+    def __init__(self, sources: Sequence[Tensor | None], value: Any = None) -> None:
+        # The tensors stay referenced: no other can take the place of one in memory.
+        self._sources = [(t, _mark(t)) for t in sources]
+        self.value = value
+
+    def holds(self, sources: Sequence[Tensor | None]) -> bool:
+        return len(sources) == len(self._sources) and all(
+            a is b and mark == _mark(b)
+            for (a, mark), b in zip(self._sources, sources, strict=True))
+
+
+def _mark(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor._version)
+
+
+def constant(module: nn.Module, *parameters: Tensor) -> bool:
+    """Whether what follows from the parameters may be kept: in eval mode, without gradients."""
+    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    return not (module.training or wanted or torch.compiler.is_compiling())
+
+
+class FoldedSpectralNorm(SpectralNorm):
+    """The hook of :func:`torch.nn.utils.spectral_norm`, idle while its weight is up to date.
+
+    In training, or where the weight is to get a gradient, it works as ever.
+    """
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        tensors = [getattr(module, self.name + suffix) for suffix in ("_orig", "_u", "_v")]
+        kept: Folded | None = vars(self).get(FOLDED)
+        if not constant(module, tensors[0]):
+            vars(self).pop(FOLDED, None)
+            super().__call__(module, inputs)
+        elif kept is None or not kept.holds(tensors):
+            super().__call__(module, inputs)
+            vars(self)[FOLDED] = Folded(tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != FOLDED}
+
+
+class FoldedParametrization(Accelerated):
+    """The same for :func:`torch.nn.utils.parametrizations.spectral_norm`."""
+
+    def forward(self) -> Tensor:
+        tensors = [*self.parameters(), *self.buffers()]
+        kept: Folded | None = vars(self).get(FOLDED)
+        if not constant(self, *self.parameters()):
+            vars(self).pop(FOLDED, None)
+            return super().forward()
+        if kept is None or not kept.holds(tensors):
+            kept = vars(self)[FOLDED] = Folded(tensors, super().forward())
+        weight: Tensor = kept.value
+        return weight
+
+
+def spectral_hooks(module: nn.Module) -> list[SpectralNorm]:
+    """Hooks of spectral norm that can be folded."""
+    return [h for h in module._forward_pre_hooks.values() if type(h) is SpectralNorm]
+
+
+def is_spectral_parametrization(module: nn.Module) -> bool:
+    """Whether a weight's parametrization is spectral norm and nothing else."""
+    return type(module) is ParametrizationList and all(
+        isinstance(p, _SpectralNorm) for p in module.children())
+
+
+@dataclass(frozen=True)
+class FoldHooks:
+    """Hooks of spectral norm whose class is to be swapped."""
+
+    hooks: tuple[SpectralNorm, ...]
+
+    def apply(self) -> None:
+        for hook in self.hooks:
+            hook.__class__ = FoldedSpectralNorm
+
+    def undo(self) -> None:
+        for hook in self.hooks:
+            vars(hook).pop(FOLDED, None)
+            hook.__class__ = SpectralNorm
+
+
+def folded_hooks(module: nn.Module) -> tuple[SpectralNorm, ...]:
+    """The module's hooks that are folded."""
+    return tuple(h for h in module._forward_pre_hooks.values()
+                 if isinstance(h, FoldedSpectralNorm))

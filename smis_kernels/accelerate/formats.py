@@ -1,0 +1,82 @@
+"""One forward of a whole network: its maps compiled once, its features channels-last inside."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..layout import layout_scope
+from .swap import Accelerated
+
+
+class _Calls(threading.local):
+    """How many accelerated networks this thread is inside of."""
+
+    depth = 0
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def network_call() -> Iterator[bool]:
+    """A layout scope around a call; yields whether the call is the outermost."""
+    if torch.compiler.is_compiling():  # which traces no thread's state; maps are not compiled in it
+        yield True
+        return
+    _calls.depth += 1
+    try:
+        with layout_scope():
+            yield _calls.depth == 1
+    finally:
+        _calls.depth -= 1
+
+
+def _tracked(x: Tensor) -> Tensor:
+    # Edits of an inference tensor leave no trace, so its map would be numbered for every norm.
+    if x.dim() != 4 or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Features in the format that convs and indexed modulation read fastest."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(
+        memory_format=torch.channels_last)
+
+
+def in_format_of(output: Any, inputs: Any) -> Any:
+    """What a network returns, contiguous unless it was given channels-last tensors itself."""
+    found = False
+
+    def look(x: Tensor) -> Tensor:
+        nonlocal found
+        found = found or _is_channels_last(x)
+        return x
+
+    tree_map_only(Tensor, look, inputs)
+    if found:
+        return output
+    return tree_map_only(Tensor, lambda x: x.contiguous() if _is_channels_last(x) else x, output)
+
+
+class Network(Accelerated):
+    """A module with accelerated ones inside: it computes what it did, as one network call."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with network_call() as outermost:
+            if outermost and torch.is_inference_mode_enabled():
+                args, kwargs = tree_map_only(Tensor, _tracked, (args, kwargs))
+            output = super().forward(*args, **kwargs)
+        return in_format_of(output, (args, kwargs)) if outermost else output

@@ -1,0 +1,202 @@
+"""``accelerate`` and ``restore``: fused forwards put into an existing network, and taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from . import folding
+from .recognise import BLOCK, KINDS, NORM, SPECTRAL_NORM, Finding, Recognition, networks
+from .report import Difference, Report, Row
+from .swap import PLAN, Accelerated, Change, Step, original_type
+
+
+def accelerate(
+    model: nn.Module, *, inference: bool = False, modules: Iterable[str] | None = None,
+    dry_run: bool = False, verify: Any = None,
+) -> Report:
+    r"""Put fused forwards into a model that was written elsewhere; nothing else about it changes.
+
+    Recognised by structure, whatever the classes are called: SPADE and grouped-SPADE norms
+    (``param_free_norm``, ``mlp_shared``, ``mlp_gamma``, ``mlp_beta``), residual blocks of such
+    norms, an activation and convs, per-pixel depthwise convs (an ``nn.Unfold`` and a weight
+    argument), sequences with instance norms, encoders that pool by instance. Each configuration
+    is run once beside its fused form on a small random input, outputs, gradients and buffers, in
+    training and in eval mode; where they do not agree it is left alone, and the report says so.
+
+    Parameters, buffers, state dict and hooks stay as they are, for only the classes of the modules
+    change: the model can be trained, saved, pickled, copied and wrapped as before. Where a call is
+    unlike what was probed (further arguments, hooks on parts that are fused) the original forward
+    runs: :func:`smis_kernels.explain` shows it. Within residual blocks features are channels-last;
+    what the model returns is contiguous as before. Double backward is not supported.
+
+    Calling it again starts over from the original; :func:`restore` returns to it.
+
+    Args:
+        model: any module, on any device; a DistributedDataParallel wrapper too.
+        inference: in eval mode, where no weight asks for a gradient, treat weights as constants:
+            spectral norm is computed once, batch norms become part of the conv before. After a
+            write to weights through ``.data`` call it again; other writes are seen.
+        modules: kinds ("norm", "block", "conv", "pixel_conv", "norm_act", "instance_pool",
+            "spectral_norm"), or modules' names or patterns such as ``"up_*"``, to which it is
+            confined; None: all.
+        dry_run: only report.
+        verify: a tensor, or a tuple or dict of arguments of the model, which is run on them
+            both ways, in its present mode, without gradients; the report has the largest
+            difference.
+
+    Returns:
+        A :class:`Report`; ``print`` it for a table.
+
+    Raises:
+        TypeError, ValueError: ``model`` is no module, is compiled or has no weights yet; an entry
+            of ``modules`` fits nothing. Whatever is raised, by ``verify`` too: the model is then
+            what it was before the call.
+
+    Paper: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", 2019;
+    Zhu et al., "Semantically Multi-modal Image Synthesis", 2020.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.InstanceNorm2d(8), torch.nn.ReLU())
+        >>> report = accelerate(model, verify=torch.randn(1, 8, 16, 16))
+        >>> len(report.replaced), report.difference.largest < 1e-5
+        (1, True)
+    """
+    _check(model)
+    earlier, steps = _applied(model), []
+    try:
+        for step in earlier:
+            step.undo()
+        before = None if verify is None else _outputs(model, verify)
+        findings = Recognition(inference).findings(model)
+        chosen = _chosen(model, findings, modules)
+        steps = _steps(model, chosen)
+        for step in steps:
+            step.apply()
+        difference = None if before is None else _difference(before, _outputs(model, verify))
+    except BaseException:
+        _undo(steps, earlier)
+        raise
+    if dry_run:
+        _undo(steps, earlier)
+    return Report(tuple(_row(f, chosen) for f in findings), difference, dry_run)
+
+
+def _undo(steps: Sequence[Step], earlier: Sequence[Step]) -> None:
+    for step in reversed(steps):
+        step.undo()
+    for step in earlier:
+        step.apply()
+
+
+def _row(finding: Finding, chosen: Collection[Finding]) -> Row:
+    replaced = finding in chosen
+    note = finding.note or ("" if replaced else "not asked for")
+    return Row(finding.name, original_type(finding.module).__name__, finding.kind, replaced, note)
+
+
+def restore(model: nn.Module) -> int:
+    """Undo :func:`accelerate`: every module has its own class again. Returns how many had not.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.InstanceNorm2d(8), torch.nn.ReLU())
+        >>> _ = accelerate(model)
+        >>> restore(model), restore(model)
+        (1, 0)
+    """
+    steps = _applied(model)
+    for step in steps:
+        step.undo()
+    return len(steps)
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule)) or hasattr(
+            model, "_orig_mod"):
+        raise TypeError(f"model: expected one that is not compiled or traced, got "
+                        f"{type(model).__name__}; accelerate it first, then compile")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model: expected weights in memory, got some on the meta device; load "
+                         "its checkpoint first")
+
+
+def _applied(model: nn.Module) -> list[Step]:
+    """What has been done to a model, as steps that can be undone and done again."""
+    steps: list[Step] = []
+    for module in model.modules():
+        if isinstance(module, Accelerated):
+            steps.append(Change(module, module._smis_mixin, vars(module).get(PLAN)))
+        hooks = folding.folded_hooks(module)
+        if hooks:
+            steps.append(folding.FoldHooks(hooks))
+    return steps
+
+
+def _chosen(model: nn.Module, findings: Sequence[Finding],
+            modules: Iterable[str] | None) -> list[Finding]:
+    """The findings to act on: those asked for, and the norms of the blocks among them."""
+    possible = [f for f in findings if f.change is not None]
+    if modules is None:
+        return possible
+    wanted = [modules] if isinstance(modules, str) else list(modules)
+    names = [name for name, _ in model.named_modules()]
+    for entry in wanted:
+        if entry not in KINDS and not any(_fits(name, entry) for name in names):
+            raise ValueError(f"modules: expected a kind ({', '.join(KINDS)}) or the name or "
+                             f"pattern of a module, got {entry!r}, which fits none")
+    asked = [f for f in possible
+             if any(f.kind == entry or _fits(f.name, entry) for entry in wanted)]
+    parts = {child for f in asked if f.kind == BLOCK for child in f.module.children()}
+    return [f for f in possible if f in asked or (f.kind == NORM and f.module in parts)]
+
+
+def _fits(name: str, entry: str) -> bool:
+    """Whether a module or one that it lies in is named by an entry."""
+    parents = accumulate(name.split("."), "{}.{}".format)
+    return any(fnmatchcase(parent, entry) for parent in parents)
+
+
+def _steps(model: nn.Module, chosen: Sequence[Finding]) -> list[Step]:
+    steps = [f.change for f in chosen if f.change is not None]
+    inside = {f.module for f in chosen if f.kind in (NORM, BLOCK)}
+    taken = {f.module for f in chosen if f.kind != SPECTRAL_NORM}
+    return [*steps, *networks(model, inside, taken)]
+
+
+def _outputs(model: nn.Module, arguments: Any) -> list[Tensor]:
+    """The tensors that a model returns; its buffers and the random state stay as they are."""
+    args: Sequence[Any] = arguments if isinstance(arguments, (tuple, list)) else (arguments,)
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(arguments, Mapping):
+        args, kwargs = (), arguments
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(list(devices)), torch.no_grad():
+            return [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> Difference:
+    largest, scale = 0.0, 0.0
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return Difference(float("inf"), scale)
+    for a, b in zip(before, after, strict=True):
+        if a.numel():
+            a, b = a.double(), b.double()
+            same = (a == b) | (a.isnan() & b.isnan())
+            error = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
+            largest = max(largest, float(error.max()))
+            scale = max(scale, float(a.abs().nan_to_num().max()))
+    return Difference(largest, scale)

@@ -1,0 +1,228 @@
+"""Structure does not show what a forward computes: original and fused are run and compared."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .._backend import use_backend
+from .swap import Change, Plan
+
+SEED = 3
+PROBE_SIZE = (3, 4)
+Verdict = tuple[Plan | None, str]  # what a module can become, or why it cannot
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# Of the largest output, and in gradients of the norm: a kink may fall on either side there.
+_TOLERANCES = {torch.float64: (1e-8, 1e-2), torch.float32: (1e-4, 2e-2)}
+_LOW_PRECISION = (5e-2, 2e-1)
+
+
+def weight_hooks(module: nn.Module) -> dict[int, Any]:
+    """The pre-hooks that compute a weight, which belong to the module rather than to its user."""
+    return {key: hook for key, hook in module._forward_pre_hooks.items()
+            if isinstance(hook, (SpectralNorm, WeightNorm))}
+
+
+def _noise(like: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    # Repeated with a prime period: drawing tens of millions of numbers would take a second.
+    drawn = torch.randn(65_537, generator=generator) * scale
+    times = -(-like.numel() // len(drawn))
+    flat = drawn.repeat(times) if times > 1 else drawn
+    return flat[: like.numel()].view(like.shape).to(like.device, like.dtype)
+
+
+def _random_parameter(name: str, p: Tensor, generator: torch.Generator) -> nn.Parameter:
+    """Values at which no term of a formula is small beside another."""
+    if p.dim() > 1:
+        value = _noise(p, (2.0 / max(1, p[0].numel())) ** 0.5, generator)
+    else:
+        value = _noise(p, 0.5, generator)
+        if name.rpartition(".")[2] == "weight":
+            value = value + 1
+    return nn.Parameter(value)
+
+
+def shadow(module: nn.Module, keep: Sequence[nn.Module] = ()) -> nn.Module:
+    """A copy to experiment on: random parameters, buffers of its own, none of the user's hooks.
+
+    Parameters inside ``keep`` are shared instead, and ask for no gradient.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    memo: dict[int, Any] = {}
+    kept = {id(p) for part in keep for p in part.parameters()}
+    for name, p in module.named_parameters():
+        memo[id(p)] = (nn.Parameter(p.detach(), requires_grad=False) if id(p) in kept
+                       else _random_parameter(name, p, generator))
+    for part in module.modules():
+        for name in _HOOKS:
+            hooks = vars(part).get(name)
+            if hooks is not None:
+                memo[id(hooks)] = type(hooks)()
+        memo[id(part._forward_pre_hooks)] = OrderedDict(weight_hooks(part))
+        for value in vars(part).values():
+            if isinstance(value, Tensor):  # a weight that a hook has made
+                memo[id(value)] = value
+        group = vars(part).get("process_group")
+        if group is not None:  # which cannot be copied
+            memo[id(group)] = group
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        if isinstance(part, _NormBase) and part.running_mean is not None:
+            assert part.running_var is not None
+            part.running_mean.copy_(_noise(part.running_mean, 0.3, generator))
+            part.running_var.copy_(_noise(part.running_var, 0.3, generator).abs() + 0.5)
+    return twin
+
+
+def unit_outputs(*convs: nn.Module) -> None:
+    """Scale the outputs of a shadow's convs to one, so that no weight can hide what follows."""
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output * output.detach().square().mean().clamp_min(1e-30).rsqrt()
+
+    for conv in convs:
+        conv.register_forward_hook(hook)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One call to compare: inputs, the mode, and what gets gradients: inputs and parameters."""
+
+    inputs: tuple[Tensor, ...]
+    training: bool
+    differentiable: tuple[int, ...] = (0,)
+    parameters: bool = True
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    output: Tensor
+    gradients: Sequence[Tensor | None]
+    buffers: dict[str, Tensor]
+
+
+def _run(module: nn.Module, trial: Trial) -> _Outcome:
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.train(trial.training)
+    inputs = [x.clone().requires_grad_(i in trial.differentiable)
+              for i, x in enumerate(trial.inputs)]
+    output = module(*inputs)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"it returns {type(output).__name__}, not a tensor")
+    generator = torch.Generator().manual_seed(SEED)
+    wanted = [inputs[i] for i in trial.differentiable]
+    if trial.parameters:
+        wanted += [p for p in module.parameters() if p.requires_grad]
+    gradients = list(torch.autograd.grad(
+        output, wanted, _noise(output, 1.0, generator), allow_unused=True)) if wanted else []
+    after = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(state[name])
+    return _Outcome(output.detach(), gradients, after)
+
+
+def _differs(a: Tensor | None, b: Tensor | None, tolerance: float, norm: float) -> str | None:
+    if a is None or b is None:
+        present = a if b is None else b
+        missing = present is None or not bool(present.any())
+        return None if missing else "is missing"
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"is {a.dtype} {tuple(a.shape)}, fused {b.dtype} {tuple(b.shape)}"
+    if not a.is_floating_point():
+        return None if torch.equal(a, b) else "differs"
+    a, b = a.flatten(), b.flatten()
+    scale = float(torch.linalg.vector_norm(a, norm))
+    error = float(torch.linalg.vector_norm(a - b, norm)) / max(scale, 1e-30)
+    return None if error <= tolerance else f"differs by {error:.1e} of its size"
+
+
+def _compare(original: _Outcome, fused: _Outcome) -> str | None:
+    forward, backward = _TOLERANCES.get(original.output.dtype, _LOW_PRECISION)
+    problem = _differs(original.output, fused.output, forward, float("inf"))
+    if problem is not None:
+        return f"output {problem}"
+    for name, buffer in original.buffers.items():
+        problem = _differs(buffer, fused.buffers[name], forward, float("inf"))
+        if problem is not None:
+            return f"buffer {name} {problem}"
+    for a, b in zip(original.gradients, fused.gradients, strict=True):
+        problem = _differs(a, b, backward, 2)
+        if problem is not None:
+            return f"a gradient {problem}"
+    return None
+
+
+@contextmanager
+def aside(module: nn.Module) -> Iterator[None]:
+    """Away from the caller's random state, grad mode, autocast and choice of backend."""
+    devices = {t.device for t in (*module.parameters(), *module.buffers())}
+    cuda = [d for d in devices if d.type == "cuda"]
+    kinds = {d.type for d in devices} | {"cpu"}
+    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad(), \
+            use_backend("auto"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(SEED)
+        saved = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        try:
+            yield
+        finally:
+            for kind, enabled in saved.items():
+                torch.set_autocast_enabled(kind, enabled)
+
+
+class CannotRun(Exception):
+    """The original forward refuses the probe's inputs."""
+
+
+def agreeing(twin: nn.Module, trials: Sequence[Trial], changes: Sequence[Sequence[Change]],
+             ) -> tuple[int | None, str]:
+    """Which of several ways to fuse the twin agrees with it in all trials; else why the first not.
+
+    Raises:
+        CannotRun: whatever foreign code raises; the message is one line.
+    """
+    try:
+        originals = [_run(twin, trial) for trial in trials]
+    except Exception as error:
+        raise CannotRun(f"the probe cannot run it: {_line(error)}") from error
+    if not all(bool(o.output.isfinite().all()) for o in originals):
+        raise CannotRun("the probe's outputs are not finite")
+    reason = ""
+    for i, each in enumerate(changes):
+        try:
+            for change in each:
+                change.apply()
+            problems = (_compare(o, _run(twin, t)) for o, t in zip(originals, trials, strict=True))
+            problem = next((p for p in problems if p is not None), None)
+        except Exception as error:
+            problem = f"the fused forward raises {_line(error)}"
+        finally:
+            for change in each:
+                change.undo()
+        if problem is None:
+            return i, ""
+        reason = reason or f"another forward: {problem}"
+    return None, reason
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

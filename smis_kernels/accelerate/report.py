@@ -1,0 +1,73 @@
+"""What was replaced, what was left, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module: its name, class and kind, whether it was replaced, and the reason if not."""
+
+    name: str
+    type: str
+    kind: str
+    replaced: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between original and accelerated outputs, and their largest value."""
+
+    largest: float
+    scale: float
+
+    def __str__(self) -> str:
+        return f"largest difference {self.largest:.2e}, outputs up to {self.scale:.2e}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`accelerate` did; ``print`` it for a table.
+
+    Attributes:
+        rows: one for each module that was recognised, or nearly.
+        difference: what ``verify`` measured, else None.
+        dry_run: whether nothing was changed.
+    """
+
+    rows: tuple[Row, ...]
+    difference: Difference | None = None
+    dry_run: bool = False
+
+    @property
+    def replaced(self) -> tuple[Row, ...]:
+        """The modules whose forward is a fused one now."""
+        return tuple(row for row in self.rows if row.replaced)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """Those that were left alone; ``note`` says why."""
+        return tuple(row for row in self.rows if not row.replaced)
+
+    def __str__(self) -> str:
+        verb = "would be replaced" if self.dry_run else "replaced"
+        lines = _table([("module", "class", "kind", "what", "note")] + [
+            (r.name or "(the model)", r.type, r.kind, verb if r.replaced else "left", r.note or "-")
+            for r in self.rows
+        ])
+        kinds = Counter(row.kind for row in self.replaced)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing"
+        lines.append(f"{verb}: {counts}; left: {len(self.left)}")
+        if self.difference is not None:
+            lines.append(str(self.difference))
+        return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows]

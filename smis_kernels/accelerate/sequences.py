@@ -1,0 +1,158 @@
+"""Sequences of layers: instance norm with its activation in one pass, batch norm in the conv."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..norm_act.op import norm_act
+from .folding import Folded, constant
+from .formats import channels_last
+from .norms import is_plain_conv
+from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, shadow, weight_hooks
+from .swap import FOLDED, PLAN, Change, Fused, Plan, original_type, serves, watched
+
+
+@dataclass(frozen=True)
+class SequencePlan(Plan):
+    """``fold``: whether batch norms go into convs; ``reformat``: features channels-last inside."""
+
+    fold: bool
+    reformat: bool
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether calling it is calling its children in turn."""
+    return isinstance(module, nn.Sequential) and (
+        original_type(module).forward is nn.Sequential.forward)
+
+
+def layers_of(sequence: nn.Module) -> Iterator[nn.Module]:
+    """The layers in the order of their calls, those of sequences inside it too."""
+    for child in sequence.children():
+        if is_sequence(child) and not watched(child):
+            yield from layers_of(child)
+        else:
+            yield child
+
+
+def is_instance_norm(layer: nn.Module | None) -> bool:
+    """Whether it is an instance norm without parameters or running statistics."""
+    return (
+        isinstance(layer, nn.InstanceNorm2d) and type(layer).forward is _InstanceNorm.forward
+        and layer.weight is None and not layer.track_running_stats
+    )
+
+
+def activation_of(layer: nn.Module | None) -> dict[str, Any] | None:
+    """ReLU or LeakyReLU as arguments of :func:`norm_act`."""
+    if type(layer) is nn.ReLU:
+        return {"activation": "relu"}
+    if isinstance(layer, nn.LeakyReLU) and type(layer) is nn.LeakyReLU:
+        slope = float(layer.negative_slope)
+        return {"activation": "leaky_relu", "negative_slope": slope} if 0 < slope < 1 else None
+    return None
+
+
+def foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether the batch norm's eval mode can be part of the conv."""
+    return (
+        conv is not None and is_plain_conv(conv) and type(norm) is nn.BatchNorm2d
+        and norm.running_mean is not None
+    )
+
+
+class FusedSequence(Fused):
+    """A Sequential whose instance norms take in their activation, and convs their batch norm."""
+
+    def _smis_ready(self, x: Any) -> list[nn.Module] | str:
+        if not isinstance(x, Tensor) or not serves(x, None):
+            return "features of another kind"
+        return list(layers_of(self))
+
+    def _smis_run(self, ready: list[nn.Module], x: Tensor) -> Any:
+        plan: SequencePlan = vars(self)[PLAN]
+        h: Any = channels_last(x) if plan.reformat else x
+        i = 0
+        while i < len(ready):
+            layer = ready[i]
+            following = ready[i + 1] if i + 1 < len(ready) else None
+            i += 1
+            fits = isinstance(h, Tensor) and serves(h, None)
+            if fits and is_instance_norm(layer) and not watched(layer):
+                options = None if following is None or watched(following) else activation_of(
+                    following)
+                assert isinstance(layer, nn.InstanceNorm2d)
+                h = norm_act(h, eps=layer.eps, **(options or {}))
+                i += options is not None
+            elif plan.fold and fits and self._may_fold(layer, following):
+                h = self._folded(i, layer, following, h)
+                i += 1
+            else:
+                h = layer(h)
+        if plan.reformat and isinstance(h, Tensor) and h.dim() == 4:
+            same = x.is_contiguous(memory_format=torch.channels_last)
+            return h if same else h.contiguous()
+        return h
+
+    def _may_fold(self, conv: nn.Module, norm: nn.Module | None) -> bool:
+        if norm is None or not foldable(conv, norm) or norm.training or watched(norm):
+            return False
+        own = len(weight_hooks(conv)) == len(conv._forward_pre_hooks)
+        if conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks or not own:
+            return False
+        return constant(conv, *conv.parameters(), *norm.parameters())
+
+    def _folded(self, i: int, conv: Any, norm: Any, x: Tensor) -> Tensor:
+        """The conv with the norm's scale and shift in its weight and bias, made once."""
+        for hook in weight_hooks(conv).values():
+            hook(conv, (x,))
+        sources = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight,
+                   norm.bias)
+        kept: dict[int, Folded] = vars(self).setdefault(FOLDED, {})
+        if i not in kept or not kept[i].holds(sources):
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            if norm.weight is not None:
+                scale = scale * norm.weight
+            shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+            bias = shift * scale if norm.bias is None else shift * scale + norm.bias
+            kept[i] = Folded(sources, (conv.weight * scale.view(-1, 1, 1, 1), bias))
+        weight, bias = kept[i].value
+        out: Tensor = conv._conv_forward(x, weight, bias)
+        return out
+
+
+def judge(sequence: nn.Module, inference: bool) -> Verdict | None:
+    """Whether a Sequential has instance norms, or in inference batch norms, to fuse."""
+    if not is_sequence(sequence):
+        return None
+    steps = list(layers_of(sequence))
+    following: list[nn.Module | None] = [*steps[1:], None]
+    pairs = [(a, b) for a, b in zip(steps, following, strict=True) if is_instance_norm(a)]
+    fold = inference and any(
+        foldable(a, b) for a, b in zip(steps, following, strict=True))
+    if not pairs and not fold:
+        return None
+    plan = SequencePlan(("input",), fold, _reformats(steps))
+    for norm, activation in pairs:
+        assert isinstance(norm, nn.InstanceNorm2d)
+        parts = [norm] if activation_of(activation) is None else [norm, activation]
+        twin = shadow(nn.Sequential(*(p for p in parts if p is not None)))
+        like = next(sequence.parameters(), torch.empty(0))
+        generator = torch.Generator().manual_seed(SEED)
+        x = torch.randn((2, norm.num_features, *PROBE_SIZE), generator=generator).to(like)
+        trials = [Trial((x,), training) for training in (True, False)]
+        chosen, why = agreeing(twin, trials, [[Change(twin, FusedSequence, plan)]])
+        if chosen is None:
+            return None, why
+    return plan, ""
+
+
+def _reformats(steps: list[nn.Module]) -> bool:
+    """Whether there are convs enough for channels-last to pay for the way there and back."""
+    return sum(isinstance(s, (nn.Conv2d, nn.ConvTranspose2d)) for s in steps) > 2
