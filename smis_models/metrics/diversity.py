@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,13 @@ class Diversity:
                 "pictures": self.pictures}
 
 
+@contextmanager
+def _timed(clock: dict[str, float], what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    clock[what] = clock.get(what, 0.0) + time.perf_counter() - start
+
+
 def derived_seed(*parts: int) -> int:
     """A seed of its own for each tuple of numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
@@ -90,19 +98,41 @@ def sample_codes(model: Any, samples: int, seed: int, index: int | None = None) 
     return codes
 
 
-def synthesizer_draw(model: Any, layout: Layout, batch: int = _BATCH) -> Draw:
-    """Pictures by a :class:`Synthesizer`: the layout is compiled once for all of them."""
-    made: dict[int, Synthesizer] = {}
+class LayoutSampler:
+    """Pictures by a :class:`Synthesizer`: a layout is compiled once for all of its samples.
 
-    def draw(codes: Tensor) -> Tensor:
+    Args:
+        model: of the zoo, in eval mode.
+        batch: pictures made at once.
+
+    Example:
+        >>> draw = LayoutSampler(model).load(layout)
+        >>> pictures = draw(sample_codes(model, 20, seed=0, index=3))
+    """
+
+    def __init__(self, model: Any, batch: int = _BATCH) -> None:
+        self._model, self._batch = model, batch
+        self._synthesizer: Synthesizer | None = None
+
+    def load(self, layout: Layout) -> LayoutSampler:
+        """Go on with another layout; windows that both have are not computed again."""
+        labels, instances = layout_tensors(layout, self._batch)
+        if self._synthesizer is None:
+            self._synthesizer = Synthesizer(self._model, labels, instances)
+        else:
+            self._synthesizer.update(labels, instances)
+        return self
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        if self._synthesizer is None:
+            raise RuntimeError("layout: none is loaded; call load(layout) first")
+        device = next(self._model.generator.parameters()).device
         pictures = []
-        for z in codes.split(batch):
-            if len(z) not in made:
-                made[len(z)] = Synthesizer(model, *layout_tensors(layout, len(z)))
-            pictures.append(made[len(z)].sample(z))
+        for z in codes.to(device).split(self._batch):
+            missing = self._batch - len(z)
+            full = torch.cat([z, z[-1:].expand(missing, *z.shape[1:])]) if missing else z
+            pictures.append(self._synthesizer.sample(full)[: len(z)])
         return torch.cat(pictures)
-
-    return draw
 
 
 def layout_tensors(layout: Layout, batch: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -163,46 +193,38 @@ def layout_diversity(
     Args:
         model: whose codes are drawn.
         layout: the label map.
-        draw: what makes pictures of codes: :func:`synthesizer_draw`, or any other path.
+        draw: what makes pictures of codes: :class:`LayoutSampler`, or any other path.
         distance, protocol: how pictures are compared.
         seed: of the codes and of random pairs.
         step: called once for each set of pictures.
         clock: seconds are added to its "sampling" and "measuring".
     """
-    clock = defaultdict(float) if clock is None else clock
+    clock = {} if clock is None else clock
     labels = torch.from_numpy(layout.labels)
     masks = {c: labels == c for c in layout.present}
     pairs = protocol.indices(derived_seed(seed, 1))
 
     def sample(index: int | None) -> Tensor:
-        start = time.perf_counter()
-        pictures = draw(sample_codes(model, protocol.samples, seed, index))
-        if pictures.device.type == "cuda":
-            torch.cuda.synchronize(pictures.device)
-        clock["sampling"] += time.perf_counter() - start
+        step(f"{layout.name}: " + ("all codes" if index is None else f"class {index}"))
+        with _timed(clock, "sampling"):
+            pictures = draw(sample_codes(model, protocol.samples, seed, index))
+            if pictures.is_cuda:
+                torch.cuda.synchronize(pictures.device)
         return pictures
 
     def areas(pictures: Tensor, classes: Sequence[int]) -> dict[int, tuple[float, float]]:
-        found = area_distances(pictures, [masks[c] for c in classes], distance, pairs,
-                               protocol.mask_mode)
+        with _timed(clock, "measuring"):
+            found = area_distances(pictures, [masks[c] for c in classes], distance, pairs,
+                                   protocol.mask_mode)
         return dict(zip(classes, found, strict=True))
 
-    def measured() -> Iterator[Any]:
-        step(f"{layout.name}: all codes")
-        whole = sample(None)
-        start, spent = time.perf_counter(), clock["sampling"]
-        yield _pair_means(distance, distance.features(whole), pairs)
-        if not has_class_codes(model):
-            yield areas(whole, list(masks))
-        else:
-            for c in masks:
-                step(f"{layout.name}: class {c}")
-                yield areas(sample(c), [c])
-        clock["measuring"] += time.perf_counter() - start - (clock["sampling"] - spent)
-
     with torch.no_grad():
-        lpips, *by_class = list(measured())
-    return {c: value for part in by_class for c, value in part.items()}, lpips
+        whole = sample(None)
+        with _timed(clock, "measuring"):
+            lpips = _pair_means(distance, distance.features(whole), pairs)
+        if not has_class_codes(model):
+            return areas(whole, list(masks)), lpips
+        return {c: areas(sample(c), [c])[c] for c in masks}, lpips
 
 
 def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
@@ -233,11 +255,13 @@ def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
     if len(layouts) < protocol.layouts:
         raise ValueError(f"layouts: expected {protocol.layouts} of them, got {len(layouts)}; give "
                          "more label maps, or fewer with --layouts")
-    clock: dict[str, float] = {"sampling": 0.0, "measuring": 0.0}
+    clock: dict[str, float] = {}
+    draw = LayoutSampler(model, batch)
     own, other, whole = defaultdict(list), defaultdict(list), []
     pictures = 0
     for i, layout in enumerate(layouts[: protocol.layouts]):
-        draw = synthesizer_draw(model, layout, batch)
+        with _timed(clock, "sampling"):
+            draw.load(layout)
         by_class, lpips = layout_diversity(model, layout, draw, distance, protocol,
                                            derived_seed(seed, i), step, clock)
         whole.append(lpips)

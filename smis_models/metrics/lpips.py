@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, State, read_checkpoint
+from ..checkpoint import CheckpointError, read_checkpoint
 from .distance import Distance, Features, PixelDistance, check_pictures
 
 # A conv (channels, kernel, stride, padding) and its ReLU, or a max pooling (kernel, stride).
@@ -77,7 +77,7 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _read(name: str, path: str | Path) -> State:
+def _read(name: str, path: str | Path) -> dict[str, Tensor]:
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
@@ -109,7 +109,7 @@ def _find_heads(kind: str) -> Path:
     )
 
 
-def _trunk_state(state: Mapping[str, Tensor], network: nn.Module, path: Path) -> State:
+def _trunk_state(state: Mapping[str, Tensor], network: nn.Module, path: Path) -> dict[str, Tensor]:
     """The tensors of the layers that are used, from a whole torchvision file or a bare trunk."""
     own = network.state_dict()
     prefix = "features." if any(key.startswith("features.") for key in state) else ""
@@ -165,6 +165,9 @@ class LPIPS(Distance):
         >>> distance = LPIPS("alex", "alexnet-owt-7be5be79.pth")  # doctest: +SKIP
         >>> distance(a, b)  # doctest: +SKIP
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, trunk: str = "alex", weights: str | Path | None = None,
                  heads: str | Path | None = None) -> None:
@@ -257,7 +260,8 @@ def create_distance(kind: str, weights: str | Path | None = None, heads: str | P
         raise ValueError(f"distance: expected one of {', '.join(DISTANCES)}; got {kind!r}")
     family, _, trunk = kind.partition("-")
     if family != "lpips" and (weights is not None or heads is not None):
-        raise ValueError(f"weights, heads: {kind} reads none; leave them out, or ask for lpips-alex")
+        raise ValueError(f"weights, heads: {kind} reads none; leave them out, or ask for "
+                         "lpips-alex")
     if family == "pixel":
         return PixelDistance().to(device)
     return LPIPS(trunk, "random" if family == "random" else weights, heads).to(device)
