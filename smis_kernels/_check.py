@@ -28,6 +28,22 @@ def check_tensor(name: str, tensor: Tensor, dim: int | tuple[int, ...], layout: 
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}; got {got}; cast it first")
 
 
+def autocast_enabled(like: Tensor) -> bool:
+    """Whether autocast is on for the device of ``like``."""
+    device = like.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def autocast_as_conv(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands in autocast's dtype, as conv2d takes them; as they are where it is off."""
+    operands = (input, *others)
+    if not (isinstance(input, Tensor) and autocast_enabled(input)):
+        return operands
+    dtype = torch.get_autocast_dtype(input.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS
+                 and t.dtype != torch.float64 else t for t in operands)
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], because: str) -> None:
     """The exact shape; ``because`` says what fixes it, e.g. ``"to match input"``."""
     if tuple(tensor.shape) != tuple(shape):

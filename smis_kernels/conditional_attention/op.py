@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backend import resolve
-from .._check import FLOATS, check_device, check_shape, check_tensor
+from .._check import FLOATS, autocast_enabled, check_device, check_shape, check_tensor
 from .._explain import record
 from .._layout import empty_nchw, memory_format
 from .._library import RawOp
@@ -65,7 +65,7 @@ def conditional_attention(input: Tensor, logits: Tensor, *, negative_slope: floa
 
     Args:
         input: x, (N, C, H, W); float32, float64, float16 or bfloat16.
-        logits: s, of the input's shape and dtype.
+        logits: s, of the input's shape and dtype (cast under autocast).
         negative_slope: of the LeakyReLU.
         backend: "auto", "reference", "cpu" or "triton".
 
@@ -83,6 +83,8 @@ def conditional_attention(input: Tensor, logits: Tensor, *, negative_slope: floa
         >>> y = conditional_attention(torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4))
     """
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
+    if autocast_enabled(input):
+        logits = logits.to(input.dtype)
     check_tensor("logits", logits, 4, "(N, C, H, W)", (input.dtype,))
     check_shape("logits", logits, tuple(input.shape), "to match input")
     check_device("logits", logits, input, "input")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backend import resolve
-from .._check import FLOATS, check_device, check_shape, check_tensor
+from .._check import FLOATS, autocast_as_conv, check_device, check_shape, check_tensor
 from .._explain import record
 from .._layout import empty_nchw, memory_format
 from .._library import RawOp
@@ -80,7 +80,8 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
     The predicted kernels (N, 9C, H, W) never exist in memory, forward or backward.
 
     Args:
-        input: x, (N, C, H, W); float32, float64, float16 or bfloat16. Zeros lie outside.
+        input: x, (N, C, H, W); float32, float64, float16 or bfloat16. Zeros lie outside. Under
+            autocast all four are cast to its dtype, as conv2d casts them.
         condition: (N, D, H, W), what the kernels are predicted from.
         weight: (9C, D, 3, 3), channel-major then kernel tap. bias: (9C,) or None.
         backend: "auto", "reference", "cpu" or "triton".
@@ -101,6 +102,8 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
         >>> x, h = torch.randn(1, 8, 16, 16), torch.randn(1, 4, 16, 16)
         >>> y = conditional_conv2d(x, h, torch.randn(72, 4, 3, 3))
     """
+    input, condition, weight, bias = autocast_as_conv(  # type: ignore[assignment]
+        input, condition, weight, bias)
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
     check_tensor("condition", condition, 4, "(N, D, H, W)", (input.dtype,))
     check_tensor("weight", weight, 4, "(9C, D, 3, 3)", (input.dtype,))

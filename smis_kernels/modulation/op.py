@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backend import resolve
-from .._check import FLOATS, check_device, check_shape, check_tensor
+from .._check import FLOATS, autocast_enabled, check_device, check_shape, check_tensor
 from .._explain import record
 from .._layout import acc_dtype, empty_nchw
 from .._library import RawOp
@@ -295,9 +295,7 @@ def check_running_pair(
 
 
 def _check_dense(name: str, tensor: Tensor, input: Tensor, options: Options) -> Tensor:
-    device = input.device.type
-    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    if autocast and isinstance(tensor, Tensor):
+    if isinstance(tensor, Tensor) and autocast_enabled(input):
         tensor = tensor.to(input.dtype)
     check_tensor(name, tensor, 4, "(N, C, H, W)", (input.dtype,))
     why = "(twice the input's H and W: upsample=True)" if options.upsample else "to match input"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backend import resolve
-from .._check import check_device, check_shape, check_tensor
+from .._check import autocast_enabled, check_device, check_shape, check_tensor
 from .._explain import record
 from .._layout import acc_dtype, empty_nchw
 from .._library import RawOp
@@ -87,7 +87,8 @@ def norm_act(
 
     Args:
         input: (N, C, H, W), float32, float64, float16 or bfloat16, contiguous or channels-last.
-        residual: (N, C, H, W) of the input's dtype, added after the activation; or None.
+        residual: (N, C, H, W) of the input's dtype (cast under autocast), added after the
+            activation; or None.
         norm: "instance", "batch", "group" (with ``num_groups``) or "none".
         running_mean, running_var, training, momentum, eps, process_group: as in
             :func:`smis_kernels.modulation`.
@@ -113,6 +114,8 @@ def norm_act(
     running = (running_mean, running_var)
     check_input(input, options, running)
     if residual is not None:
+        if autocast_enabled(input):
+            residual = residual.to(input.dtype)
         check_tensor("residual", residual, 4, "(N, C, H, W)", (input.dtype,))
         check_shape("residual", residual, tuple(input.shape), "to match input")
         check_device("residual", residual, input, "input")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backend import resolve
-from .._check import FLOATS, check_device, check_tensor
+from .._check import FLOATS, autocast_as_conv, check_device, check_tensor
 from .._explain import record
 from .._layout import empty_nchw, is_channels_last, memory_format
 from .._library import RawOp
@@ -138,7 +138,8 @@ def spatially_varying_conv2d(
     Args:
         input: (N, C, H, W); float32, float64, float16 or bfloat16. Zeros lie outside.
         weight: (N, G, k*k, h, w) or (N, G*k*k, h, w) of the input's dtype, G dividing C; h and w
-            as :func:`torch.nn.functional.conv2d` would give.
+            as :func:`torch.nn.functional.conv2d` would give. Under autocast both are cast to its
+            dtype, as conv2d casts them.
         kernel_size: k, one of 1, 3, 5.
         stride, padding, dilation: as in conv2d.
         backend: "auto", "reference", "cpu" or "cuda".
@@ -159,6 +160,7 @@ def spatially_varying_conv2d(
     """
     window = (kernel_size, stride, padding, dilation)
     _check_window(window)
+    input, weight = autocast_as_conv(input, weight)  # type: ignore[assignment]
     weight = _checked_weight(input, weight, window)
     kind = resolve("spatially_varying_conv2d", input, backend, KINDS)
     record("spatially_varying_conv2d", kind, input, groups=weight.shape[1])
