@@ -132,10 +132,14 @@ def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> Pictu
         raise FileNotFoundError(f"{path}: no such file; expected a picture")
     try:
         with Image.open(path) as image:
+            mode = image.mode
             picture = image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: cannot be read as a picture ({error}); "
                          "expected a PNG or JPEG") from error
+    if mode.startswith(("I", "F")):  # which Pillow clips to 255 instead of scaling
+        raise ImageError(f"{path}: expected a picture of 8 bits per channel, got mode {mode} "
+                         "(16 or 32 bits); convert it to 8 bits first")
     if size is not None:
         picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(picture)

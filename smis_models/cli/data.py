@@ -1,0 +1,106 @@
+"""Commands about data sets: checking one, writing the generated one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..data.doctor import LABEL_RULES, Diagnosis, LabelRule, examine, find_splits
+from ..data.listing import LAYOUTS, Problem, detect_layout
+from ..data.write import write_scenes
+from .common import Seed, Unknown, app, console, progress
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """0-3, 7, 9-11"""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1][1:] = [value]
+        else:
+            runs.append([value])
+    return ", ".join("-".join(str(end) for end in run) for run in runs)
+
+
+def _summary(root: Path, layout: str, diagnosis: Diagnosis, rule: LabelRule | None) -> Table:
+    table = Table(title=f"{root} as {layout}", show_header=False, title_justify="left")
+    table.add_row("scenes", ", ".join(f"{n} {part}" for part, n in diagnosis.scenes.items()))
+    sizes = [f"{w}x{h} ({n})" for (h, w), n in diagnosis.sizes.most_common(4)]
+    more = len(diagnosis.sizes) - len(sizes)
+    table.add_row("width x height", ", ".join(sizes) + (f" and {more} sizes more" if more else ""))
+    table.add_row("labels found", _ranges(diagnosis.values))
+    if rule is None:
+        table.add_row("labels allowed", "any: give --classes to check them")
+    else:
+        unknown = "" if rule.unknown is None else f", 255 (becomes {rule.unknown})"
+        table.add_row("labels allowed", f"0-{rule.classes - 1}{unknown}")
+        absent = set(range(rule.classes)) - set(diagnosis.values)
+        table.add_row("classes in no scene", _ranges(absent) or "none")
+    return table
+
+
+def _tell(problems: list[Problem], style: str, shown: int) -> None:
+    for problem in problems[:shown]:
+        console.print(f"[{style}]{escape(str(problem.path))}[/]: {escape(problem.message)}",
+                      soft_wrap=True, highlight=False)
+    if len(problems) > shown:
+        console.print(f"... and {len(problems) - shown} more (--show {len(problems)})")
+
+
+@app.command()
+def doctor(
+    data: Annotated[Path, typer.Argument(help="the root folder of the data set")],
+    dataset: Annotated[str | None, typer.Option(
+        help=f"{', '.join(LAYOUTS)}; without it: told from the subfolders")] = None,
+    split: Annotated[str | None, typer.Option(help="train or val; without it: both")] = None,
+    classes: Annotated[int | None, typer.Option(
+        help="labels must lie below this; published data sets know it", min=1)] = None,
+    unknown: Unknown = None,
+    instances: Annotated[bool | None, typer.Option(
+        "--instances/--no-instances", help="check instance maps; without it: where there are any",
+    )] = None,
+    jobs: Annotated[int | None, typer.Option(help="files read at a time", min=1)] = None,
+    show: Annotated[int, typer.Option(help="problems shown at most", min=1)] = 50,
+) -> None:
+    """Check a data set and name every bad file and value; exit code 1 if there are problems."""
+    layout = dataset or detect_layout(data)
+    rule = LABEL_RULES.get(layout)
+    if classes is not None or unknown is not None:
+        count = classes if classes is not None else rule.classes if rule else None
+        if count is None:
+            raise ValueError("unknown: give --classes too")
+        if unknown is not None and unknown >= count:
+            raise ValueError(f"unknown: expected a class 0..{count - 1}, got {unknown}")
+        rule = LabelRule(count, unknown if unknown is not None or rule is None else rule.unknown)
+    listings = find_splits(layout, data, split, instances=instances)
+    with progress(sum(len(listing.records) for listing in listings.values())) as step:
+        diagnosis = examine(listings, rule, jobs=jobs, step=step)
+    console.print(_summary(data, layout, diagnosis, rule))
+    notes = [problem for problem in diagnosis.problems if problem.note]
+    problems = [problem for problem in diagnosis.problems if not problem.note]
+    _tell(notes, "yellow", show)
+    _tell(problems, "red", show)
+    if not diagnosis.healthy:
+        console.print(f"[red]{len(problems)} problems[/]")
+        raise typer.Exit(1)
+    console.print("[green]no problems[/]")
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="folder to write to, new or empty")],
+    count: Annotated[int, typer.Option(help="scenes to train on", min=1)] = 1000,
+    held_out: Annotated[int, typer.Option(help="scenes to evaluate on", min=0)] = 100,
+    size: Annotated[int, typer.Option(help="height and width in pixels", min=1)] = 128,
+    seed: Seed = 0,
+) -> None:
+    """Write the generated scenes as a data set: pictures, label maps, instance maps, modes."""
+    with progress(count + held_out) as step:
+        folders = write_scenes(out, {"train": count, "val": held_out}, size, seed, step=step)
+    for folder in folders:
+        console.print(f"{folder}", soft_wrap=True, highlight=False)

@@ -1,0 +1,196 @@
+"""Checks a data set on disk and names every bad file and value."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..images import ImageError, read_instances, read_labels, read_picture
+from .files import same_shape
+from .listing import WITHOUT_INSTANCES, Listing, Problem, Record, list_scenes
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """Which values a label map may hold: 0..classes-1, and 255 where it has a class."""
+
+    classes: int
+    unknown: int | None = None
+
+
+#: What the published data sets hold. Cityscapes: ids 0..34. ADE20K: 0..150 as stored, where 0 is
+#: "unknown" and classes count from 1 (the shift in the published loader has no effect), 255
+#: becoming 150. COCO-Stuff: 0..181, 255 becoming 182. DeepFashion: 0..7.
+LABEL_RULES = {
+    "cityscapes": LabelRule(35), "ade20k": LabelRule(151, 150), "coco_stuff": LabelRule(183, 182),
+    "deepfashion": LabelRule(8),
+}
+_NO_RULE = 1 << 16  # every value that a PNG can hold
+
+
+@dataclass
+class SceneCheck:
+    """What one scene showed: its problems, its size and its values of the label map."""
+
+    problems: list[Problem] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    values: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass
+class Diagnosis:
+    """What a data set showed.
+
+    Attributes:
+        scenes: how many were read, by split.
+        problems: what must be mended, and notes.
+        sizes: how many scenes have each (height, width).
+        values: in how many scenes each value of the label maps is.
+    """
+
+    scenes: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    values: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a model can be trained on it: there are notes at most."""
+        return all(problem.note for problem in self.problems)
+
+    def add(self, checked: SceneCheck) -> None:
+        self.problems += checked.problems
+        if checked.size is not None:
+            self.sizes[checked.size] += 1
+        self.values.update(checked.values.keys())
+
+
+def _bits(path: Path) -> Iterator[Problem]:
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            yield Problem(path, "a 16-bit label map; it is read as it is here, but other loaders "
+                                "cut it to 8 bits", note=True)
+
+
+def _bad_values(path: Path, values: Counter[int], rule: LabelRule) -> Iterator[Problem]:
+    bad = {value: count for value, count in sorted(values.items())
+           if value >= rule.classes and not (value == 255 and rule.unknown is not None)}
+    if bad:
+        shown = [f"{value} ({count} pixels)" for value, count in list(bad.items())[:8]]
+        more = f" and {len(bad) - 8} values more" if len(bad) > 8 else ""
+        cure = ("255 has no class here: relabel it, or give the class of unknown pixels "
+                "(--unknown)" if set(bad) == {255} else "remap the classes, or check their number")
+        yield Problem(path, f"expected labels 0..{rule.classes - 1}, got "
+                            f"{', '.join(shown)}{more}; {cure}")
+
+
+def check_scene(record: Record, rule: LabelRule | None = None) -> SceneCheck:
+    """Read all files of a scene whole, and check them by themselves and against each other.
+
+    Args:
+        record: the files.
+        rule: which labels may occur; None: any.
+    """
+    check = SceneCheck()
+    sizes: dict[Path, tuple[int, ...]] = {}
+    try:
+        labels = read_labels(record.labels, _NO_RULE)
+        sizes[record.labels] = labels.shape
+        counts = np.bincount(labels.ravel())
+        check.values = Counter({int(v): int(counts[v]) for v in np.flatnonzero(counts)})
+        check.problems += _bits(record.labels)
+        if rule is not None:
+            check.problems += _bad_values(record.labels, check.values, rule)
+    except (ImageError, OSError) as error:
+        check.problems.append(_unreadable(record.labels, error))
+    try:
+        sizes[record.image] = read_picture(record.image).shape[:2]
+    except (ImageError, OSError) as error:
+        check.problems.append(_unreadable(record.image, error))
+    if record.instances is not None:
+        try:
+            sizes[record.instances] = read_instances(record.instances).shape
+        except (ImageError, OSError) as error:
+            check.problems.append(_unreadable(record.instances, error))
+    if record.labels in sizes:
+        height, width = sizes[record.labels]
+        check.size = height, width
+        check.problems += same_shape(sizes, exactly=False)
+    return check
+
+
+def _unreadable(path: Path, error: Exception) -> Problem:
+    return Problem(path, str(error).removeprefix(f"{path}: "))
+
+
+def _attempt(layout: str, root: Path, split: str, instances: bool) -> Listing | None:
+    try:
+        return list_scenes(layout, root, split, instances=instances)
+    except FileNotFoundError:
+        return None
+
+
+def find_splits(layout: str, root: str | Path, split: str | None = None, *,
+                instances: bool | None = None) -> dict[str, Listing]:
+    """The scenes of one split, or of both "train" and "val" where they are there.
+
+    Args:
+        layout, root, split: as of :func:`list_scenes`.
+        instances: whether instance maps are wanted; None: where any split has them.
+
+    Raises:
+        FileNotFoundError: the split asked for, or both, cannot be found.
+    """
+    root = Path(root)
+    splits = [split] if split is not None else ["train", "val"]
+    found = {part: _attempt(layout, root, part, False) for part in splits}
+    listings = {part: listing for part, listing in found.items() if listing is not None}
+    if not listings:
+        return {splits[0]: list_scenes(layout, root, splits[0])}  # which raises
+    if len(listings) == 2 and listings["train"].records == listings["val"].records:
+        listings = {"all": listings["train"]}
+    if instances is None:
+        instances = layout not in WITHOUT_INSTANCES and any(
+            _attempt(layout, root, part, True) is not None for part in splits)
+    if instances:
+        for part, listing in listings.items():
+            try:
+                listings[part] = list_scenes(layout, root, splits[0] if part == "all" else part,
+                                             instances=True)
+            except FileNotFoundError as error:
+                listing.problems.append(Problem(root, str(error).removeprefix(f"{root}: ")))
+    return listings
+
+
+def examine(listings: dict[str, Listing], rule: LabelRule | None = None, *,
+            jobs: int | None = None, step: Callable[[str], None] = lambda what: None) -> Diagnosis:
+    """Check every scene of every split, several at a time.
+
+    Args:
+        listings: of :func:`find_splits`.
+        rule: which labels may occur; None: any.
+        jobs: threads; by default one for each core.
+        step: called with the name of each scene when it has been checked.
+
+    Example:
+        >>> diagnosis = examine(find_splits("coco_stuff", "COCO"), LABEL_RULES["coco_stuff"])
+        >>> print(*diagnosis.problems, sep="\\n")
+    """
+    diagnosis = Diagnosis()
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        for split, listing in listings.items():
+            diagnosis.scenes[split] = len(listing.records)
+            diagnosis.problems += listing.problems
+            names = (record.name for record in listing.records)
+            checks = pool.map(lambda record: check_scene(record, rule), listing.records)
+            for name, check in zip(names, checks, strict=True):
+                diagnosis.add(check)
+                step(name)
+    return diagnosis
