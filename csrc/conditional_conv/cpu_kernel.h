@@ -53,7 +53,8 @@ struct ConditionalConvArgs {
   Operand dx, dh;            // zeroed, summed into
   void* dweight = nullptr;   // (9C, D, 3, 3), of the element type
 
-  int64_t depth() const { return (D + 15) / 16 * 16; }
+  // Of whole steps of every loop over it: two vectors of 16 lanes at the most.
+  int64_t depth() const { return (D + 31) / 32 * 32; }
   int64_t transformed() const { return kFrequencies * tiling.tiles * depth(); }  // of one region
 };
 
