@@ -19,16 +19,12 @@ from smis_kernels import (
 )
 from smis_kernels._backend import requested
 from smis_kernels.indexed_modulation.op import indexed_modulation
-from smis_kernels.modulation.choice import prepare_map
 from smis_kernels.window_table.op import window_embedding
 
 from .blocks import check_maps, conv, fast_format
+from .generator import WIDTHS, CodeGenerator
 from .losses import feature_matching_loss
 from .presets import CCFPSEPreset
-
-# Widths of the blocks' outputs in units of ngf.
-_WIDTHS = {"head_0": 16, "G_middle_0": 16, "G_middle_1": 16,
-           "up_0": 8, "up_1": 4, "up_2": 2, "up_3": 1}
 
 
 def _weight(layer: nn.Conv2d) -> Tensor:
@@ -177,7 +173,7 @@ class ConditionalBlock(nn.Module):
         return shortcut + h
 
 
-class CCFPSEGenerator(nn.Module):
+class CCFPSEGenerator(CodeGenerator):
     """CC-FPSE's generator: a label map, and with ``vae`` a latent code, to an image.
 
     A label encoder makes a feature pyramid of the map; residual blocks with nearest x2 upsampling
@@ -200,16 +196,12 @@ class CCFPSEGenerator(nn.Module):
         >>> image = generator(semantics, generator.sample_latent(len(semantics)))
     """
 
+    preset: CCFPSEPreset
+
     def __init__(self, preset: CCFPSEPreset) -> None:
-        super().__init__()
-        self.preset = preset
-        height, width = preset.latent_size
+        super().__init__(preset)
         labels, ngf = preset.semantic_channels, preset.ngf
-        channels = _WIDTHS["head_0"] * ngf
-        self.fc: nn.Linear | nn.Conv2d = (
-            nn.Linear(preset.latent_channels, channels * height * width) if preset.vae
-            else conv(labels, channels)
-        )
+        channels = WIDTHS["head_0"] * ngf
         self.levels = preset.upsamplings[preset.upsampling]
         for i in range(1, self.levels + 2):
             layer = _normalized_conv(labels if i == 1 else ngf, ngf, stride=1 if i == 1 else 2)
@@ -217,63 +209,27 @@ class CCFPSEGenerator(nn.Module):
         for i in range(1, self.levels + 1):
             self.add_module(f"labellat{i}", _normalized_conv(ngf, ngf, kernel_size=1))
             self.add_module(f"labeldec{i}", _normalized_conv(ngf, ngf))
-        for name, factor in _WIDTHS.items():
+        for name, factor in WIDTHS.items():
             block = ConditionalBlock(channels, factor * ngf, labels, ngf, preset.hidden)
             self.add_module(name, block)
             channels = factor * ngf
         self.conv_img = conv(channels, 3)
 
-    def sample_latent(self, batch: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """``batch`` codes from N(0, 1), drawn on the CPU; None without ``vae``."""
-        if not self.preset.vae:
-            return None
-        z = torch.randn((batch, self.preset.latent_channels), generator=generator)
-        return z.to(self.fc.weight)
-
     def forward(self, semantics: Tensor | LabelLayout, z: Tensor | None = None) -> Tensor:
-        preset = self.preset
-        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-               + (" and the edge plane" if preset.instance_edge else ""))
-        if tuple(semantics.shape[2:]) != tuple(preset.image_size):
+        segmap, size = self._segmap(semantics), tuple(self.preset.image_size)
+        if tuple(semantics.shape[2:]) != size:
             raise ValueError(
-                f"semantics: expected the image's size {preset.image_size}, got "
-                f"{tuple(semantics.shape[2:])}"
+                f"semantics: expected the image's size {size}, got {tuple(semantics.shape[2:])}"
             )
-        segmap = prepare_map(semantics, self.fc.weight)
         pyramid = self._pyramid(segmap)
         x = fast_format(self._start(semantics, z))
         level = 0
-        for name in _WIDTHS:
-            if name != "head_0" and (name != "G_middle_1" or preset.upsampling == "more"):
+        for name in WIDTHS:
+            if self._upsamples(name):
                 x = F.interpolate(x, scale_factor=2, mode="nearest")
                 level += 1
             x = self.get_submodule(name)(x, segmap, pyramid[level])
-        return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
-
-    def _start(self, semantics: Tensor | LabelLayout, z: Tensor | None) -> Tensor:
-        """The first features, (N, 16·ngf, h, w)."""
-        preset = self.preset
-        if preset.vae:
-            expected = (semantics.shape[0], preset.latent_channels)
-            if z is None or tuple(z.shape) != expected:
-                got = None if z is None else tuple(z.shape)
-                raise ValueError(
-                    f"z: expected {expected}, the semantics' batch size and the latent channels; "
-                    f"got {got}; sample_latent(batch) draws one"
-                )
-            features: Tensor = self.fc(z)
-            return features.view(len(z), -1, *preset.latent_size)
-        if z is not None:
-            raise ValueError(
-                f"z: expected None, for without vae the picture follows from the semantics; got "
-                f"{tuple(z.shape)}"
-            )
-        if isinstance(semantics, LabelLayout):
-            small = semantics.dense(preset.latent_size, self.fc.weight.dtype)
-        else:
-            small = F.interpolate(semantics, preset.latent_size, mode="nearest")
-        start: Tensor = self.fc(small)
-        return start
+        return self._picture(x)
 
     def _pyramid(self, segmap: Tensor | LabelLayout) -> list[Tensor]:
         """Features of the map at every size, (N, ngf, h, w), smallest first."""

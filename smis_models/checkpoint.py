@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-State = dict[str, Tensor]
+from .legacy import State as State
+from .legacy import networks_keys
+
 _IMAGES = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"GIF8": "a GIF image",
            b"BM": "a BMP image", b"RIFF": "a WebP image"}
 _CHECKPOINTS = (b"PK", b"\x80")  # what torch.save writes: a zip file, once a pickle
@@ -25,8 +27,9 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | Path) -> State:
     """The tensors of a ``.pth`` or ``.safetensors`` file, on the CPU, by their keys.
 
-    A ``.pth`` file is read with ``weights_only=True``: code in it is refused, never run. Prefixes
-    ``module.`` of ``DataParallel`` are stripped.
+    A ``.pth`` file is read with ``weights_only=True``: code in it is refused, never run. Keys that
+    older and newer PyTorch wrote become the networks' own (prefixes of ``DataParallel``, spectral
+    norm).
 
     Raises:
         CheckpointError: no file, an image or other content, truncated, pickled code, no tensors.
@@ -35,29 +38,44 @@ def read_checkpoint(path: str | Path) -> State:
         >>> state = read_checkpoint("latest_net_G.pth")
     """
     path = Path(path)
+    head = _head(path)
+    state = _read_safetensors(path, head)[0] if path.suffix == ".safetensors" else (
+        _read_torch(path, head))
+    if not state:
+        raise CheckpointError(f"checkpoint: {path} holds no tensors; save module.state_dict()")
+    return networks_keys(state)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text that a ``.safetensors`` file holds beside its tensors.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`.
+    """
+    path = Path(path)
+    return _read_safetensors(path, _head(path), tensors=False)[1]
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a checkpoint."""
     if not path.is_file():
         kind = "is a directory" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint: expected a .pth or .safetensors file; {path} {kind}")
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            return file.read(16)
     except OSError as error:
         raise CheckpointError(f"checkpoint: {path} cannot be read: {error.strerror}") from error
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    state = read(path, head)
-    if not state:
-        raise CheckpointError(f"checkpoint: {path} holds no tensors; save module.state_dict()")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    return state
 
 
-def _read_safetensors(path: Path, head: bytes) -> State:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_safetensors(path: Path, head: bytes,
+                      tensors: bool = True) -> tuple[State, dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            keys = file.keys() if tensors else []
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(
             f"checkpoint: {path} is no complete safetensors file: {_looks_like(head, error)}"
@@ -136,28 +154,37 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
                fits: Callable[[Mapping[str, Tensor]], str | None] = lambda state: None) -> None:
     """Load ``state`` strictly into ``module``, whose tensors may still be on the meta device.
 
-    The tensors are taken over, not copied. ``fits`` names the model that a state dict belongs to.
+    The tensors are taken over, not copied. ``num_batches_tracked``, which old files lack and which
+    nothing reads, starts at zero. ``fits`` names the model that a state dict belongs to.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen entries: how many, with two examples.
     """
-    difference = mismatch(module, state)
+    own = module.state_dict()
+    filled = {**state, **{
+        key: torch.zeros((), dtype=torch.long) for key in own
+        if key.endswith(".num_batches_tracked") and key not in state
+    }}
+    difference = mismatch(module, filled)
     if difference:
         other = fits(state)
         hint = f"it fits {other}" if other else "it fits no listed model with published options"
         raise CheckpointError(f"checkpoint: {source} is not {model}: {difference}; {hint}")
-    module.load_state_dict(state, strict=True, assign=True)
+    module.load_state_dict(filled, strict=True, assign=True)
 
 
 def save_checkpoint(module: nn.Module, path: str | Path) -> None:
     """Write the module's state dict as safetensors: the whole file or none.
+
+    A model of the zoo is written with its configuration, so that
+    ``create_model(checkpoint=path)`` makes it again.
 
     Raises:
         CheckpointError: the name does not end in ``.safetensors``, or the folder is not writable.
 
     Example:
         >>> save_checkpoint(model, "groupdnet.safetensors")
-        >>> model = create_model("groupdnet_deepfashion", "groupdnet.safetensors")
+        >>> model = create_model(checkpoint="groupdnet.safetensors")
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -168,11 +195,13 @@ def save_checkpoint(module: nn.Module, path: str | Path) -> None:
     state = {
         key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()
     }
+    configuration = getattr(module, "configuration", None)
+    metadata = None if configuration is None else configuration.to_metadata()
     partial = None
     try:
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        save_file(state, partial)
+        save_file(state, partial, metadata)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

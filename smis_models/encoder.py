@@ -1,4 +1,4 @@
-"""GroupDNet's encoder: every class to its own latent code, in one grouped network."""
+"""Encoders of strided convs; GroupDNet's gives every class a latent code of its own."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ class _Pairs(NamedTuple):
     classes: Tensor
 
 
-def _of_classes(parameter: Tensor, classes: Tensor | None, count: int) -> Tensor:
-    """The rows of ``classes`` (None: all) of a parameter whose rows belong to ``count`` classes."""
-    if classes is None:
-        return parameter
+def _of_classes(parameter: Tensor, classes: Tensor, count: int) -> Tensor:
+    """The rows of ``classes`` of a parameter whose rows belong to ``count`` classes."""
     return parameter.unflatten(0, (count, -1)).index_select(0, classes).flatten(0, 1)
 
 
-def _conv_weight(layer: nn.Conv2d, classes: Tensor | None, count: int) -> Tensor:
+def _conv_weight(layer: nn.Conv2d, classes: Tensor, count: int) -> Tensor:
     """The weight of ``classes``, spectral norm applied as the layer's hook does: over all of it."""
     hooks = layer._forward_pre_hooks.values()
     spectral = next((hook for hook in hooks if isinstance(hook, SpectralNorm)), None)
@@ -46,7 +44,47 @@ def _conv_weight(layer: nn.Conv2d, classes: Tensor | None, count: int) -> Tensor
     return _of_classes(original, classes, count) / sigma
 
 
-class GroupDNetEncoder(nn.Module):
+class StridedEncoder(nn.Module):
+    """Convs 3x3, stride 2, spectral and instance normalised, each followed by LeakyReLU(0.2).
+
+    Args:
+        channels: of the input.
+        width: of the first conv; it doubles up to eight times that.
+        depth: number of convs.
+        groups: of every conv.
+    """
+
+    def __init__(self, channels: int, width: int, depth: int, groups: int = 1) -> None:
+        super().__init__()
+        self.depth, self.groups = depth, groups
+        for i in range(depth):
+            out = width * min(2**i, 8)
+            layer = conv(channels, out, groups=groups, stride=2, bias=False, spectral=True,
+                         what=f"layer{i + 1}")
+            self.add_module(f"layer{i + 1}", nn.Sequential(layer, nn.InstanceNorm2d(out)))
+            channels = out
+        self.width = channels
+
+    def strided(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """The features of ``x``; where ``classes`` are given, its groups are theirs alone."""
+        if requested() == "reference":
+            for i in range(self.depth):
+                x = F.leaky_relu(self.get_submodule(f"layer{i + 1}")(x), 0.2)
+            return x
+        x = x.contiguous(memory_format=torch.channels_last)
+        for i in range(self.depth):
+            layer, norm = self.get_submodule(f"layer{i + 1}").children()
+            assert isinstance(layer, nn.Conv2d) and isinstance(norm, nn.InstanceNorm2d)
+            if classes is None:
+                x = layer(x)
+            else:
+                weight = _conv_weight(layer, classes, self.groups)
+                x = F.conv2d(x, weight, None, layer.stride, layer.padding, 1, len(classes))
+            x = norm_act(x, eps=norm.eps, activation="leaky_relu", negative_slope=0.2)
+        return x
+
+
+class GroupDNetEncoder(StridedEncoder):
     """Class-wise encoder: the crop of a class gives mean and log variance of its latent code.
 
     Five or six (from 256 pixels of the longer side up) convs 3x3, stride 2, grouped by class,
@@ -56,7 +94,8 @@ class GroupDNetEncoder(nn.Module):
     instance norms, so its code is the heads' bias, exactly. Only the present (image, class)
     pairs are computed, as the groups of one conv over a batch of one; which they are is read on
     the host. All classes are computed on the reference backend, under torch.compile, and where
-    ``x`` requires a gradient, for an absent class's planes have one.
+    ``x`` requires a gradient, for an absent class's planes have one. With another number of groups
+    than classes (``encoder_groups``) codes are of all classes, and all are computed.
 
     Args:
         preset: options; ``nef`` is the width of the first conv over all classes.
@@ -76,20 +115,14 @@ class GroupDNetEncoder(nn.Module):
     """
 
     def __init__(self, preset: GroupDNetPreset) -> None:
-        super().__init__()
+        groups = preset.encoder_groups or preset.classes
+        super().__init__(3 * preset.classes, preset.nef, groups=groups,
+                         depth=6 if max(preset.image_size) >= 256 else 5)
         self.classes = preset.classes
         self.image_size = preset.image_size
-        self.depth = 6 if max(preset.image_size) >= 256 else 5
-        width, groups = 3 * preset.classes, preset.classes
-        for i in range(self.depth):
-            out = preset.nef * min(2**i, 8)
-            layer = conv(width, out, groups=groups, stride=2, bias=False, spectral=True,
-                         what=f"layer{i + 1}")
-            self.add_module(f"layer{i + 1}", nn.Sequential(layer, nn.InstanceNorm2d(out)))
-            width = out
         latent = preset.latent_channels * preset.classes
-        self.fc_mu = conv(width, latent, groups=groups, what="fc_mu")
-        self.fc_var = conv(width, latent, groups=groups, what="fc_var")
+        self.fc_mu = conv(self.width, latent, groups=groups, what="fc_mu")
+        self.fc_var = conv(self.width, latent, groups=groups, what="fc_var")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != 3 * self.classes:
@@ -97,11 +130,7 @@ class GroupDNetEncoder(nn.Module):
                 f"x: expected (N, {3 * self.classes}, H, W), three channels per class; got "
                 f"{tuple(x.shape)}; encode(image, labels) makes the class crops"
             )
-        if requested() == "reference":
-            for i in range(self.depth):
-                x = F.leaky_relu(self.get_submodule(f"layer{i + 1}")(x), 0.2)
-            return self.fc_mu(x), self.fc_var(x)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        if self._all_computed() or (torch.is_grad_enabled() and x.requires_grad):
             return self._codes(x, None)
         # Unlike a sum, the extremes cannot cancel, and NaN passes.
         filled = (x.amax((2, 3)) != 0) | (x.amin((2, 3)) != 0)
@@ -117,13 +146,20 @@ class GroupDNetEncoder(nn.Module):
         Only the classes that are present are cropped.
         """
         masks = labels.is_floating_point() or labels.dtype == torch.bool
-        if requested() == "reference" or torch.compiler.is_compiling() or masks:
-            return self(class_crops(image, labels, self.classes, size=self.image_size))
+        if masks or self._all_computed():
+            codes: tuple[Tensor, Tensor] = self(
+                class_crops(image, labels, self.classes, size=self.image_size))
+            return codes
         pairs = self._present(class_boxes(image, labels, self.classes)[..., 1] > 0)
         if pairs is None:
             return self._codes(class_crops(image, labels, self.classes, size=self.image_size), None)
         crops = self._present_crops(image, labels.view(-1, *image.shape[2:]), pairs)
         return self._spread(self._codes(crops, pairs.classes), pairs, len(image))
+
+    def _all_computed(self) -> bool:
+        """Whether absent classes are computed like the others."""
+        return (self.groups != self.classes or requested() == "reference"
+                or torch.compiler.is_compiling())
 
     def _present(self, present: Tensor) -> _Pairs | None:
         """The pairs of a mask (N, classes); None where there is nothing to leave out, or all."""
@@ -151,11 +187,6 @@ class GroupDNetEncoder(nn.Module):
             crops.append(crop[:, : 3 * count])
         return torch.cat(crops, 1) if len(crops) > 1 else crops[0]
 
-    def _layer(self, i: int) -> tuple[nn.Conv2d, nn.InstanceNorm2d]:
-        layer, norm = self.get_submodule(f"layer{i + 1}").children()
-        assert isinstance(layer, nn.Conv2d) and isinstance(norm, nn.InstanceNorm2d)
-        return layer, norm
-
     def _heads(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Weight and bias of the two heads."""
         return tuple(
@@ -165,16 +196,13 @@ class GroupDNetEncoder(nn.Module):
 
     def _codes(self, x: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor]:
         """(mu, logvar) of planes (N, 3G, H, W); group g is of class ``classes[g]`` (None: of g)."""
-        groups, count = x.shape[1] // 3, self.classes
-        x = x.contiguous(memory_format=torch.channels_last)
-        for i in range(self.depth):
-            layer, norm = self._layer(i)
-            weight = _conv_weight(layer, classes, count)
-            x = F.conv2d(x, weight, None, layer.stride, layer.padding, 1, groups)
-            x = norm_act(x, eps=norm.eps, activation="leaky_relu", negative_slope=0.2)
+        x = self.strided(x, classes)
+        if classes is None:
+            return self.fc_mu(x), self.fc_var(x)
+        count = len(classes)
         mu, logvar = (
-            F.conv2d(x, _of_classes(weight, classes, count), _of_classes(bias, classes, count),
-                     padding=1, groups=groups)
+            F.conv2d(x, _of_classes(weight, classes, self.classes),
+                     _of_classes(bias, classes, self.classes), padding=1, groups=count)
             for weight, bias in self._heads()
         )
         return mu, logvar
@@ -192,7 +220,9 @@ class GroupDNetEncoder(nn.Module):
         return mu, logvar
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None,
+                   noise: Tensor | None = None) -> Tensor:
     """A sample of the latent code: ``z = mu + exp(logvar / 2) * noise``, noise from N(0, 1)."""
-    noise = torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
+    if noise is None:
+        noise = torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
     return mu + noise * torch.exp(0.5 * logvar)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from smis_kernels import CGNorm, LabelLayout
-from smis_kernels.modulation.choice import prepare_map
 
 from .blocks import NormFactory, SPADEResBlock, check_maps, conv, fast_format
+from .generator import WIDTHS, UpwardGenerator, resized
 from .presets import GroupDNetPreset
 
-BLOCKS = ("G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4")
-_CALLED = BLOCKS[:6]
+BLOCKS = (*WIDTHS, "up_4")
+_CALLED = len(WIDTHS)  # ADE20K's up_4 is in the published checkpoint alone
 
 
-class GroupDNetGenerator(nn.Module):
+class GroupDNetGenerator(UpwardGenerator):
     """Group-decreasing generator: a latent code per class and a label map to an image.
 
     ``fc`` (one group per class) -> ``head_0`` -> six CG-Blocks with nearest x2 upsampling between
-    them, in the preset's ever fewer groups -> LeakyReLU -> ``conv_img`` -> tanh.
+    them, in the preset's ever fewer groups -> LeakyReLU -> ``conv_img`` -> tanh. With other
+    schedules of groups it is the paper's MulNet, GroupNet, GroupEnc and GroupDec.
 
     Args:
-        preset: the data set's schedule of widths and groups.
+        preset: the schedule of widths and groups.
 
     Shapes: semantics (N, classes [+ edge], H, W), one-hot; z (N, 8·classes, h, w) with channels
         8c..8c+7 for class c -> image (N, 3, 64h, 64w) in [-1, 1] (32h, 32w: upsampling "normal").
@@ -38,22 +38,22 @@ class GroupDNetGenerator(nn.Module):
         >>> image = generator(semantics, generator.sample_latent(len(semantics)))
     """
 
+    preset: GroupDNetPreset
+
     def __init__(self, preset: GroupDNetPreset) -> None:
         super().__init__()
         self.preset = preset
-        classes, width = preset.classes, preset.head_channels
-        latent = preset.latent_channels * classes
-        self.fc = conv(latent, width, groups=classes, what="fc")
-        self.head_0 = self._block("head_0", width, width, classes)
-        names = BLOCKS[: len(preset.widths)]
-        for name, factor, groups in zip(names, preset.widths, preset.groups, strict=True):
-            out = factor * preset.ngf
-            self.add_module(name, self._block(name, width, out, groups))
-            width = out
-        self.conv_img = conv(preset.widths[len(_CALLED) - 1] * preset.ngf, 3)
-
-    def _block(self, name: str, channels: int, out_channels: int, groups: int) -> SPADEResBlock:
-        return SPADEResBlock(channels, out_channels, self._norm(groups), groups=groups, what=name)
+        groups = preset.start_groups or preset.classes
+        latent, channels = preset.latent_channels * preset.classes, preset.head_channels
+        self.fc = conv(latent, channels, groups=groups, what="fc")
+        blocks = zip(BLOCKS, (channels, *(factor * preset.ngf for factor in preset.widths)),
+                     (groups, *preset.groups), strict=False)
+        for name, out, count in blocks:
+            block = SPADEResBlock(channels, out, self._norm(count), groups=count, what=name)
+            self.add_module(name, block)
+            channels = out
+        parts = preset.classes if preset.fusion == "masks" else 1
+        self.conv_img = conv(preset.last_width // parts, 3)
 
     def _norm(self, groups: int) -> NormFactory:
         preset, sizes = self.preset, self.preset.norm_widths(groups)
@@ -80,22 +80,27 @@ class GroupDNetGenerator(nn.Module):
 
     def forward(self, semantics: Tensor | LabelLayout, z: Tensor) -> Tensor:
         preset = self.preset
-        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-                   + (" and the edge plane" if preset.instance_edge else ""))
+        segmap = self._segmap(semantics)
         check_maps("z", z, preset.latent_channels * preset.classes,
                    f"{preset.latent_channels} channels per class")
         if z.shape[0] != semantics.shape[0]:
             raise ValueError(
                 f"z: expected batch size {semantics.shape[0]} as semantics, got {z.shape[0]}"
             )
-        segmap = prepare_map(semantics, self.fc.weight)
         if preset.instance_edge:
             segmap = _interleave_edge(segmap)
-        x = self.head_0(fast_format(self.fc(z)), segmap)
-        for name in _CALLED:
-            upsample = name != "G_middle_1" or preset.upsampling == "more"
-            x = self.get_submodule(name)(x, segmap, upsample=upsample)
-        return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
+        x = fast_format(self.fc(z))
+        for name in BLOCKS[:_CALLED]:
+            x = self.get_submodule(name)(x, segmap, upsample=self._upsamples(name))
+        if preset.fusion == "masks":
+            x = self._fused(x, semantics)
+        return self._picture(x)
+
+    def _fused(self, x: Tensor, semantics: Tensor | LabelLayout) -> Tensor:
+        """(N, classes·K, H, W) -> (N, K, H, W): every class's features where the class is."""
+        classes = self.preset.classes
+        masks = resized(semantics, (x.shape[2], x.shape[3]), x)[:, :classes].to(x.dtype)
+        return fast_format(torch.einsum("nckhw,nchw->nkhw", x.unflatten(1, (classes, -1)), masks))
 
 
 def _interleave_edge(semantics: Tensor | LabelLayout) -> Tensor | LabelLayout:

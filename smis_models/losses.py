@@ -130,3 +130,67 @@ def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
     """
     mu, logvar = _wide(mu), _wide(logvar)
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum()
+
+
+def latent_regression_loss(mean: Tensor, z: Tensor) -> Tensor:
+    r"""L1 between a drawn code and the one that the encoder finds in its picture.
+
+    .. math:: \mathrm{mean} |\mu(G(m, z)) - z|
+
+    BicycleGAN weighs it with 0.5, and its gradient moves the generator alone, not the encoder.
+
+    Shapes: mean (the encoder's, of the picture painted from z) and z, equal -> a scalar, fp32 for
+    16-bit inputs.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Paper: Zhu et al., "Toward Multimodal Image-to-Image Translation", NeurIPS 2017.
+
+    Example:
+        >>> loss = 0.5 * latent_regression_loss(encoder(generator(semantics, z))[0], z)
+    """
+    if mean.shape != z.shape:
+        raise ValueError(f"z: expected the mean's shape {tuple(mean.shape)}, got {tuple(z.shape)}")
+    return F.l1_loss(_wide(mean), _wide(z.detach()))
+
+
+def diversity_loss(image_0: Tensor, image_1: Tensor, z_0: Tensor, z_1: Tensor, *,
+                   bound: float = 10.0) -> Tensor:
+    r"""Minus how far two pictures of one layout differ, relative to their codes, up to a bound.
+
+    .. math:: -\frac{1}{N} \sum_n \min\left(
+              \frac{\mathrm{mean} |x_{0,n} - x_{1,n}|}{\mathrm{mean} |z_{0,n} - z_{1,n}|},
+              \tau\right)
+
+    Added to the generator's loss it keeps codes from being ignored; weights published: 8 with
+    BicycleGAN's networks (DSCGAN), 10 with pix2pixHD's.
+
+    Args:
+        image_0, image_1: (N, 3, H, W), painted from the codes. The published code detaches one.
+        z_0, z_1: (N, ...), equal shapes.
+        bound: τ; 10 as published.
+
+    Returns:
+        A scalar; fp32 for 16-bit inputs. No gradient to the codes.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Paper: Yang et al., "Diversity-Sensitive Conditional Generative Adversarial Networks", ICLR
+    2019.
+
+    Example:
+        >>> images = [generator(semantics, z) for z in (z_0, z_1)]
+        >>> loss = 8 * diversity_loss(*images, z_0, z_1)
+    """
+    for name, x, like in (("image_1", image_1, image_0), ("z_1", z_1, z_0)):
+        if x.shape != like.shape:
+            raise ValueError(
+                f"{name}: expected the other's shape {tuple(like.shape)}, got {tuple(x.shape)}"
+            )
+    if len(z_0) != len(image_0):
+        raise ValueError(f"z_0: expected batch size {len(image_0)} as the images, got {len(z_0)}")
+    pictures = (_wide(image_0) - _wide(image_1)).abs().flatten(1).mean(1)
+    codes = (_wide(z_0) - _wide(z_1)).detach().abs().flatten(1).mean(1)
+    return -(pictures / (codes + 1e-5)).clamp(max=bound).mean()

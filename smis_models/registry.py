@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,117 +12,24 @@ from torch import Tensor, nn
 from smis_kernels import LabelLayout
 
 from .blocks import init_weights
-from .ccfpse import CCFPSEGenerator, FPSEDiscriminator
-from .checkpoint import CheckpointError, State, load_state, mismatch, read_checkpoint
-from .discriminator import MultiscaleDiscriminator
-from .encoder import GroupDNetEncoder
-from .groupdnet import GroupDNetGenerator
-from .labels import semantics
-from .pix2pixhd import FeatureEncoder, Pix2pixHDDiscriminator, pix2pixhd_generator
-from .presets import (
-    ADE20K,
-    CCFPSE_ADE20K,
-    CCFPSE_CITYSCAPES,
-    CCFPSE_COCO,
-    CITYSCAPES,
-    DEEPFASHION,
-    PIX2PIXHD_CITYSCAPES,
-    PIX2PIXHD_CITYSCAPES_1024,
-    PIX2PIXHD_CITYSCAPES_FEATURES,
-    SPADE_ADE20K,
-    SPADE_CITYSCAPES,
-    SPADE_COCO,
-    SPADE_COCO_VAE,
-    CCFPSEPreset,
-    GroupDNetPreset,
-    Pix2pixHDPreset,
-    Preset,
-    SPADEPreset,
-    with_options,
+from .checkpoint import (
+    CheckpointError,
+    load_state,
+    mismatch,
+    read_checkpoint,
+    read_metadata,
 )
-from .spade import SPADEEncoder, SPADEGenerator
+from .configuration import Configuration
+from .labels import semantics
+from .legacy import State
+from .presets import Preset, with_options
+from .zoo import MODELS, PARTS, ModelInfo, entry, list_models, network_parts, published
 
-PARTS = ("generator", "encoder", "discriminator")
+__all__ = ["ModelInfo", "SynthesisModel", "create_model", "list_models", "network_parts",
+           "stored_configuration"]
+
 _OFFICIAL_FILES = dict(zip(PARTS, ("latest_net_G.pth", "latest_net_E.pth", "latest_net_D.pth"),
                            strict=True))
-
-
-def _discriminator(preset: Preset) -> MultiscaleDiscriminator:
-    return MultiscaleDiscriminator(
-        preset.semantic_channels + 3, preset.ndf, layers=preset.discriminator_layers,
-        scales=preset.discriminator_scales,
-    )
-
-
-_FAMILIES: dict[type[Preset], dict[str, Callable[[Any], nn.Module]]] = {
-    GroupDNetPreset: {
-        "generator": GroupDNetGenerator, "encoder": GroupDNetEncoder,
-        "discriminator": _discriminator,
-    },
-    SPADEPreset: {
-        "generator": SPADEGenerator, "encoder": SPADEEncoder, "discriminator": _discriminator,
-    },
-    CCFPSEPreset: {
-        "generator": CCFPSEGenerator, "encoder": SPADEEncoder, "discriminator": FPSEDiscriminator,
-    },
-    Pix2pixHDPreset: {
-        "generator": pix2pixhd_generator, "encoder": FeatureEncoder,
-        "discriminator": Pix2pixHDDiscriminator,
-    },
-}
-
-
-def network_parts(preset: Preset) -> dict[str, Callable[[Any], nn.Module]]:
-    """What makes each network of a model of ``preset`` from the preset."""
-    return {
-        part: make for part, make in _FAMILIES[type(preset)].items()
-        if part != "encoder" or preset.has_encoder
-    }
-
-
-@dataclass(frozen=True)
-class _Entry:
-    description: str
-    preset: Preset
-
-
-_MODELS = {
-    "groupdnet_deepfashion": _Entry(
-        "GroupDNet for DeepFashion: 8 classes, 256x256", DEEPFASHION
-    ),
-    "groupdnet_cityscapes": _Entry(
-        "GroupDNet for Cityscapes: 35 classes and instance edges, 256x512", CITYSCAPES
-    ),
-    "groupdnet_ade20k": _Entry("GroupDNet for ADE20K: 151 classes, 256x256", ADE20K),
-    "spade_coco": _Entry("SPADE for COCO-Stuff: 183 classes and instance edges, 256x256",
-                         SPADE_COCO),
-    "spade_ade20k": _Entry("SPADE for ADE20K: 151 classes, 256x256", SPADE_ADE20K),
-    "spade_cityscapes": _Entry(
-        "SPADE for Cityscapes: 35 classes and instance edges, 256x512", SPADE_CITYSCAPES
-    ),
-    "spade_coco_vae": _Entry(
-        "SPADE for COCO-Stuff with a latent code and its image encoder, 256x256", SPADE_COCO_VAE
-    ),
-    "ccfpse_coco": _Entry(
-        "CC-FPSE for COCO-Stuff: 183 classes and instance edges, 256x256", CCFPSE_COCO
-    ),
-    "ccfpse_ade20k": _Entry("CC-FPSE for ADE20K: 151 classes, 256x256", CCFPSE_ADE20K),
-    "ccfpse_cityscapes": _Entry(
-        "CC-FPSE for Cityscapes: 35 classes and instance edges, 256x512", CCFPSE_CITYSCAPES
-    ),
-    "pix2pixhd_cityscapes": _Entry(
-        "pix2pixHD for Cityscapes, global generator: 35 classes and instance edges, 512x1024",
-        PIX2PIXHD_CITYSCAPES,
-    ),
-    "pix2pixhd_cityscapes_features": _Entry(
-        "pix2pixHD for Cityscapes, global generator with instance features, 512x1024",
-        PIX2PIXHD_CITYSCAPES_FEATURES,
-    ),
-    "pix2pixhd_cityscapes_1024": _Entry(
-        "pix2pixHD for Cityscapes, local enhancer around the global generator, 1024x2048",
-        PIX2PIXHD_CITYSCAPES_1024,
-    ),
-}
 
 
 class SynthesisModel(nn.Module):
@@ -154,6 +59,11 @@ class SynthesisModel(nn.Module):
             )
         return super().__getattr__(name)
 
+    @property
+    def configuration(self) -> Configuration:
+        """The name and the options, which :func:`save_checkpoint` writes with the weights."""
+        return Configuration(self.name, self.preset)
+
     def semantics(self, labels: Tensor, instances: Tensor | None = None,
                   source: str | Path | None = None) -> Tensor:
         """One-hot (and edge) planes of a label map, on the generator's device in its dtype."""
@@ -168,50 +78,11 @@ class SynthesisModel(nn.Module):
         return self.generator(semantics, z)
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """One row of :func:`list_models`: name, description, parameters of each part."""
-
-    name: str
-    description: str
-    parameters: dict[str, int]
-
-
-def _entry(name: str) -> _Entry:
-    if name not in _MODELS:
-        raise ValueError(f"name: expected one of {', '.join(_MODELS)}; got {name!r}")
-    return _MODELS[name]
-
-
-@cache
-def _published(name: str, part: str) -> nn.Module:
-    """A part with published options and no memory behind it."""
-    entry = _entry(name)
-    with torch.device("meta"):
-        return network_parts(entry.preset)[part](entry.preset)
-
-
-def list_models() -> list[ModelInfo]:
-    """The models that :func:`create_model` knows, with their published sizes.
-
-    Example:
-        >>> [info.name for info in list_models()]
-        ['groupdnet_deepfashion', 'groupdnet_cityscapes', 'groupdnet_ade20k', 'spade_coco', ...]
-    """
-    return [
-        ModelInfo(name, entry.description, {
-            part: sum(p.numel() for p in _published(name, part).parameters())
-            for part in network_parts(entry.preset)
-        })
-        for name, entry in _MODELS.items()
-    ]
-
-
 def _fitting_model(state: Mapping[str, Tensor]) -> str | None:
     """``"<name>, part <part>"`` of the listed model that ``state`` belongs to."""
-    for name, entry in _MODELS.items():
-        for part in network_parts(entry.preset):
-            if not mismatch(_published(name, part), state):
+    for name, model in MODELS.items():
+        for part in network_parts(model.preset):
+            if not mismatch(published(name, part), state):
                 return f"{name}, part {part}"
     return None
 
@@ -243,16 +114,50 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
     return {part: state}
 
 
-def create_model(name: str, checkpoint: str | Path | None = None, *, part: str | None = None,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 seed: int = 0, init_gain: float = 0.02, **options: Any) -> Any:
+def stored_configuration(checkpoint: str | Path) -> Configuration | None:
+    """The configuration inside a checkpoint; None for a file without one, or a folder.
+
+    Example:
+        >>> stored_configuration("model.safetensors").preset.image_size
+        (256, 256)
+    """
+    path = Path(checkpoint)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    return Configuration.from_metadata(read_metadata(path), path)
+
+
+def _configured(name: str | None, checkpoint: str | Path | None,
+                options: Mapping[str, Any]) -> tuple[str, Preset]:
+    """The model's name and preset: published or, where a checkpoint holds its own, that."""
+    stored = None if checkpoint is None else stored_configuration(checkpoint)
+    if name is None:
+        if stored is None:
+            raise ValueError(
+                "name: expected one of " + ", ".join(MODELS) + ", or a checkpoint that holds its "
+                f"configuration (smis convert writes such); got None with {checkpoint}"
+            )
+        name = stored.model
+    preset = entry(name).preset
+    if stored is not None:
+        if stored.model != name:
+            raise CheckpointError(f"checkpoint: {checkpoint} is {stored.model}, not {name}")
+        preset = stored.preset
+    return name, with_options(preset, options, name)
+
+
+def create_model(name: str | None = None, checkpoint: str | Path | None = None, *,
+                 part: str | None = None, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32, seed: int = 0, init_gain: float = 0.02,
+                 **options: Any) -> Any:
     """A model of the zoo by name, with published options, random or loaded.
 
     Args:
-        name: one of :func:`list_models`.
+        name: one of :func:`list_models`; None for what the checkpoint says that it is.
         checkpoint: None for random weights; an official ``.pth`` file of one part, a
             ``.safetensors`` file of one or all parts, or a folder with ``latest_net_G.pth`` (and
-            ``_E``, ``_D``). Loaded strictly; parts it lacks are not built.
+            ``_E``, ``_D``). Loaded strictly; parts it lacks are not built. Options stored in the
+            file take the place of the published ones.
         part: "generator", "encoder" or "discriminator" for that network alone.
         device, dtype: of the parameters; "meta" for shapes alone.
         seed, init_gain: of the random weights (xavier normal, published gain 0.02).
@@ -269,9 +174,9 @@ def create_model(name: str, checkpoint: str | Path | None = None, *, part: str |
     Example:
         >>> model = create_model("groupdnet_deepfashion", ngf=16, nef=32).eval()
         >>> generator = create_model("groupdnet_ade20k", "latest_net_G.pth", part="generator")
+        >>> mine = create_model(checkpoint="trained.safetensors")
     """
-    entry = _entry(name)
-    preset = with_options(entry.preset, options, name)
+    name, preset = _configured(name, checkpoint, options)
     makers = network_parts(preset)
     if part is not None and part not in makers:
         raise ValueError(f"part: expected one of {', '.join(makers)}; got {part!r}")

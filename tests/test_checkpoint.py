@@ -164,7 +164,7 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_checkpoint(model, path)
     before = path.read_bytes()
 
-    def fails(state: Any, name: str) -> None:
+    def fails(state: Any, name: str, metadata: Any) -> None:
         Path(name).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

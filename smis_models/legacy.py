@@ -1,0 +1,49 @@
+"""State dicts as older and newer PyTorch wrote them, under the keys that the networks have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+_PARAMETRIZED = {".parametrizations.weight.original": ".weight_orig",
+                 ".parametrizations.weight.0._u": ".weight_u",
+                 ".parametrizations.weight.0._v": ".weight_v"}
+
+
+def networks_keys(state: State) -> State:
+    """``state`` without wrappers' prefixes and with spectral norm's ``_orig``, ``_u`` and ``_v``.
+
+    Up to PyTorch 1.0 spectral norm kept ``weight`` (the normalised one) and no ``weight_v``: v is
+    found again such that uᵀWv is the norm that they were divided by. The keys of
+    ``torch.nn.utils.parametrizations.spectral_norm`` are renamed.
+    """
+    for wrapper in _WRAPPERS:
+        if state and all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
+    state = {_renamed(key): tensor for key, tensor in state.items()}
+    for key in [key for key in state if key.endswith(".weight_orig")]:
+        stem = key.removesuffix("_orig")
+        normalized = state.pop(stem, None)
+        if stem + "_v" not in state and stem + "_u" in state:
+            state[stem + "_v"] = _right_vector(state[key], state[stem + "_u"], normalized)
+    return state
+
+
+def _renamed(key: str) -> str:
+    for ending, name in _PARAMETRIZED.items():
+        if key.endswith(ending):
+            return key.removesuffix(ending) + name
+    return key
+
+
+def _right_vector(weight: Tensor, u: Tensor, normalized: Tensor | None) -> Tensor:
+    """v = Wᵀu, scaled such that uᵀWv is the norm, or to length 1 where that is not known."""
+    matrix = weight.detach().flatten(1).double()
+    v = torch.mv(matrix.T, u.detach().double())
+    length = v.norm()
+    if normalized is None:
+        return (v / length).to(weight.dtype)
+    sigma = matrix.norm() / normalized.detach().double().norm()
+    return (v * (sigma / length.square())).to(weight.dtype)
