@@ -17,6 +17,7 @@ from . import labels as label_maps
 def frozen_copy(network: nn.Module) -> nn.Module:
     """The network in eval mode with spectral normalisation folded into the weights.
 
+    Folded weights are new tensors, stored channels-last: torch's convs then copy none of them.
     Parameters that nothing folds are shared with the original, not copied.
 
     Example:
@@ -25,11 +26,14 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
     frozen = copy.deepcopy(network, shared).eval()
     for module in frozen.modules():
-        if hasattr(module, "weight_orig"):
+        if folded := hasattr(module, "weight_orig"):
             nn.utils.remove_spectral_norm(module)
         for name, parameter in list(module.named_parameters(recurse=False)):
             # Wrapped anew, so that the original goes on asking for gradients.
-            setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+            value = parameter.detach()
+            if folded and value.dim() == 4:
+                value = value.contiguous(memory_format=torch.channels_last)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
     return frozen
 
 

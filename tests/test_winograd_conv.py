@@ -53,10 +53,12 @@ def test_forward(shape, out, groups, layout):
         assert_as_accurate(found, expected, truth)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize(("shape", "out", "groups"), CASES[1:4] + CASES[5:])
-def test_float64_equals_the_direct_conv(shape, out, groups, padding):
+def test_float64_equals_the_direct_conv(shape, out, groups, padding, layout):
     x, w, b, _ = _tensors(shape, out, groups, torch.float64)
+    w = with_layout(w, layout)
     with poisoned_empty():
         found = winograd_conv2d(x, w, b, padding=padding, groups=groups, backend="cpu")
     torch.testing.assert_close(

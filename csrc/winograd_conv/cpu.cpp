@@ -32,12 +32,15 @@ Tensor scratch_like(const Tensor& like, int64_t count) {
 
 Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                      std::optional<Tensor> residual, int64_t groups, int64_t padding) {
-  const Tensor x = as_rows(input), w = torch::stable::contiguous(weight);
+  const bool last = weight.size(1) > 1 && weight.stride(1) == 1 && weight.stride(3) == weight.size(1) &&
+                    weight.stride(2) == 3 * weight.size(1) && weight.stride(0) == 9 * weight.size(1);
+  const Tensor x = as_rows(input), w = last ? weight : torch::stable::contiguous(weight);
   const Tensor b = bias.has_value() ? torch::stable::contiguous(*bias) : w;
   WinogradArgs a;
   a.wide = x.scalar_type() == ScalarType::Double;
   a.N = x.size(0), a.H = x.size(2), a.W = x.size(3), a.padding = padding;
   a.groups = groups, a.K = w.size(1), a.M = w.size(0) / groups;
+  if (last) a.k_step = 1, a.tap_step = a.K;
   Tensor y = empty_nchw(a.N, groups * a.M, a.height(), a.width(), true, x);
   if (y.numel() == 0) return y;
   Tensor r = y;
@@ -49,12 +52,12 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Te
   a.residual = residual.has_value() ? r.const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
   a.tiles = tiles_of_block(a);
-  int64_t transformed = 0, scratch = 0, vectors = 0;
-  winograd_plan_best()(a, &transformed, &scratch, &vectors);
+  int64_t transformed = 0, scratch = 0, panels = 0;
+  winograd_plan_best()(a, &transformed, &scratch, &panels);
   Tensor u = scratch_like(x, groups * transformed);
   a.u = u.mutable_data_ptr();
   const auto weights = winograd_weight_kernel_best();
-  parallel(groups * vectors, 1, [&](int64_t begin, int64_t end) { weights(a, begin, end); });
+  parallel(groups * panels, 1, [&](int64_t begin, int64_t end) { weights(a, begin, end); });
   const auto conv = winograd_conv_kernel_best();
   parallel(groups * a.blocks(), 1, [&](int64_t begin, int64_t end) {
     Tensor each = scratch_like(x, scratch);

@@ -12,6 +12,7 @@ namespace smis::SMIS_ISA {
 namespace {
 
 constexpr int64_t kPanelVectors = 3, kFrequencies = 16;
+constexpr int64_t kSome = 32;    // kernels of an output that are transposed at a time
 constexpr int64_t kChunk = 160;  // channels at a time: a panel's chunk stays in the first cache
 
 template <class A> struct Shape {
@@ -27,6 +28,7 @@ template <class A> struct Shape {
     m_row = columns + L;
     m_plane = a.tiles * m_row + L;
   }
+  int64_t panels() const { return (vectors + kPanelVectors - 1) / kPanelVectors; }
   int64_t transformed() const { return columns * kFrequencies * u_depth; }  // weights of a group
   int64_t panel_offset(int64_t vector) const { return vector * L * kFrequencies * u_depth; }
 };
@@ -47,34 +49,48 @@ template <class A> Vec<A> get_some(const A* p, int64_t count) {
   return get(values);
 }
 
-template <class A> void weights(const WinogradArgs& a, int64_t begin, int64_t end) {
-  constexpr int64_t L = Lanes<A>::n, kSome = 16;  // kernels of an output at a time
-  const Shape<A> s(a);
-  alignas(kVectorBytes) A taps[kSome * 9 * L] = {};
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t group = item / s.vectors, vector = item % s.vectors;
-    const int64_t first = vector / kPanelVectors * kPanelVectors;
-    const int64_t width = std::min(kPanelVectors, s.vectors - first) * L;
-    const int64_t lanes = std::min(L, a.M - vector * L);
-    const A* w = static_cast<const A*>(a.weight) + (group * a.M + vector * L) * a.K * 9;
-    A* u = static_cast<A*>(a.u) + group * s.transformed() + s.panel_offset(first) +
-           (vector - first) * L;
-    std::fill(taps, taps + kSome * 9 * L, A(0));
-    for (int64_t k = 0; k < a.K; k += kSome) {
-      const int64_t some = std::min(kSome, a.K - k);
-      for (int64_t l = 0; l < lanes; ++l) {
-        const A* from = w + (l * a.K + k) * 9;
-        for (int64_t i = 0; i < some * 9; ++i) taps[i * L + l] = from[i];
-      }
-      for (int64_t j = 0; j < some; ++j) {
+// One panel of one group: `some` kernels of every output at a time are transposed to lanes.
+template <class A, int vecs>
+void panel_weights(const WinogradArgs& a, const Shape<A>& s, int64_t group, int64_t first, A* taps) {
+  constexpr int64_t L = Lanes<A>::n;
+  const int64_t count = std::min(vecs * L, a.M - first * L);
+  const A* w = static_cast<const A*>(a.weight) + (group * a.M + first * L) * a.K * 9;
+  A* u = static_cast<A*>(a.u) + group * s.transformed() + s.panel_offset(first);
+  std::fill(taps, taps + kSome * 9 * vecs * L, A(0));
+  for (int64_t k = 0; k < a.K; k += kSome) {
+    const int64_t some = std::min(kSome, a.K - k);
+    for (int64_t l = 0; l < count; ++l) {
+      const A* from = w + l * a.K * 9 + k * a.k_step;
+      A* to = taps + l;
+      if (a.tap_step == 1)
+        for (int64_t i = 0; i < some * 9; ++i) to[i * vecs * L] = from[i];
+      else
+        for (int64_t i = 0; i < 9; ++i)
+          for (int64_t j = 0; j < some; ++j) to[(j * 9 + i) * vecs * L] = from[i * a.tap_step + j];
+    }
+    for (int64_t j = 0; j < some; ++j)
+      for (int v = 0; v < vecs; ++v) {
         Vec<A> g[9], out[16];
 #pragma GCC unroll 9
-        for (int i = 0; i < 9; ++i) g[i] = get(taps + (j * 9 + i) * L);
+        for (int i = 0; i < 9; ++i) g[i] = get(taps + (j * 9 + i) * vecs * L + v * L);
         Winograd<Vec<A>>::weight(g, out);
 #pragma GCC unroll 16
-        for (int64_t f = 0; f < kFrequencies; ++f) put(u + (f * s.u_depth + k + j) * width, out[f]);
+        for (int64_t f = 0; f < kFrequencies; ++f)
+          put(u + ((f * s.u_depth + k + j) * vecs + v) * L, out[f]);
       }
-    }
+  }
+}
+
+template <class A> void weights(const WinogradArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t L = Lanes<A>::n;
+  const Shape<A> s(a);
+  alignas(kVectorBytes) A taps[kSome * 9 * kPanelVectors * L];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t group = item / s.panels(), first = item % s.panels() * kPanelVectors;
+    const int64_t vecs = std::min(kPanelVectors, s.vectors - first);
+    if (vecs == 3) panel_weights<A, 3>(a, s, group, first, taps);
+    else if (vecs == 2) panel_weights<A, 2>(a, s, group, first, taps);
+    else panel_weights<A, 1>(a, s, group, first, taps);
   }
 }
 
@@ -192,19 +208,19 @@ template <class A> void conv(const WinogradArgs& a, int64_t begin, int64_t end, 
 }
 
 template <class A>
-void plan(const WinogradArgs& a, int64_t* transformed, int64_t* scratch, int64_t* vectors) {
+void plan(const WinogradArgs& a, int64_t* transformed, int64_t* scratch, int64_t* panels) {
   const Shape<A> s(a);
   *transformed = s.transformed();
   *scratch = s.depth + kFrequencies * (s.v_plane + s.m_plane);
-  *vectors = s.vectors;
+  *panels = s.panels();
 }
 
 }  // namespace
 
 void winograd_plan(const WinogradArgs& a, int64_t* transformed, int64_t* scratch,
-                   int64_t* vectors) {
-  a.wide ? plan<double>(a, transformed, scratch, vectors)
-         : plan<float>(a, transformed, scratch, vectors);
+                   int64_t* panels) {
+  a.wide ? plan<double>(a, transformed, scratch, panels)
+         : plan<float>(a, transformed, scratch, panels);
 }
 void winograd_weight_kernel(const WinogradArgs& a, int64_t begin, int64_t end) {
   a.wide ? weights<double>(a, begin, end) : weights<float>(a, begin, end);

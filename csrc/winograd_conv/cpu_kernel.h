@@ -13,6 +13,7 @@ struct WinogradArgs {
   int64_t N = 0, H = 0, W = 0, padding = 0;
   int64_t groups = 1, K = 0, M = 0;        // channels and outputs of one group
   int64_t batch_step = 0, pixel_step = 0;  // of x, in elements
+  int64_t k_step = 9, tap_step = 1;        // of the weight: (9, 1), or (1, K) if channels-last
   int64_t tiles = 0;                       // of a block
   const void* x = nullptr;
   const void* weight = nullptr;            // (groups * M, K, 3, 3)
@@ -31,9 +32,9 @@ struct WinogradArgs {
 
 }  // namespace smis
 
-// Elements of u for one group, and of scratch for one thread; `vectors` of a group's outputs.
-SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, int64_t* transformed, int64_t* scratch, int64_t* vectors)
-// Items: (group, vector of outputs).
+// Elements of u for one group, and of scratch for one thread; `panels` of a group.
+SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, int64_t* transformed, int64_t* scratch, int64_t* panels)
+// Items: (group, panel).
 SMIS_DECLARE_KERNEL(winograd_weight_kernel, const WinogradArgs&, int64_t begin, int64_t end)
 // Items: (group, block of tiles), groups outermost.
 SMIS_DECLARE_KERNEL(winograd_conv_kernel, const WinogradArgs&, int64_t begin, int64_t end, void* scratch)

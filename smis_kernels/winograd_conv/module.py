@@ -13,8 +13,8 @@ from .op import KINDS, WIDE, winograd_conv2d
 
 # On two cores with AVX-512 (benchmarks/NOTES.md): multiply-adds per nanosecond, and nanoseconds for
 # each 3x3 kernel that is reordered or transformed. Only their ratios matter.
-DIRECT_RATE, DIRECT_KERNEL = 195.0, 6.0
-WINOGRAD_RATE, WINOGRAD_KERNEL = 140.0, 14.0
+DIRECT_RATE, DIRECT_KERNEL = 195.0, 4.0
+WINOGRAD_RATE, WINOGRAD_KERNEL = 145.0, 14.0
 LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles stay half empty
 
 

@@ -21,7 +21,7 @@ from smis_kernels.layout import TableCache
 from .. import labels as label_maps
 from ..registry import create_model
 from ..synthesizer import Synthesizer, frozen_copy
-from .case import Case, Inputs, Provider, Setting, channels_last, unchanged
+from .case import Case, Inputs, Provider, Remaining, Setting, channels_last, contiguous, unchanged
 from .modulation import conv_macs
 
 LAYER_SIZE, LAYER_CHANNELS, COCO_CLASSES = 256, 128, 183
@@ -51,7 +51,8 @@ def _providers(prepare: Callable[[Inputs], Inputs], run: Callable[..., Any] = _f
                reference: Callable[..., Any] = _reference) -> tuple[Provider, ...]:
     """The dense definition eager, channels-last and compiled; ours after ``prepare``."""
     return (
-        Provider("reference", reference), Provider("channels_last", reference, channels_last),
+        Provider("reference", reference, contiguous),
+        Provider("channels_last", reference, channels_last),
         Provider("compiled", reference, channels_last, compile=True),
         Provider("fused", run, prepare),
     )
@@ -282,19 +283,20 @@ def _noise_case() -> Case:
     )
 
 
-def network_bound(inputs: Inputs) -> tuple[int, int]:
-    """Multiply-adds that remain when modulation is free, and bytes of the passes over features.
+def network_bound(inputs: Inputs) -> Remaining:
+    """What remains when modulation is free: multiply-adds of direct convs, passes over features.
 
     The main convs are those called as modules; each reads a norm's output, and the norm read as
     much: two passes for every conv input.
     """
     module, *arguments = inputs
-    macs = moved = 0
+    macs = moved = largest = 0
 
     def hook(conv: nn.Conv2d, given: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal macs, moved
+        nonlocal macs, moved, largest
         macs += out[0, 0].numel() * out.shape[0] * conv.weight.numel()
-        moved += 2 * given[0].numel() * given[0].element_size()
+        size = given[0].numel() * given[0].element_size()
+        moved, largest = moved + 2 * size, max(largest, size)
 
     hooks = [m.register_forward_hook(hook) for m in module.modules()
              if isinstance(m, nn.Conv2d)]
@@ -304,7 +306,7 @@ def network_bound(inputs: Inputs) -> tuple[int, int]:
     finally:
         for handle in hooks:
             handle.remove()
-    return macs, moved
+    return Remaining(macs, moved, largest)
 
 
 CASES = [

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,6 +116,11 @@ def channels_last(inputs: Inputs) -> Inputs:
     return convert(inputs, memory_format=torch.channels_last)
 
 
+def contiguous(inputs: Inputs) -> Inputs:
+    """The inputs, weights of modules included, as published code holds them."""
+    return convert(inputs, memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute a case: ``run(*prepare(inputs))``, compiled first where asked."""
@@ -164,6 +169,16 @@ def read_and_written(inputs: Inputs, outputs: Any) -> int:
     return nbytes(inputs, outputs)
 
 
+class Remaining(NamedTuple):
+    """What no implementation can leave out: the bound is its time at the rates of the run."""
+
+    macs: int
+    bytes: int
+    """Read and written by passes over the features."""
+    largest: int
+    """Bytes of the largest features: the copy whose bandwidth counts is of that size."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One measured computation.
@@ -187,7 +202,7 @@ class Case:
         confirm: repeat peak memory as the resident size of fresh processes.
         every_map: ours runs on every map of the setting, the baselines on the first.
         scenes: the data set whose maps are used where the folder holds several.
-        bound: multiply-adds and bytes that remain at the least, from the inputs.
+        bound: the work that remains at the least, from the inputs.
         single_precision_truth: judge by the reference in its own dtype (fp64 would not fit).
     """
 
@@ -207,7 +222,7 @@ class Case:
     confirm: bool = False
     every_map: bool = False
     scenes: str = "coco"
-    bound: Callable[[Inputs], tuple[int, int]] | None = None
+    bound: Callable[[Inputs], Remaining] | None = None
     single_precision_truth: bool = False
 
     def __post_init__(self) -> None:

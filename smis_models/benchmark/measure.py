@@ -193,8 +193,13 @@ def measure(case: Case, setting: Setting,
     largest = max(tensors(outputs), key=nbytes)
     progress("timing")
     others = _other_maps(case, setting, ready, progress) if case.every_map else {}
-    copy_call, multiply = timing.copy_call(largest), timing.conv_call(setting.device, setting.dtype)
-    times = _times(case, setting, ready, moved, {**others, "copy": copy_call, "conv": multiply})
+    yardsticks = {"copy": timing.copy_call(largest),
+                  "conv": timing.conv_call(setting.device, setting.dtype)}
+    remaining = None if case.bound is None else case.bound(inputs)
+    if remaining is not None:
+        features = torch.empty(remaining.largest, dtype=torch.uint8, device=setting.device)
+        yardsticks["features"] = timing.copy_call(features)
+    times = _times(case, setting, ready, moved, {**others, **yardsticks})
     copied = 2 * nbytes(largest) / median(times["copy"])
     maps = {"map 0": median(times["fused"]),
             **{name: median(times[name]) for name in others}} if others else {}
@@ -202,10 +207,10 @@ def measure(case: Case, setting: Setting,
         rounds = zip(*(times[name] for name in ("fused", *others)), strict=True)
         times["fused"] = [geometric_mean(each) for each in rounds]
     bound = None
-    if case.bound is not None:
-        remaining, traffic = case.bound(inputs)
+    if remaining is not None:
         rate = timing.CONV_MACS / median(times["conv"])
-        bound = remaining / rate + traffic / copied
+        streamed = 2 * remaining.largest / median(times["features"])
+        bound = remaining.macs / rate + remaining.bytes / streamed
     progress("memory")
     shape = tuple(next(t for t in tensors(inputs)).shape)
     return [
