@@ -87,6 +87,5 @@ class FileScenes(SceneDataset):
             "name": record.name,
         }
         if record.instances is not None:
-            ids = plan.indices(maps[record.instances])
-            sample["instances"] = torch.from_numpy(np.ascontiguousarray(ids))
+            sample["instances"] = torch.from_numpy(plan.indices(maps[record.instances]).copy())
         return sample

@@ -1,0 +1,439 @@
+"""Data sets: published layouts and preprocessing, label rules, batches, and what doctor finds."""
+
+import re
+import struct
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+from smis_models import cli, create_model, images
+from smis_models.data import (
+    Collate,
+    Draw,
+    FileScenes,
+    GeneratedScenes,
+    Preprocess,
+    build_dataset,
+    detect_layout,
+    list_scenes,
+    write_scenes,
+)
+from smis_models.data.preprocess import MODES
+from smis_models.images import ImageError
+from smis_models.labels import layout
+from smis_models.presets import (
+    ADE20K,
+    CITYSCAPES,
+    DEEPFASHION,
+    PIX2PIXHD_CITYSCAPES_FEATURES,
+    SPADE_CITYSCAPES,
+    SPADE_COCO,
+)
+
+SIZE = (64, 64)
+SMALL = replace(DEEPFASHION, image_size=SIZE, upsampling="normal")
+# Of each data set: layout, preset, and the files of a scene by split: picture, labels, instances.
+CITY = "leftImg8bit/{0}/bonn/bonn_000000_00000{1}_leftImg8bit.png", (
+    "gtFine/{0}/bonn/bonn_000000_00000{1}_gtFine_labelIds.png"), (
+    "gtFine/{0}/bonn/bonn_000000_00000{1}_gtFine_instanceIds.png")
+FLAT = ("{0}_img/bonn_000000_00000{1}_leftImg8bit.png",
+        "{0}_label/bonn_000000_00000{1}_gtFine_labelIds.png",
+        "{0}_inst/bonn_000000_00000{1}_gtFine_instanceIds.png")
+LAYOUTS = {
+    "cityscapes": ("cityscapes", CITYSCAPES, ("train", "val"), CITY),
+    "cityscapes, flat": ("cityscapes", CITYSCAPES, ("train", "test"), FLAT),
+    "coco_stuff": ("coco_stuff", SPADE_COCO, ("train", "val"), (
+        "{0}_img/00000{1}.jpg", "{0}_label/00000{1}.png", "{0}_inst/00000{1}.png")),
+    "ade20k": ("ade20k", ADE20K, ("training", "validation"), (
+        "images/{0}/ADE_{2}_0000000{1}.jpg", "annotations/{0}/ADE_{2}_0000000{1}.png", None)),
+    "deepfashion": ("deepfashion", DEEPFASHION, ("train", "test"), (
+        "{0}/id_{1}.jpg", "cihp_{0}_mask/id_{1}.png", None)),
+    "folder": ("folder", SPADE_CITYSCAPES, ("train", "val"), (
+        "{0}/images/{1}.png", "{0}/labels/{1}.png", "{0}/instances/{1}.png")),
+}
+
+
+def _write_scene(root, files, labels, ids, *names):
+    """A picture of flat grey whose value is 5 x label, its label map and its instance map."""
+    picture, label_file, id_file = files
+    (root / picture.format(*names)).parent.mkdir(parents=True, exist_ok=True)
+    grey = np.repeat((labels * 5 % 256).astype(np.uint8)[..., None], 3, -1)
+    Image.fromarray(grey).save(root / picture.format(*names))
+    images.write_indices(root / label_file.format(*names), labels)
+    if id_file:
+        images.write_indices(root / id_file.format(*names), ids)
+
+
+def _write_set(root, which, count=2, top=None, size=(96, 192)):
+    layout_name, preset, splits, files = LAYOUTS[which]
+    r = np.random.default_rng(7)
+    made = {}
+    for split, mark in zip(splits, ("train", "val"), strict=True):
+        for i in range(count):
+            coarse = r.integers(0, top or preset.classes - 1, (size[0] // 16, size[1] // 16))
+            labels = np.kron(coarse, np.ones((16, 16), np.int64))
+            ids = np.where(labels > 2, labels * 1000 + 7, labels)
+            _write_scene(root, files, labels, np.minimum(ids, 65535), split, i, mark)
+            made[mark, i] = labels, np.minimum(ids, 65535)
+    return layout_name, preset, made
+
+
+@pytest.mark.parametrize("which", LAYOUTS)
+def test_published_layouts(tmp_path, which):
+    name, preset, made = _write_set(tmp_path, which)
+    assert detect_layout(tmp_path) == name or "flat" in which
+    for split in ("train", "val"):
+        dataset = build_dataset(name, tmp_path, preset, split, augment=False)
+        assert len(dataset) == 2
+        for i in range(2):
+            sample = dataset[i]
+            labels, ids = made[split, i]
+            size = preset.image_size
+            assert sample["image"].shape == (3, *size)
+            assert sample["image"].dtype == torch.float32
+            assert sample["labels"].dtype == torch.uint8
+
+            def resized(indices, size=size):
+                image = Image.fromarray(indices.astype(np.int32))
+                return np.asarray(image.resize(size[::-1], Image.Resampling.NEAREST))
+
+            np.testing.assert_array_equal(sample["labels"], resized(labels))
+            if preset.instance_edge:
+                np.testing.assert_array_equal(sample["instances"], resized(ids))
+            else:
+                assert "instances" not in sample
+    assert dataset[0]["name"] != dataset[1]["name"]
+
+
+def test_cityscapes_names_pair_by_scene(tmp_path):
+    _write_set(tmp_path, "cityscapes")
+    names = [record.name for record in list_scenes("cityscapes", tmp_path).records]
+    assert names == ["bonn/bonn_000000_000000", "bonn/bonn_000000_000001"]
+
+
+def test_the_published_test_split_is_val(tmp_path):
+    _write_set(tmp_path, "coco_stuff")
+    test, val = (list_scenes("coco_stuff", tmp_path, split).records for split in ("test", "val"))
+    assert test == val
+
+
+@pytest.mark.parametrize(
+    ("which", "stored", "expected"),
+    [
+        ("coco_stuff", [0, 181, 255], [0, 181, 182]),
+        ("ade20k", [0, 1, 150, 255], [0, 1, 150, 150]),  # not shifted, as the published code
+        ("deepfashion", [0, 7], [0, 7]),
+        ("cityscapes", [0, 33, 34], [0, 33, 34]),
+    ],
+)
+def test_label_rules(tmp_path, which, stored, expected):
+    name, preset, _, files = LAYOUTS[which]
+    labels = np.array([stored])
+    _write_scene(tmp_path, files, labels, labels, LAYOUTS[which][2][0], 0, "train")
+    preprocess = Preprocess("fixed", labels.shape, augment=False)
+    records = list_scenes(name, tmp_path, instances=preset.instance_edge).records
+    dataset = FileScenes(records, preset.classes, preprocess, unknown=preset.dont_care)
+    assert dataset[0]["labels"].tolist() == [expected]
+
+
+def test_many_classes_need_sixteen_bits(tmp_path):
+    _write_set(tmp_path, "folder", top=400)
+    records = list_scenes("folder", tmp_path, instances=True).records
+    sample = FileScenes(records, 400, Preprocess("none", SIZE, augment=False))[0]
+    assert sample["labels"].dtype == torch.int16
+    assert sample["labels"].max() > 255
+    assert sample["instances"].max() == 65535  # not -1
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("resize", (70, 80)), ("resize_and_crop", (48, 64)), ("crop", (48, 64)),
+        ("scale_width", (40, 80)), ("scale_shortside", (70, 140)), ("fixed", (48, 64)),
+        ("scale_shortside_and_crop", (48, 64)), ("none", (96, 192)),
+    ],
+)
+def test_modes_give_the_published_sizes(mode, expected):
+    preprocess = Preprocess(mode, (48, 64), (70, 80))
+    plan = preprocess.plan((100, 200), np.random.default_rng(0))
+    picture = plan.picture(np.zeros((100, 200, 3), np.uint8))
+    assert picture.shape == (*expected, 3)
+    assert plan.indices(np.zeros((100, 200), np.uint8)).shape == expected
+    assert preprocess.output_size in (expected, None)
+    assert (preprocess.output_size is None) == (mode in ("scale_width", "scale_shortside", "none"))
+
+
+def test_every_mode_is_named():
+    assert len(MODES) == 9
+    with pytest.raises(ValueError, match="mode: expected resize,"):
+        Preprocess("zoom", (4, 4))
+
+
+def test_published_load_sizes(tmp_path):
+    name, preset, _ = _write_set(tmp_path, "coco_stuff")
+    train = build_dataset(name, tmp_path, preset)
+    held_out = build_dataset(name, tmp_path, preset, "val")
+    assert train.preprocess == Preprocess("resize_and_crop", (256, 256), (286, 286))
+    assert held_out.preprocess == Preprocess("resize_and_crop", (256, 256), (256, 256),
+                                             augment=False)
+    other = build_dataset(name, tmp_path, preset, mode="scale_width_and_crop", load=(300, 600))
+    assert other.preprocess == Preprocess("scale_width_and_crop", (256, 256), (300, 600))
+
+
+@pytest.mark.parametrize("mode", ["crop", "scale_width_and_crop", "resize_and_crop"])
+def test_picture_and_maps_are_cut_and_mirrored_alike(tmp_path, mode):
+    _write_set(tmp_path, "folder", count=1, top=35)
+    records = list_scenes("folder", tmp_path, instances=True).records
+    # Load at the size of the files: then nothing is interpolated.
+    dataset = FileScenes(records, 35, Preprocess(mode, (40, 56), (96, 192)), seed=3)
+    seen = set()
+    for epoch in range(6):
+        sample = dataset[Draw(0, epoch)]
+        grey = torch.round((sample["image"][0] + 1) * 127.5).long()
+        assert torch.equal(grey, sample["labels"].long() * 5)
+        labels, ids = sample["labels"].long(), sample["instances"]
+        assert torch.equal(ids, torch.where(labels > 2, labels * 1000 + 7, labels).int())
+        seen.add(labels.numpy().tobytes())
+    assert len(seen) == 6
+    again = dataset[Draw(0, 2)]
+    assert torch.equal(again["labels"], dataset[Draw(0, 2)]["labels"])
+    plain = FileScenes(records, 35, Preprocess(mode, (40, 56), (96, 192), augment=False))
+    assert torch.equal(plain[Draw(0, 1)]["labels"], plain[0]["labels"])
+
+
+def test_flips_come_half_of_the_time():
+    r = np.random.default_rng(0)
+    flips = [Preprocess("fixed", SIZE).plan((9, 9), r).flip for _ in range(200)]
+    assert 70 < sum(flips) < 130
+    assert not any(Preprocess("fixed", SIZE, flip=False).plan((9, 9), r).flip for _ in range(50))
+
+
+def _damage(root):
+    """Seven scenes in the layout of COCO-Stuff, each with a flaw of its own but the first."""
+    files = LAYOUTS["coco_stuff"][3]
+    labels = np.arange(64).reshape(8, 8) % 7
+    for i in range(7):
+        _write_scene(root, files, labels, labels, "train", i)
+    (root / "train_label/000001.png").unlink()
+    (root / "train_img/000002.jpg").write_bytes(b"no picture")
+    images.write_indices(root / "train_label/000003.png", np.where(labels == 3, 200, labels))
+    images.write_indices(root / "train_inst/000004.png", labels[:4])
+    images.write_indices(root / "train_label/000005.png", np.where(labels == 0, 40000, labels))
+    Image.new("RGB", (8, 8)).save(root / "train_label/000006.png")
+    return {
+        "000001.jpg": "no label map of this scene",
+        "000002.jpg": "cannot be read as a picture",
+        "train_label/000003.png": r"expected labels 0..182, got 200 \(9 pixels\)",
+        "train_inst/000004.png": "4x8, but 000004.png is 8x8",
+        "train_label/000005.png": r"expected labels 0..182, got 40000 \(10 pixels\)",
+        "train_label/000006.png": "expected one index per pixel .*, got a RGB image",
+    }
+
+
+def _smis(*arguments):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return result.exit_code, re.sub(r"\s+", " ", result.output), result.exception
+
+
+def test_doctor_names_each_bad_file_and_value(tmp_path):
+    flaws = _damage(tmp_path)
+    code, out, _ = _smis("doctor", tmp_path)
+    assert code == 1
+    for file, message in flaws.items():
+        assert re.search(f"{re.escape(file)}: {message}", out), (file, out)
+    assert "6 problems" in out
+    assert "a 16-bit label map" in out
+    assert "000000" not in out
+    assert "6 train" in out
+
+
+@pytest.mark.parametrize("which", LAYOUTS)
+def test_doctor_passes_a_good_set(tmp_path, which):
+    name, _, _ = _write_set(tmp_path, which, size=(32, 64))
+    code, out, _ = _smis("doctor", tmp_path, "--dataset", name, "--jobs", 2)
+    assert code == 0, out
+    assert "no problems" in out
+    assert "2 train, 2 val" in out
+
+
+def test_doctor_counts_unknown_pixels_only_where_they_have_no_class(tmp_path):
+    _write_set(tmp_path, "folder", top=3, size=(32, 32))
+    path = tmp_path / "val/labels/1.png"
+    images.write_indices(path, np.full((32, 32), 255))
+    assert _smis("doctor", tmp_path)[0] == 0  # no number of classes is known
+    code, out, _ = _smis("doctor", tmp_path, "--classes", 3)
+    assert code == 1
+    assert "got 255 (1024 pixels); 255 has no class here" in out
+    assert _smis("doctor", tmp_path, "--classes", 3, "--unknown", 0)[0] == 0
+    code, out, _ = _smis("doctor", tmp_path, "--classes", 3, "--split", "train")
+    assert code == 0 and "1 val" not in out
+
+
+def test_doctor_tells_a_split_that_lacks_its_instance_maps(tmp_path):
+    _write_set(tmp_path, "coco_stuff", size=(32, 32))
+    for path in (tmp_path / "val_inst").iterdir():
+        path.unlink()
+    (tmp_path / "val_inst").rmdir()
+    code, out, _ = _smis("doctor", tmp_path)
+    assert code == 1
+    assert "no instance maps of 'val'" in out
+    assert _smis("doctor", tmp_path, "--no-instances")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(1, "cannot be read as a picture"), (2, "expected labels 0..182, got 200"),
+     (3, "4x8, but"), (4, "got 40000"), (5, "got a RGB image")],
+)
+def test_reading_a_bad_scene_names_the_file(tmp_path, index, message):
+    _damage(tmp_path)
+    records = list_scenes("coco_stuff", tmp_path, instances=True).records
+    dataset = FileScenes(records, 183, Preprocess("fixed", SIZE), unknown=182)
+    dataset[0]
+    with pytest.raises(ImageError, match=message) as error:
+        dataset[index]
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unpaired_files_are_an_error_before_any_work(tmp_path):
+    _damage(tmp_path)
+    with pytest.raises(ValueError, match=r"000001.*no label map.*smis doctor"):
+        build_dataset("coco_stuff", tmp_path, SPADE_COCO)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("mnist", "."), ValueError, "data set: expected scenes, cityscapes"),
+        (("scenes", "."), ValueError, "root: the scenes are generated"),
+        (("folder", None), ValueError, "root: expected the folder"),
+        (("folder", "absent"), FileNotFoundError, "no such folder"),
+        (("cityscapes", "."), FileNotFoundError, "no pictures of 'train'"),
+        (("folder", ".", "test1"), ValueError, "split: expected train, val or test"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    name, root, *split = arguments
+    with pytest.raises(error, match=message) as caught:
+        build_dataset(name, root, CITYSCAPES, *split)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_other_classes_cannot_read_the_scenes():
+    with pytest.raises(ValueError, match="8 classes, the model 35"):
+        build_dataset("scenes", None, CITYSCAPES)
+
+
+def test_a_crop_larger_than_a_scene_names_the_file(tmp_path):
+    _write_set(tmp_path, "folder", count=1, size=(32, 32))
+    records = list_scenes("folder", tmp_path).records
+    with pytest.raises(ImageError, match=r"0\.png: size: the crop 64x64 is larger"):
+        FileScenes(records, 35, Preprocess("crop", SIZE))[0]
+    with pytest.raises(ValueError, match="is larger than the scene"):
+        Preprocess("resize_and_crop", (64, 64), (32, 128))
+
+
+def test_full_ade20k_is_told_from_the_benchmark(tmp_path):
+    for end in (".jpg", "_seg.png", "_parts_1.png"):
+        (tmp_path / f"ADE_train_00000001{end}").write_bytes(b"")
+    with pytest.raises(ValueError, match="ADEChallengeData2016"):
+        list_scenes("ade20k", tmp_path)
+
+
+def test_two_files_of_one_scene_are_a_problem(tmp_path):
+    _write_set(tmp_path, "folder", count=1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train/images/0.jpg")
+    (problem,) = list_scenes("folder", tmp_path).problems
+    assert "the same scene as" in str(problem)
+
+
+def test_sixteen_bit_pictures_are_refused(tmp_path):
+    rows = b"".join(b"\x00" + struct.pack(">4H", *[60000] * 4) for _ in range(4))
+
+    def chunk(kind, body):
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with pytest.raises(ImageError, match="8 bits per channel"):
+        images.read_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("preset", [SMALL, replace(CITYSCAPES, image_size=(64, 128))])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_carry_the_compiled_labels(tmp_path, preset, workers):
+    which = "cityscapes" if preset.instance_edge else "deepfashion"
+    name, _, _ = _write_set(tmp_path, which)
+    dataset = build_dataset(name, tmp_path, preset)
+    (batch,) = DataLoader(dataset, 2, num_workers=workers, collate_fn=Collate(preset))
+    assert batch["labels"].shape == (2, *preset.image_size)
+    assert batch["image"].shape == (2, 3, *preset.image_size)
+    assert len(batch["name"]) == 2
+    expected = layout(batch["labels"], preset, batch.get("instances"))
+    assert torch.equal(batch["layout"].dense(), expected.dense())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("groupdnet_deepfashion", {"ngf": 8, "nef": 8, "upsampling": "normal"}),
+        ("spade_coco", {"ngf": 4, "hidden": 16, "classes": 8, "dont_care": None}),
+        ("ccfpse_ade20k", {"ngf": 8, "hidden": 16, "classes": 8, "dont_care": None}),
+    ],
+)
+def test_a_generator_compiles_nothing_more(name, options):
+    generator = create_model(name, part="generator", image_size=SIZE, **options).eval()
+    preset = generator.preset
+    batch = Collate(preset)([GeneratedScenes(1, SIZE)[0]])
+    compiled = batch["layout"]
+    before = set(compiled._levels)
+    with torch.no_grad():
+        generator(compiled, generator.sample_latent(1) if preset.has_encoder else None)
+    assert set(compiled._levels) == before
+    assert SIZE in before
+
+
+def test_feature_models_read_instances(tmp_path):
+    _write_set(tmp_path, "cityscapes")
+    preset = replace(PIX2PIXHD_CITYSCAPES_FEATURES, instance_edge=False, image_size=(64, 128))
+    assert "instances" in build_dataset("cityscapes", tmp_path, preset)[0]
+
+
+def test_scenes_of_two_sizes_are_no_batch():
+    one, other = GeneratedScenes(1, 64)[0], GeneratedScenes(1, 32)[0]
+    with pytest.raises(ValueError, match=r"one size in a batch, got \(64, 64\)"):
+        Collate(SMALL)([one, other])
+
+
+def test_written_scenes_read_back_exactly(tmp_path):
+    write_scenes(tmp_path / "set", {"train": 3, "val": 2}, SIZE, seed=4)
+    for split, count in (("train", 3), ("val", 2)):
+        generated = GeneratedScenes(count, SIZE, split, seed=4)
+        read = build_dataset("folder", tmp_path / "set", SMALL, split, mode="fixed", augment=False,
+                             instances=True)
+        assert len(read) == count
+        for a, b in zip(read, generated, strict=True):
+            assert a["name"] == b["name"]
+            for key in ("image", "labels", "instances"):
+                assert torch.equal(a[key], b[key])
+                assert a[key].dtype == b[key].dtype
+        modes = (tmp_path / "set" / split / "modes.csv").read_text().splitlines()
+        assert len(modes) == count + 1 and modes[1].startswith(f"{split}_000000,")
+
+
+def test_scenes_command(tmp_path):
+    code, out, _ = _smis("scenes", tmp_path / "set", "--count", 2, "--held-out", 1, "--size", 32)
+    assert code == 0, out
+    assert _smis("doctor", tmp_path / "set", "--classes", 8)[0] == 0
+    code, _, error = _smis("scenes", tmp_path / "set", "--count", 2)
+    assert code == 1 and "expected a new or empty folder" in str(error)
