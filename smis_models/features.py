@@ -21,7 +21,7 @@ from .images import write_atomically
 
 CLUSTERS = 10
 _AREA_UNIT = 32  # an instance counts from half of the image's 1/32 on
-_THINGS = 1000  # ids from here on are class * 1000 + number
+THINGS = 1000  # ids from here on are class * 1000 + number
 _PREFIX = "class_"
 
 Centers = NDArray[np.float32]
@@ -37,7 +37,7 @@ class _Encoder(Protocol):
 
 def class_of(ids: Tensor) -> Tensor:
     """The class of an instance id: the id itself below 1000, else its thousands."""
-    return torch.where(ids < _THINGS, ids, ids // _THINGS)
+    return torch.where(ids < THINGS, ids, ids // THINGS)
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ class FeatureClusters:
             rows = np.zeros((len(present), self.channels), np.float32)
             for row, instance in enumerate(present.tolist()):
                 seen.add(instance)
-                label = instance if instance < _THINGS else instance // _THINGS
+                label = instance if instance < THINGS else instance // THINGS
                 centers = self.centers.get(label)
                 if centers is None:
                     self._check_chosen(instance, chosen, 0)

@@ -24,7 +24,7 @@ from smis_kernels import BackendError, use_backend
 from ..presets import Preset
 from ..registry import create_model
 
-USER_ERRORS = (ValueError, OSError, BackendError)
+USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,

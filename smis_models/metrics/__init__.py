@@ -1,1 +1,36 @@
-"""How good and how varied pictures are: LPIPS, mCSD and mOCD, FID, mIoU."""
+"""How good and how varied pictures are: LPIPS, mCSD and mOCD, FID, mIoU; protocols by name."""
+
+from .distance import Distance, PixelDistance
+from .diversity import Diversity, LayoutSampler, diversities, diversity
+from .evaluate import Judges, Scenes, evaluate
+from .fid import FeatureStatistics, Inception, fid, frechet_distance
+from .lpips import DISTANCES, LPIPS, create_distance
+from .protocols import PROTOCOLS, DiversityProtocol, Protocol, protocol
+from .segmentation import FileSegmenter, LabelRule, SegmentationScore, label_rule
+
+__all__ = [
+    "DISTANCES",
+    "LPIPS",
+    "PROTOCOLS",
+    "Distance",
+    "Diversity",
+    "DiversityProtocol",
+    "FeatureStatistics",
+    "FileSegmenter",
+    "Inception",
+    "Judges",
+    "LabelRule",
+    "LayoutSampler",
+    "PixelDistance",
+    "Protocol",
+    "Scenes",
+    "SegmentationScore",
+    "create_distance",
+    "diversities",
+    "diversity",
+    "evaluate",
+    "fid",
+    "frechet_distance",
+    "label_rule",
+    "protocol",
+]

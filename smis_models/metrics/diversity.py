@@ -123,15 +123,23 @@ class LayoutSampler:
             self._synthesizer.update(labels, instances)
         return self
 
-    def __call__(self, codes: Tensor) -> Tensor:
+    def _loaded(self) -> Synthesizer:
         if self._synthesizer is None:
             raise RuntimeError("layout: none is loaded; call load(layout) first")
+        return self._synthesizer
+
+    def picture(self, z: Tensor | None) -> Tensor:
+        """(batch, 3, H, W): of one code for each of the batch, or of a model that reads none."""
+        return self._loaded().sample(z)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        synthesizer = self._loaded()
         device = next(self._model.generator.parameters()).device
         pictures = []
         for z in codes.to(device).split(self._batch):
             missing = self._batch - len(z)
             full = torch.cat([z, z[-1:].expand(missing, *z.shape[1:])]) if missing else z
-            pictures.append(self._synthesizer.sample(full)[: len(z)])
+            pictures.append(synthesizer.sample(full)[: len(z)])
         return torch.cat(pictures)
 
 
@@ -183,18 +191,22 @@ def area_distances(pictures: Tensor, masks: Sequence[Tensor], distance: Distance
     return found
 
 
+LayoutDiversity = tuple[dict[int, tuple[float, float]], float]
+"""{class: (L_c, L_other)} and LPIPS of one layout; see :class:`Diversity`."""
+
+
 def layout_diversity(
-    model: Any, layout: Layout, draw: Draw, distance: Distance, protocol: DiversityProtocol,
-    seed: int = 0, step: Callable[[str], None] = lambda what: None,
+    model: Any, layout: Layout, draw: Draw, distances: Sequence[Distance],
+    protocol: DiversityProtocol, seed: int = 0, step: Callable[[str], None] = lambda what: None,
     clock: dict[str, float] | None = None,
-) -> tuple[dict[int, tuple[float, float]], float]:
-    """One layout's ({class: (L_c, L_other)}, LPIPS); see :class:`Diversity`.
+) -> list[LayoutDiversity]:
+    """One layout's diversity by each distance, all from the same pictures.
 
     Args:
         model: whose codes are drawn.
         layout: the label map.
         draw: what makes pictures of codes: :class:`LayoutSampler`, or any other path.
-        distance, protocol: how pictures are compared.
+        distances, protocol: how pictures are compared.
         seed: of the codes and of random pairs.
         step: called once for each set of pictures.
         clock: seconds are added to its "sampling" and "measuring".
@@ -212,19 +224,61 @@ def layout_diversity(
                 torch.cuda.synchronize(pictures.device)
         return pictures
 
-    def areas(pictures: Tensor, classes: Sequence[int]) -> dict[int, tuple[float, float]]:
+    by_class: list[dict[int, tuple[float, float]]] = [{} for _ in distances]
+
+    def compare(pictures: Tensor, classes: Sequence[int]) -> None:
+        areas = [masks[c] for c in classes]
         with _timed(clock, "measuring"):
-            found = area_distances(pictures, [masks[c] for c in classes], distance, pairs,
-                                   protocol.mask_mode)
-        return dict(zip(classes, found, strict=True))
+            for found, distance in zip(by_class, distances, strict=True):
+                values = area_distances(pictures, areas, distance, pairs, protocol.mask_mode)
+                found.update(zip(classes, values, strict=True))
 
     with torch.no_grad():
-        whole = sample(None)
+        pictures = sample(None)
         with _timed(clock, "measuring"):
-            lpips = _pair_means(distance, distance.features(whole), pairs)
+            whole = [_pair_means(d, d.features(pictures), pairs) for d in distances]
         if not has_class_codes(model):
-            return areas(whole, list(masks)), lpips
-        return {c: areas(sample(c), [c])[c] for c in masks}, lpips
+            compare(pictures, list(masks))
+        else:
+            for c in masks:
+                compare(sample(c), [c])
+    return list(zip(by_class, whole, strict=True))
+
+
+def diversities(model: Any, layouts: Sequence[Layout], distances: Sequence[Distance],
+                protocol: DiversityProtocol | None = None, *, seed: int = 0,
+                step: Callable[[str], None] = lambda what: None,
+                batch: int = _BATCH) -> list[Diversity]:
+    """As :func:`diversity`, by each of several distances, from the same pictures."""
+    protocol = DiversityProtocol() if protocol is None else protocol
+    if len(layouts) < protocol.layouts:
+        raise ValueError(f"layouts: expected {protocol.layouts} of them, got {len(layouts)}; give "
+                         "more label maps, or fewer with --layouts")
+    clock: dict[str, float] = {}
+    draw = LayoutSampler(model, batch)
+    found: list[list[LayoutDiversity]] = []
+    for i, layout in enumerate(layouts[: protocol.layouts]):
+        with _timed(clock, "sampling"):
+            draw.load(layout)
+        found.append(layout_diversity(model, layout, draw, distances, protocol,
+                                      derived_seed(seed, i), step, clock))
+    sets = sum(1 + len(first[0]) * has_class_codes(model) for first, *_ in found)
+    return [_summary(model, list(of_distance), clock, protocol.samples * sets)
+            for of_distance in zip(*found, strict=True)]
+
+
+def _summary(model: Any, found: Sequence[LayoutDiversity], clock: dict[str, float],
+             pictures: int) -> Diversity:
+    values = defaultdict(list)
+    for by_class, _ in found:
+        for c, pair in by_class.items():
+            values[c].append(pair)
+    means = {c: (float(np.mean([own for own, _ in pairs])),
+                 float(np.mean([other for _, other in pairs])))
+             for c, pairs in sorted(values.items())}
+    mcsd, mocd = (float(np.mean([value[i] for value in means.values()])) for i in (0, 1))
+    return Diversity(mcsd, mocd, float(np.mean([lpips for _, lpips in found])), means,
+                     has_class_codes(model), dict(clock), pictures)
 
 
 def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
@@ -251,25 +305,4 @@ def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
         >>> found = diversity(model, layouts, create_distance("pixel"))
         >>> print(found.mcsd, found.mocd)
     """
-    protocol = DiversityProtocol() if protocol is None else protocol
-    if len(layouts) < protocol.layouts:
-        raise ValueError(f"layouts: expected {protocol.layouts} of them, got {len(layouts)}; give "
-                         "more label maps, or fewer with --layouts")
-    clock: dict[str, float] = {}
-    draw = LayoutSampler(model, batch)
-    own, other, whole = defaultdict(list), defaultdict(list), []
-    pictures = 0
-    for i, layout in enumerate(layouts[: protocol.layouts]):
-        with _timed(clock, "sampling"):
-            draw.load(layout)
-        by_class, lpips = layout_diversity(model, layout, draw, distance, protocol,
-                                           derived_seed(seed, i), step, clock)
-        whole.append(lpips)
-        pictures += protocol.samples * (1 + len(by_class) * has_class_codes(model))
-        for c, (inside, outside) in by_class.items():
-            own[c].append(inside)
-            other[c].append(outside)
-    means = {c: (float(np.mean(own[c])), float(np.mean(other[c]))) for c in sorted(own)}
-    mcsd, mocd = (float(np.mean([value[i] for value in means.values()])) for i in (0, 1))
-    return Diversity(mcsd, mocd, float(np.mean(whole)), means, has_class_codes(model), clock,
-                     pictures)
+    return diversities(model, layouts, [distance], protocol, seed=seed, step=step, batch=batch)[0]

@@ -129,12 +129,15 @@ def as_bytes(pictures: Tensor) -> Tensor:
     return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def picture_statistics(batches: Iterable[Tensor], extractor: Extractor) -> FeatureStatistics:
-    """Statistics of the features of batches of pictures (N, 3, H, W) in [-1, 1]."""
-    features = [extractor(as_bytes(batch)).float().cpu().numpy() for batch in batches]
-    if not features:
-        raise ValueError("pictures: expected at least 2, got none")
-    return FeatureStatistics.of(np.concatenate(features))
+def fid_of_features(real: Tensor, fake: Tensor) -> dict[str, Any]:
+    """As :func:`fid`, of features (N, F) that were extracted before."""
+    reference, made = (FeatureStatistics.of(x.float().cpu().numpy()) for x in (real, fake))
+    result: dict[str, Any] = {"fid": frechet_distance(reference, made), "real": reference.count,
+                              "fake": made.count}
+    if min(reference.count, made.count) <= len(reference.mean):
+        result["note"] = (f"no more pictures than features ({len(reference.mean)}): the "
+                          "covariance is singular and the number is biased upwards")
+    return result
 
 
 def fid(real: Iterable[Tensor], fake: Iterable[Tensor], extractor: Extractor) -> dict[str, Any]:
@@ -150,10 +153,7 @@ def fid(real: Iterable[Tensor], fake: Iterable[Tensor], extractor: Extractor) ->
     Example:
         >>> result = fid(real, fake, Inception(weights))  # doctest: +SKIP
     """
-    reference, made = (picture_statistics(batches, extractor) for batches in (real, fake))
-    result: dict[str, Any] = {"fid": frechet_distance(reference, made), "real": reference.count,
-                              "fake": made.count}
-    if min(reference.count, made.count) < len(reference.mean):
-        result["note"] = (f"fewer pictures than features ({len(reference.mean)}): the covariance "
-                          "is singular and the number is biased upwards")
-    return result
+    sets = [[extractor(as_bytes(batch)) for batch in batches] for batches in (real, fake)]
+    if not all(sets):
+        raise ValueError("pictures: expected at least 2 in each set, got none")
+    return fid_of_features(*(torch.cat(features) for features in sets))

@@ -122,7 +122,7 @@ PROTOCOLS = {
         Protocol(name="ade20k-256", size=(256, 256)),
         Protocol(name="coco-256", size=(256, 256)),
         Protocol(
-            name="scenes-quick", reference="generated scenes of the split test",
+            name="scenes-quick", reference="the generated scenes themselves",
             diversity=DiversityProtocol(layouts=4, samples=5, pairs=4),
         ),
     )

@@ -31,8 +31,8 @@ class LabelRule:
     """Which labels count, and what a prediction means.
 
     Attributes:
-        name: "same": predictions are the model's own classes, and its don't-care class is left
-            out; "cityscapes": predictions are the 19 train ids, all other labels are left out;
+        name: "same": predictions are the model's own classes, and its classes of unknown and
+            unlabelled pixels are left out; "cityscapes": predictions are the 19 train ids, all other labels are left out;
             "ade20k": predictions 0..149 mean labels 1..150, label 0 is left out.
         ignored: labels whose pixels are left out.
         meaning: the label that prediction k stands for; None: k itself.
@@ -51,8 +51,8 @@ def label_rule(name: str, preset: Preset, dont_care: str = "ignore") -> LabelRul
     """
     classes = range(preset.classes)
     if name == "same":
-        ignored = {preset.dont_care} if preset.dont_care is not None else set()
-        rule = LabelRule(name, frozenset(ignored))
+        unknown = (preset.dont_care, preset.unlabelled)
+        rule = LabelRule(name, frozenset(c for c in unknown if c is not None))
     elif name == "cityscapes":
         rule = LabelRule(name, frozenset(classes) - frozenset(_CITYSCAPES), _CITYSCAPES)
     elif name == "ade20k":

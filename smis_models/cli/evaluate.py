@@ -1,0 +1,159 @@
+"""``smis evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from .. import metrics, synthesis
+from ..data import SceneClassifier, build_dataset
+from ..images import write_atomically
+from ..metrics import DISTANCES, PROTOCOLS, Distance, Judges, Scenes
+from .common import (
+    Backend,
+    Checkpoint,
+    Device,
+    Instances,
+    Labels,
+    Model,
+    Seed,
+    Unknown,
+    app,
+    console,
+    load_model,
+    progress,
+    resolve_device,
+    say_random,
+    selected,
+)
+
+DistanceNames = Annotated[list[str], typer.Option(
+    "--distance", help=f"{', '.join(DISTANCES)} or none; may be given again")]
+TrunkFile = Annotated[Path | None, typer.Option(
+    help="torchvision's ImageNet weights of the trunk")]
+HeadFile = Annotated[Path | None, typer.Option(
+    help="LPIPS' linear weights, if neither lpips nor torchmetrics is installed")]
+InceptionFile = Annotated[Path | None, typer.Option(
+    help="torch-fidelity's Inception weights: FID is measured")]
+SegmenterFile = Annotated[str | None, typer.Option(
+    help="TorchScript .pt or torch.export .pt2, or `scenes` for the generated scenes' own: mIoU "
+         "is measured")]
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    checkpoint: Checkpoint = None,
+    labels: Labels = None, instances: Instances = None, unknown: Unknown = None,
+    dataset: Annotated[str | None, typer.Option(
+        help="scenes, cityscapes, ade20k, coco_stuff, deepfashion or folder, in place of --labels",
+    )] = None,
+    root: Annotated[Path | None, typer.Option(help="folder of the data set")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test")] = "val",
+    count: Annotated[int, typer.Option(help="how many generated scenes", min=1)] = 100,
+    protocol: Annotated[str, typer.Option(help=", ".join(PROTOCOLS))] = "n100-m19",
+    layouts: Annotated[int | None, typer.Option(help="n of the protocol", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(
+        help="pictures of each layout and class", min=2)] = None,
+    pairs: Annotated[int | None, typer.Option(help="m of the protocol", min=1)] = None,
+    mask_mode: Annotated[str | None, typer.Option(help="zero or spatial")] = None,
+    dont_care: Annotated[str | None, typer.Option(help="ignore or count")] = None,
+    distance: DistanceNames = ["lpips-alex"],  # noqa: B006 (typer copies it)
+    lpips_weights: TrunkFile = None, lpips_heads: HeadFile = None,
+    inception_weights: InceptionFile = None,
+    segmenter: SegmenterFile = None,
+    segmenter_input: Annotated[str, typer.Option(help="symmetric, unit or imagenet")] = "imagenet",
+    predictions: Annotated[Path | None, typer.Option(
+        help="a segmentation model's label maps of earlier pictures, in place of --segmenter",
+    )] = None,
+    rule: Annotated[str, typer.Option(
+        "--label-rule", help="same, cityscapes (19 train ids) or ade20k (150, from 0)")] = "same",
+    features: Annotated[Path | None, typer.Option(
+        help="clusters of instance features (.npz, or an official .npy)")] = None,
+    seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
+) -> None:
+    """Measure mCSD, mOCD, LPIPS, FID, mIoU and accuracy; write a JSON that says how."""
+    place = resolve_device(device)
+    pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
+                              mask_mode=mask_mode, dont_care=dont_care)
+    distances = create_distances(distance, lpips_weights, lpips_heads, place)
+    extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
+    if (labels is None) == (dataset is None):
+        raise ValueError("labels, dataset: expected one of them; give --labels DIR, or --dataset "
+                         "scenes")
+    if segmenter is not None and predictions is not None:
+        raise ValueError("segmenter, predictions: expected one of them, got both")
+    with selected(backend):
+        network = load_model(model, checkpoint, place, seed)
+        preset = network.preset
+        clusters = synthesis.read_clusters(preset, features)
+        judges = Judges(
+            distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
+            metrics.label_rule(rule, preset, pinned.dont_care),
+        )
+        if dataset is not None:
+            facts = {"dataset": dataset, "root": None if root is None else str(root),
+                     "split": split}
+            scenes = Scenes(build_dataset(dataset, root, preset, split, count=count,
+                                          augment=False, unknown=unknown, seed=0), facts)
+        else:
+            assert labels is not None
+            found = synthesis.read_layouts(labels, instances, preset, unknown)
+            scenes = Scenes(found, {"labels": str(labels)})
+        say_random(checkpoint)
+        with progress(None) as step:
+            result = metrics.evaluate(network, scenes, judges, pinned, checkpoint=checkpoint,
+                                      seed=seed, clusters=clusters, step=step)
+    write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
+    console.print(_table(result))
+    for what, flag in (("fid", "--inception-weights"), ("segmentation", "--segmenter")):
+        if what not in result["results"]:
+            console.print(f"{what}: not measured; {flag} measures it", highlight=False)
+    console.print(f"{result['seconds']:.1f} s; wrote {out}", soft_wrap=True)
+
+
+def create_distances(names: list[str], weights: Path | None, heads: Path | None,
+                     device: torch.device) -> list[Distance]:
+    """The distances that were asked for; `none` for none."""
+    wanted = [name for name in dict.fromkeys(names) if name != "none"]
+    if weights is not None and not any(name.startswith("lpips") for name in wanted):
+        raise ValueError(f"lpips-weights: {', '.join(names)} reads none; add --distance lpips-alex")
+    files = {name: (weights, heads) if name.startswith("lpips") else (None, None)
+             for name in wanted}
+    return [metrics.create_distance(name, *files[name], device=device) for name in wanted]
+
+
+def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
+    if name is None:
+        return None
+    if name == "scenes":
+        return scene_labels
+    return metrics.FileSegmenter(name, input, device)
+
+
+def scene_labels(pictures: torch.Tensor) -> torch.Tensor:
+    """What the generated scenes' own pixel classifier reads off pictures."""
+    return SceneClassifier.shipped().read(pictures.cpu()).labels
+
+
+def _table(result: dict[str, Any]) -> Table:
+    rows = Table("metric", "value", "measured with")
+    for name, values in result["results"].get("diversity", {}).items():
+        for metric in ("mcsd", "mocd", "lpips"):
+            title = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}[metric]
+            rows.add_row(title, f"{values[metric]:.4g}", name)
+    if "fid" in result["results"]:
+        found = result["results"]["fid"]
+        rows.add_row("FID", f"{found['fid']:.2f}", found.get("note", found.get("extractor", "")))
+    if "segmentation" in result["results"]:
+        found = result["results"]["segmentation"]
+        judge = f"label rule {found['label_rule']}"
+        rows.add_row("mIoU", f"{found['miou']:.1%}", judge)
+        rows.add_row("accuracy", f"{found['accuracy']:.1%}", judge)
+    return rows
