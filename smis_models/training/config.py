@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data.preprocess import Mode
 from ..presets import Pix2pixHDPreset, Preset
 
 GAN_MODES = ("hinge", "ls", "original", "w")
@@ -118,26 +119,32 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures.
+    """Which pictures, as :func:`smis_models.data.build_dataset` takes them.
 
     Args:
-        name: scenes (drawn by the program), cityscapes, ade20k, coco, deepfashion or folder.
-        root: folder of the data set; scenes need none.
+        name: scenes (drawn by the program), cityscapes, ade20k, coco_stuff, deepfashion or folder.
+        root: folder of the data set; scenes lie in none.
         batch: images of a step, over all processes and micro-batches.
         workers: processes that read pictures and compile layouts; 0: the training process.
-        length: how many scenes are drawn for an epoch (scenes only).
+        count: how many scenes an epoch has (scenes only).
+        mode: how pictures get the network's size; by default as published for the data set.
+        load: (height, width) to resize to before cropping; by default as published.
         flip: mirror pictures at random.
+        unknown: class of pixels labelled 255, if not the network's don't-care class.
     """
 
     name: str = "scenes"
     root: str | None = None
     batch: int = 8
     workers: int = 2
-    length: int = 2048
+    count: int = 2048
+    mode: Mode | None = None
+    load: tuple[int, int] | None = None
     flip: bool = True
+    unknown: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("data", self, 1, "batch", "length")
+        _at_least("data", self, 1, "batch", "count")
         _at_least("data", self, 0, "workers")
 
 
@@ -149,6 +156,7 @@ class LogConfig:
         every: losses to losses.csv, TensorBoard and the progress bar.
         checkpoint_every: state to checkpoint.pt and weights to model.safetensors.
         grid_every: a grid of samples to grids/; 0 for none.
+        grid_split: split whose first scenes are on the grids.
         rows: scenes on a grid.
         samples: pictures of each scene on a grid.
         tensorboard: write TensorBoard files too.
@@ -157,6 +165,7 @@ class LogConfig:
     every: int = 50
     checkpoint_every: int = 500
     grid_every: int = 500
+    grid_split: Literal["train", "val", "test"] = "val"
     rows: int = 4
     samples: int = 3
     tensorboard: bool = True

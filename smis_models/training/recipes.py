@@ -69,15 +69,15 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "groupdnet_ade20k": lambda: _spade(
         "groupdnet_ade20k", ADE20K, "ade20k", batch=4, epochs=100, decay=100, kl=_kl(4)),
     "spade_coco": lambda: _spade(
-        "spade_coco", SPADE_COCO, "coco", batch=32, epochs=100, decay=0),
+        "spade_coco", SPADE_COCO, "coco_stuff", batch=32, epochs=100, decay=0),
     "spade_coco_vae": lambda: _spade(
-        "spade_coco_vae", SPADE_COCO_VAE, "coco", batch=32, epochs=100, decay=0, kl=_kl(8)),
+        "spade_coco_vae", SPADE_COCO_VAE, "coco_stuff", batch=32, epochs=100, decay=0, kl=_kl(8)),
     "spade_ade20k": lambda: _spade(
         "spade_ade20k", SPADE_ADE20K, "ade20k", batch=32, epochs=100, decay=100),
     "spade_cityscapes": lambda: _spade(
         "spade_cityscapes", SPADE_CITYSCAPES, "cityscapes", batch=32, epochs=100, decay=100),
     "ccfpse_coco": lambda: _spade(
-        "ccfpse_coco", CCFPSE_COCO, "coco", batch=16, epochs=100, decay=100, kl=_kl(16),
+        "ccfpse_coco", CCFPSE_COCO, "coco_stuff", batch=16, epochs=100, decay=100, kl=_kl(16),
         matching=20.0),
     "ccfpse_ade20k": lambda: _spade(
         "ccfpse_ade20k", CCFPSE_ADE20K, "ade20k", batch=16, epochs=100, decay=100, kl=_kl(16),

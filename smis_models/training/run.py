@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint import save_checkpoint
 from ..data import Collate, SceneDataset
+from ..data.build import build_dataset
 from ..images import grid, to_pictures, write_atomically, write_png
 from ..scenes import palette
 from .batches import Batches, MicroBatch
@@ -21,8 +22,20 @@ from .journal import Board, Clock, LossTable, memory
 from .objective import objective
 from .options import to_json
 from .processes import Processes, joined
-from .sources import dataset
 from .trainer import Trainer
+
+
+def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneDataset:
+    """The pictures of a split; ``count`` of them where they are generated.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown data set, missing or unpaired files.
+    """
+    data = config.data
+    return build_dataset(
+        data.name, data.root, config.network, split, count=count or data.count, mode=data.mode,
+        load=data.load, flip=data.flip, unknown=data.unknown, seed=config.seed,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,17 +107,17 @@ class Run:
         self.batches = Batches(pictures, config, self.processes, self.trainer.device,
                                self.trainer.step_count)
         self.steps = config.schedule.total * self.batches.steps_per_epoch
-        self._shown = self._grid_batch(pictures) if config.log.grid_every else None
+        self._shown = self._grid_batch() if config.log.grid_every else None
         if self.processes.first:
             write_atomically(self.folder / CONFIG, to_json(config).encode())
             self._table = LossTable(self.folder / "losses.csv", self.trainer.step_count)
             self._board = Board(self.folder, config.log.tensorboard, self.trainer.step_count)
 
-    def _grid_batch(self, pictures: SceneDataset) -> MicroBatch | None:
+    def _grid_batch(self) -> MicroBatch | None:
         """The first held-out scenes."""
         if not self.processes.first:
             return None
-        held_out = dataset(self.config, "val")
+        held_out = dataset(self.config, self.config.log.grid_split, self.config.log.rows)
         rows = min(self.config.log.rows, len(held_out))
         batch = Collate(self.config.network)([held_out[i] for i in range(rows)])
         return MicroBatch.of(batch, self.trainer.device)

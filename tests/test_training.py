@@ -1,0 +1,460 @@
+"""Training: options, order, steps of every recipe, exact resume, processes, bad input."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from smis_models import create_model, losses
+from smis_models.checkpoint import CheckpointError
+from smis_models.data import Draw
+from smis_models.presets import GroupDNetPreset, Pix2pixHDPreset
+from smis_models.registry import SynthesisModel
+from smis_models.training import (
+    RECIPES,
+    NonFiniteLoss,
+    Run,
+    TrainConfig,
+    from_dict,
+    load_config,
+    to_json,
+    train,
+)
+from smis_models.training.batches import Batches, Order
+from smis_models.training.processes import Processes
+from smis_models.training.run import dataset
+from smis_models.training.trainer import Trainer
+from torch import Tensor
+
+pytest.importorskip("jsonargparse")
+
+TINY = {
+    "recipe": "groupdnet_deepfashion",
+    "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
+    "data": {"name": "scenes", "batch": 2, "workers": 0, "count": 8},
+    "losses": {"perceptual": 0.0, "pixel": 10.0},
+    "schedule": {"epochs": 1, "decay_epochs": 1},
+    "log": {"every": 1, "checkpoint_every": 3, "grid_every": 0, "tensorboard": False},
+}
+
+
+def tiny(*arguments: str) -> TrainConfig:
+    """A small GroupDNet on generated scenes: 8 steps of 2 pictures."""
+    return from_dict(TINY, arguments)
+
+
+def small(name: str, *arguments: str) -> TrainConfig:
+    """A recipe with few channels, on generated scenes."""
+    given: dict[str, object] = {**TINY, "recipe": name}
+    widths: dict[str, object] = {"ngf": 2, "ndf": 4, "image_size": [64, 64], "classes": 8}
+    network = RECIPES[name]().network
+    widths |= {"dont_care": None}
+    for option, value in (("nef", 8), ("hidden", 32), ("upsampling", "normal")):
+        if hasattr(network, option):
+            widths[option] = value
+    if isinstance(network, GroupDNetPreset):
+        widths |= {"ngf": 8, "groups": [math.gcd(8, count) for count in network.groups]}
+    if isinstance(network, Pix2pixHDPreset):
+        widths |= {"blocks": 1, "local_blocks": 1}
+    frozen = min(1, RECIPES[name]().schedule.freeze_global_epochs)
+    schedule = {"epochs": 1, "decay_epochs": 1, "freeze_global_epochs": frozen}
+    return from_dict({**given, "network": widths, "losses": {"perceptual": 0.0},
+                      "schedule": schedule}, arguments)
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    """losses.csv without what depends on the machine."""
+    with (folder / "losses.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items()
+                 if k not in ("images_per_second", "waiting", "memory")}
+                for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_step_of_every_recipe(name: str, tmp_path: Path) -> None:
+    config = small(name)
+    run = Run(config, tmp_path)
+    before = {k: v.clone() for k, v in run.trainer.model.state_dict().items()}
+    values = run.trainer.step(run.batches.step(), 0)
+    assert {"gan", "feature_matching", "fake", "real"} <= set(values)
+    assert ("kl" in values) == (config.losses.kl > 0)
+    after = run.trainer.model.state_dict()
+    for part, module in run.trainer.model.named_children():
+        trained = [n for n, p in module.named_parameters() if p.grad is not None]
+        assert any(not torch.equal(before[f"{part}.{n}"], after[f"{part}.{n}"]) for n in trained)
+    run.save()
+    assert create_model(checkpoint=tmp_path / "model.safetensors").preset == config.network
+
+
+def test_published_recipes() -> None:
+    deepfashion = RECIPES["groupdnet_deepfashion"]()
+    assert deepfashion.data.batch == 8 and deepfashion.schedule.total == 100
+    assert deepfashion.optimizer.generator == 1e-4 and deepfashion.optimizer.discriminator == 4e-4
+    # Four devices, each of which summed the KL of its own two images.
+    assert deepfashion.losses.kl == pytest.approx(0.05 / 4)
+    enhanced = RECIPES["pix2pixhd_cityscapes_1024"]()
+    assert enhanced.schedule.freeze_global_epochs == 10 and enhanced.losses.gan == "ls"
+    assert enhanced.optimizer.betas == (0.5, 0.999) and enhanced.optimizer.reuse_fake
+    assert RECIPES["ccfpse_coco"]().losses.feature_matching == 20
+
+
+def test_learning_rates_fall_linearly_by_epoch() -> None:
+    schedule = replace(tiny().schedule, epochs=2, decay_epochs=4)
+    assert [schedule.factor(e) for e in range(6)] == [1, 1, 1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(("content", "arguments", "message"), [
+    ({"recipe": "nothing"}, [], "config: expected .* got 'nothing'"),
+    ({}, [], "config: expected a recipe or a model"),
+    ({"recipe": "spade_coco", "losses": {"kll": 1}}, [], "does not accept option 'kll'"),
+    (TINY, ["--losses.kll", "1"], "unrecognized arguments: --losses.kll"),
+    (TINY, ["--data.batch", "two"], 'key "data.batch": Expected a <class \'int\'>'),
+    (TINY, ["--data.batch", "0"], "data.batch: expected at least 1, got 0"),
+    (TINY, ["--optimizer.accumulate", "2", "--data.batch", "3"], "data.batch: expected a multiple"),
+    (TINY, ["--optimizer.ema", "1"], "optimizer.ema: expected a decay below 1"),
+    (TINY, ["--precision", "fp8"], 'key "precision"'),
+    (TINY, ["--model", "spade_coco"], "model: the configuration is of groupdnet_deepfashion"),
+    (TINY, ["--network.image_size", "[64,65]"], "image_size: expected"),
+    (TINY, ["--schedule.freeze_global_epochs", "1"], "only a pix2pixHD"),
+    (TINY, ["--schedule.epochs", "0", "--schedule.decay_epochs", "0"], "at least one epoch"),
+])
+def test_bad_options_are_one_line(content: dict[str, object], arguments: list[str],
+                                  message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        from_dict(content, arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_that_contradict_the_model_or_the_data(tmp_path: Path) -> None:
+    for config, message in (
+        (small("spade_coco", "--losses.kl", "1"), "losses.kl: expected 0, for spade_coco"),
+        (tiny("--data.batch", "10"), "data.batch: expected at most 8"),
+        (tiny("--data.name", "nothing"), "data set: expected"),
+        (tiny("--data.name", "cityscapes"), "root: expected the folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Run(config, tmp_path)
+    assert not (tmp_path / "losses.csv").exists()
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    config = tiny("--losses.kl", "0.5", "--network.ngf", "4")
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert load_config(tmp_path / "config.json") == config
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"bad\.yaml is no YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_order_is_shared_and_goes_on_anywhere() -> None:
+    def places(start: int, processes: Processes, count: int) -> list[list[Draw]]:
+        order = iter(Order(11, 4, 2, 3, start, processes))
+        return [next(order) for _ in range(count)]
+
+    whole = places(0, Processes(), 8)  # two steps an epoch, of two micro-batches
+    assert whole[4:] == places(2, Processes(), 4)
+    epoch = [draw.index for batch in whole[:4] for draw in batch]
+    assert len(set(epoch)) == 8 and {draw.epoch for draw in whole[4]} == {1}
+    shares = [places(0, Processes(rank, 2), 8) for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole
+
+
+def test_batches_are_those_of_a_worker() -> None:
+    made = []
+    for workers in ("0", "1"):
+        config = tiny("--data.workers", workers)
+        batches = Batches(dataset(config, "train"), config, Processes(), torch.device("cpu"), 2)
+        made.append(batches.step()[0])
+    assert torch.equal(made[0].image, made[1].image)
+    assert torch.equal(made[0].planes, made[1].planes)
+    assert made[1].layout._levels.keys() == {(2 << k, 2 << k) for k in range(6)}
+    like = torch.empty(2, 3, 4)
+    assert torch.equal(made[0].noise(like), made[1].noise(like))
+    assert not torch.equal(made[0].noise(like), made[0].noise(like, 1))
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    config = tiny("--data.count", "2", "--schedule.epochs", "30", "--init_gain", "0.5",
+                  "--optimizer.generator", "2e-3", "--losses.feature_matching", "0",
+                  "--log.checkpoint_every", "100")
+    train(config, tmp_path)
+    rows = curve(tmp_path)
+    assert float(rows[-1]["pixel"]) < 0.7 * float(rows[0]["pixel"])
+
+
+_KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(int(sys.argv[3]))
+from smis_models.training import load_config, train
+
+def report(progress):
+    if progress.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(load_config(sys.argv[1]), sys.argv[2], report=report)
+"""
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    config = tiny("--optimizer.ema", "0.9", "--optimizer.accumulate", "2", "--losses.prior", "0.5",
+                  "--losses.latent", "0.5", "--losses.diversity", "1")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = train(config, whole)
+    (tmp_path / "config.json").write_text(to_json(config))
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "config.json"), str(broken),
+               str(torch.get_num_threads())]
+    killed = subprocess.run(command, timeout=600, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(curve(broken)) == 5  # two of them after the last checkpoint
+    with pytest.raises(ValueError, match="holds a run; --resume"):
+        train(config, broken)
+    outcome = train(config, broken, resume=True)
+    assert outcome.finished and expected.finished
+    assert curve(broken) == curve(whole)
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, broken)]
+    for key in ("model", "average"):
+        for name, value in states[0][key].items():
+            assert torch.equal(value, states[1][key][name]), name
+    with pytest.raises(CheckpointError, match=r"network\.ngf differ"):
+        train(tiny("--optimizer.ema", "0.9", "--network.ngf", "4"), broken, resume=True)
+    with pytest.raises(CheckpointError, match="no checkpoint.pt"):
+        train(config, tmp_path / "nowhere", resume=True)
+    (broken / "checkpoint.pt").write_bytes((broken / "checkpoint.pt").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(config, broken, resume=True)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writes beyond ``size`` bytes fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    run = Run(tiny(), tmp_path)
+    run.save()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run.trainer.step(run.batches.step(), 0)
+    with largest_file(100_000), pytest.raises(
+            CheckpointError, match=r"checkpoint\.pt cannot be written: .*kept") as caught:
+        run.save()
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))  # no half-written file is left
+    assert Run(tiny(), tmp_path, resume=True).trainer.step_count == 0
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    run = Run(tiny(), tmp_path)
+    run.save()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    weights = {k: v.clone() for k, v in run.trainer.model.encoder.state_dict().items()}
+    with torch.no_grad():
+        run.trainer.model.encoder.fc_mu.weight[0] = float("nan")
+    with pytest.raises(NonFiniteLoss, match=r"losses\.kl: became nan in step 1") as caught:
+        run()
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert torch.equal(run.trainer.model.encoder.fc_mu.bias, weights["fc_mu.bias"])
+
+
+def _gradients(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters()
+            if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal but for rounding, which is all that biases before a norm have."""
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    assert found.keys() == expected.keys() and largest > 0.1
+    for name, gradient in expected.items():
+        error = float((found[name] - gradient).norm())
+        assert error < 1e-3 * float(gradient.norm()) + 1e-5 * largest, (name, error, largest)
+
+
+_PROCESS = """
+import os, sys
+import torch
+import torch.distributed as dist
+from smis_models.training import load_config
+from smis_models.training.processes import Processes
+from smis_models.training.run import dataset
+from smis_models.training.run import Run
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+run = Run(load_config(f"{folder}/config.json"), f"{folder}/pair", processes=Processes(rank, 2))
+losses = [run.processes.mean(torch.tensor(list(run.trainer.step(run.batches.step(), 0).values())))
+          for _ in range(2)]
+grads = {n: p.grad for n, p in run.trainer.model.named_parameters() if p.grad is not None}
+if rank == 0:
+    torch.save({"losses": losses, "grads": grads}, f"{folder}/pair.pt")
+dist.barrier()
+# Threads of gloo may still run when the interpreter is torn down, which aborts the process.
+os._exit(0)
+"""
+
+
+def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
+    config = tiny("--data.batch", "4", "--losses.prior", "0.5", "--optimizer.generator", "0",
+                  "--optimizer.discriminator", "0")
+    (tmp_path / "config.json").write_text(to_json(config))
+    ranks = [subprocess.Popen([sys.executable, "-c", _PROCESS, str(tmp_path), str(rank)])
+             for rank in range(2)]
+    run = Run(config, tmp_path / "one")
+    expected = [list(run.trainer.step(run.batches.step(), 0).values()) for _ in range(2)]
+    assert [process.wait(timeout=900) for process in ranks] == [0, 0]
+    pair = torch.load(tmp_path / "pair.pt", weights_only=True)
+    # The rates are zero, but running statistics and spectral norms move from step to step.
+    for losses_of_pair, losses_of_one in zip(pair["losses"], expected, strict=True):
+        torch.testing.assert_close(losses_of_pair, torch.tensor(losses_of_one), rtol=1e-4,
+                                   atol=1e-5)
+    assert_same_gradients(pair["grads"], _gradients(run.trainer))
+
+
+def test_micro_batches_sum_up(tmp_path: Path) -> None:
+    """Without batch statistics two micro-batches of 2 give the gradients of one batch of 4."""
+    found = []
+    for accumulate in ("1", "2"):
+        config = tiny("--data.batch", "4", "--optimizer.accumulate", accumulate,
+                      "--network.norm", "instance", "--optimizer.reuse_fake", "true",
+                      "--optimizer.generator", "0", "--optimizer.discriminator", "0")
+        run = Run(config, tmp_path / accumulate)
+        for module in run.trainer.model.modules():  # each forward moves the spectral norms
+            for hook in list(module._forward_pre_hooks.values()):
+                if hasattr(hook, "n_power_iterations"):
+                    hook.n_power_iterations = 0
+        batches = run.batches.step()
+        for batch in batches:  # the same codes, however the batch is split
+            batch.noise = lambda like, draw=0: torch.zeros_like(like)  # type: ignore[method-assign]
+        found.append((run.trainer.step(batches, 0), _gradients(run.trainer)))
+    (losses_1, grads_1), (losses_2, grads_2) = found
+    assert losses_1 == pytest.approx(losses_2, rel=1e-4)
+    assert_same_gradients(grads_2, grads_1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision(precision: str, tmp_path: Path) -> None:
+    run = Run(tiny("--precision", precision), tmp_path / precision)
+    exact = Run(tiny(), tmp_path / "fp32")
+    values, truth = (r.trainer.step(r.batches.step(), 0) for r in (run, exact))
+    for name, value in truth.items():
+        assert values[name] == pytest.approx(value, rel=0.1, abs=0.02), name
+    for name, tensor in run.trainer.model.state_dict().items():
+        assert tensor.dtype in (torch.float32, torch.int64), name
+        assert bool(torch.isfinite(tensor).all()), name
+
+
+def test_average_follows_and_is_what_is_exported(tmp_path: Path) -> None:
+    run = Run(tiny("--optimizer.ema", "0.5"), tmp_path)
+    name = "generator.conv_img.weight"
+    expected = run.trainer.model.state_dict()[name].clone()
+    for step in range(3):
+        run.trainer.step(run.batches.step(), 0)
+        new = run.trainer.model.state_dict()[name]
+        expected = new.clone() if step == 0 else expected.lerp(new, 0.5)
+    torch.testing.assert_close(run.trainer.painter.state_dict()[name], expected)
+    run.save()
+    model = create_model(checkpoint=tmp_path / "model.safetensors").eval()
+    assert isinstance(model, SynthesisModel)
+    assert torch.equal(model.state_dict()[name], run.trainer.painter.state_dict()[name])
+
+
+def test_the_global_generator_thaws_with_a_new_optimizer(tmp_path: Path) -> None:
+    config = small("pix2pixhd_cityscapes_1024", "--schedule.epochs", "2",
+                   "--schedule.decay_epochs", "0", "--schedule.freeze_global_epochs", "1",
+                   "--log.checkpoint_every", "4")
+    inner = create_model("pix2pixhd_cityscapes", part="generator", seed=5, **{
+        **vars(replace(config.network, enhancers=0)), "ngf": 2 * config.network.ngf})
+    torch.save(inner.state_dict(), tmp_path / "g1.pth")
+    config = replace(config, init=str(tmp_path / "g1.pth"))
+    run = Run(config, tmp_path / "run")
+    weight = run.trainer.model.generator.model[1].weight
+    assert torch.equal(weight, inner.model[1].weight)
+    begin, first = weight.clone(), run.trainer._optimizer_g
+    run(stop=lambda: run.trainer.step_count == 4)
+    assert torch.equal(weight, begin) and run.trainer._optimizer_g is first
+    resumed = Run(config, tmp_path / "run", resume=True)
+    for each in (run, resumed):
+        each.trainer.step(each.batches.step(), 1)
+    assert run.trainer._optimizer_g is not first and not torch.equal(weight, begin)
+    assert torch.equal(resumed.trainer.model.generator.model[1].weight, weight)
+
+
+def test_grids_and_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = tiny("--log.grid_every", "2", "--log.rows", "2", "--log.samples", "2",
+                  "--log.tensorboard", "true", "--schedule.decay_epochs", "0")
+    states = []
+    outcome = train(config, tmp_path, report=lambda progress: states.append(progress.values))
+    assert outcome.step == 4 and len(states) == 4
+    assert {"images_per_second", "waiting", "memory", "kl"} <= set(states[0])
+    from PIL import Image
+
+    assert Image.open(tmp_path / "grids" / "0000004.png").size == (5 * 68 - 4, 2 * 68 - 4)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_found_code_moves_the_generator_alone(tmp_path: Path) -> None:
+    run = Run(tiny("--losses.latent", "1"), tmp_path)
+    batch = run.batches.step()[0]
+    found: dict[str, Tensor] = {}
+    run.trainer.objective._drawn(batch, found)
+    found["latent"].backward()
+    assert all(p.grad is None for p in run.trainer.model.encoder.parameters())
+    assert any(p.grad is not None for p in run.trainer.model.generator.parameters())
+    assert all(p.requires_grad for p in run.trainer.model.encoder.parameters())
+
+
+def test_command_line(tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text(to_json(tiny("--schedule.decay_epochs", "0")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def smis(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "smis_models.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False,
+                              env=environment)
+
+    done = smis("train", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "run"),
+                "--minutes", "60", "--losses.pixel", "5")
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 steps; weights:" in done.stdout and "waiting for data" in done.stdout
+    failed = smis("train", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "run"))
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    assert "holds a run; --resume" in failed.stderr
+
+
+def test_losses_are_the_published_ones(tmp_path: Path) -> None:
+    """The objective of GroupDNet from its parts: hinge + 10 FM + KL summed over the images."""
+    run = Run(tiny("--losses.pixel", "0"), tmp_path)
+    objective, batch = run.trainer.objective, run.batches.step()[0]
+    model = run.trainer.model.eval()  # no power iterations, so that forwards repeat
+    values, (fake,) = objective.generator(batch)
+    mu, logvar = model.encoder.encode(batch.image, batch.labels)
+    z = mu + batch.noise(mu) * (0.5 * logvar).exp()
+    torch.testing.assert_close(fake, model.generator(batch.planes, z), rtol=1e-4, atol=1e-5)
+    of_fake, of_real = (model.discriminator(torch.cat([batch.planes, image], 1))
+                        for image in (fake, batch.image))
+    torch.testing.assert_close(values["gan"], -torch.stack(
+        [scale[-1].mean() for scale in of_fake]).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values["feature_matching"],
+                               losses.feature_matching_loss(of_fake, of_real, 10.0))
+    divergence = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()
+    torch.testing.assert_close(values["kl"], 0.0125 * divergence)
