@@ -20,6 +20,7 @@ from smis_kernels import (
 from smis_kernels._backend import requested
 from smis_kernels.indexed_modulation.op import indexed_modulation
 from smis_kernels.window_table.op import window_embedding
+from smis_kernels.winograd_conv.choice import conv3x3
 
 from .blocks import check_maps, conv, fast_format
 from .generator import WIDTHS, CodeGenerator
@@ -76,7 +77,7 @@ class Condition:
             return F.relu(layer(self.both))
         part = self.tables[self.convs.index(layer)]
         weight = layer.weight[:, self.layout.shape[1]:]
-        x = F.conv2d(self.features, weight, padding=1)
+        x = conv3x3(self.features, weight)
         # x + table[index], ReLU: a modulation whose gamma is zero.
         table = torch.cat([torch.zeros_like(part), part], 1)
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")

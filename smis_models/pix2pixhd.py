@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_kernels import InstanceNormAct2d, LabelLayout, instance_avg_pool2d
+from smis_kernels import InstanceNormAct2d, LabelLayout, WinogradConv2d, instance_avg_pool2d
 from smis_kernels.modulation.choice import prepare_map
 
-from . import stripes, winograd
+from . import stripes
 from .blocks import check_maps, fast_format
 from .losses import feature_matching_loss, gan_loss
 from .presets import Pix2pixHDPreset
@@ -24,7 +24,7 @@ _HEAD = 6  # and a striped head: doubling, norm, ReLU, padding, conv, tanh
 
 def _conv(channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1,
           padding: int = 0) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, kernel_size, stride, padding)
+    return WinogradConv2d(channels, out_channels, kernel_size, stride, padding)
 
 
 def _norm(channels: int) -> list[nn.Module]:
@@ -64,12 +64,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *layers, norm = self.conv_block
         h = x
-        fast = stripes.serves(self, x)
         for layer in layers:
-            if fast and isinstance(layer, nn.Conv2d) and winograd.pays(h, layer.weight):
-                h = winograd.conv3x3(h, layer.weight, layer.bias)
-            else:
-                h = layer(h)
+            h = layer(h)
         out: Tensor = norm(h, x)
         return out
 

@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from .._backend import requested, resolve
-from .._explain import record
-from .op import KINDS, WIDE, winograd_conv2d
-
-# On two cores with AVX-512 (benchmarks/NOTES.md): multiply-adds per nanosecond, and nanoseconds for
-# each 3x3 kernel that is reordered or transformed. Only their ratios matter.
-DIRECT_RATE, DIRECT_KERNEL = 195.0, 4.0
-WINOGRAD_RATE, WINOGRAD_KERNEL = 145.0, 14.0
-LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles stay half empty
-
-
-def pays(input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether the Winograd form is expected to be faster than a direct conv, padding 1."""
-    if input.dtype not in WIDE or min(weight.shape[0] // groups, weight.shape[1]) < LEAST_WIDTH:
-        return False
-    kernels = weight.shape[0] * weight.shape[1]
-    tiles = input.shape[0] * ((input.shape[2] + 1) // 2) * ((input.shape[3] + 1) // 2)
-    direct = DIRECT_KERNEL + input.shape[0] * input.shape[2] * input.shape[3] * 9 / DIRECT_RATE
-    return kernels * (WINOGRAD_KERNEL + tiles * 16 / WINOGRAD_RATE) < kernels * direct
+from .choice import conv3x3
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -35,7 +14,7 @@ class WinogradConv2d(nn.Conv2d):
 
     Same arguments, parameters and state dict. On the CPU in float32 and float64 wide convs run as
     :func:`winograd_conv2d`, 1.3 to 1.9 times faster than a direct conv; everything else (other
-    kernels, strides, paddings, narrow or small convs, 16-bit types, GPUs, autocast) is
+    kernels, strides and paddings, narrow or small convs, 16-bit types, GPUs, autocast) is
     :class:`torch.nn.Conv2d` itself.
 
     Shapes: x (N, C, H, W), residual as the output -> (N, C', H', W').
@@ -49,22 +28,11 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The conv, plus ``residual`` where one is given."""
-        if self._fast(input):
-            return winograd_conv2d(input, self.weight, self.bias, residual=residual, padding=1,
-                                   groups=self.groups)
+        if (
+            (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
+            and self.padding in ((0, 0), (1, 1)) and self.padding_mode == "zeros"
+        ):
+            return conv3x3(input, self.weight, self.bias, residual=residual,
+                           padding=int(self.padding[0]), groups=self.groups)
         y = super().forward(input)
         return y if residual is None else residual + y
-
-    def _fast(self, input: Tensor) -> bool:
-        plain: tuple[Any, ...] = (self.kernel_size, self.stride, self.padding, self.dilation)
-        if plain != ((3, 3), (1, 1), (1, 1), (1, 1)) or self.padding_mode != "zeros":
-            return False
-        if torch.is_autocast_enabled(input.device.type):
-            return False
-        if not input.is_cpu or requested() not in ("auto", "cpu"):
-            return False
-        kind = resolve("winograd_conv2d", input, None, KINDS)
-        if kind == "cpu" and pays(input, self.weight, self.groups):
-            return True
-        record("conv2d", "reference", input, reason="a direct conv is expected to be faster")
-        return False

@@ -121,7 +121,7 @@ def _semantics(model: Any, setting: Setting) -> tuple[Tensor, Tensor | None, Ten
     planes = label_maps.one_hot(labels, preset.classes, setting.dtype)
     if ids is not None:
         planes = torch.cat([planes, instance_edges(ids).to(setting.dtype)], 1)
-    return labels, ids, planes
+    return labels, ids, planes.contiguous()  # as published code scatters them
 
 
 def _generator_case(name: str, against: float, against_best: float, *,
@@ -220,6 +220,9 @@ def _training_case(name: str, batch: int, against: float, against_best: float) -
             gradients = torch.autograd.grad(image.square().mean(), parameters, allow_unused=True)
         total = sum(g.square().sum() for g in gradients if g is not None)
         generator.eval()
+        for layer in generator.modules():
+            if hasattr(layer, "weight_orig"):  # a weight with a graph cannot be copied
+                layer.weight = layer.weight.detach()
         assert isinstance(total, Tensor)
         return total
 
