@@ -1,4 +1,4 @@
-"""Sample scenes, and the maps and pictures that are read and written."""
+"""Sample scenes, how they look and are read back, and the files that are read and written."""
 
 import io
 import struct
@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from smis_models import images
-from smis_models.scenes import KINDS, palette, sample_scene
+from smis_models.data import Draw, GeneratedScenes, SceneClassifier
+from smis_models.scenes import KINDS, LANDSCAPE, draw_modes, paint, palette, sample_scene
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,3 +161,123 @@ def test_pictures_and_grids():
     assert (sheet[3:, 6:] == 255).all()
     with pytest.raises(ValueError, match="NaN"):
         images.to_pictures(batch * float("nan"))
+
+
+def test_landscapes_show_every_class():
+    shown = np.zeros(8)
+    area = np.zeros(8)
+    for index in range(60):
+        labels = GeneratedScenes(60, 64)[index]["labels"].numpy()
+        counts = np.bincount(labels.ravel(), minlength=8)
+        shown += counts > 0
+        area += counts / labels.size / 60
+    assert (shown >= 45).all(), dict(zip(LANDSCAPE, shown, strict=True))
+    assert (area > 0.01).all() and area.max() < 0.5, dict(zip(LANDSCAPE, area, strict=True))
+
+
+@pytest.mark.parametrize("size", [64, (48, 96), 200])
+def test_generated_scenes_depend_on_seed_split_and_index_alone(size):
+    forward = [GeneratedScenes(3, size, seed=5)[i]["image"] for i in range(3)]
+    longer = GeneratedScenes(9, size, seed=5)
+    for i in (2, 0, 1):
+        assert torch.equal(longer[i]["image"], forward[i])
+        assert torch.equal(longer[Draw(i, epoch=4)]["image"], forward[i])
+    others = [GeneratedScenes(3, size, "val", seed=5), GeneratedScenes(3, size, seed=6)]
+    for other in others:
+        assert not torch.equal(other[0]["labels"], longer[0]["labels"])
+    with pytest.raises(IndexError, match=r"expected 0\.\.2, got 3"):
+        others[0][3]
+
+
+def test_a_generated_sample():
+    sample = GeneratedScenes(1, (40, 56))[0]
+    assert sample["image"].shape == (3, 40, 56) and sample["image"].dtype == torch.float32
+    assert sample["image"].min() >= -1 and sample["image"].max() <= 1
+    assert sample["labels"].shape == (40, 56) and sample["labels"].dtype == torch.uint8
+    assert sample["instances"].shape == (40, 56) and sample["instances"].dtype == torch.int32
+    assert sample["modes"].shape == (8,) and sample["modes"].dtype == torch.int64
+
+
+def test_modes_are_uniform_and_independent():
+    r = np.random.default_rng(0)
+    modes = np.stack([draw_modes(r) for _ in range(4000)])
+    for c in range(8):
+        assert np.abs(np.bincount(modes[:, c], minlength=4) / 4000 - 0.25).max() < 0.03
+        for other in range(c):
+            pairs = np.bincount(modes[:, c] * 4 + modes[:, other], minlength=16) / 4000
+            assert np.abs(pairs - 1 / 16).max() < 0.02
+
+
+@pytest.mark.parametrize("changed", range(8))
+def test_a_mode_paints_its_own_class_only(changed):
+    scene = sample_scene("landscape", 64, 64, 8, seed=11)
+    assert changed in scene.present
+    modes = np.zeros(8, np.int64)
+    before = paint(scene.labels, scene.instances, modes, np.random.default_rng(1))
+    for mode in range(1, 4):
+        modes[changed] = mode
+        after = paint(scene.labels, scene.instances, modes, np.random.default_rng(1))
+        differs = (before != after).any(-1)
+        assert not differs[scene.labels != changed].any()
+        assert differs[scene.labels == changed].mean() > 0.5
+
+
+def _iou(seen, wanted):
+    pairs = torch.bincount(wanted.flatten().long() * 8 + seen.flatten(), minlength=64).view(8, 8)
+    both = pairs.diag().double()
+    return both / (pairs.sum(0) + pairs.sum(1) - both)
+
+
+@pytest.mark.parametrize(("size", "least"), [(64, 0.88), (128, 0.92), (192, 0.92)])
+def test_the_classifier_reads_held_out_scenes(size, least):
+    batch = [GeneratedScenes(12, size, "test", seed=9)[i] for i in range(12)]
+    images_, labels, modes = (torch.stack([s[key] for s in batch])
+                              for key in ("image", "labels", "modes"))
+    reading = SceneClassifier.shipped().read(images_, labels)
+    assert _iou(reading.labels, labels).mean() > least
+    shown = reading.modes >= 0
+    for c in range(8):
+        assert torch.equal(shown[:, c], (labels == c).flatten(1).any(1))
+    assert (reading.modes == modes)[shown].double().mean() > 0.97
+    assert reading.confidence[shown].mean() > 0.85
+
+
+def test_the_classifier_says_what_it_sees_not_what_was_asked():
+    sample = GeneratedScenes(2, 128, "test")[1]
+    judge = SceneClassifier.shipped()
+    asked = torch.full((1, 128, 128), LANDSCAPE.index("car"))
+    reading = judge.read(sample["image"][None], asked)
+    assert reading.modes[0].tolist() == [-1] * 6 + [int(reading.modes[0, 6])] + [-1]
+    assert reading.confidence[0, 6] < 0.1
+    assert _iou(reading.labels, sample["labels"][None])[0] > 0.9
+    noise = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert _iou(judge.read(noise).labels, sample["labels"][None]).mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "name"),
+    [((3, 8, 8), None, "images"), ((1, 1, 8, 8), None, "images"), ((1, 3, 8, 8), (8, 8), "labels")],
+)
+def test_the_classifier_checks_shapes(shape, labels, name):
+    given = None if labels is None else torch.zeros(labels, dtype=torch.long)
+    with pytest.raises(ValueError, match=name):
+        SceneClassifier.shipped().read(torch.zeros(shape), given)
+
+
+def test_a_classifier_is_fitted_and_kept(tmp_path):
+    fitted = SceneClassifier.fit(24, 100, sizes=(64,), epochs=6)
+    fitted.save(tmp_path / "judge.npz")
+    again = SceneClassifier.load(tmp_path / "judge.npz")
+    sample = GeneratedScenes(1, 64, "val")[0]
+    reading = again.read(sample["image"][None], sample["labels"][None])
+    assert torch.equal(reading.labels, fitted.read(sample["image"][None]).labels)
+    assert (reading.labels[0] == sample["labels"]).double().mean() > 0.5  # by chance: 1 / 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((0,), "count"), ((1, 0), "size"), ((1, 8, "dev"), "split"),
+                            ((1, 8, "val", -1), "seed")],
+)
+def test_bad_sets_are_named(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        GeneratedScenes(*arguments)

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def _train(features: Tensor, targets: Tensor, epochs: int, seed: int,
     """Weights and biases of the network; the first layer takes features as they are."""
     generator = torch.Generator().manual_seed(seed)
     mean, scale = features.mean(0), features.std(0)
+    scale[scale < 1e-4] = 1.0  # the size, where all scenes have one
     features = (features - mean) / scale
     layers = []
     for inputs, outputs in pairwise((features.shape[1], *_HIDDEN, _OUTPUTS)):
@@ -100,6 +101,12 @@ def _logits(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     return x
 
 
+def _check_images(images: Tensor) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError("images: expected floats (N, 3, H, W) in [-1, 1], got "
+                         f"{images.dtype} {tuple(images.shape)}")
+
+
 class SceneClassifier:
     """Reads classes and appearance modes off pictures of landscapes, by colour and texture.
 
@@ -119,13 +126,17 @@ class SceneClassifier:
         self._weights = list(weights)  # of each layer: (inputs, outputs), (outputs,)
 
     @classmethod
-    @lru_cache(maxsize=1)
+    def load(cls, path: str | Path = _FILE) -> SceneClassifier:
+        """Read what :meth:`save` wrote."""
+        with np.load(path) as file:
+            return cls([(torch.from_numpy(file[f"weight{i}"]), torch.from_numpy(file[f"bias{i}"]))
+                        for i in range(len(file.files) // 2)])
+
+    @classmethod
+    @cache
     def shipped(cls) -> SceneClassifier:
         """The one that comes with the package."""
-        with np.load(_FILE) as file:
-            layers = len(file.files) // 2
-            return cls([(torch.from_numpy(file[f"weight{i}"]), torch.from_numpy(file[f"bias{i}"]))
-                        for i in range(layers)])
+        return cls.load()
 
     @classmethod
     def fit(cls, scenes: int = 800, pixels: int = 300, *, sizes: Sequence[int] = (64, 96, 128, 256),
@@ -172,9 +183,7 @@ class SceneClassifier:
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, H, W, 8, 4) float32, of each class in each mode."""
-        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError("images: expected floats (N, 3, H, W) in [-1, 1], got "
-                             f"{images.dtype} {tuple(images.shape)}")
+        _check_images(images)
         x = _logits(self._weights, pixel_features(images.detach().float()))
         return x.log_softmax(-1).unflatten(-1, (len(LANDSCAPE), _MODES))
 
@@ -189,19 +198,23 @@ class SceneClassifier:
         Raises:
             ValueError: other shapes.
         """
+        _check_images(images)
         n, _, h, w = images.shape
-        log = self.log_probabilities(images)
-        seen = log.logsumexp(-1).argmax(-1)
-        regions = seen if labels is None else labels.to(seen)
-        if regions.shape != (n, h, w):
+        if labels is not None and labels.shape != (n, h, w):
             raise ValueError(f"labels: expected {(n, h, w)} as the images, got "
-                             f"{tuple(regions.shape)}")
-        index = regions[..., None, None].expand(n, h, w, 1, _MODES)
-        own = log.gather(-2, index).squeeze(-2)  # [N, H, W, modes] of the region's class
-        member = F.one_hot(regions, len(LANDSCAPE)).float()
-        area = member.sum((1, 2))  # [N, classes]
-        within = torch.einsum("nhwc,nhwm->ncm", member, own.log_softmax(-1))
-        chance = torch.einsum("nhwc,nhwm->ncm", member, own.exp()) / area.clamp_min(1)[..., None]
-        modes = within.argmax(-1)
-        confidence = chance.gather(-1, modes[..., None]).squeeze(-1)
-        return Reading(seen, modes.masked_fill(area == 0, -1), confidence)
+                             f"{tuple(labels.shape)}")
+        read = [self._read(images[i], None if labels is None else labels[i]) for i in range(n)]
+        return Reading(*(torch.stack(parts) for parts in zip(*read, strict=True)))
+
+    def _read(self, image: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One picture at a time: the features of a batch would be large."""
+        log = self.log_probabilities(image[None])[0]
+        seen = log.logsumexp(-1).argmax(-1)
+        regions = (seen if labels is None else labels.to(seen)).flatten()
+        own = log.flatten(0, 1)[torch.arange(len(regions), device=log.device), regions]
+        member = F.one_hot(regions, len(LANDSCAPE)).float()  # [pixels, classes]
+        area = member.sum(0)
+        modes = (member.T @ own.log_softmax(-1)).argmax(-1)
+        chance = (member.T @ own.exp()) / area.clamp_min(1)[:, None]
+        confidence = chance.gather(-1, modes[:, None]).squeeze(-1)
+        return seen, modes.masked_fill(area == 0, -1), confidence
