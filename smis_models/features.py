@@ -106,6 +106,11 @@ class FeatureClusters:
         """Channels of a feature."""
         return int(next(iter(self.centers.values())).shape[1])
 
+    def count(self, instance: int) -> int:
+        """How many clusters the class of an instance has."""
+        label = instance if instance < THINGS else instance // THINGS
+        return len(self.centers.get(label, ()))
+
     @classmethod
     def fit(cls, features: Mapping[int, Centers], clusters: int = CLUSTERS) -> FeatureClusters:
         """K-means for each class, K = min(clusters, instances), with the published seed.

@@ -50,7 +50,8 @@ class Layout:
         return palette(num_classes)[self.labels]
 
 
-def _maps(name: str, path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+def map_files(name: str, path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """A file, or the files of a folder by name; errors speak of the option ``name``."""
     if not path.exists():
         raise FileNotFoundError(f"{name}: {path} does not exist; give a PNG or a folder of PNGs")
     if path.is_file():
@@ -63,7 +64,7 @@ def _maps(name: str, path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[P
 
 def _instances_of(paths: Sequence[Path], instances: str | Path) -> dict[str, Path]:
     """The instance map of every scene in ``paths``."""
-    given = _maps("instances", Path(instances))
+    given = map_files("instances", Path(instances))
     single = len(paths) == len(given) == 1
     ids = {scene_name(paths[0] if single else p): p for p in given}
     for path in paths:
@@ -89,7 +90,7 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Prese
         ImageError: a file is not an index map in range.
         ValueError: the model reads instances and none are given.
     """
-    paths = _maps("labels", Path(labels))
+    paths = map_files("labels", Path(labels))
     ids: dict[str, Path] = {}
     if preset.instance_edge:
         if instances is None:
@@ -170,7 +171,7 @@ def read_photographs(images: str | Path, instances: str | Path, size: tuple[int,
         FileNotFoundError: a path, or the instance map of a scene, is missing.
         ImageError: a file is not what it was given as.
     """
-    paths = _maps("images", Path(images), PICTURE_SUFFIXES)
+    paths = map_files("images", Path(images), PICTURE_SUFFIXES)
     ids = _instances_of(paths, instances)
     for path in paths:
         picture = torch.from_numpy(read_picture(path, size).copy()).permute(2, 0, 1)[None]

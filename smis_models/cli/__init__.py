@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from ..memory import reuse_freed_memory
-from . import common, data, evaluate, measure, synthesis, train
+from . import apply, common, data, evaluate, measure, synthesis, train
 from .common import USER_ERRORS, app
 
-__all__ = ["app", "common", "data", "evaluate", "main", "measure", "synthesis", "train"]
+__all__ = ["app", "apply", "common", "data", "evaluate", "main", "measure", "synthesis", "train"]
 
 
 @app.callback()

@@ -1,0 +1,62 @@
+"""Animated files of frames: GIF, APNG and WebP, through Pillow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, features
+
+from .images import Picture, write_atomically
+
+FORMATS = {"gif": ("GIF", ".gif"), "apng": ("PNG", ".png"), "webp": ("WEBP", ".webp")}
+
+
+def check_format(format: str) -> None:
+    """Refuse a format that cannot be written here.
+
+    Raises:
+        ValueError: an unknown format, or WebP where Pillow was built without it.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"animation: expected one of {', '.join(FORMATS)}; got {format!r}")
+    if format == "webp" and not features.check("webp"):
+        raise ValueError("animation: this Pillow writes no WebP; choose gif or apng")
+
+
+def write_animation(path: str | Path, frames: Sequence[Picture], format: str = "gif",
+                    seconds: float = 0.4) -> Path:
+    """Write frames (H, W, 3) that repeat without end; the whole file or none of it.
+
+    APNG and WebP are written without loss; GIF has 256 colours a frame, by Pillow's dithering.
+
+    Args:
+        path: without its ending, which the format decides.
+        frames: at least one, of one size.
+        format: "gif", "apng" or "webp".
+        seconds: that each frame stays; the last stays twice as long.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: an unknown format, no frames, frames of several sizes, no time.
+
+    Example:
+        >>> write_animation("out/morph", frames, "webp")
+    """
+    check_format(format)
+    sizes = {frame.shape for frame in frames}
+    if len(sizes) != 1:
+        raise ValueError(f"frames: expected at least one, all of one size; got {sorted(sizes)}")
+    if seconds <= 0:
+        raise ValueError(f"seconds: expected more than 0, got {seconds}")
+    kind, suffix = FORMATS[format]
+    images = [Image.fromarray(frame) for frame in frames]
+    each = round(1000 * seconds)
+    options = {"lossless": True} if format == "webp" else {}
+    buffer = io.BytesIO()
+    images[0].save(buffer, kind, save_all=True, append_images=images[1:], loop=0,
+                   duration=[each] * (len(images) - 1) + [2 * each], **options)
+    return write_atomically(Path(path).with_name(Path(path).name + suffix), buffer.getvalue())
