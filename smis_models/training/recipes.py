@@ -8,11 +8,17 @@ from typing import Any
 
 from ..presets import (
     ADE20K,
+    BICYCLEGAN,
     CCFPSE_ADE20K,
     CCFPSE_CITYSCAPES,
     CCFPSE_COCO,
     CITYSCAPES,
     DEEPFASHION,
+    DSCGAN,
+    GROUPDEC,
+    GROUPENC,
+    GROUPNET,
+    MULNET,
     PIX2PIXHD_CITYSCAPES,
     PIX2PIXHD_CITYSCAPES_1024,
     PIX2PIXHD_CITYSCAPES_FEATURES,
@@ -20,6 +26,7 @@ from ..presets import (
     SPADE_CITYSCAPES,
     SPADE_COCO,
     SPADE_COCO_VAE,
+    VSPADE,
     Pix2pixHDPreset,
     Preset,
 )
@@ -59,10 +66,24 @@ def _pix2pixhd(model: str, network: Pix2pixHDPreset, *, epochs: int = 100, decay
     )
 
 
+def _deepfashion(model: str, network: Preset) -> TrainConfig:
+    """GroupDNet's own training, which its paper gives every system but the U-Nets."""
+    return _spade(model, network, "deepfashion", batch=8, epochs=60, decay=40, kl=_kl(4))
+
+
+def _bicyclegan(model: str, network: Preset, **losses: float) -> TrainConfig:
+    """The U-Nets: least squares on encoded and drawn codes alike, L1, no perceptual term."""
+    rates = OptimizerConfig(generator=2e-4, discriminator=2e-4, betas=(0.5, 0.999), reuse_fake=True)
+    return TrainConfig(
+        model=model, network=network, data=DataConfig(name="deepfashion", batch=2),
+        losses=LossConfig(gan="ls", scales="sum", feature_matching=0.0, perceptual=0.0, pixel=10.0,
+                          kl=0.01, prior=1.0, **losses),
+        optimizer=rates, schedule=ScheduleConfig(epochs=100, decay_epochs=100),
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "groupdnet_deepfashion": lambda: _spade(
-        "groupdnet_deepfashion", DEEPFASHION, "deepfashion", batch=8, epochs=60, decay=40,
-        kl=_kl(4)),
+    "groupdnet_deepfashion": lambda: _deepfashion("groupdnet_deepfashion", DEEPFASHION),
     "groupdnet_cityscapes": lambda: _spade(
         "groupdnet_cityscapes", CITYSCAPES, "cityscapes", batch=4, epochs=100, decay=100,
         kl=_kl(4)),
@@ -90,5 +111,13 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         "pix2pixhd_cityscapes_features", PIX2PIXHD_CITYSCAPES_FEATURES),
     "pix2pixhd_cityscapes_1024": lambda: _pix2pixhd(
         "pix2pixhd_cityscapes_1024", PIX2PIXHD_CITYSCAPES_1024, epochs=50, decay=50, freeze=10),
+    "vspade_deepfashion": lambda: _deepfashion("vspade_deepfashion", VSPADE),
+    "groupenc_deepfashion": lambda: _deepfashion("groupenc_deepfashion", GROUPENC),
+    "groupdec_deepfashion": lambda: _deepfashion("groupdec_deepfashion", GROUPDEC),
+    "groupnet_deepfashion": lambda: _deepfashion("groupnet_deepfashion", GROUPNET),
+    "mulnet_deepfashion": lambda: _deepfashion("mulnet_deepfashion", MULNET),
+    "bicyclegan_deepfashion": lambda: _bicyclegan(
+        "bicyclegan_deepfashion", BICYCLEGAN, latent=0.5),
+    "dscgan_deepfashion": lambda: _bicyclegan("dscgan_deepfashion", DSCGAN, diversity=8.0),
 }
 """Name -> its configuration: what `smis train NAME` starts from."""
