@@ -80,7 +80,7 @@ def _layer_case(name: str, prepare: Callable[[Inputs], Inputs], against: float,
         name=f"spade_layer/{name}", make_inputs=make_inputs, providers=_providers(prepare),
         moved=lambda inputs, outputs: 2 * inputs[1].numel() * inputs[1].element_size(),
         macs=conv_macs, targets={"reference": against, "best": against_best}, every_map=True,
-        seconds=10.0,
+        seconds=10.0, windows=lambda inputs: _windows(inputs[2]),
     )
 
 
@@ -146,6 +146,7 @@ def _generator_case(name: str, against: float, against_best: float, *,
         name=f"{name}/generator", make_inputs=make_inputs, providers=_providers(unchanged),
         macs=conv_macs, memory_bound=False, floor=1e-4, seconds=40.0, every_map=True,
         targets=targets, bound=network_bound, scenes=scenes,
+        windows=lambda inputs: _windows(inputs[1]),
     )
 
 
@@ -222,7 +223,7 @@ def _training_case(name: str, batch: int, against: float, against_best: float) -
         generator.eval()
         for layer in generator.modules():
             if hasattr(layer, "weight_orig"):  # a weight with a graph cannot be copied
-                layer.weight = layer.weight.detach()
+                setattr(layer, "weight", getattr(layer, "weight").detach())  # noqa: B009, B010
         assert isinstance(total, Tensor)
         return total
 
@@ -284,6 +285,14 @@ def _noise_case() -> Case:
                    Provider("fused", _fused, channels_last)),
         macs=conv_macs, memory_bound=False, targets={"reference": 0.95}, seconds=20.0,
     )
+
+
+def _windows(planes: Tensor) -> tuple[int, int, int]:
+    """V, U and pixels of a map at its own size."""
+    layout = LabelLayout.from_tensor(planes)
+    assert layout is not None
+    v, u = layout.level((planes.shape[2], planes.shape[3]), unlimited=True).counts
+    return v, u, layout.symbols.numel()
 
 
 def network_bound(inputs: Inputs) -> Remaining:

@@ -202,6 +202,7 @@ class Case:
         confirm: repeat peak memory as the resident size of fresh processes.
         every_map: ours runs on every map of the setting, the baselines on the first.
         scenes: the data set whose maps are used where the folder holds several.
+        windows: V, U and pixels of the map in the inputs.
         bound: the work that remains at the least, from the inputs.
         single_precision_truth: judge by the reference in its own dtype (fp64 would not fit).
     """
@@ -222,6 +223,7 @@ class Case:
     confirm: bool = False
     every_map: bool = False
     scenes: str = "coco"
+    windows: Callable[[Inputs], tuple[int, int, int]] | None = None
     bound: Callable[[Inputs], Remaining] | None = None
     single_precision_truth: bool = False
 

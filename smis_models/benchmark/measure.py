@@ -131,14 +131,20 @@ def _copies(case: Case, bound: _Bound, count: int) -> list[Call]:
 
 
 def _other_maps(case: Case, setting: Setting, ready: list[_Bound],
+                windows: dict[str, tuple[int, int, int]],
                 progress: Callable[[str], None]) -> dict[str, Call]:
-    """Ours on the maps after the first, each judged against the reference there."""
+    """Ours on the maps after the first, each judged against the reference there.
+
+    Their counts are added to ``windows``.
+    """
     by_name = {bound.provider.name: bound for bound in ready}
     reference, fused = by_name["reference"], by_name["fused"]
     calls: dict[str, Call] = {}
     for index in range(1, setting.maps.count):
         progress(f"correctness, map {index}")
         inputs = case.make_inputs(setting.at(index))
+        if case.windows is not None:
+            windows[f"map {index}"] = case.windows(inputs)
         expected = bind(case, reference.run, reference.provider.prepare(inputs))()
         call = bind(case, fused.run, fused.provider.prepare(inputs))
         error = _error(call(), expected)
@@ -192,7 +198,8 @@ def measure(case: Case, setting: Setting,
     produced = nbytes(outputs)
     largest = max(tensors(outputs), key=nbytes)
     progress("timing")
-    others = _other_maps(case, setting, ready, progress) if case.every_map else {}
+    windows = {} if case.windows is None else {"map 0": case.windows(inputs)}
+    others = _other_maps(case, setting, ready, windows, progress) if case.every_map else {}
     yardsticks = {"copy": timing.copy_call(largest),
                   "conv": timing.conv_call(setting.device, setting.dtype)}
     remaining = None if case.bound is None else case.bound(inputs)
@@ -223,7 +230,8 @@ def measure(case: Case, setting: Setting,
             correct=each.error <= each.allowed, copy_bandwidth=copied,
             memory_bound=case.memory_bound, targets=case.targets,
             compile_seconds=each.compile_seconds,
-            maps=maps if each.provider.name == "fused" else {}, bound=bound,
+            maps=maps if each.provider.name == "fused" else {},
+            windows=windows if each.provider.name == "fused" else {}, bound=bound,
         )
         for each in ready
     ]

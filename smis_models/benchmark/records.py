@@ -48,6 +48,8 @@ class Record:
     allocator: str = "reuse"
     maps: dict[str, float] = field(default_factory=dict)
     """Median seconds on each map, where ``times`` are geometric means over several."""
+    windows: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Of each map its distinct 3x3 windows (V), 5x5 windows (U) and pixels."""
     bound: float | None = None
     """Seconds that the remaining arithmetic and traffic take at the rates of the same run."""
 
@@ -325,6 +327,16 @@ def markdown(records: Sequence[Record]) -> str:
         parts += ["## Peak memory, confirmed by the resident size of a fresh process",
                   _markdown_table(("case", "provider", "allocations, MB", "resident, MB"),
                                   memory)]
+    counted = [r for r in fused if r.windows]
+    if counted:
+        lines = [
+            (r.group, name, str(v), str(u), f"{v / pixels:.1%}", f"{u / pixels:.1%}",
+             _time(r.maps.get(name, r.median)))
+            for r in counted for name, (v, u, pixels) in r.windows.items()
+        ]
+        parts += ["## Maps: distinct 3x3 (V) and 5x5 (U) windows at the full size",
+                  _markdown_table(("case", "map", "V", "U", "of pixels", "of pixels", "fused"),
+                                  lines)]
     if default:
         rows = [
             (group, *(_provider_cell(case, n) for n in PROVIDERS), _times(speedup(case)))
