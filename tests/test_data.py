@@ -22,6 +22,7 @@ from smis_models.data import (
     build_dataset,
     detect_layout,
     list_scenes,
+    modulation_sizes,
     write_scenes,
 )
 from smis_models.data.preprocess import MODES
@@ -380,7 +381,16 @@ def test_batches_carry_the_compiled_labels(tmp_path, preset, workers):
     assert batch["image"].shape == (2, 3, *preset.image_size)
     assert len(batch["name"]) == 2
     expected = layout(batch["labels"], preset, batch.get("instances"))
-    assert torch.equal(batch["layout"].dense(), expected.dense())
+    sent = batch["layout"]
+    assert torch.equal(sent.dense(), expected.dense())
+    assert set(sent._levels) == set(modulation_sizes(preset))
+    for size, level in sent._levels.items():
+        for key, value in vars(expected.level(size)).items():
+            assert torch.equal(getattr(level, key), value), (size, key)
+    if workers:
+        blocks = {t.untyped_storage().data_ptr() for level in sent._levels.values()
+                  for t in vars(level).values()}
+        assert len(blocks) == 1
 
 
 @pytest.mark.parametrize(

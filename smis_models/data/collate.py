@@ -12,6 +12,7 @@ from smis_kernels import LabelLayout
 
 from ..labels import layout
 from ..presets import LatentPreset, Preset
+from . import transport  # noqa: F401  (registers how workers send layouts)
 from .sample import Sample
 
 
