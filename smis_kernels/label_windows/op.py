@@ -66,8 +66,8 @@ def number_windows(map: Tensor, limit: int, *,
     Returns:
         Ids (N, H, W) int32 from 1 in order of first appearance over the whole batch, and the
         windows (V + 1, 9) int32 in row-major order, row 0 all zero. With more than ``limit``
-        windows, or (native kernels) an id above 2²¹ - 1, of which three no longer fit a key, they are
-        empty (0, 9).
+        windows, or (native kernels) an id above 2²¹ - 1, of which three no longer fit a key,
+        they are empty (0, 9).
 
     Raises:
         TypeError, ValueError: the map is no (N, H, W) int32. RuntimeError: an id is negative
