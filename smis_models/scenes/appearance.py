@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects
 
 from .scene import LANDSCAPE
 from .textures import texture_bank
@@ -102,11 +101,13 @@ def draw_modes(r: np.random.Generator) -> NDArray[np.int64]:
 def _heights(instances: NDArray[np.integer[Any]], first: int) -> Plane:
     """(H, W) 0..1 from top to bottom of each instance with an id from ``first`` on."""
     v = np.zeros(instances.shape, np.float32)
-    for number, box in enumerate(find_objects(instances), start=1):
-        if number >= first and box is not None:
-            rows = box[0].stop - box[0].start
-            ramp = ((np.arange(rows, dtype=np.float32) + 0.5) / rows)[:, None]
-            np.copyto(v[box], ramp, where=instances[box] == number)
+    numbers = np.flatnonzero(np.bincount(instances.ravel()))
+    for number in numbers[numbers >= first]:
+        inside = instances == number
+        rows = np.flatnonzero(inside.any(1))
+        top, height = rows[0], rows[-1] + 1 - rows[0]
+        ramp = ((np.arange(height, dtype=np.float32) + 0.5) / height)[:, None]
+        np.copyto(v[top:top + height], ramp, where=inside[top:top + height])
     return v
 
 
