@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from smis_models import create_model, losses
 from smis_models.checkpoint import CheckpointError
 from smis_models.data import Draw
@@ -35,7 +37,6 @@ from smis_models.training.batches import Batches, Order
 from smis_models.training.processes import Processes
 from smis_models.training.run import dataset
 from smis_models.training.trainer import Trainer
-from torch import Tensor
 
 pytest.importorskip("jsonargparse")
 
@@ -233,7 +234,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
             assert torch.equal(value, states[1][key][name]), name
     with pytest.raises(CheckpointError, match=r"network\.ngf differ"):
         train(tiny("--optimizer.ema", "0.9", "--network.ngf", "4"), broken, resume=True)
-    with pytest.raises(CheckpointError, match="no checkpoint.pt"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint\.pt"):
         train(config, tmp_path / "nowhere", resume=True)
     (broken / "checkpoint.pt").write_bytes((broken / "checkpoint.pt").read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -31,7 +31,7 @@ class MicroBatch:
     Attributes:
         image: (N, 3, H, W) in [-1, 1].
         labels: (N, H, W), integers.
-        layout: the compiled labels.
+        layout: the compiled labels; None where ``planes`` is set instead.
         instances: (N, H, W) ids, or None.
         noise_seed, first, drawn: which random codes are this batch's: N of ``drawn``, from
             ``first`` on, so that several processes draw what one would.
@@ -39,7 +39,7 @@ class MicroBatch:
 
     image: Tensor
     labels: Tensor
-    layout: LabelLayout
+    layout: LabelLayout | None = None
     instances: Tensor | None = None
     noise_seed: int = 0
     first: int = 0
@@ -61,12 +61,13 @@ class MicroBatch:
     @cached_property
     def planes(self) -> Tensor:
         """The semantics as planes, (N, classes [+ edge], H, W)."""
+        assert self.layout is not None
         return self.layout.dense(dtype=self.image.dtype)
 
     @property
     def semantics(self) -> Tensor | LabelLayout:
         """What the generator reads: the layout, or for the reference backend the planes."""
-        return self.planes if self.dense else self.layout
+        return self.planes if self.dense or self.layout is None else self.layout
 
     def noise(self, like: Tensor, draw: int = 0) -> Tensor:
         """N(0, 1) of the shape of ``like`` (N, ...); ``draw`` numbers the draws of a step."""

@@ -56,7 +56,7 @@ class Average:
         self.average = AveragedModel(self._source, multi_avg_fn=get_ema_multi_avg_fn(decay))
         names = [name for name, _ in model.named_children() if name != "discriminator"]
         self.model = SynthesisModel(model.name, model.preset, dict(zip(
-            names, self.average.module, strict=True)))
+            names, self.average.module.children(), strict=True)))
 
     def update(self) -> None:
         """Take the model's present weights in."""

@@ -107,7 +107,8 @@ def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Trai
     elif "model" in given:
         base = _base(str(given["model"]))
     else:
-        raise ValueError("config: expected a recipe or a model; add `recipe: NAME` or `model: NAME`")
+        raise ValueError("config: expected a recipe or a model; add `recipe: NAME` or "
+                         "`model: NAME`")
     if given.get("model", base["model"]) != base["model"]:
         raise ValueError(f"model: the recipe is of {base['model']}, got {given['model']!r}; "
                          "leave one of recipe and model out")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 from ..presets import (
     ADE20K,
@@ -32,7 +30,6 @@ from ..presets import (
 )
 from .config import (
     DataConfig,
-    LogConfig,
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -71,13 +68,14 @@ def _deepfashion(model: str, network: Preset) -> TrainConfig:
     return _spade(model, network, "deepfashion", batch=8, epochs=60, decay=40, kl=_kl(4))
 
 
-def _bicyclegan(model: str, network: Preset, **losses: float) -> TrainConfig:
+def _bicyclegan(model: str, network: Preset, *, latent: float = 0.0,
+                diversity: float = 0.0) -> TrainConfig:
     """The U-Nets: least squares on encoded and drawn codes alike, L1, no perceptual term."""
     rates = OptimizerConfig(generator=2e-4, discriminator=2e-4, betas=(0.5, 0.999), reuse_fake=True)
     return TrainConfig(
         model=model, network=network, data=DataConfig(name="deepfashion", batch=2),
         losses=LossConfig(gan="ls", scales="sum", feature_matching=0.0, perceptual=0.0, pixel=10.0,
-                          kl=0.01, prior=1.0, **losses),
+                          kl=0.01, prior=1.0, latent=latent, diversity=diversity),
         optimizer=rates, schedule=ScheduleConfig(epochs=100, decay_epochs=100),
     )
 

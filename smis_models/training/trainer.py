@@ -123,7 +123,8 @@ class Trainer:
                 optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Forward, backward and update of one side."""
         optimizer.zero_grad()
-        dtype, total = PRECISIONS[self.config.precision], {}
+        dtype = PRECISIONS[self.config.precision]
+        total: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             with unsynchronized(wrapped, last=i == len(batches) - 1):
                 with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -131,7 +132,7 @@ class Trainer:
                 share = torch.stack([x.float() for x in losses.values()]) / len(batches)
                 self._scaler.scale(share.sum()).backward()
             for name, value in zip(losses, share.detach(), strict=True):
-                total[name] = total.get(name, 0) + value
+                total[name] = total[name] + value if name in total else value
         values = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
