@@ -62,8 +62,9 @@ def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
 def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
     """Source index of each target index, exactly as F.interpolate: floor(fp32 dst * fp32 scale)."""
     scale = torch.tensor(source, dtype=torch.float32) / torch.tensor(size, dtype=torch.float32)
-    index = (torch.arange(size, dtype=torch.float32) * scale).floor().long()
-    return index.clamp_(max=source - 1).to(device)
+    # made on the device: a copy from the host could not be captured in a CUDA graph
+    index = torch.arange(size, dtype=torch.float32, device=device) * scale.item()
+    return index.floor().long().clamp_(max=source - 1)
 
 
 class LabelLayout:
@@ -271,6 +272,11 @@ class TableCache:
     def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
             table: Tensor) -> None:
         self._kept[owner, size] = (layout, table)
+
+    def items(self) -> Iterator[tuple[tuple[nn.Module, tuple[int, int]], Tensor]]:
+        """((owner, size), table) of all tables kept."""
+        for key, (_, table) in self._kept.items():
+            yield key, table
 
     def earlier(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
                 reach: int) -> tuple[Tensor, Tensor] | None:

@@ -12,6 +12,7 @@ from smis_kernels import LabelLayout
 from smis_kernels.layout import TableCache
 
 from . import labels as label_maps
+from .graphs import GraphedGenerator, capture
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
@@ -47,9 +48,13 @@ class Synthesizer:
         model: a :class:`SynthesisModel` of the zoo (a generator with ``preset`` serves too).
         labels: (N, H, W) integers, or a :class:`smis_kernels.LabelLayout`.
         instances: ids of the labels' shape where the model reads edges.
+        cuda_graph: run each picture as one CUDA graph, captured at the first sample of a layout.
+            Edits stay in the graph's memory while their tables fit its capacity, and have it
+            captured anew where they do not. For a model on a GPU, from one stream at a time.
 
     Raises:
-        ValueError: labels out of range or of another shape; the message names it.
+        ValueError: labels out of range or of another shape, or ``cuda_graph`` for a model that is
+            not on a GPU; the message names it.
         RuntimeError: from any sample, once the model's weights have changed.
 
     Example:
@@ -60,13 +65,24 @@ class Synthesizer:
     """
 
     def __init__(self, model: Any, labels: Tensor | LabelLayout,
-                 instances: Tensor | None = None) -> None:
+                 instances: Tensor | None = None, *, cuda_graph: bool = False) -> None:
         self._source: nn.Module = getattr(model, "generator", model)
         self._preset = model.preset
         self._stamp = self._weights()
         self._generator: Any = frozen_copy(self._source)
         self._layout = self._compile(labels, instances)
         self._layout.tables = TableCache()
+        self._graphed: GraphedGenerator | None = None
+        self._record: Any = None
+        if cuda_graph:
+            device = next(self._source.parameters()).device
+            if device.type != "cuda":
+                raise ValueError(
+                    f"cuda_graph: expected a model on a GPU, got one on {device}; move it with "
+                    ".to('cuda') or leave cuda_graph out"
+                )
+            self._record = capture
+        self._loaded: LabelLayout | None = None  # the layout whose tables the graph holds
         self.z: Tensor | None = None
 
     def _weights(self) -> tuple[tuple[int, int], ...]:
@@ -98,7 +114,22 @@ class Synthesizer:
                 "model: its weights have changed since this Synthesizer was made; make a new one"
             )
         self.z = self.code(seed) if z is None else z
+        if self._record is not None:
+            return self._replayed(self.z)
         image: Tensor = self._generator(self._layout, self.z)
+        return image
+
+    def _replayed(self, z: Tensor | None) -> Tensor:
+        """The picture from the graph; a layout's first one is made eagerly, and its tables."""
+        if self._loaded is self._layout:
+            assert self._graphed is not None
+            return self._graphed(z)
+        image: Tensor = self._generator(self._layout, z)
+        if self._graphed is not None and self._graphed.fits(self._layout):
+            self._graphed.load(self._layout)
+        else:
+            self._graphed = GraphedGenerator(self._generator, self._layout, z, self._record)
+        self._loaded = self._layout
         return image
 
     def resample(self, index: int, *, seed: int = 1, z: Tensor | None = None) -> Tensor:
