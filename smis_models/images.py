@@ -59,7 +59,8 @@ def _read_indices(path: Path) -> NDArray[np.int64]:
     if mode not in _INDEX_MODES:
         raise ImageError(f"{path}: expected one index per pixel (8-bit, palette or 16-bit PNG), "
                          f"got a {mode} image; convert the colours to class indices first")
-    return pixels.astype(np.int64) // stretch
+    indices = pixels.astype(np.int64)
+    return indices if stretch == 1 else indices // stretch
 
 
 def resize_nearest(indices: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
