@@ -1,0 +1,72 @@
+"""Part ``build``: the native libraries, compiled for this machine's GPU and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .journal import Journal, Row, Skip
+from .settings import ROOT, Settings
+
+
+def build(journal: Journal, settings: Settings) -> Row:
+    """``python -m smis_kernels.build`` for the architectures of the GPUs in this machine."""
+    if settings.dry_run:
+        raise Skip("dry run: the libraries that are built are used as they are")
+    machine = (json.loads(settings.journal("device").read_text())["rows"] or [{}])[0]
+    environment = {**os.environ, "SMIS_BUILD": "all"}
+    wanted = sorted(set(machine["capabilities"]), key=lambda text: tuple(map(int, text.split("."))))
+    environment.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(wanted))
+    done = subprocess.run(
+        (sys.executable, "-m", "smis_kernels.build"), cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(journal.left(), 10),
+        check=False,
+    )
+    print(done.stdout, flush=True)
+    record = json.loads((ROOT / "smis_kernels" / "_build_record.json").read_text())
+    for name, entry in record.items():
+        if entry["state"] != "built":
+            raise RuntimeError(f"{name}: {entry['reason']}; cure: {entry['cure']}")
+    return {"architectures": environment["TORCH_CUDA_ARCH_LIST"],
+            "libraries": {name: {k: v for k, v in entry.items() if k != "output"}
+                          for name, entry in record.items()}}
+
+
+def load(settings: Settings) -> Row:
+    """Load both libraries; every op must have the kernels that its ``KINDS`` promise."""
+    import importlib
+
+    import torch
+
+    from smis_kernels import _native
+    from smis_kernels._library import NAMESPACE, _names
+
+    for name, status in _native.STATUS.items():
+        if not status.loaded and not (settings.dry_run and name == "cuda"):
+            raise RuntimeError(f"{name}: {status.reason}; cure: {status.cure}")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    counts = {key: sum(has(f"{NAMESPACE}::{name}", key) for name in _names)
+              for key in ("CPU", "CUDA")}
+    missing = []
+    for path in sorted(Path(_native.__file__).parent.glob("*/op.py")):
+        op = importlib.import_module(f"smis_kernels.{path.parent.name}.op")
+        if "triton" in op.KINDS:
+            importlib.import_module(f"smis_kernels.{path.parent.name}.triton")
+        raw = [value for value in vars(op).values() if type(value).__name__ == "RawOp"]
+        needed = ["CPU"] + ["CUDA"] * bool({"cuda", "triton"} & set(op.KINDS))
+        if settings.dry_run and not _native.STATUS["cuda"].loaded and "cuda" in op.KINDS:
+            needed.remove("CUDA")
+        missing += [f"{r.name} on {key}" for r in raw for key in needed
+                    if not has(f"{NAMESPACE}::{r.name}", key)
+                    and not has(f"{NAMESPACE}::{r.name}", "CompositeExplicitAutograd")]
+    if missing:
+        raise RuntimeError(f"no kernel of {', '.join(missing)}")
+    return {"kernels": counts, "paths": {k: v.path for k, v in _native.STATUS.items()}}
+
+
+def run(journal: Journal, settings: Settings) -> None:
+    journal.row("compile", lambda: build(journal, settings))
+    journal.row("load", lambda: load(settings))

@@ -1,0 +1,88 @@
+"""Every op's GPU kernel against its reference in fp64: dtypes, layouts, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases import CASES, HALF, OpCase, run
+from smis_kernels.testing import assert_as_accurate, poisoned_empty, with_layout
+
+LAYOUTS = ("contiguous", "channels_last", "sliced")
+FACTOR = 1.5  # of the reference's own error at that dtype
+
+
+def _usable(case: OpCase, device: str, dtype: torch.dtype = torch.float32,
+            layout: str = "channels_last") -> str:
+    if dtype not in case.dtypes:
+        pytest.skip(f"{case.name} takes no {dtype}")
+    if device == "cpu" and (dtype, layout) != (torch.float32, "channels_last"):
+        pytest.skip("rehearsed in float32, channels-last")
+    problem = case.problem(device)
+    if problem is not None:
+        pytest.skip(problem)
+    return case.backend(device)
+
+
+def _floating(results: list[Tensor]) -> list[Tensor]:
+    return [t for t in results if t.is_floating_point()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_as_accurate_as_the_reference(case: OpCase, layout: str, dtype: torch.dtype,
+                                      device: str) -> None:
+    backend = _usable(case, device, dtype, layout)
+    floating, integer = case.inputs(device, dtype, layout)
+    with poisoned_empty():
+        got = run(case, floating, integer, backend)
+    reference = run(case, floating, integer, "reference")
+    truth = run(case, tuple(t.double() for t in floating), integer, "reference")
+    for i, (a, b, exact) in enumerate(zip(got, reference, truth, strict=True)):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if not a.is_floating_point():
+            assert torch.equal(a, b), f"result {i}"
+            continue
+        wide = dtype if dtype == torch.float64 else torch.float32
+        sums = a.dtype if a.dtype in HALF else wide
+        floor = 0.5 * torch.finfo(a.dtype).eps + 64 * torch.finfo(sums).eps * (sums in (wide,))
+        assert_as_accurate(a, b, exact, factor=FACTOR, floor=floor, what=f"result {i}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_output_keeps_the_memory_format(case: OpCase, device: str) -> None:
+    backend = _usable(case, device)
+    for layout in ("contiguous", "channels_last"):
+        floating, integer = case.inputs(device, torch.float32, layout)
+        if not floating or floating[0].dim() != 4 or floating[0].shape[1] == 1:
+            pytest.skip("no 4-D input")
+        for tensor in _floating(run(case, floating, integer, backend))[:1]:
+            if tensor.dim() == 4 and tensor.shape[1] > 1:
+                strides = with_layout(torch.empty_like(tensor), layout).stride()
+                assert tensor.stride() == strides
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.repeatable], ids=lambda case: case.name)
+def test_the_same_bits_in_every_run(case: OpCase, device: str) -> None:
+    backend = _usable(case, device)
+    floating, integer = case.inputs(device, torch.float32, "channels_last")
+    first, second = (run(case, floating, integer, backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.repeatable],
+                         ids=lambda case: case.name)
+def test_determinism_on_request(case: OpCase, device: str) -> None:
+    backend = _usable(case, device)
+    if case.leaves == 0:
+        pytest.skip("only pooling has a deterministic form")
+    floating, integer = case.inputs(device, torch.float32, "contiguous")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first, second = (run(case, floating, integer, backend) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
