@@ -52,6 +52,8 @@ class Record:
     """Of each map its distinct 3x3 windows (V), 5x5 windows (U) and pixels."""
     bound: float | None = None
     """Seconds that the remaining arithmetic and traffic take at the rates of the same run."""
+    commit: str = field(default_factory=lambda: commit())
+    """Of the source tree that ran."""
 
     @property
     def slowest(self) -> float:
@@ -74,7 +76,7 @@ class Record:
     def extra_info(self) -> dict[str, Any]:
         """All but the times, with the versions and the commit."""
         info = {k: v for k, v in asdict(self).items() if k not in ("group", "times")}
-        return {**info, "commit": commit(), "versions": versions()}
+        return {**info, "versions": versions()}
 
     def to_entry(self) -> dict[str, Any]:
         """The record as one of pytest-benchmark's ``benchmarks``."""
@@ -301,9 +303,10 @@ def markdown(records: Sequence[Record]) -> str:
     """A report: machine, table of times, the default allocator's ratios, resident memory."""
     reuse = [r for r in records if r.allocator == "reuse"]
     default = [r for r in records if r.allocator == "default"]
+    commits = dict.fromkeys(r.commit for r in records)
     about = ", ".join(f"{k} {v}" for k, v in versions().items())
     parts = [
-        "# Benchmark", f"Commit {commit()}; {about}.",
+        "# Benchmark", f"Commit {', '.join(commits)}; {about}.",
         "Median [quartiles] of interleaved rounds; freed memory is reused on all sides; errors are "
         "against fp64. A provider whose error is too large is marked WRONG and gets no ratio.",
         _markdown_table(COLUMNS, table(reuse)),
