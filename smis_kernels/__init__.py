@@ -25,7 +25,9 @@ from .instance_edges.op import instance_edges
 from .instance_pool.module import InstanceAvgPool2d
 from .instance_pool.op import InstanceMeans, instance_avg_pool2d, instance_mean_table
 from .layout import LabelLayout, layout_scope, share_layouts
+from .modulation.invariant import ConditionalNorm2d, adain
 from .modulation.module import SPADE, CGNorm, modulate_pair
+from .modulation.multi import MultiSPADE
 from .modulation.op import modulation, modulation_pair
 from .norm_act.module import InstanceNormAct2d
 from .norm_act.op import norm_act
@@ -44,16 +46,19 @@ __all__ = [
     "CGNorm",
     "ClassCrops",
     "ConditionalConv2d",
+    "ConditionalNorm2d",
     "Explanation",
     "InstanceAvgPool2d",
     "InstanceEdges",
     "InstanceMeans",
     "InstanceNormAct2d",
     "LabelLayout",
+    "MultiSPADE",
     "Report",
     "SpatiallyVaryingConv2d",
     "WinogradConv2d",
     "accelerate",
+    "adain",
     "class_boxes",
     "class_crops",
     "conditional_attention",

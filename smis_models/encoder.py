@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from smis_kernels import class_boxes, class_crops, norm_act
 from smis_kernels._backend import requested
 
-from .blocks import conv
+from .blocks import conv, fast_format
 from .presets import GroupDNetPreset
 
 
@@ -47,6 +47,8 @@ def _conv_weight(layer: nn.Conv2d, classes: Tensor, count: int) -> Tensor:
 class StridedEncoder(nn.Module):
     """Convs 3x3, stride 2, spectral and instance normalised, each followed by LeakyReLU(0.2).
 
+    A plane of one pixel, in which there is nothing to normalise, is left as it is.
+
     Args:
         channels: of the input.
         width: of the first conv; it doubles up to eight times that.
@@ -67,11 +69,7 @@ class StridedEncoder(nn.Module):
 
     def strided(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """The features of ``x``; where ``classes`` are given, its groups are theirs alone."""
-        if requested() == "reference":
-            for i in range(self.depth):
-                x = F.leaky_relu(self.get_submodule(f"layer{i + 1}")(x), 0.2)
-            return x
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = fast_format(x)
         for i in range(self.depth):
             layer, norm = self.get_submodule(f"layer{i + 1}").children()
             assert isinstance(layer, nn.Conv2d) and isinstance(norm, nn.InstanceNorm2d)
@@ -80,15 +78,16 @@ class StridedEncoder(nn.Module):
             else:
                 weight = _conv_weight(layer, classes, self.groups)
                 x = F.conv2d(x, weight, None, layer.stride, layer.padding, 1, len(classes))
-            x = norm_act(x, eps=norm.eps, activation="leaky_relu", negative_slope=0.2)
+            kind = "none" if x.shape[2:].numel() == 1 else "instance"
+            x = norm_act(x, norm=kind, eps=norm.eps, activation="leaky_relu", negative_slope=0.2)
         return x
 
 
 class GroupDNetEncoder(StridedEncoder):
     """Class-wise encoder: the crop of a class gives mean and log variance of its latent code.
 
-    Five or six (from 256 pixels of the longer side up) convs 3x3, stride 2, grouped by class,
-    spectral and instance normalised, LeakyReLU(0.2); then two heads, grouped by class.
+    Convs 3x3, stride 2, grouped by class, spectral and instance normalised, LeakyReLU(0.2), as many
+    as the generator has upsamplings; then two heads, grouped by class.
 
     An absent class, whose three planes are zero, stays zero through all convs (no bias) and
     instance norms, so its code is the heads' bias, exactly. Only the present (image, class)
@@ -116,8 +115,8 @@ class GroupDNetEncoder(StridedEncoder):
 
     def __init__(self, preset: GroupDNetPreset) -> None:
         groups = preset.encoder_groups or preset.classes
-        super().__init__(3 * preset.classes, preset.nef, groups=groups,
-                         depth=6 if max(preset.image_size) >= 256 else 5)
+        depth = preset.encoder_depth or preset.upsamplings[preset.upsampling]
+        super().__init__(3 * preset.classes, preset.nef, depth, groups)
         self.classes = preset.classes
         self.image_size = preset.image_size
         latent = preset.latent_channels * preset.classes
@@ -211,7 +210,7 @@ class GroupDNetEncoder(StridedEncoder):
                 batch: int) -> tuple[Tensor, Tensor]:
         """Codes (1, 8P, h, w) of the pairs -> (N, 8·classes, h, w), the heads' bias elsewhere."""
         mu, logvar = (
-            bias.view(1, self.classes, -1, 1, 1)
+            bias.to(code.dtype).view(1, self.classes, -1, 1, 1)
             .expand(batch, -1, -1, *code.shape[2:])
             .index_put(tuple(pairs), code.view(len(pairs.images), -1, *code.shape[2:]))
             .flatten(1, 2)

@@ -25,8 +25,8 @@ from .legacy import State
 from .presets import Preset, with_options
 from .zoo import MODELS, PARTS, ModelInfo, entry, list_models, network_parts, published
 
-__all__ = ["ModelInfo", "SynthesisModel", "create_model", "list_models", "network_parts",
-           "stored_configuration"]
+__all__ = ["PARTS", "ModelInfo", "SynthesisModel", "configured_preset", "create_model",
+           "list_models", "network_parts", "stored_configuration"]
 
 _OFFICIAL_FILES = dict(zip(PARTS, ("latest_net_G.pth", "latest_net_E.pth", "latest_net_D.pth"),
                            strict=True))
@@ -127,8 +127,8 @@ def stored_configuration(checkpoint: str | Path) -> Configuration | None:
     return Configuration.from_metadata(read_metadata(path), path)
 
 
-def _configured(name: str | None, checkpoint: str | Path | None,
-                options: Mapping[str, Any]) -> tuple[str, Preset]:
+def configured_preset(name: str | None, checkpoint: str | Path | None,
+                      options: Mapping[str, Any]) -> tuple[str, Preset]:
     """The model's name and preset: published or, where a checkpoint holds its own, that."""
     stored = None if checkpoint is None else stored_configuration(checkpoint)
     if name is None:
@@ -160,7 +160,8 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
             file take the place of the published ones.
         part: "generator", "encoder" or "discriminator" for that network alone.
         device, dtype: of the parameters; "meta" for shapes alone.
-        seed, init_gain: of the random weights (xavier normal, published gain 0.02).
+        seed, init_gain: of the random weights (xavier normal, published gain 0.02; pix2pixHD's are
+            N(0, 0.02²) as published, and take no gain).
         options: fields of the preset to replace, such as ``ngf`` or ``image_size``.
 
     Returns:
@@ -176,7 +177,7 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
         >>> generator = create_model("groupdnet_ade20k", "latest_net_G.pth", part="generator")
         >>> mine = create_model(checkpoint="trained.safetensors")
     """
-    name, preset = _configured(name, checkpoint, options)
+    name, preset = configured_preset(name, checkpoint, options)
     makers = network_parts(preset)
     if part is not None and part not in makers:
         raise ValueError(f"part: expected one of {', '.join(makers)}; got {part!r}")
@@ -187,7 +188,7 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
         for module in modules.values():
             module.to_empty(device=device)
             if torch.device(device).type != "meta":
-                init_weights(module, seed=seed, gain=init_gain)
+                init_weights(module, seed=seed, gain=init_gain, rule=preset.init_rule)
     else:
         path = Path(checkpoint)
         states = _states_by_part(path, modules)

@@ -61,6 +61,7 @@ def preset_of(published: Preset, options: dict[str, Any], part: str) -> Preset:
     }
     if isinstance(published, GroupDNetPreset):
         changes["nef"] = options.get("ndf_E", published.nef)
+        changes["encoder_depth"] = 6 if options["crop_size"] >= 256 else 5
     else:
         changes |= {"vae": options["use_vae"], "latent_channels": options["z_dim"]}
     if part == "generator" or not isinstance(published, GroupDNetPreset):

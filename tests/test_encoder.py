@@ -21,9 +21,11 @@ CLASSES, SIZE = 9, (64, 64)
 Codes = tuple[Tensor, Tensor]
 
 
-def encoder(dtype: torch.dtype = torch.float64, size: tuple[int, int] = SIZE) -> GroupDNetEncoder:
+def encoder(dtype: torch.dtype = torch.float64, size: tuple[int, int] = SIZE,
+            upsampling: str = "normal") -> GroupDNetEncoder:
     torch.manual_seed(0)
-    preset = replace(ADE20K, classes=CLASSES, dont_care=None, nef=18, image_size=size)
+    preset = replace(ADE20K, classes=CLASSES, dont_care=None, nef=18, image_size=size,
+                     upsampling=upsampling)
     module = GroupDNetEncoder(preset).to(dtype)
     for head in (module.fc_mu, module.fc_var):
         torch.nn.init.normal_(head.bias)
@@ -110,11 +112,17 @@ def test_forward_equals_the_dense_network(batch: list[list[int]], training: bool
         compare(module, lambda planes=planes: module(planes))
 
 
-def test_six_convs_from_256_pixels_on() -> None:
-    size = (64, 256)
-    module = encoder(size=size)
-    assert module.depth == 6
-    compare(module, lambda: module.encode(images(2, size), maps([[3, 8], [7]], size)))
+@pytest.mark.parametrize(("size", "upsampling", "code"), [
+    ((64, 256), "more", (1, 4)), ((64, 128), "normal", (2, 4)), ((64, 64), "more", (1, 1)),
+])
+@pytest.mark.parametrize("training", [False, True])
+def test_codes_have_the_size_at_which_the_generator_starts(
+    size: tuple[int, int], upsampling: str, code: tuple[int, int], training: bool,
+) -> None:
+    module = encoder(size=size, upsampling=upsampling).train(training)
+    image, labels = images(2, size), maps([[3, 8], [7]], size)
+    assert module.encode(image, labels)[0].shape[2:] == code
+    compare(module, lambda: module.encode(image, labels))
 
 
 @pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))

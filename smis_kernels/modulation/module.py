@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,21 +13,13 @@ from ..indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from ..layout import LabelLayout
 from ..window_table.op import window_embedding, window_table
 from .choice import choose
+from .normalizing import Normalizing
 from .op import modulation, modulation_pair
 
 _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
-_NORMS = ("batch", "syncbatch", "instance")
 
 
-def _parameter_free_norm(norm: str, channels: int) -> nn.Module:
-    if norm in ("batch", "syncbatch"):
-        return nn.BatchNorm2d(channels, affine=False)
-    if norm == "instance":
-        return nn.InstanceNorm2d(channels, affine=False)
-    raise ValueError(f"norm: expected one of {', '.join(_NORMS)}; got {norm!r}")
-
-
-class CGNorm(nn.Module):
+class CGNorm(Normalizing):
     r"""GroupDNet's conditional group normalisation: SPADE whose gamma and beta convs are grouped.
 
     Groups are of the **convolutions** that predict gamma and beta from the segmentation; the
@@ -43,7 +33,8 @@ class CGNorm(nn.Module):
         hidden: channels of ``mlp_shared``; 0 for single convs from the map (Multi-SPADE).
         groups: groups of ``mlp_gamma`` and ``mlp_beta``.
         shared_groups: groups of ``mlp_shared``; ``groups`` by default.
-        norm: "batch", "syncbatch" (all-reduced in training under torch.distributed) or "instance".
+        norm: "batch", "syncbatch" (all-reduced in training under torch.distributed), "instance" or
+            "none".
         kernel_size: of the three convs, odd.
         backend: "auto", "reference", "cpu" or "triton"; default: what ``use_backend`` says.
 
@@ -61,7 +52,7 @@ class CGNorm(nn.Module):
         shared_groups: int | None = None, norm: str = "batch", kernel_size: int = 3,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(channels, norm)
         shared = groups if shared_groups is None else shared_groups
         source = hidden or label_channels
         for name, divisor, total in (
@@ -72,11 +63,8 @@ class CGNorm(nn.Module):
                 raise ValueError(f"{name}: expected a divisor of {total}, got {divisor}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        self.channels, self.label_channels, self.hidden = channels, label_channels, hidden
-        self.synchronized = norm == "syncbatch"
-        self.backend = backend
+        self.label_channels, self.hidden, self.backend = label_channels, hidden, backend
         pad = kernel_size // 2
-        self.param_free_norm = _parameter_free_norm(norm, channels)
         if hidden:
             self.mlp_shared = nn.Sequential(
                 nn.Conv2d(label_channels, hidden, kernel_size, padding=pad, groups=shared),
@@ -87,34 +75,6 @@ class CGNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, label_channels={self.label_channels}"
-
-    def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
-        """The running statistics as keyword arguments of the op."""
-        norm = self.param_free_norm
-        return {
-            "running_mean" + suffix: getattr(norm, "running_mean", None),
-            "running_var" + suffix: getattr(norm, "running_var", None),
-        }
-
-    def shared_arguments(self) -> dict[str, Any]:
-        """Norm, mode, momentum and process group as keyword arguments of the op."""
-        norm = self.param_free_norm
-        batch = not isinstance(norm, nn.InstanceNorm2d)
-        synchronized = self.synchronized or isinstance(norm, nn.SyncBatchNorm)
-        group = None
-        if batch and synchronized and self.training and dist.is_available():
-            initialized = dist.is_initialized() and dist.get_world_size() > 1
-            group = dist.group.WORLD if initialized else None
-        return {
-            "norm": "batch" if batch else "instance", "training": self.training,
-            "momentum": norm.momentum, "eps": norm.eps, "process_group": group,
-        }
-
-    def count_batch(self) -> None:
-        """Advance ``num_batches_tracked`` as nn.BatchNorm2d does."""
-        counter = getattr(self.param_free_norm, "num_batches_tracked", None)
-        if self.training and counter is not None:
-            counter.add_(1)
 
     def gamma_beta(
         self, segmap: Tensor, size: tuple[int, int], fused: bool

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from ..memory import reuse_freed_memory
-from . import apply, common, data, evaluate, measure, synthesis, train
+from . import apply, common, compare, convert, data, evaluate, measure, synthesis, train
 from .common import USER_ERRORS, app
 
-__all__ = ["app", "apply", "common", "data", "evaluate", "main", "measure", "synthesis", "train"]
+__all__ = ["app", "apply", "common", "compare", "convert", "data", "evaluate",
+           "main", "measure", "synthesis", "train"]
 
 
 @app.callback()

@@ -22,7 +22,7 @@ from rich.progress import (
 from smis_kernels import BackendError, use_backend
 
 from ..presets import Preset
-from ..registry import create_model
+from ..registry import create_model, stored_configuration
 
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
@@ -94,7 +94,10 @@ def say_random(checkpoint: Path | None) -> None:
                       "show the mechanism, not what a trained network paints.")
 
 
-def preset_of(model: str) -> Preset:
+def preset_of(model: str, checkpoint: Path | None = None) -> Preset:
     """The options of a model, before its weights take time and memory."""
+    stored = None if checkpoint is None else stored_configuration(checkpoint)
+    if stored is not None:
+        return stored.preset
     preset: Preset = create_model(model, part="generator", device="meta").preset
     return preset

@@ -69,7 +69,7 @@ def synthesize(
     """Label maps to pictures: OUT/<scene>_<sample>.png, and all of them on OUT/grid.png."""
     with selected(backend):
         place = resolve_device(device)
-        preset = preset_of(model)
+        preset = preset_of(model, checkpoint)
         clusters = synthesis.read_clusters(preset, features)
         layouts = synthesis.read_layouts(labels, instances, preset, unknown)
         network = load_model(model, checkpoint, place, seed)
@@ -115,7 +115,7 @@ def features(
     elif images is None or instances is None:
         raise ValueError("images, instances: expected both (or --convert); give two folders")
     else:
-        place, preset = resolve_device(device), preset_of(model)
+        place, preset = resolve_device(device), preset_of(model, checkpoint)
         if not isinstance(preset, Pix2pixHDPreset) or not preset.features:
             raise ValueError(f"model: expected one that reads instance features, got {model!r}")
         encoder = load_model(model, checkpoint, place, seed, part="encoder")
@@ -144,7 +144,7 @@ def demo(
     place = resolve_device(device)
     published = full or checkpoint is not None
     with selected(backend):
-        preset = preset_of(model)
+        preset = preset_of(model, checkpoint)
         if not isinstance(preset, GroupDNetPreset):
             raise ValueError(
                 "model: expected a GroupDNet, for the demo draws the code of one class anew; got "

@@ -18,6 +18,9 @@ class Preset:
     takes effect.
     """
 
+    init_rule: ClassVar[Literal["xavier", "normal"]] = "xavier"
+    """How the family's weights start: see :func:`smis_models.blocks.init_weights`."""
+
     classes: int
     image_size: tuple[int, int]
     ngf: int

@@ -25,7 +25,9 @@ class GroupDNetPreset(LatentPreset):
     ``widths`` and ``groups`` are those of the blocks after ``head_0`` (``G_middle_0``,
     ``G_middle_1``, ``up_0``, ...), widths in units of ``ngf``; ``head_0`` has 16 channels per class
     where ``head_per_class``, else 16·ngf. ``start_groups`` (of ``fc`` and ``head_0``) and
-    ``encoder_groups`` (of every layer of the encoder) are one per class where None, as published.
+    ``encoder_groups`` (of every layer of the encoder) are one per class where None, as published;
+    ``encoder_depth``, the encoder's number of strided convs, leads to the size at which the
+    generator starts (the published code has six from 256 pixels on, else five, which fits there).
     ``fusion`` says how the last features become a picture: "conv" as published, or "masks", for
     which they are as many groups as classes, and each class's group is kept where the class is.
     """
@@ -39,6 +41,7 @@ class GroupDNetPreset(LatentPreset):
     head_per_class: bool = False
     start_groups: int | None = None
     encoder_groups: int | None = None
+    encoder_depth: int | None = None
     fusion: Literal["conv", "masks"] = "conv"
     latent_channels: int = 8
     upsampling: Literal["normal", "more"] = "more"
@@ -46,6 +49,9 @@ class GroupDNetPreset(LatentPreset):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_positive("nef")
+        for name in ("start_groups", "encoder_groups", "encoder_depth"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
         if len(self.widths) != len(self.groups) or len(self.widths) not in (6, 7):
             raise ValueError(
                 "widths, groups: expected one entry each for G_middle_0, G_middle_1, up_0, ..., "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from .base import Preset
 
@@ -16,6 +17,8 @@ class Pix2pixHDPreset(Preset):
     generator of ``blocks`` blocks and width ngf·2^enhancers; 0: the global generator alone. With
     ``features`` the generator reads ``feature_channels`` planes of instance features too.
     """
+
+    init_rule: ClassVar[Literal["xavier", "normal"]] = "normal"
 
     enhancers: int = 0
     downsamplings: int = 4

@@ -1,0 +1,82 @@
+"""``smis convert``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..checkpoint import save_checkpoint
+from ..presets import Preset
+from ..registry import PARTS, configured_preset, create_model, stored_configuration
+from .common import app, console
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(
+        help=".pth or .safetensors file, or a folder with latest_net_G.pth (and _E, _D)")],
+    out: Annotated[Path, typer.Argument(help="file to write, .safetensors")],
+    model: Annotated[
+        str | None, typer.Option(help="a name that `smis list` shows; not needed where SOURCE "
+                                      "holds its configuration")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, where the network was trained with other "
+                                            "options than published; repeat for more")
+    ] = None,
+) -> None:
+    """An official checkpoint to one safetensors file that says what it is; loaded strictly."""
+    if model is None and stored_configuration(source) is None:
+        raise ValueError(
+            f"model: expected a name that smis list shows, for {source} holds no configuration"
+        )
+    name, published = configured_preset(model, source, {})
+    made = create_model(name, source, **_options(option or (), published))
+    save_checkpoint(made, out)
+    rows = Table("part", "parameters", "tensors")
+    for part in PARTS:
+        if part in dict(made.named_children()):
+            network = made.get_submodule(part)
+            count = sum(p.numel() for p in network.parameters())
+            rows.add_row(part, f"{count:,}", str(len(network.state_dict())))
+    console.print(rows)
+    console.print(f"{made.name}: {_labels(made.preset)}", soft_wrap=True)
+    console.print(f"wrote {out}; create_model(checkpoint={str(out)!r}) loads it", soft_wrap=True)
+
+
+def _options(pairs: Sequence[str], preset: Preset) -> dict[str, Any]:
+    """Fields of ``preset`` from NAME=VALUE; values as Python writes them, else text."""
+    found = {}
+    fields = vars(preset)
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not (name and equals):
+            raise ValueError(f"option: expected NAME=VALUE, got {pair!r}")
+        if name not in fields:
+            raise ValueError(f"option: expected one of {', '.join(fields)}; got {name!r}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        if fields[name] is not None and type(value) is not type(fields[name]):
+            raise ValueError(
+                f"option: expected {name}={fields[name]!r} or another {type(fields[name]).__name__}"
+                f", got {text!r}"
+            )
+        found[name] = value
+    return found
+
+
+def _labels(preset: Preset) -> str:
+    """What the numbers in label maps mean, in words."""
+    text = f"labels 0..{preset.classes - 1}"
+    if preset.unlabelled is not None:
+        text += f", raw as in the data set's files: {preset.unlabelled} is unlabelled"
+    if preset.dont_care is not None:
+        text += f"; 255 becomes {preset.dont_care}"
+    return text + (", with instance maps" if preset.instance_edge else "")
