@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from .features import THINGS
 from .images import resize_nearest
@@ -24,6 +23,8 @@ def _box(mask: Mask) -> tuple[slice, slice]:
 
 def _pieces(mask: Mask) -> list[Mask]:
     """Connected regions, largest first."""
+    from scipy import ndimage  # here, for its import would slow every command
+
     numbers, count = ndimage.label(mask, np.ones((3, 3), int))
     pieces = [numbers == k for k in range(1, count + 1)]
     return sorted(pieces, key=lambda piece: -int(piece.sum()))
@@ -112,6 +113,8 @@ def exchange_shape(layout: Layout, target: int, shape: Mask) -> Layout:
     Example:
         >>> other = exchange_shape(layout, 26001, library.of(26)[0])
     """
+    from scipy import ndimage
+
     old, index = target_region(layout, target)
     if old.all():
         raise ValueError(f"exchange: {target} fills the whole map; nothing is left around it")

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from .. import metrics, synthesis
-from ..data import SceneClassifier, build_dataset
+from ..data import build_dataset
 from ..images import write_atomically
 from ..metrics import DISTANCES, PROTOCOLS, Distance, Judges, Scenes
 from .common import (
@@ -133,13 +133,8 @@ def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
     if name is None:
         return None
     if name == "scenes":
-        return scene_labels
+        return metrics.scene_labels
     return metrics.FileSegmenter(name, input, device)
-
-
-def scene_labels(pictures: torch.Tensor) -> torch.Tensor:
-    """What the generated scenes' own pixel classifier reads off pictures."""
-    return SceneClassifier.shipped().read(pictures.cpu()).labels
 
 
 def _table(result: dict[str, Any]) -> Table:

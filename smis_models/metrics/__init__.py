@@ -2,7 +2,7 @@
 
 from .distance import Distance, PixelDistance
 from .diversity import Diversity, LayoutSampler, diversities, diversity
-from .evaluate import Judges, Scenes, evaluate
+from .evaluate import Judges, Scenes, evaluate, scene_labels
 from .fid import FeatureStatistics, Inception, fid, frechet_distance
 from .lpips import DISTANCES, LPIPS, create_distance
 from .protocols import PROTOCOLS, DiversityProtocol, Protocol, protocol
@@ -33,4 +33,5 @@ __all__ = [
     "frechet_distance",
     "label_rule",
     "protocol",
+    "scene_labels",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..benchmark.records import commit, versions
-from ..data import SceneDataset
+from ..data import SceneClassifier, SceneDataset
 from ..features import FeatureClusters
 from ..images import read_labels, scene_name
 from ..synthesis import Layout, draw_input
@@ -90,6 +90,11 @@ class Judges:
     segmenter: Segmenter | None = None
     predictions: Path | None = None
     rule: LabelRule = LabelRule("same", frozenset())  # noqa: RUF009 (frozen)
+
+
+def scene_labels(pictures: Tensor) -> Tensor:
+    """What the generated scenes' own pixel classifier reads off pictures: a ``segmenter``."""
+    return SceneClassifier.shipped().read(pictures.cpu()).labels
 
 
 def paint(model: Any, scenes: Scenes, seed: int,
