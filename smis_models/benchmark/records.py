@@ -20,6 +20,19 @@ PROVIDERS = ("reference", "channels_last", "compiled", "fused")
 _BASELINES = PROVIDERS[:3]
 
 
+@cache
+def commit() -> str:
+    """The commit of the source tree that runs; "unknown" where it is installed elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    inside = (root / "pyproject.toml").exists()
+    return done.stdout.strip() or "unknown" if inside and done.returncode == 0 else "unknown"
+
+
 @dataclass(frozen=True)
 class Record:
     """One provider of one case: its times and what a reader needs to judge them.
@@ -52,7 +65,7 @@ class Record:
     """Of each map its distinct 3x3 windows (V), 5x5 windows (U) and pixels."""
     bound: float | None = None
     """Seconds that the remaining arithmetic and traffic take at the rates of the same run."""
-    commit: str = field(default_factory=lambda: commit())
+    commit: str = field(default_factory=commit)
     """Of the source tree that ran."""
 
     @property
@@ -95,19 +108,6 @@ class Record:
         values = {k: v for k, v in info.items() if k in known}
         values["shape"] = tuple(values["shape"])
         return cls(group=entry["group"], times=list(times), **values)
-
-
-@cache
-def commit() -> str:
-    """The commit of the source tree that runs; "unknown" where it is installed elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    inside = (root / "pyproject.toml").exists()
-    return done.stdout.strip() or "unknown" if inside and done.returncode == 0 else "unknown"
 
 
 @cache
