@@ -1,0 +1,478 @@
+"""Metrics: distances against their formulas, areas, pairs, FID, mIoU, protocols, smis evaluate."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from smis_kernels import use_backend
+from smis_models import cli, create_model, images
+from smis_models.checkpoint import save_checkpoint
+from smis_models.data import GeneratedScenes
+from smis_models.metrics import (
+    LPIPS,
+    DiversityProtocol,
+    FeatureStatistics,
+    FileSegmenter,
+    Inception,
+    Judges,
+    LabelRule,
+    PixelDistance,
+    Scenes,
+    SegmentationScore,
+    create_distance,
+    diversities,
+    diversity,
+    evaluate,
+    fid,
+    frechet_distance,
+    label_rule,
+    protocol,
+)
+from smis_models.metrics.diversity import (
+    LayoutSampler,
+    area_distances,
+    layout_diversity,
+    sample_codes,
+)
+from smis_models.metrics.lpips import TRUNKS
+from smis_models.metrics.segmentation import predict
+from smis_models.presets import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
+from smis_models.synthesis import sample_layouts, semantics
+
+TINY = {"ngf": 8, "nef": 16, "image_size": (64, 64), "upsampling": "normal", "init_gain": 1.0}
+QUICK = DiversityProtocol(layouts=2, samples=3, pairs=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create_model("groupdnet_deepfashion", **TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def layouts(model):
+    return sample_layouts(model.preset, 2)
+
+
+def _pictures(count=4, size=(40, 48), seed=0):
+    return torch.rand((count, 3, *size), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    """Trunk and heads of each kind, drawn, in the published files' form."""
+    folder, files = tmp_path_factory.mktemp("lpips"), {}
+    for kind, trunk in TRUNKS.items():
+        torch.manual_seed(3)
+        state = {f"features.{k}": v for k, v in trunk.build().state_dict().items()}
+        heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
+                 for i, width in enumerate(trunk.widths)}
+        torch.save({**state, "classifier.1.weight": torch.zeros(2)}, folder / f"{kind}.pth")
+        torch.save(heads, folder / f"{kind}_heads.pth")
+        files[kind] = folder / f"{kind}.pth", folder / f"{kind}_heads.pth"
+    return files
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_lpips_is_the_papers_formula(kind, lpips_files):
+    trunk, heads = lpips_files[kind]
+    distance = LPIPS(kind, trunk, heads)
+    a, b = _pictures(2, seed=1), _pictures(2, seed=2)
+    state, linear = torch.load(trunk), torch.load(heads)
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    network = TRUNKS[kind].build()
+    network.load_state_dict({k.removeprefix("features."): v for k, v in state.items()
+                             if k.startswith("features.")})
+    expected = torch.zeros(2)
+    x, y = (a - shift) / scale, (b - shift) / scale
+    tap = 0
+    with torch.no_grad():
+        for i, layer in enumerate(network):
+            x, y = layer(x), layer(y)
+            if i in TRUNKS[kind].taps:
+                unit = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (x, y)]
+                weighted = (unit[0] - unit[1]) ** 2 * linear[f"lin{tap}.model.1.weight"]
+                expected += weighted.sum(1).mean((1, 2))
+                tap += 1
+    torch.testing.assert_close(distance(a, b), expected)
+    assert tap == 5
+    spatial = distance.spatial(distance.features(a), distance.features(b), (40, 48))
+    assert spatial.shape == (2, 40, 48)
+    assert float(distance(a, a).abs().max()) == 0
+
+
+def test_lpips_says_which_files_it_used(lpips_files):
+    trunk, heads = lpips_files["alex"]
+    facts = LPIPS("alex", trunk, heads).facts()
+    assert facts["weights"] == "alex.pth"
+    assert len(facts["weights_sha256"]) == len(facts["heads_sha256"]) == 64
+    assert not facts["torchvision_weights"]
+    assert "not torchvision's" in facts["name"]
+    assert "no LPIPS" in create_distance("random-alex").name
+    assert create_distance("pixel").facts()["trunk"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        ("lpips-alex", (None, None), r"weights: LPIPS needs .*alexnet-owt-7be5be79\.pth.*pixel"),
+        ("lpips-alex", ("absent.pth", None), r"weights: expected .*absent\.pth does not exist"),
+        ("lpips-alex", ("vgg.pth", None), r"weights: expected features\.0\.weight of shape"),
+        ("lpips-alex", ("alex.pth", "vgg_heads.pth"), r"heads: expected lin1\.model\.1\.weight"),
+        ("lpips-squeeze", (None, None), r"distance: expected one of .*pixel; got 'lpips-squeeze'"),
+        ("pixel", ("alex.pth", None), r"weights, heads: pixel reads none"),
+    ],
+)
+def test_nothing_stands_in_for_a_missing_trunk(kind, files, message, lpips_files, monkeypatch,
+                                               tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    folder = lpips_files["alex"][0].parent
+    weights, heads = (None if name is None else folder / name for name in files)
+    with pytest.raises(ValueError, match=message):
+        create_distance(kind, weights, heads)
+
+
+def test_pictures_that_cannot_be_compared_are_refused():
+    distance = create_distance("random-alex")
+    with pytest.raises(ValueError, match="at least 31"):
+        distance.features(_pictures(1, (16, 16)))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        distance.features(torch.full((1, 3, 40, 40), math.nan))
+    with pytest.raises(ValueError, match="b: expected the shape of a"):
+        distance(_pictures(1), _pictures(2))
+
+
+def test_areas_by_both_readings_of_the_masking():
+    a, b = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:2] = True  # a quarter
+    b[:, :, 0] = 2  # half of the mask, in all channels
+    pictures, distance = torch.cat([a, b]), PixelDistance()
+    (zeroed,) = area_distances(pictures, [mask], distance, [(0, 1)], "zero")
+    (spatial,) = area_distances(pictures, [mask], distance, [(0, 1)], "spatial")
+    assert zeroed == (pytest.approx(1 / 8), 0)
+    assert spatial == (pytest.approx(1 / 2), 0)
+    b[:, :, 7] = 2
+    pictures = torch.cat([a, b])
+    (zeroed,) = area_distances(pictures, [mask], distance, [(0, 1)], "zero")
+    (spatial,) = area_distances(pictures, [mask], distance, [(0, 1)], "spatial")
+    assert zeroed == (pytest.approx(1 / 8), pytest.approx(1 / 8))
+    assert spatial == (pytest.approx(1 / 2), pytest.approx(1 / 6))
+    everything = torch.ones_like(mask)
+    for mode in ("zero", "spatial"):
+        assert area_distances(pictures, [everything], distance, [(0, 1)], mode)[0][1] == 0
+
+
+def test_pairs_of_the_protocol():
+    assert DiversityProtocol(samples=4, pairs=3).indices(0) == [(0, 1), (1, 2), (2, 3)]
+    drawn = DiversityProtocol(samples=6, pairs=9, pairing="random")
+    found = drawn.indices(1)
+    assert len(set(found)) == 9
+    assert all(0 <= i < j < 6 for i, j in found)
+    assert found == drawn.indices(1) != drawn.indices(2)
+    one, other = protocol("n100-m19").diversity, protocol("one-layout-n100-m19").diversity
+    assert (one.layouts, one.samples, one.pairs) == (100, 20, 19)
+    assert (other.layouts, other.samples, other.pairs) == (1, 100, 19)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"samples": 1}, "samples: expected at least 2"), ({"pairs": 20}, "pairs: .* at most 19"),
+     ({"mask_mode": "crop"}, "mask_mode: expected zero or spatial; got 'crop'"),
+     ({"layouts": 0}, "layouts: expected at least 1"), ({"dont_care": "drop"}, "dont_care")],
+)
+def test_protocols_refuse_what_does_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        protocol("n100-m19", **options)
+
+
+def test_changes_of_a_protocol_are_told():
+    changed = protocol("n100-m19", layouts=5, dont_care="count").facts()["changed"]
+    assert changed == {"diversity.layouts": 5, "dont_care": "count"}
+    with pytest.raises(ValueError, match="protocol: expected one of n100-m19"):
+        protocol("papers")
+
+
+def test_codes_of_one_class_change_alone(model):
+    codes = sample_codes(model, 4, seed=3, index=2)
+    channels = model.generator.class_channels(2)
+    held = torch.ones(codes.shape[1], dtype=torch.bool)
+    held[channels] = False
+    assert (codes[:, held] == codes[:1, held]).all()
+    assert all(not torch.equal(codes[0, channels], codes[k, channels]) for k in (1, 2, 3))
+    assert torch.equal(codes, sample_codes(model, 4, seed=3, index=2))
+    whole = sample_codes(model, 4, seed=3)
+    assert not torch.equal(whole[0, held], whole[1, held])
+
+
+@pytest.mark.parametrize("mask_mode", ["zero", "spatial"])
+def test_the_synthesizer_measures_what_the_model_paints(model, layouts, mask_mode):
+    options = DiversityProtocol(layouts=2, samples=3, pairs=2, mask_mode=mask_mode)
+    distances = [PixelDistance(), create_distance("random-alex")]
+
+    def plain(codes):
+        with use_backend("reference"):
+            return torch.cat([model(planes, z[None]) for z in codes])
+
+    sampler = LayoutSampler(model, 2)  # 3 samples: the last batch is filled up
+    for layout in layouts:
+        planes = semantics(model, layout)
+        slow = layout_diversity(model, layout, plain, distances, options)
+        fast = layout_diversity(model, layout, sampler.load(layout), distances, options)
+        for (by_class, whole), (expected, expected_whole) in zip(fast, slow, strict=True):
+            assert set(by_class) == set(layout.present)
+            assert whole == pytest.approx(expected_whole, rel=1e-3)
+            for c, pair in by_class.items():
+                assert pair == pytest.approx(expected[c], rel=1e-3, abs=1e-7)
+
+
+class _Painter(nn.Module):
+    """Paints each class's area in the first channels of its own code: mOCD is exactly 0."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.preset, self.weight = generator.preset, nn.Parameter(torch.ones(()))
+        self.class_channels, self.sample_latent = generator.class_channels, generator.sample_latent
+
+    def forward(self, layout, z):
+        planes = layout.dense() if hasattr(layout, "dense") else layout
+        colours = z.unflatten(1, (self.preset.classes, -1))[:, :, :3, :1, :1].tanh()
+        return (planes[:, :, None] * colours).sum(1)
+
+
+def test_a_model_whose_classes_are_apart_has_no_diversity_elsewhere(model, layouts):
+    apart = type(model)(model.name, model.preset, {"generator": _Painter(model.generator)})
+    found = diversity(apart, layouts, PixelDistance(), QUICK)
+    assert found.mocd == 0
+    assert found.mcsd > 0.001
+    assert found.class_codes
+    assert found.pictures == 3 * sum(1 + len(layout.present) for layout in layouts)
+    assert set(found.by_class) == {c for layout in layouts for c in layout.present}
+    means = np.mean([own for own, _ in found.by_class.values()])
+    assert found.mcsd == pytest.approx(means)
+
+
+@pytest.mark.parametrize("name", ["spade_coco_vae", "bicyclegan_deepfashion"])
+def test_models_with_one_code_draw_it_whole(name):
+    options = {"ngf": 4, "image_size": (64, 64), "classes": 8, "dont_care": None,
+               "instance_edge": False, "init_gain": 1.0}
+    whole = create_model(name, **options).eval()
+    found = diversity(whole, sample_layouts(whole.preset, 2), PixelDistance(), QUICK)
+    assert not found.class_codes
+    assert found.pictures == 6
+    assert found.mocd > 0
+
+
+def test_what_cannot_be_sampled_is_refused(model, layouts):
+    with pytest.raises(ValueError, match="layouts: expected 5 of them, got 2"):
+        diversity(model, layouts, PixelDistance(), DiversityProtocol(layouts=5))
+    plain = create_model("spade_ade20k", ngf=4, hidden=8, image_size=(64, 64), classes=8,
+                         dont_care=None, unlabelled=None).eval()
+    with pytest.raises(ValueError, match="its diversity is 0"):
+        diversity(plain, layouts, PixelDistance(), QUICK)
+
+
+def test_several_distances_see_the_same_pictures(model, layouts):
+    first, second = diversities(model, layouts, [PixelDistance(), PixelDistance()], QUICK)
+    assert first.to_json() == second.to_json()
+    assert json.loads(json.dumps(first.to_json()))["by_class"]
+
+
+def test_frechet_distance_of_known_distributions():
+    r = np.random.default_rng(0)
+    a = FeatureStatistics.of(r.normal(0, 1, (4000, 3)))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    shifted = FeatureStatistics(a.mean + 2, a.covariance, a.count)
+    assert frechet_distance(a, shifted) == pytest.approx(12)
+    wide = FeatureStatistics(a.mean, 4 * a.covariance, a.count)
+    assert frechet_distance(a, wide) == pytest.approx(np.trace(a.covariance))
+    with pytest.raises(ValueError, match="features of length 3, got 2"):
+        frechet_distance(a, FeatureStatistics.of(r.normal(0, 1, (9, 2))))
+
+
+def test_fid_counts_pictures_and_warns_of_few():
+    def extractor(batch):
+        assert batch.dtype == torch.uint8
+        return batch.float().mean((2, 3))
+
+    real, fake = [_pictures(3, seed=k) for k in (0, 1)], [_pictures(2, seed=5) * 0.5]
+    found = fid(real, fake, extractor)
+    assert (found["real"], found["fake"]) == (6, 2)
+    assert found["fid"] > 0
+    assert "biased upwards" in found["note"]
+    with pytest.raises(ValueError, match="at least 2"):
+        fid(real, [], extractor)
+
+
+def test_inception_refuses_other_files(tmp_path):
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"inception-weights: .*absent\.pth is no file"):
+        Inception(tmp_path / "absent.pth")
+    with pytest.raises((ValueError, ModuleNotFoundError), match=r"other\.pth|torch-fidelity"):
+        Inception(tmp_path / "other.pth")
+
+
+def test_miou_and_accuracy_of_a_known_confusion():
+    score = SegmentationScore(4, LabelRule("same", frozenset({3})))
+    score.add(np.array([[0, 0, 0, 1], [1, 1, 3, 3]]), np.array([[0, 0, 1, 1], [1, 0, 2, 0]]))
+    found = score.result()
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found["iou"] == {"0": pytest.approx(2 / 4), "1": pytest.approx(2 / 4)}
+    assert found["pixels"] == 6
+    with pytest.raises(ValueError, match=r"predictions: expected 0\.\.3 .* got 4"):
+        score.add(np.zeros((1, 1), int), np.full((1, 1), 4))
+    with pytest.raises(ValueError, match="expected the labels' shape"):
+        score.add(np.zeros((1, 2), int), np.zeros((2, 1), int))
+    with pytest.raises(ValueError, match="got none"):
+        SegmentationScore(4, LabelRule("same", frozenset())).result()
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "predicted", "label", "ignored"),
+    [("cityscapes", CITYSCAPES, 18, 33, {0, 6, 34}), ("ade20k", ADE20K, 149, 150, {0}),
+     ("same", SPADE_COCO, 5, 5, {182}), ("same", ADE20K, 5, 5, {0, 150})],
+)
+def test_rules_of_the_data_sets(name, preset, predicted, label, ignored):
+    rule = label_rule(name, preset)
+    assert ignored <= rule.ignored
+    score = SegmentationScore(preset.classes, rule)
+    score.add(np.array([[label, min(ignored)]]), np.array([[predicted, 0]]))
+    assert score.result()["accuracy"] == 1
+    assert score.result()["pixels"] == 1
+    counted = SegmentationScore(preset.classes, label_rule(name, preset, "count"))
+    counted.add(np.array([[label, min(ignored)]]), np.array([[predicted, predicted]]))
+    assert counted.result()["accuracy"] == 0.5
+
+
+def test_a_rule_of_another_data_set_is_refused():
+    with pytest.raises(ValueError, match=r"label-rule: cityscapes has labels up to 33"):
+        label_rule("cityscapes", DEEPFASHION)
+    with pytest.raises(ValueError, match="label-rule: expected same, cityscapes or ade20k"):
+        label_rule("coco", SPADE_COCO)
+
+
+class _Brightness(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grey = x.mean(1, keepdim=True)
+        return torch.nn.functional.avg_pool2d(torch.cat([0.5 - grey, grey - 0.5], 1), 2)
+
+
+@pytest.mark.parametrize("kind", ["pt", "pt2"])
+def test_segmentation_models_from_files(kind, tmp_path):
+    path = tmp_path / f"model.{kind}"
+    if kind == "pt":
+        torch.jit.save(torch.jit.script(_Brightness()), path)
+    else:
+        example = (torch.zeros(1, 3, 8, 8),)
+        torch.export.save(torch.export.export(_Brightness(), example), path)
+    pictures = torch.full((1, 3, 8, 8), -1.0)
+    pictures[..., 4:] = 1
+    segmenter = FileSegmenter(path, "unit")
+    found = predict(segmenter, pictures)
+    assert found.shape == (1, 8, 8)
+    assert (found[..., :3] == 0).all() and (found[..., 5:] == 1).all()
+    assert segmenter.facts()["segmenter"] == path.name
+    with pytest.raises(ValueError, match="segmenter-input: expected symmetric"):
+        FileSegmenter(path, "bgr")
+    path.write_text("no model")
+    with pytest.raises(ValueError, match=r"segmenter: .* is neither TorchScript nor"):
+        FileSegmenter(path)
+
+
+def test_a_segmenter_must_give_labels_or_scores():
+    pictures = _pictures(2, (8, 8))
+    labels = torch.randint(0, 4, (2, 8, 8))
+    assert np.array_equal(predict(lambda x: labels, pictures), labels.numpy())
+    scores = torch.nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
+    assert np.array_equal(predict(lambda x: {"out": scores}, pictures), labels.numpy())
+    with pytest.raises(ValueError, match="segmenter: expected scores"):
+        predict(lambda x: torch.zeros(2, 8, 8), pictures)
+
+
+def test_evaluate_is_repeatable_and_says_how(model):
+    scenes = Scenes(GeneratedScenes(3, 64, "test"), {"dataset": "scenes"})
+    judges = Judges([PixelDistance()], lambda batch: batch.float().mean((2, 3)),
+                    lambda pictures: torch.zeros(len(pictures), 64, 64, dtype=torch.long))
+    options = protocol("n100-m19", layouts=2, samples=3, pairs=2)
+    found, again = (evaluate(model, scenes, judges, options, seed=4) for _ in range(2))
+    for result in (found, again):
+        result["results"]["diversity"]["pixel L1"].pop("seconds")
+        json.dumps(result)
+    assert found["results"] == again["results"]
+    assert found["data"]["labels_sha256"] == again["data"]["labels_sha256"]
+    assert found["results"]["fid"]["fake"] == 3
+    assert found["model"]["options"]["ngf"] == 8
+    assert found["protocol"]["changed"]
+    assert {"torch", "smis_kernels"} <= set(found["versions"])
+    wrong = protocol("cityscapes-256x512")
+    with pytest.raises(ValueError, match=r"protocol: cityscapes-256x512 is of pictures"):
+        evaluate(model, scenes, judges, wrong)
+
+
+@pytest.fixture
+def smis(monkeypatch, capsys, tmp_path, model):
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    save_checkpoint(model, tmp_path / "tiny.safetensors")
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", [
+            "smis", "evaluate", "--model", "groupdnet_deepfashion", "--checkpoint",
+            str(tmp_path / "tiny.safetensors"), "--out", str(tmp_path / "out/result.json"),
+            *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_the_command_writes_json(smis, tmp_path):
+    code, out, err = smis("--dataset", "scenes", "--count", 2, "--layouts", 2, "--samples", 2,
+                          "--pairs", 1, "--distance", "pixel", "--segmenter", "scenes")
+    assert code == 0, err
+    assert "mCSD" in out and "fid: not measured" in out
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert set(result["results"]) == {"diversity", "segmentation"}
+    assert len(result["model"]["weights_sha256"]["tiny.safetensors"]) == 64
+    assert 0 < result["results"]["segmentation"]["miou"] <= 1
+
+
+def test_the_command_reads_label_maps_and_predictions(smis, tmp_path):
+    scene = GeneratedScenes(1, 64, "test")[0]["labels"].numpy()
+    images.write_indices(tmp_path / "labels/a_labelIds.png", scene)
+    images.write_indices(tmp_path / "predicted/a.png", scene)
+    code, _, err = smis("--labels", tmp_path / "labels", "--distance", "none", "--predictions",
+                        tmp_path / "predicted")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out/result.json").read_text())["results"]
+    assert found["segmentation"]["miou"] == found["segmentation"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "scenes"), r"weights: LPIPS needs"),
+        ((), r"labels, dataset: expected one of them"),
+        (("--dataset", "scenes", "--distance", "none"), r"metrics: nothing to measure"),
+        (("--dataset", "scenes", "--count", "1", "--distance", "pixel"), r"layouts: expected 100"),
+        (("--dataset", "scenes", "--distance", "mse"), r"distance: expected one of"),
+        (("--dataset", "scenes", "--distance", "pixel", "--lpips-weights", "x"), r"lpips-weights"),
+        (("--dataset", "scenes", "--distance", "pixel", "--protocol", "p"), r"protocol: expected"),
+        (("--dataset", "scenes", "--distance", "pixel", "--segmenter", "none.pt"), r"is no file"),
+        (("--dataset", "scenes", "--inception-weights", "x", "--distance", "none"), r"is no file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(smis, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    code, _, err = smis(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+    assert not (tmp_path / "out").exists()
