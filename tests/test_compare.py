@@ -1,0 +1,112 @@
+"""The comparison: one step of each system, resumed, its tables; sizes matched; mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from smis_models import cli
+from smis_models.compare import SYSTEMS, Settings, compare, found_order, markdown, small_preset
+from smis_models.compare.systems import parameters
+from smis_models.compare.train import train_system
+from smis_models.metrics import PixelDistance
+
+TINY = {"width": 4, "ndf": 4, "batch": 2, "workers": 0, "layouts": 1, "samples": 2, "pairs": 1,
+        "pictures": 2, "seconds": 0.0}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """All systems, one step each."""
+    folder = tmp_path_factory.mktemp("compared")
+    steps = []
+    result = compare(Settings(minutes=0, **TINY), folder, [PixelDistance()],
+                     report=lambda name, progress, left: steps.append((name, progress.step)))
+    return folder, result, steps
+
+
+def test_one_step_of_each(compared):
+    folder, result, steps = compared
+    assert steps == [(name, 1) for name in SYSTEMS]
+    assert json.loads((folder / "comparison.json").read_text())["systems"].keys() == SYSTEMS.keys()
+    for name, row in result["systems"].items():
+        assert (row["steps"], row["images"]) == (1, 2), name
+        assert row["fps"] > 0 and row["fps_reference"] > 0
+        assert row["training_memory"] > row["memory"] > 0
+        found = row["diversity"]["pixel L1"]
+        assert found["lpips"] >= 0 and found["mcsd"] >= 0
+        assert found["class_codes"] == (name not in ("VSPADE", "BicycleGAN", "DSCGAN"))
+        assert 0 <= row["segmentation"]["miou"] <= 1
+        assert "fid" not in row
+
+
+def test_the_report_says_what_it_is_of(compared):
+    folder, result, _ = compared
+    text = (folder / "comparison.md").read_text()
+    assert text == markdown(result)
+    for words in ("0 minutes", "SHE is a study with people and left out", "FID is left out",
+                  "No distance above is LPIPS", "perceptual loss off", "mCSD, pixel L1"):
+        assert words in text
+    assert all(f"| {name} |" in text for name in SYSTEMS)
+
+
+def test_the_order_is_the_one_found(compared):
+    _, result, _ = compared
+    found, published = found_order(result)["mCSD"]
+    values = [result["systems"][name]["diversity"]["pixel L1"]["mcsd"] for name in found]
+    assert values == sorted(values, reverse=True)
+    assert published[:2] == ["BicycleGAN", "VSPADE"]
+    assert found_order(result)["mOCD"][1][0] == "GroupNet"
+    swapped = json.loads(json.dumps(result))
+    rows = swapped["systems"]
+    rows[found[0]]["diversity"], rows[found[-1]]["diversity"] = (
+        rows[found[-1]]["diversity"], rows[found[0]]["diversity"])
+    assert found_order(swapped)["mCSD"][0][0] == found[-1]
+
+
+def test_a_comparison_goes_on_where_it_stopped(compared, tmp_path):
+    config = Settings(minutes=0, **TINY).config("GroupDNet")
+    first = train_system(config, tmp_path / "run", 0)
+    again = train_system(config, tmp_path / "run", 0)  # no time is left: nothing is trained
+    assert (first.steps, again.steps) == (1, 1)
+    assert again.seconds == pytest.approx(first.seconds, abs=0.01)
+    longer = train_system(config, tmp_path / "run", (first.seconds + 0.01) / 60)
+    assert longer.steps > 1
+    assert longer.seconds > first.seconds
+    spent = (tmp_path / "run/spent.csv").read_text().splitlines()
+    assert int(spent[0].split(",")[0]) == 1
+
+
+def test_a_folder_of_another_comparison_is_refused(compared):
+    folder, *_ = compared
+    with pytest.raises(ValueError, match=r"out: .* holds a comparison with width 4, not 8"):
+        compare(Settings(minutes=0, **{**TINY, "width": 8}), folder, [])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_parameters_keep_the_published_ratio(name):
+    ours, reference = (parameters(small_preset(n, 64, 20, 32)) for n in (name, "GroupDNet"))
+    published = SYSTEMS[name].published.parameters / SYSTEMS["GroupDNet"].published.parameters
+    assert ours / reference == pytest.approx(published, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--minutes-per-model", "-1"), r"minutes-per-model|Invalid value"),
+        (("--minutes-per-model", "0", "--only", "SPADE"), r"only: expected of MulNet"),
+        (("--minutes-per-model", "0", "--size", "70"), r"size: expected a multiple of 32"),
+        (("--minutes-per-model", "0", "--distance", "vgg"), r"distance: expected one of"),
+        (("--minutes-per-model", "0", "--inception-weights", "no.pth"), r"no\.pth is no file"),
+    ],
+)
+def test_a_mistake_is_named_before_any_work(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    monkeypatch.setattr("sys.argv", ["smis", "compare", "--out", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
