@@ -26,6 +26,8 @@ def _entry(key: str, shape: tuple[int, ...]) -> np.ndarray:
     if leaf == "running_var":
         return 0.5 + numbers.uniform(0, 1, shape)
     drawn = numbers.standard_normal(shape)
+    if leaf == "weight" and len(shape) == 1:  # of a batch norm
+        return 1 + 0.1 * drawn
     if leaf in ("weight", "weight_orig"):
         return drawn / np.sqrt(np.prod(shape[1:]))
     if leaf == "weight_u":

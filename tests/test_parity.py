@@ -17,17 +17,20 @@ from smis_kernels import use_backend
 
 NETWORKS: dict[str, dict[str, Any]] = {}
 LOSSES: dict[str, dict[str, Any]] = {}
+OPS: dict[str, dict[str, Any]] = {}
 GOLDEN: dict[str, np.ndarray] = {}
-for _family in ("groupdnet", "spade", "pix2pixhd"):
+for _family in ("groupdnet", "spade", "pix2pixhd", "ccfpse"):
     _file = dict(np.load(Path(__file__).parent / "golden" / f"{_family}.npz"))
     _meta = json.loads(str(_file.pop("meta")))
     NETWORKS |= _meta["networks"]
     LOSSES |= _meta["losses"]
+    OPS |= _meta.get("ops", {})
     GOLDEN |= _file
 RUN = [name for name in NETWORKS if "inputs" in NETWORKS[name]]
-# Encoder and discriminator, but for pix2pixHD's, use no kernel with a choice of backend.
+# The other encoders and discriminators have no choice of backend.
+CHOICE = ("_G_", "pix2pixhd", "ccfpse_coco_D", "ccfpse_cityscapes_D")
 EVAL = [(name, backend) for name in RUN for backend in ("reference", "auto")
-        if backend == "auto" or "_G_" in name or name.startswith("pix2pixhd")]
+        if backend == "auto" or any(part in name for part in CHOICE)]
 # A training step in fp64 takes seconds: one of each network.
 TRAIN = [(name, backend) for name, backend in EVAL if "grad_strides" in NETWORKS[name]]
 
@@ -112,3 +115,15 @@ def test_losses(name: str) -> None:
     case = LOSSES[name]
     found = flatten(BUILDERS[case.get("ops", "ops_smis")](None)[name](*decode(case["args"])))
     assert [float(x) for x in found] == pytest.approx(np.atleast_1d(case["value"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", OPS)
+def test_ops(name: str, backend: str) -> None:
+    family, _, case = name.partition("/")
+    with use_backend(backend):
+        found = flatten(BUILDERS[family](None)[case](*decode(OPS[name]["args"])))
+    assert [list(x.shape) for x in found] == [x["shape"] for x in OPS[name]["outputs"]]
+    for i, x in enumerate(found):
+        stride = OPS[name]["outputs"][i]["stride"]
+        assert relative_error(x, stride, GOLDEN[f"{name}/out{i}"]) <= 1e-5
