@@ -463,3 +463,19 @@ def test_losses_are_the_published_ones(tmp_path: Path) -> None:
                                losses.feature_matching_loss(of_fake, of_real, 10.0))
     divergence = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()
     torch.testing.assert_close(values["kl"], 0.0125 * divergence)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_bad_picture_is_named_in_one_line(workers: str, tmp_path: Path) -> None:
+    import numpy as np
+    from smis_models.images import write_indices, write_png
+
+    for name in "abcd":
+        write_png(tmp_path / "data/images" / f"{name}.png", np.zeros((64, 64, 3), np.uint8))
+        write_indices(tmp_path / "data/labels" / f"{name}.png", np.zeros((64, 64), np.int64))
+    (tmp_path / "data/images/c.png").write_bytes(b"\x89PNG no picture")
+    config = tiny("--data.name", "folder", "--data.root", str(tmp_path / "data"),
+                  "--data.workers", workers)
+    with pytest.raises(ValueError, match=r"c\.png: cannot be read as a picture") as caught:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smis_kernels import LabelLayout
 from smis_kernels._backend import requested
 
-from ..data import Batch, Collate, Draw, SceneDataset
+from ..data import Batch, Collate, Draw, Sample, SceneDataset
+from ..presets import Preset
 from .config import TrainConfig
 from .processes import Processes
 
@@ -107,6 +109,36 @@ class Order(Sampler[list[Draw]]):
             epoch, skipped = epoch + 1, 0
 
 
+class _Told(Dataset[Any]):
+    """A data set whose errors travel as values: a worker's own come with its whole traceback."""
+
+    def __init__(self, source: SceneDataset) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, key: int | Draw) -> Sample | Exception:
+        try:
+            return self._source[key]
+        except (ValueError, OSError) as error:
+            return error
+
+
+class _CollateTold:
+    def __init__(self, preset: Preset) -> None:
+        self._collate = Collate(preset)
+
+    def __call__(self, samples: Sequence[Any]) -> Batch | Exception:
+        for sample in samples:
+            if isinstance(sample, Exception):
+                return sample
+        try:
+            return self._collate(samples)
+        except ValueError as error:
+            return error
+
+
 class Batches:
     """The micro-batches of all steps from ``start`` on; layouts are compiled by the workers.
 
@@ -132,20 +164,36 @@ class Batches:
         self._first, self._device = processes.rank * self._own, device
         workers = config.data.workers
         self._loader = DataLoader(
-            dataset,
+            _Told(dataset),
             batch_sampler=Order(len(dataset), batch, accumulate, config.seed, start, processes),
-            collate_fn=Collate(config.network), num_workers=workers,
+            collate_fn=_CollateTold(config.network), num_workers=workers,
             persistent_workers=workers > 0, pin_memory=device.type == "cuda",
         )
-        self._iterator: Iterator[Batch] | None = None
+        self._iterator: Iterator[Batch | Exception] | None = None
 
-    def step(self) -> list[MicroBatch]:
-        """The micro-batches of the next step, on the device."""
+    def _next(self) -> Batch:
         if self._iterator is None:
             self._iterator = iter(self._loader)
+        try:
+            made = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ValueError("data.workers: a worker ended unexpectedly, killed for memory "
+                             "perhaps; take fewer, or 0") from error
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def step(self) -> list[MicroBatch]:
+        """The micro-batches of the next step, on the device.
+
+        Raises:
+            ValueError, OSError: a picture or map that cannot be used; the message names it.
+        """
         made = []
         for i in range(self._accumulate):
-            batch = MicroBatch.of(next(self._iterator), self._device)
+            batch = MicroBatch.of(self._next(), self._device)
             batch.noise_seed = seed_of(self._seed, self._step, i)
             batch.first, batch.drawn = self._first, self._micro
             made.append(batch)
