@@ -26,10 +26,10 @@ PUBLISHED = {
     "groupdec_deepfashion": 111.3, "vspade_deepfashion": 106.8, "bicyclegan_deepfashion": 58.4,
     "dscgan_deepfashion": 58.4, "groupdnet_deepfashion": 109.1,
 }
-_GROUPED = {"ngf": 16, "nef": 16}
+_GROUPED = {"ngf": 8, "nef": 8}
 TINY: dict[str, dict[str, Any]] = {
     "mulnet_deepfashion": _GROUPED, "groupnet_deepfashion": _GROUPED,
-    "groupenc_deepfashion": {"ngf": 4, "nef": 16}, "groupdec_deepfashion": _GROUPED,
+    "groupenc_deepfashion": {"ngf": 4, "nef": 8}, "groupdec_deepfashion": _GROUPED,
     "vspade_deepfashion": {"ngf": 4, "hidden": 16, "latent_channels": 12},
     "bicyclegan_deepfashion": {"ngf": 8, "nef": 8}, "dscgan_deepfashion": {"ngf": 8, "nef": 8},
 }
@@ -66,13 +66,11 @@ def test_vspade_is_spade_to_the_last_parameter() -> None:
     assert sizes["generator"] + sizes["encoder"] == 106_808_707
 
 
-@pytest.mark.parametrize("size", [(64, 64), (128, 128), (64, 96)])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "size"), [
+    *((name, SIZE) for name in TINY), ("groupdec_deepfashion", (64, 128)),
+    ("bicyclegan_deepfashion", (64, 96)),
+])
 def test_every_system_paints_and_encodes(name: str, size: tuple[int, int]) -> None:
-    if name not in ONE_CODE and size[1] % 64:
-        pytest.skip("starts from 1/64 of the size")
-    if name == "vspade_deepfashion" and size[1] % 64:
-        size = (64, 192)
     model = tiny(name, image_size=size, dtype=torch.float64).eval()
     labels, z = scene(2, size), code(model, 2)
     planes = model.semantics(labels)
@@ -119,7 +117,7 @@ def test_every_system_trains_a_step(name: str) -> None:
     labels = scene(2)
     planes, image = model.semantics(labels), torch.rand(2, 3, *SIZE) * 2 - 1
     networks = nn.ModuleList([model.generator, model.encoder])
-    optimizers = [torch.optim.Adam(m.parameters(), 1e-3, (0, 0.9))
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-3, (0.0, 0.9))
                   for m in (networks, model.discriminator)]
     before = [p.detach().clone() for p in model.parameters()]
 
@@ -235,7 +233,7 @@ def test_latent_regression_is_l1_and_leaves_the_code_alone() -> None:
     z = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     loss = latent_regression_loss(mean, z)
     assert loss.dtype == torch.float32
-    assert float(loss) == 1
+    assert float(loss.detach()) == 1
     loss.backward()
     assert mean.grad is not None
     assert z.grad is None
