@@ -56,7 +56,7 @@ def test_the_encoder_serves_at_test_time(model):
     drawn = applications.encode(model, image, labels, seed=1)
     assert torch.equal(drawn, applications.encode(model, image, labels, seed=1))
     noise = (drawn - mean) / torch.exp(0.5 * logvar)
-    assert 0.5 < float(noise.std()) < 1.5
+    assert 0.5 < float(noise.detach().std()) < 1.5
     bare = type(model)(model.name, model.preset, {"generator": model.generator})
     with pytest.raises(ValueError, match="model: expected one with an encoder"):
         applications.encode(bare, image, labels)
@@ -162,7 +162,7 @@ def test_a_shape_is_exchanged_and_the_hole_filled(with_ids):
     triangle = np.tril(np.ones((3, 3), bool))
     changed = exchange_shape(layout, 1000 if with_ids else 1, triangle)
     assert changed.labels[11, 2:8].tolist() == [1] * 6  # its lower edge, scaled to height 6
-    assert changed.labels[6, 2:8].tolist() == [1, 0, 0, 0, 0, 0]  # the hole took what is around
+    assert changed.labels[6, 2:8].tolist() == [1, 1, 0, 0, 0, 0]  # the hole took what is around
     assert (changed.labels[9:12, 12:15] == 1).all()  # the other stays
     assert (changed.labels[12:] == 2).all()
     if with_ids:

@@ -79,16 +79,16 @@ def evaluate(
     seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
 ) -> None:
     """Measure mCSD, mOCD, LPIPS, FID, mIoU and accuracy; write a JSON that says how."""
-    place = resolve_device(device)
-    pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
-                              mask_mode=mask_mode, dont_care=dont_care)
-    distances = create_distances(distance, lpips_weights, lpips_heads, place)
-    extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
     if (labels is None) == (dataset is None):
         raise ValueError("labels, dataset: expected one of them; give --labels DIR, or --dataset "
                          "scenes")
     if segmenter is not None and predictions is not None:
         raise ValueError("segmenter, predictions: expected one of them, got both")
+    place = resolve_device(device)
+    pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
+                              mask_mode=mask_mode, dont_care=dont_care)
+    distances = create_distances(distance, lpips_weights, lpips_heads, place)
+    extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
     with selected(backend):
         network = load_model(model, checkpoint, place, seed)
         preset = network.preset
