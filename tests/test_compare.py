@@ -79,6 +79,22 @@ def test_a_comparison_goes_on_where_it_stopped(compared, tmp_path):
     assert int(spent[0].split(",")[0]) == 1
 
 
+def test_the_command_prints_what_it_found(compared, monkeypatch, capsys):
+    folder, *_ = compared
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    options = {name: value for name, value in TINY.items() if name != "seconds"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", [
+        "smis", "compare", "--minutes-per-model", "0", "--only", "GroupDNet", "--distance", "pixel",
+        "--speed-seconds", "0", "--out", str(folder), *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out = capsys.readouterr().out
+    assert not end.value.code
+    assert "mCSD, best first: GroupDNet (published: GroupDNet)" in out
+    assert "SHE is a study with people" in out
+
+
 def test_a_folder_of_another_comparison_is_refused(compared):
     folder, *_ = compared
     with pytest.raises(ValueError, match=r"out: .* holds a comparison with width 4, not 8"):

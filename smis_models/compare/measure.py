@@ -16,6 +16,7 @@ from smis_kernels import use_backend
 
 from ..benchmark.timing import interleave, peak_allocated
 from ..labels import layout as compile_labels
+from ..presets import LatentPreset
 from ..synthesis import Layout, draw_code, semantics
 from ..training import Run, TrainConfig
 
@@ -29,15 +30,20 @@ def _calls(model: Any, layout: Layout) -> tuple[Call, Call]:
     device = next(model.generator.parameters()).device
 
     @torch.no_grad()
-    def ours() -> Any:
+    def compiled() -> Any:
         return model.generator(compile_labels(labels, model.preset).to(device), z)
+
+    @torch.no_grad()
+    def dense() -> Any:
+        return model.generator(semantics(model, layout), z)
 
     @torch.no_grad()
     def reference() -> Any:
         with use_backend("reference"):
-            return model.generator(semantics(model, layout), z)
+            return dense()
 
-    return ours, reference
+    # The U-Nets have no norm that reads the labels: a compiled layout serves them nothing.
+    return compiled if isinstance(model.preset, LatentPreset) else dense, reference
 
 
 def speeds(models: Mapping[str, Any], layout: Layout, seconds: float) -> dict[str, dict[str, Any]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_HIGHER = {"mCSD": True, "mOCD": False, "LPIPS": True, "FPS": True, "FID": False}
-_PUBLISHED = {"mCSD": "mcsd", "mOCD": "mocd", "LPIPS": "lpips", "FPS": "fps", "FID": "fid"}
+_HIGHER = {"mCSD": True, "mOCD": False, "diversity": True, "FPS": True, "FID": False}
+_KEYS = {"mCSD": "mcsd", "mOCD": "mocd", "diversity": "lpips", "FPS": "fps", "FID": "fid"}
 
 
 def _number(value: float, digits: int) -> str:
@@ -47,8 +47,8 @@ def _values(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         "FPS": {name: row["fps"] for name, row in systems.items()}}
     if result["distances"]:
         first = result["distances"][0]["name"]
-        for metric in ("mCSD", "mOCD", "LPIPS"):
-            found[metric] = {name: row["diversity"][first][metric.lower()]
+        for metric in ("mCSD", "mOCD", "diversity"):
+            found[metric] = {name: row["diversity"][first][_KEYS[metric]]
                              for name, row in systems.items()}
     if all("fid" in row for row in systems.values()):
         found["FID"] = {name: row["fid"]["fid"] for name, row in systems.items()}
@@ -60,10 +60,13 @@ def _ordered(values: Mapping[str, float], metric: str) -> list[str]:
 
 
 def found_order(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[str]]]:
-    """Metric -> (systems from best to worst as found, as published)."""
+    """Metric -> (systems from best to worst as found, as published).
+
+    mCSD, mOCD and diversity are those of the first distance; the published diversity is LPIPS.
+    """
     orders = {}
     for metric, values in _values(result).items():
-        published = {name: result["systems"][name]["published"][_PUBLISHED[metric]]
+        published = {name: result["systems"][name]["published"][_KEYS[metric]]
                      for name in values}
         orders[metric] = _ordered(values, metric), _ordered(published, metric)
     return orders
@@ -114,7 +117,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         _markdown_table(head, rows), "\n".join(f"- {line}" for line in notes(result)),
         "## Order, from best to worst",
         "As found here, whatever it is, beside the order of the published figures (DeepFashion, "
-        "256x256).",
+        "256x256), whose diversity is LPIPS.",
         _markdown_table(["metric", "found", "published"], orders),
         "## Published figures (DeepFashion)",
         _markdown_table(["system", "FID", "mCSD", "mOCD", "LPIPS", "SHE", "FPS", "parameters, M"],

@@ -134,7 +134,9 @@ def small_config(name: str, *, size: int, width: int, ndf: int, batch: int, work
     Learning rates are constant: a decay would need to know how many steps the time holds.
     """
     published = recipe(SYSTEMS[name].model)
-    losses = replace(published.losses, vgg=vgg)
+    # Without a file of its own a run would take what lies in torch.hub's folder, if anything does.
+    perceptual = published.losses.perceptual if vgg is not None else 0.0
+    losses = replace(published.losses, vgg=vgg, perceptual=perceptual)
     return replace(
         published, network=small_preset(name, size, width, ndf), losses=losses, seed=seed,
         data=replace(published.data, name="scenes", batch=batch, workers=workers),
