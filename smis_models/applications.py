@@ -16,7 +16,7 @@ from torch import Tensor
 from .features import FeatureClusters
 from .images import Picture, to_pictures
 from .shapes import ShapeLibrary, exchange_shape, target_region
-from .synthesis import Layout, draw_code, resample_class
+from .synthesis import Layout, draw_code, drawn_code, resample_class
 from .synthesizer import Synthesizer
 
 
@@ -64,19 +64,6 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
     return drawn
 
 
-def drawn_code(model: Any, seed: int) -> Tensor:
-    """A latent code from N(0, 1).
-
-    Raises:
-        ValueError: a model that reads none.
-    """
-    z: Tensor | None = draw_code(model, seed)
-    if z is None:
-        raise ValueError(f"model: expected one with a latent code, got {model.name}, which paints "
-                         "one picture for a layout")
-    return z
-
-
 def mixed_code(model: Any, codes: Sequence[Tensor], take: Mapping[int, int],
                rest: int = 0) -> Tensor:
     """A code whose classes come from several: class c from ``codes[take[c]]``, else ``rest``.
@@ -103,13 +90,7 @@ def _check_class_codes(model: Any) -> None:
 
 def synthesizer(model: Any, layout: Layout) -> Synthesizer:
     """A :class:`Synthesizer` of one layout."""
-    return Synthesizer(model, *_tensors(layout))
-
-
-def _tensors(layout: Layout) -> tuple[Tensor, Tensor | None]:
-    ids = layout.instances
-    return (torch.from_numpy(layout.labels)[None],
-            None if ids is None else torch.from_numpy(ids)[None])
+    return Synthesizer(model, *layout.tensors())
 
 
 def _frame(made: Synthesizer, caption: str, z: Tensor | None, layout: Layout) -> Frame:
@@ -165,7 +146,7 @@ def edit(model: Any, layouts: Sequence[Layout],
     made = synthesizer(model, layouts[0])
     for k, layout in enumerate(layouts):
         if k:
-            made.update(*_tensors(layout))  # only windows that are new are computed
+            made.update(*layout.tensors())  # only windows that are new are computed
         z = codes if codes is None or isinstance(codes, Tensor) else codes[k]
         yield _frame(made, f"edit {k}" if k else "before", z, layout)
 
@@ -239,7 +220,7 @@ def edit_features(model: Any, layout: Layout, clusters: FeatureClusters, instanc
     Raises:
         ValueError: no such instance, or no clusters of its class.
     """
-    labels, ids = _tensors(layout)
+    labels, ids = layout.tensors()
     if ids is None:
         raise ValueError(f"instances: expected ids with the layout {layout.name}, got none; give "
                          "--instances")
@@ -279,6 +260,6 @@ def exchange(model: Any, layout: Layout, target: int, library: ShapeLibrary, sha
     yield _frame(made, "first", start, layout)
     for k in range(shapes):
         changed = exchange_shape(layout, target, known[order[k % len(order)]])
-        made.update(*_tensors(changed))
+        made.update(*changed.tensors())
         code = resample_class(model, start, index, seed + 1 + k) if texture else start
         yield _frame(made, f"shape {k + 1}", code, changed)

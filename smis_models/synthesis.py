@@ -45,6 +45,12 @@ class Layout:
         classes, counts = np.unique(self.labels, return_counts=True)
         return [int(c) for c in classes[np.argsort(-counts)]]
 
+    def tensors(self, batch: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Labels and instance ids, (batch, H, W) each."""
+        ids = self.instances
+        return (torch.from_numpy(self.labels)[None].repeat(batch, 1, 1),
+                None if ids is None else torch.from_numpy(ids)[None].repeat(batch, 1, 1))
+
     def picture(self, num_classes: int) -> Picture:
         """The label map in display colours."""
         return palette(num_classes)[self.labels]
@@ -120,8 +126,7 @@ def sample_layouts(preset: Preset, count: int, seed: int = 0) -> list[Layout]:
 
 def semantics(model: Any, layout: Layout) -> Tensor:
     """The model's input planes of one layout."""
-    ids = None if layout.instances is None else torch.from_numpy(layout.instances)[None]
-    planes: Tensor = model.semantics(torch.from_numpy(layout.labels)[None], ids)
+    planes: Tensor = model.semantics(*layout.tensors())
     return planes
 
 
@@ -129,6 +134,19 @@ def draw_code(model: Any, seed: int) -> Tensor:
     """A latent code (1, 8C, h, w) from N(0, 1); the same seed, the same code."""
     code: Tensor = model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
     return code
+
+
+def drawn_code(model: Any, seed: int) -> Tensor:
+    """As :func:`draw_code`, of a model that must read one.
+
+    Raises:
+        ValueError: a model that reads none.
+    """
+    z: Tensor | None = draw_code(model, seed)
+    if z is None:
+        raise ValueError(f"model: expected one with a latent code, got {model.name}, which paints "
+                         "one picture for a layout")
+    return z
 
 
 def read_clusters(preset: Preset, path: str | Path | None) -> FeatureClusters | None:

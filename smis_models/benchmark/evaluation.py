@@ -19,7 +19,8 @@ from torch import Tensor
 from smis_kernels import use_backend
 
 from ..metrics import Distance, DiversityProtocol, LayoutSampler, create_distance
-from ..metrics.diversity import Draw, layout_diversity
+from ..metrics.diversity import layout_diversity
+from ..metrics.sampling import Draw
 from ..registry import create_model
 from ..synthesis import Layout, semantics
 from ..synthesizer import frozen_copy

@@ -231,7 +231,7 @@ def morph(
             if len(codes) != 2:
                 raise ValueError(f"images: expected two pictures, got {len(names)}")
         else:
-            codes = [applications.drawn_code(scene.model, seed + k) for k in range(2)]
+            codes = [synthesis.drawn_code(scene.model, seed + k) for k in range(2)]
         start, end = codes
         _settle(scene, checkpoint, start)
         frames = applications.morph(scene.model, scene.layout, start, end, steps, classes)

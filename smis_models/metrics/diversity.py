@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 from ..synthesis import Layout
-from ..synthesizer import Synthesizer
 from .distance import Distance, Features
 from .protocols import DiversityProtocol
-
-Draw = Callable[[Tensor], Tensor]
-"""Codes (N, ...) of one layout -> pictures (N, 3, H, W)."""
-_BATCH = 4  # pictures at once: small layers fill the processor better, memory grows little
+from .sampling import BATCH, Draw, LayoutSampler, derived_seed, has_class_codes, sample_codes
 
 
 @dataclass(frozen=True)
@@ -64,92 +60,6 @@ def _timed(clock: dict[str, float], what: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     clock[what] = clock.get(what, 0.0) + time.perf_counter() - start
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed of its own for each tuple of numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def has_class_codes(model: Any) -> bool:
-    """Whether a model has a code for each class."""
-    return hasattr(model.generator, "class_channels")
-
-
-def _code(model: Any, *parts: int) -> Tensor:
-    z = model.generator.sample_latent(1, torch.Generator().manual_seed(derived_seed(*parts)))
-    if z is None:
-        raise ValueError(
-            f"model: expected one that draws a code, got {model.name}, which paints one picture "
-            "for a layout; its diversity is 0"
-        )
-    drawn: Tensor = z
-    return drawn
-
-
-def sample_codes(model: Any, samples: int, seed: int, index: int | None = None) -> Tensor:
-    """(samples, ...): codes drawn anew, or one code of which class ``index`` is drawn anew."""
-    if index is None:
-        return torch.cat([_code(model, seed, k) for k in range(samples)])
-    channels = model.generator.class_channels(index)
-    codes = _code(model, seed, 0).repeat(samples, 1, 1, 1)
-    for k in range(samples):
-        codes[k : k + 1, channels] = _code(model, seed, k, index + 1)[:, channels]
-    return codes
-
-
-class LayoutSampler:
-    """Pictures by a :class:`Synthesizer`: a layout is compiled once for all of its samples.
-
-    Args:
-        model: of the zoo, in eval mode.
-        batch: pictures made at once.
-
-    Example:
-        >>> draw = LayoutSampler(model).load(layout)
-        >>> pictures = draw(sample_codes(model, 20, seed=0, index=3))
-    """
-
-    def __init__(self, model: Any, batch: int = _BATCH) -> None:
-        self._model, self._batch = model, batch
-        self._synthesizer: Synthesizer | None = None
-
-    def load(self, layout: Layout) -> LayoutSampler:
-        """Go on with another layout; windows that both have are not computed again."""
-        labels, instances = layout_tensors(layout, self._batch)
-        if self._synthesizer is None:
-            self._synthesizer = Synthesizer(self._model, labels, instances)
-        else:
-            self._synthesizer.update(labels, instances)
-        return self
-
-    def _loaded(self) -> Synthesizer:
-        if self._synthesizer is None:
-            raise RuntimeError("layout: none is loaded; call load(layout) first")
-        return self._synthesizer
-
-    def picture(self, z: Tensor | None) -> Tensor:
-        """(batch, 3, H, W): of one code for each of the batch, or of a model that reads none."""
-        return self._loaded().sample(z)
-
-    def __call__(self, codes: Tensor) -> Tensor:
-        synthesizer = self._loaded()
-        device = next(self._model.generator.parameters()).device
-        pictures = []
-        for z in codes.to(device).split(self._batch):
-            missing = self._batch - len(z)
-            full = torch.cat([z, z[-1:].expand(missing, *z.shape[1:])]) if missing else z
-            pictures.append(synthesizer.sample(full)[: len(z)])
-        return torch.cat(pictures)
-
-
-def layout_tensors(layout: Layout, batch: int = 1) -> tuple[Tensor, Tensor | None]:
-    """Labels and instance ids, (batch, H, W) each."""
-    def repeated(indices: Any) -> Tensor:
-        return torch.from_numpy(indices)[None].repeat(batch, 1, 1)
-
-    return (repeated(layout.labels),
-            None if layout.instances is None else repeated(layout.instances))
 
 
 def _pair_means(distance: Distance, features: Features, pairs: Sequence[tuple[int, int]],
@@ -248,7 +158,7 @@ def layout_diversity(
 def diversities(model: Any, layouts: Sequence[Layout], distances: Sequence[Distance],
                 protocol: DiversityProtocol | None = None, *, seed: int = 0,
                 step: Callable[[str], None] = lambda what: None,
-                batch: int = _BATCH) -> list[Diversity]:
+                batch: int = BATCH) -> list[Diversity]:
     """As :func:`diversity`, by each of several distances, from the same pictures."""
     protocol = DiversityProtocol() if protocol is None else protocol
     if len(layouts) < protocol.layouts:
@@ -283,7 +193,7 @@ def _summary(model: Any, found: Sequence[LayoutDiversity], clock: dict[str, floa
 
 def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
               protocol: DiversityProtocol | None = None, *, seed: int = 0,
-              step: Callable[[str], None] = lambda what: None, batch: int = _BATCH) -> Diversity:
+              step: Callable[[str], None] = lambda what: None, batch: int = BATCH) -> Diversity:
     """mCSD, mOCD and LPIPS of a model; each layout is compiled once for all its samples.
 
     Args:

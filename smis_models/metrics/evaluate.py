@@ -20,10 +20,11 @@ from ..features import FeatureClusters
 from ..images import read_labels, scene_name
 from ..synthesis import Layout, draw_input
 from .distance import Distance
-from .diversity import LayoutSampler, derived_seed, diversities
+from .diversity import diversities
 from .fid import Extractor, as_bytes, fid_of_features
 from .lpips import file_hash
 from .protocols import Protocol
+from .sampling import LayoutSampler, derived_seed
 from .segmentation import LabelRule, SegmentationScore, Segmenter, predict
 
 Step = Callable[[str], None]

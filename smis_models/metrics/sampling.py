@@ -1,0 +1,87 @@
+"""Pictures of one layout in numbers: codes drawn by seed, painted by a Synthesizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..synthesis import Layout, drawn_code
+from ..synthesizer import Synthesizer
+
+Draw = Callable[[Tensor], Tensor]
+"""Codes (N, ...) of one layout -> pictures (N, 3, H, W)."""
+BATCH = 4  # pictures at once: small layers fill the processor better, memory grows little
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed of its own for each tuple of numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def has_class_codes(model: Any) -> bool:
+    """Whether a model has a code for each class."""
+    return hasattr(model.generator, "class_channels")
+
+
+def _code(model: Any, *parts: int) -> Tensor:
+    return drawn_code(model, derived_seed(*parts))
+
+
+def sample_codes(model: Any, samples: int, seed: int, index: int | None = None) -> Tensor:
+    """(samples, ...): codes drawn anew, or one code of which class ``index`` is drawn anew."""
+    if index is None:
+        return torch.cat([_code(model, seed, k) for k in range(samples)])
+    channels = model.generator.class_channels(index)
+    codes = _code(model, seed, 0).repeat(samples, 1, 1, 1)
+    for k in range(samples):
+        codes[k : k + 1, channels] = _code(model, seed, k, index + 1)[:, channels]
+    return codes
+
+
+class LayoutSampler:
+    """Pictures by a :class:`Synthesizer`: a layout is compiled once for all of its samples.
+
+    Args:
+        model: of the zoo, in eval mode.
+        batch: pictures made at once.
+
+    Example:
+        >>> draw = LayoutSampler(model).load(layout)
+        >>> pictures = draw(sample_codes(model, 20, seed=0, index=3))
+    """
+
+    def __init__(self, model: Any, batch: int = BATCH) -> None:
+        self._model, self._batch = model, batch
+        self._synthesizer: Synthesizer | None = None
+
+    def load(self, layout: Layout) -> LayoutSampler:
+        """Go on with another layout; windows that both have are not computed again."""
+        labels, instances = layout.tensors(self._batch)
+        if self._synthesizer is None:
+            self._synthesizer = Synthesizer(self._model, labels, instances)
+        else:
+            self._synthesizer.update(labels, instances)
+        return self
+
+    def _loaded(self) -> Synthesizer:
+        if self._synthesizer is None:
+            raise RuntimeError("layout: none is loaded; call load(layout) first")
+        return self._synthesizer
+
+    def picture(self, z: Tensor | None) -> Tensor:
+        """(batch, 3, H, W): of one code for each of the batch, or of a model that reads none."""
+        return self._loaded().sample(z)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        synthesizer = self._loaded()
+        device = next(self._model.generator.parameters()).device
+        pictures = []
+        for z in codes.to(device).split(self._batch):
+            missing = self._batch - len(z)
+            full = torch.cat([z, z[-1:].expand(missing, *z.shape[1:])]) if missing else z
+            pictures.append(synthesizer.sample(full)[: len(z)])
+        return torch.cat(pictures)
