@@ -13,7 +13,7 @@ from .._layout import is_channels_last
 from ..modulation.module import modulate_pair
 from ..winograd_conv.module import WinogradConv2d
 from .formats import channels_last, in_format_of, network_call
-from .norms import FusedNorm, NormPlan, NormView, is_plain_conv, probe_inputs
+from .norms import FusedNorm, NormPlan, ForeignNorm, is_plain_conv, probe_inputs
 from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs
 from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of, watched
 
@@ -70,7 +70,7 @@ def judge(block: nn.Module, norms: dict[str, NormPlan]) -> Verdict | None:
     arguments = arguments_of(block, 2)
     if problem is not None or arguments is None:
         return None, problem or "its forward does not take features and a map"
-    widths = {name: NormView(block.get_submodule(name), False).channels for name in norms}
+    widths = {name: ForeignNorm(block.get_submodule(name), False).channels for name in norms}
     plans = [
         BlockPlan(arguments, *wiring, *active)
         for active in _ACTIVATIONS for wiring in islice(_wirings(widths, convs), _MOST_WIRINGS)
@@ -109,7 +109,7 @@ def conv_changes(block: nn.Module, plan: BlockPlan) -> list[Change]:
 class FusedBlock(Fused):
     """Norm and activation in one pass, both norms of the input from one read, channels-last."""
 
-    def _smis_ready(self, x: Any, segmap: Any) -> list[NormView] | str:
+    def _smis_ready(self, x: Any, segmap: Any) -> list[ForeignNorm] | str:
         plan: BlockPlan = vars(self)[PLAN]
         names = [plan.first[0], plan.second[0]] + ([plan.shortcut[0]] if plan.shortcut else [])
         norms = [self._modules.get(name) for name in names]
@@ -118,14 +118,14 @@ class FusedBlock(Fused):
             if not isinstance(norm, FusedNorm) or watched(norm):
                 return f"{name} is not fused, or has hooks"
             # The features of norm_1 are not there yet; they have x's dtype and batch size.
-            like = x if name != plan.second[0] else _like(x, NormView(norm, False).channels)
+            like = x if name != plan.second[0] else _like(x, ForeignNorm(norm, False).channels)
             view = norm._smis_ready(like, segmap)
             if isinstance(view, str):
                 return f"{name}: {view}"
             views.append(view)
         return views
 
-    def _smis_run(self, ready: list[NormView], x: Tensor, segmap: Tensor) -> Tensor:
+    def _smis_run(self, ready: list[ForeignNorm], x: Tensor, segmap: Tensor) -> Tensor:
         plan: BlockPlan = vars(self)[PLAN]
         active: dict[str, Any] = {"activation": plan.activation, "negative_slope": plan.slope}
         conv_0, conv_1 = self._modules[plan.first[1]], self._modules[plan.second[1]]
@@ -148,7 +148,7 @@ class FusedBlock(Fused):
         return result
 
 
-def _both(norm_0: NormView, norm_s: NormView, x: Tensor, segmap: Tensor,
+def _both(norm_0: ForeignNorm, norm_s: ForeignNorm, x: Tensor, segmap: Tensor,
           active: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if norm_0.shared_arguments() == norm_s.shared_arguments():
         return modulate_pair(norm_0, norm_s, x, segmap, **active)

@@ -27,7 +27,7 @@ class NormPlan(Plan):
     counts: bool
 
 
-class NormView(CGNorm):
+class ForeignNorm(CGNorm):
     """A foreign norm as :class:`CGNorm` sees its own: parts and settings, nothing registered.
 
     Made for each call, so that no part can be out of date.
@@ -48,7 +48,7 @@ class NormView(CGNorm):
         )
 
     def __eq__(self, other: object) -> bool:  # tables are kept by norm, not by view of it
-        return isinstance(other, NormView) and other.owner is self.owner
+        return isinstance(other, ForeignNorm) and other.owner is self.owner
 
     def __hash__(self) -> int:
         return hash(self.owner)
@@ -127,13 +127,13 @@ def _inner(module: nn.Module) -> list[nn.Module]:
 class FusedNorm(Fused):
     """``norm(x, segmap)`` through window tables or one dense conv, and one pass over x."""
 
-    def _smis_ready(self, x: Any, segmap: Any) -> NormView | str:
+    def _smis_ready(self, x: Any, segmap: Any) -> ForeignNorm | str:
         problem = structure_problem(self)
         if problem is not None:
             return problem
         if watched(*_inner(self)):
             return "a part of it has hooks"
-        view = NormView(self, vars(self)[PLAN].counts)
+        view = ForeignNorm(self, vars(self)[PLAN].counts)
         weight = view.mlp_gamma.weight
         if not isinstance(x, Tensor) or not serves(x, weight) or x.shape[1] != view.channels:
             return "features of another kind"
@@ -146,7 +146,7 @@ class FusedNorm(Fused):
             return "a map of another kind"
         return _parallel_problem(self, view.param_free_norm) or view
 
-    def _smis_run(self, ready: NormView, x: Tensor, segmap: Tensor) -> Tensor:
+    def _smis_run(self, ready: ForeignNorm, x: Tensor, segmap: Tensor) -> Tensor:
         return ready.forward(x, segmap)
 
 
@@ -173,7 +173,7 @@ def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
 def probe_inputs(norm: nn.Module, size: tuple[int, int], scale: int) -> tuple[Tensor, Tensor]:
     """Features of two images with outliers, and a one-hot map of another size with ``scale`` 2."""
     generator = torch.Generator().manual_seed(SEED)
-    view = NormView(norm, counts=False)
+    view = ForeignNorm(norm, counts=False)
     weight = view.mlp_gamma.weight
     x = torch.randn((2, view.channels, *size), generator=generator)
     height, width = (s * scale + scale - 1 for s in size)

@@ -34,7 +34,8 @@ def is_sequence(module: nn.Module) -> bool:
 
 def layers_of(sequence: nn.Module) -> Iterator[nn.Module]:
     """The layers in the order of their calls, those of sequences inside it too."""
-    for child in sequence.children():
+    assert isinstance(sequence, nn.Sequential)
+    for child in sequence:  # unlike children(), which names a shared layer once
         if is_sequence(child) and not watched(child):
             yield from layers_of(child)
         else:

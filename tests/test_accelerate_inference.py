@@ -1,0 +1,119 @@
+"""accelerate(inference=True): weights are constants until they change."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import foreign
+import foreign_layers
+import pytest
+import torch
+from foreign_cases import accelerated_painter, label_map, lively, normal
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from smis_kernels import accelerate, restore
+from smis_kernels.testing import max_error
+
+
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts computations of a spectrally normalised weight."""
+    calls: list[int] = []
+    compute = SpectralNorm.compute_weight
+
+    def counting(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(SpectralNorm, "compute_weight", counting)
+    return calls
+
+
+def test_inference_computes_spectral_norm_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, planes, expected = accelerated_painter()
+    calls = computed(monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            assert max_error(network(planes), expected) < 1e-10
+        assert len(calls) == 18
+        network.up_1.conv_0.weight_orig.mul_(-1)  # sigma changes its sign, too: no difference
+        network.up_2.conv_0.weight_v.mul_(2)
+        changed = network(planes)
+        assert len(calls) == 20
+    assert max_error(changed, expected) > 1e-3
+    network(planes).sum().backward()  # a gradient is wanted: nothing is constant
+    assert len(calls) == 38
+    assert network.up_0.conv_0.weight_orig.grad is not None
+    network.train()
+    u = network.up_0.conv_0.weight_u.clone()
+    with torch.no_grad():
+        network(planes)
+        assert not torch.equal(network.up_0.conv_0.weight_u, u)
+        reference = copy.deepcopy(network)
+        restore(reference)
+        assert max_error(network.eval()(planes), reference.eval()(planes)) < 1e-10
+    assert restore(network) > 0
+    assert not any(type(h) is not SpectralNorm for m in network.modules()
+                   for h in m._forward_pre_hooks.values())
+
+
+def test_inference_folds_batch_norm_into_convs(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = lively(foreign_layers.label_encoder(5, 6)).eval()
+    x = normal(2, 5, 8, 8)
+    state = {k: v.clone() for k, v in encoder.state_dict().items()}
+    expected = encoder(x).detach()
+    assert not accelerate(encoder).replaced
+    report = accelerate(encoder, inference=True)
+    assert {row.kind for row in report.replaced} == {"norm_act", "spectral_norm"}
+    normalised: list[int] = []
+    for _ in range(2):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(nn.BatchNorm2d, "forward", lambda *_: normalised.append(1))
+            assert max_error(encoder(x), expected) < 1e-10
+    assert not normalised
+    with torch.no_grad():
+        encoder[1][0][1].running_var.mul_(4)  # a buffer that is written to is seen
+        assert max_error(encoder(x), expected) > 1e-3
+        encoder.load_state_dict(state)
+        assert max_error(encoder(x), expected) < 1e-10
+        assert max_error(copy.deepcopy(encoder)(x), expected) < 1e-10
+    out = encoder(x)
+    out.sum().backward()
+    assert encoder[0][0][1].weight.grad is not None
+    restore(encoder)
+    assert torch.equal(encoder(x).detach(), expected)
+
+
+def test_inference_folds_the_spectral_norm_of_parametrizations() -> None:
+    conv = lively_parametrized()
+    x = normal(1, 3, 6, 6)
+    with torch.no_grad():
+        expected = conv(x)
+        assert len(accelerate(conv, inference=True).replaced) == 1
+        assert torch.equal(conv(x), expected)
+        assert conv.weight is conv.weight
+        conv.parametrizations.weight.original.mul_(1.5)
+        conv.parametrizations.weight[0]._u.mul_(2)
+        assert max_error(conv(x), expected) > 0.1
+        assert restore(conv) == 1
+        assert conv.weight is not conv.weight
+
+
+def lively_parametrized() -> nn.Module:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3).double()
+    return parametrizations.spectral_norm(conv).eval()
+
+
+def test_a_spectrally_normalised_map_conv_is_not_skipped() -> None:
+    norm = foreign.LayoutNorm(6, 7, 8)
+    nn.utils.spectral_norm(norm.mlp_gamma)
+    lively(norm).eval()
+    x, planes = normal(2, 6, 8, 8), label_map(16)
+    expected = norm(x, planes)
+    accelerate(norm)
+    with torch.no_grad():
+        norm.mlp_gamma.weight_orig.mul_(2)  # sigma doubles with it
+        assert max_error(norm(x, planes), expected) < 1e-10
