@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .files import replacing
 from .legacy import State as State
 from .legacy import networks_keys
 
@@ -197,16 +196,10 @@ def save_checkpoint(module: nn.Module, path: str | Path) -> None:
     }
     configuration = getattr(module, "configuration", None)
     metadata = None if configuration is None else configuration.to_metadata()
-    partial = None
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(state, partial, metadata)
-        os.replace(partial, path)
+        with replacing(path, sync=True) as partial:
+            save_file(state, partial, metadata)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"path: {path} cannot be written: {_first_line(error)}"
         ) from error
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)

@@ -10,24 +10,25 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place where the block ends without error.
 
-    On an error, a full disk included, the temporary file goes and the old one stays.
+    On an error, a full disk included, the temporary file goes and the old one stays. With ``sync``
+    the content is on the disk before, so that a power cut leaves one of the two whole.
 
     Example:
         >>> with replacing("state.pt") as partial:
         ...     torch.save(state, partial)
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     partial = Path(name)
     try:
         yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # a rename may reach the disk before the content does
+        if sync:  # a rename may reach the disk before the content does
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
         # mkstemp makes files that only their owner may read.
         mask = os.umask(0)
         os.umask(mask)

@@ -26,7 +26,7 @@ def save_state(folder: Path, state: dict[str, Any], config: TrainConfig) -> Path
     """
     path = folder / STATE
     try:
-        with replacing(path) as partial, partial.open("wb") as file:
+        with replacing(path, sync=True) as partial, partial.open("wb") as file:
             torch.save({"format": _FORMAT, "config": to_dict(config), **state}, file)
     except (OSError, RuntimeError) as error:  # torch's zip writer wraps what the file raises
         cause: BaseException = error
