@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +98,40 @@ class SPADEResBlock(nn.Module):
         return out
 
 
+_NORMAL_STD = 0.02
+
+
+def _drawn(name: str, state: Mapping[str, Tensor], gain: float, rule: str,
+           generator: torch.Generator) -> Tensor | None:
+    """Start values of a weight or bias that are drawn; None for those that are not."""
+    # Drawn on the CPU: the same weights on every device.
+    drawn, leaf = torch.empty(state[name].shape), name.rpartition(".")[2]
+    if leaf in ("weight", "weight_orig") and drawn.dim() >= 2:
+        if rule == "xavier":
+            return nn.init.xavier_normal_(drawn, gain, generator=generator)
+        return nn.init.normal_(drawn, 0, _NORMAL_STD, generator=generator)
+    if rule == "xavier" or leaf not in ("weight", "bias"):
+        return None
+    if leaf == "weight":
+        return nn.init.normal_(drawn, 1, _NORMAL_STD, generator=generator)
+    weight = state.get(name.removesuffix("bias") + "weight")
+    if weight is None or weight.dim() < 2:
+        return None
+    bound = weight[0].numel() ** -0.5
+    return nn.init.uniform_(drawn, -bound, bound, generator=generator)
+
+
 @torch.no_grad()
-def init_weights(module: nn.Module, *, seed: int = 0, gain: float = 0.02) -> nn.Module:
-    """Fill every parameter and buffer as the published networks start: xavier normal, zero biases.
+def init_weights(module: nn.Module, *, seed: int = 0, gain: float = 0.02,
+                 rule: str = "xavier") -> nn.Module:
+    """Fill every parameter and buffer as the published networks start.
+
+    ========  ============================  ===============================  =================
+    rule      weights of convs and linears  their biases                     affine norms
+    ========  ============================  ===============================  =================
+    xavier    xavier normal with ``gain``   0                                1, 0
+    normal    N(0, 0.02²)                   U(-b, b), b = 1/sqrt(fan in)     N(1, 0.02²), 0
+    ========  ============================  ===============================  =================
 
     Running statistics start at (0, 1). The vectors of spectral normalisation start from one power
     iteration, so that the weights have a norm of about one in eval mode too.
@@ -109,17 +140,22 @@ def init_weights(module: nn.Module, *, seed: int = 0, gain: float = 0.02) -> nn.
         module: built anywhere, ``torch.device("meta")`` followed by ``to_empty`` included.
         seed: of a generator of its own; the global random state is neither read nor changed.
         gain: of the xavier rule; 0.02 as published, 1 gives livelier pictures without training.
+        rule: "xavier" (SPADE, GroupDNet, CC-FPSE) or "normal" (pix2pixHD).
+
+    Raises:
+        ValueError: an unknown rule.
 
     Example:
         >>> net = init_weights(MultiscaleDiscriminator(11), seed=1)
     """
+    if rule not in ("xavier", "normal"):
+        raise ValueError(f"rule: expected 'xavier' or 'normal', got {rule!r}")
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    state = module.state_dict(keep_vars=True)
+    for name, tensor in state.items():
         leaf = name.rpartition(".")[2]
-        if leaf in ("weight", "weight_orig") and tensor.dim() >= 2:
-            # Drawn on the CPU: the same weights on every device.
-            drawn = torch.empty(tensor.shape)
-            nn.init.xavier_normal_(drawn, gain, generator=generator)
+        drawn = _drawn(name, state, gain, rule, generator)
+        if drawn is not None:
             tensor.copy_(drawn)
         elif leaf in ("weight", "running_var"):
             tensor.fill_(1)

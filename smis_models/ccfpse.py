@@ -83,9 +83,9 @@ class Condition:
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")
 
 
-def _shared_conv(norm: SPADE) -> nn.Conv2d:
-    layer = norm.mlp_shared[0]
-    assert isinstance(layer, nn.Conv2d)
+def _first(norm: SPADE) -> nn.Conv2d:
+    layer = norm.shared_conv
+    assert layer is not None
     return layer
 
 
@@ -152,11 +152,11 @@ class ConditionalBlock(nn.Module):
         if not self.learned_shortcut:
             return x
         norm = self.norm_s
-        hidden = condition(_shared_conv(norm))
-        gamma, beta = norm.mlp_gamma, norm.mlp_beta
+        hidden = condition(_first(norm))
+        gamma, beta = norm.convolved(hidden, fused=requested() != "reference")
         norm.count_batch()
         out: Tensor = self.conv_s(modulation(
-            x, gamma(hidden), beta(hidden), **norm.norm_arguments(), **norm.shared_arguments()))
+            x, gamma, beta, **norm.norm_arguments(), **norm.shared_arguments()))
         return out
 
     def forward(self, x: Tensor, segmap: Tensor | LabelLayout, features: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class ConditionalBlock(nn.Module):
         gates1, gates2 = self.gen_se_weights1, self.gen_se_weights2
         convs = [part.first for part in (weights1, weights2, gates1, gates2)]
         if self.learned_shortcut:
-            convs.append(_shared_conv(self.norm_s))
+            convs.append(_first(self.norm_s))
         condition = Condition(segmap, features, convs)
         shortcut = self._shortcut(x, condition)
         h = weights1.last(self.norm_1(x), condition(weights1.first))

@@ -90,46 +90,75 @@ def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: b
 
 
 def feature_matching_loss(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[Tensor]],
-                          weight: float = 10.0) -> Tensor:
+                          weight: float = 10.0, *, weighting: str = "spade") -> Tensor:
     r"""L1 between the discriminator's features of fake and real images, real ones detached.
 
-    .. math:: \frac{\lambda}{S} \sum_s \sum_{i < \text{last}} \mathrm{mean} |f_{s,i} - r_{s,i}|
+    .. math:: \frac{\lambda w}{S} \sum_s \sum_{i < \text{last}} \mathrm{mean} |f_{s,i} - r_{s,i}|
+
+    with :math:`w = 1` in SPADE and :math:`w = 4 / K` in pix2pixHD for K features a scale (one more
+    than its ``n_layers``): the same for the published four.
 
     Args:
         fake, real: per scale the features and, last, the prediction, which is left out.
-        weight: λ; 10 in SPADE and GroupDNet.
+        weight: λ; 10 in pix2pixHD, SPADE and GroupDNet.
+        weighting: "spade" or "pix2pixhd".
 
-    Paper: Wang et al., pix2pixHD, CVPR 2018.
+    Returns:
+        A scalar; fp32 for 16-bit features.
+
+    Raises:
+        ValueError: no scales, scales that differ in number or in their features, or an unknown
+            weighting.
+
+    Paper: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with Conditional
+    GANs", CVPR 2018.
 
     Example:
         >>> loss = feature_matching_loss(pred_fake, pred_real)
     """
+    if weighting not in ("spade", "pix2pixhd"):
+        raise ValueError(f"weighting: expected 'spade' or 'pix2pixhd'; got {weighting!r}")
     if len(fake) != len(real) or not fake:
         raise ValueError(f"real: expected as many scales as fake ({len(fake)}), got {len(real)}")
+    counts = [len(scale) for scale in (*fake, *real)]
+    if min(counts) < 2 or min(counts) != max(counts):
+        raise ValueError("fake, real: expected the same features of every scale, and last the "
+                         f"prediction; got {min(counts)} to {max(counts)} tensors a scale")
     terms = [
         F.l1_loss(_wide(f), _wide(r.detach()))
         for fake_scale, real_scale in zip(fake, real, strict=True)
         for f, r in zip(fake_scale[:-1], real_scale[:-1], strict=True)
     ]
-    return torch.stack(terms).sum() * (weight / len(fake))
+    each = 1.0 if weighting == "spade" else 4.0 / (counts[0] - 1)
+    return torch.stack(terms).sum() * (weight * each / len(fake))
 
 
-def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
+def kl_loss(mu: Tensor, logvar: Tensor, *, reduction: str = "sum") -> Tensor:
     r"""KL divergence of N(mu, exp(logvar)) from N(0, 1), summed over batch, channels and pixels.
 
     .. math:: \frac{1}{2} \sum (\mu^2 + \sigma^2 - 1 - \log \sigma^2)
 
-    As published it grows with the batch; GroupDNet weighs it with 0.05.
+    As published ("sum") it grows with the batch; GroupDNet weighs it with 0.05. "mean" is the mean
+    over all values, "batchmean" the sum over the number of images.
 
     Shapes: mu and logvar, equal -> a scalar, fp32 for 16-bit inputs.
+
+    Raises:
+        ValueError: shapes that differ, or an unknown reduction.
 
     Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014.
 
     Example:
         >>> loss = 0.05 * kl_loss(mu, logvar)
     """
+    if mu.shape != logvar.shape:
+        raise ValueError(f"logvar: expected mu's shape {tuple(mu.shape)}, got "
+                         f"{tuple(logvar.shape)}")
+    parts = {"sum": 1, "mean": mu.numel(), "batchmean": len(mu)}
+    if reduction not in parts:
+        raise ValueError(f"reduction: expected one of {', '.join(parts)}; got {reduction!r}")
     mu, logvar = _wide(mu), _wide(logvar)
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum()
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum() / parts[reduction]
 
 
 def latent_regression_loss(mean: Tensor, z: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -50,6 +50,8 @@ def _up(channels: int) -> list[nn.Module]:
 
 class ResnetBlock(nn.Module):
     """``x + norm(conv(relu(norm(conv(x)))))``, reflection padded; the sum is part of the norm.
+
+    Wide convs take the Winograd form where that is expected to be faster.
 
     Shapes: (N, C, H, W) -> the same.
     """
@@ -211,7 +213,7 @@ class LocalEnhancer(_Generator):
 
     Example:
         >>> enhanced = LocalEnhancer(preset).load_global(trained.state_dict())
-        >>> enhanced.freeze_global(epoch < 10)
+        >>> enhanced.freeze_global()  # for the first epochs; then freeze_global(False)
     """
 
     def __init__(self, preset: Pix2pixHDPreset) -> None:
@@ -264,14 +266,15 @@ class LocalEnhancer(_Generator):
         return self
 
     def freeze_global(self, frozen: bool = True) -> LocalEnhancer:
-        """Train the enhancers alone, or (``frozen=False``) everything. Returns self."""
-        self.model.requires_grad_(not frozen)
+        """Train the last enhancer alone, or (``frozen=False``) everything. Returns self.
+
+        What lies below was trained before: the global generator and, of several, the other
+        enhancers.
+        """
+        last = f"model{self.preset.enhancers}_"
+        for name, part in self.named_children():
+            part.requires_grad_(not frozen or name.startswith(last))
         return self
-
-    def trainable(self) -> Iterator[nn.Parameter]:
-        """The parameters that an optimiser gets: those of the frozen global generator left out."""
-        return (p for p in self.parameters() if p.requires_grad)
-
 
 def pix2pixhd_generator(preset: Pix2pixHDPreset) -> GlobalGenerator | LocalEnhancer:
     """The generator of a preset: with local enhancers where it has some."""
@@ -323,8 +326,9 @@ class Pix2pixHDDiscriminator(nn.Module):
         preset: options: ``discriminator_scales`` networks of ``discriminator_layers`` convs 4x4
             with stride 2 (and two with stride 1), ``ndf`` channels after the first.
 
-    Shapes: x (N, input channels + 3, H, W), semantics and image concatenated -> per scale, full
-        resolution first, the features of every layer and, last, the prediction.
+    Shapes: x (N, classes [+ edge] + 3, H, W), semantics and image concatenated (of a model with
+        instance features too) -> per scale, full resolution first, the features of every layer
+        and, last, the prediction.
 
     Raises:
         ValueError: another rank or channel count.
@@ -339,7 +343,7 @@ class Pix2pixHDDiscriminator(nn.Module):
     def __init__(self, preset: Pix2pixHDPreset) -> None:
         super().__init__()
         self.scales, self.layers = preset.discriminator_scales, preset.discriminator_layers + 2
-        self.channels = preset.input_channels + 3
+        self.channels = preset.semantic_channels + 3  # features are the generator's alone
         for scale in range(self.scales):
             width, out = self.channels, preset.ndf
             for j in range(self.layers):
@@ -368,7 +372,6 @@ class Pix2pixHDDiscriminator(nn.Module):
             if scale:
                 x = _half(x)
         return results
-
 
 
 class Pix2pixHDLosses(NamedTuple):
@@ -415,11 +418,9 @@ def pix2pixhd_losses(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[T
         >>> losses.generator.backward(retain_graph=True)
     """
     lsgan = partial(gan_loss, mode="ls", reduction="sum")
-    matching = feature_matching_loss(fake, real, weight)
     return Pix2pixHDLosses(
         gan=lsgan(fake, True, discriminator=False),
-        # One weight for each feature but the prediction: 4 over their number.
-        feature_matching=matching * (4.0 / (len(fake[0]) - 1)),
+        feature_matching=feature_matching_loss(fake, real, weight, weighting="pix2pixhd"),
         real=lsgan(real, True),
         fake=lsgan(fake if fake_detached is None else fake_detached, False),
     )

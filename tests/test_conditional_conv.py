@@ -85,7 +85,7 @@ def test_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype, layou
     truth = results(tuple(t.double() for t in inputs), "reference")
     for a, b, t in zip(results(inputs, "cpu"), results(inputs, "reference"), truth, strict=True):
         assert a.dtype == dtype
-        assert_as_accurate(a, b, t, factor=3)
+        assert_as_accurate(a, b, t)
 
 
 @needs_cpu
@@ -156,7 +156,7 @@ def test_triton_equals_reference(layout: str) -> None:
         found, expected = results(inputs, "triton"), results(inputs, "reference")
         truth = results(tuple(t.double() for t in inputs), "reference")
         for a, b, t in zip(found, expected, truth, strict=True):
-            assert_as_accurate(a, b, t, factor=3)
+            assert_as_accurate(a, b, t)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -36,7 +36,7 @@ SHAPES = ((1, 1, 1, 1), (2, 3, 1, 7), (1, 4, 5, 1), (2, 3, 13, 17), (1, 67, 31, 
 
 def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(h * w + c)
-    return (torch.randn((n, c, h, w), generator=generator, dtype=torch.float64) + 0.5).to(dtype)
+    return (torch.randn((n, c, h, w), generator=generator) + 0.5).to(dtype)  # exact sums in fp64
 
 
 def _ids(n: int, h: int, w: int, count: int = 9) -> Tensor:

@@ -114,6 +114,14 @@ def test_published_recipes() -> None:
     assert RECIPES["ccfpse_coco"]().losses.feature_matching == 20
 
 
+def test_without_an_adversary_the_discriminator_rests(tmp_path: Path) -> None:
+    run = Run(tiny("--losses.adversarial", "0", "--losses.feature_matching", "0"), tmp_path)
+    before = {k: v.clone() for k, v in run.trainer.model.discriminator.state_dict().items()}
+    assert set(run.trainer.step(run.batches.step(), 0)) == {"kl", "pixel"}
+    after = run.trainer.model.discriminator.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_learning_rates_fall_linearly_by_epoch() -> None:
     schedule = replace(tiny().schedule, epochs=2, decay_epochs=4)
     assert [schedule.factor(e) for e in range(6)] == [1, 1, 1, 0.75, 0.5, 0.25]
@@ -128,6 +136,7 @@ def test_learning_rates_fall_linearly_by_epoch() -> None:
     (TINY, ["--data.batch", "0"], "data.batch: expected at least 1, got 0"),
     (TINY, ["--optimizer.accumulate", "2", "--data.batch", "3"], "data.batch: expected a multiple"),
     (TINY, ["--optimizer.ema", "1"], "optimizer.ema: expected a decay below 1"),
+    (TINY, ["--losses.adversarial", "0"], "losses.feature_matching: expected 0 where"),
     (TINY, ["--precision", "fp8"], 'key "precision"'),
     (TINY, ["--model", "spade_coco"], "model: the configuration is of groupdnet_deepfashion"),
     (TINY, ["--network.image_size", "[64,65]"], "image_size: expected"),
@@ -468,6 +477,7 @@ def test_losses_are_the_published_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_bad_picture_is_named_in_one_line(workers: str, tmp_path: Path) -> None:
     import numpy as np
+
     from smis_models.images import write_indices, write_png
 
     for name in "abcd":
@@ -479,3 +489,31 @@ def test_a_bad_picture_is_named_in_one_line(workers: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"c\.png: cannot be read as a picture") as caught:
         train(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_the_perceptual_term_is_off_without_weights(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    config = tiny("--losses.perceptual", "10")
+    with pytest.warns(UserWarning, match="perceptual loss: off"):
+        run = Run(config, tmp_path / "run")
+    assert "perceptual" not in run.trainer.step(run.batches.step(), 0)
+    with pytest.raises(CheckpointError, match=r"vgg\.pth does not exist"):
+        Run(tiny("--losses.perceptual", "10", "--losses.vgg", str(tmp_path / "vgg.pth")),
+            tmp_path / "run")
+
+
+def test_the_perceptual_term_is_weighed(tmp_path: Path) -> None:
+    from smis_models.perceptual import _layers
+
+    torch.manual_seed(0)
+    torch.save({f"features.{k}": v for k, v in _layers().state_dict().items()},
+               tmp_path / "vgg.pth")
+    run = Run(tiny("--losses.perceptual", "3", "--losses.vgg", str(tmp_path / "vgg.pth")),
+              tmp_path / "run")
+    batch = run.batches.step()[0]
+    values, (fake,) = run.trainer.objective.generator(batch)
+    perceptual = run.trainer.objective.perceptual
+    assert perceptual is not None
+    torch.testing.assert_close(values["perceptual"], 3 * perceptual(fake, batch.image))
+    assert not any("perceptual" in key for key in run.trainer.state()["model"])

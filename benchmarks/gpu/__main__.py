@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=list(BY_NAME), metavar="PART",
                         help="these parts (and what all need: device, build)")
-    parser.add_argument("--budget", type=float, default=TOTAL_SECONDS, help="seconds for all parts")
+    parser.add_argument("--budget", type=float, default=None,
+                        help=f"seconds for all parts; default: {TOTAL_SECONDS:.0f}")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the rows that the last run of this machine lacks")
     parser.add_argument("--dry-run", action="store_true",
@@ -129,7 +130,8 @@ def main() -> int:
           flush=True)
     parts = dict(kept)
     try:
-        driver.run_parts(names, settings, arguments.budget, save, parts)
+        usual = TOTAL_SECONDS * (driver.DRY_RUN if settings.dry_run else 1)
+        driver.run_parts(names, settings, arguments.budget or usual, save, parts)
     finally:
         if parts:
             save(parts)

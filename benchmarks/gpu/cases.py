@@ -83,19 +83,23 @@ def outputs(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def run(case: OpCase, floating: tuple[Tensor, ...], integer: tuple[Tensor, ...],
-        backend: str) -> list[Tensor]:
-    """Outputs, then the gradients of a fixed random sum of them."""
+def cotangents(results: list[Tensor]) -> list[Tensor]:
+    """What the gradients of ``results`` are taken against: normal, the same in every run."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in results]
+
+
+def run(case: OpCase, floating: tuple[Tensor, ...], integer: tuple[Tensor, ...], backend: str,
+        against: list[Tensor] | None = None) -> list[Tensor]:
+    """Outputs, then the gradients against ``against`` (:func:`cotangents` by default)."""
     count = min(case.leaves, len(floating))
     leaves = [t.detach().requires_grad_(i < count) for i, t in enumerate(floating)]
     found = outputs(case.call(*leaves, *integer, backend=backend))
     if count == 0:
         return found
-    generator = torch.Generator().manual_seed(5)
-    total = sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
-                for t in found)
-    assert isinstance(total, Tensor)
-    return [*(t.detach() for t in found), *torch.autograd.grad(total, leaves[:count])]
+    against = cotangents(found) if against is None else against
+    return [*(t.detach() for t in found),
+            *torch.autograd.grad(found, leaves[:count], against)]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from .worker import DONE, FAILED, LATE, LOST
 
 GRACE = 10.0  # past a part's deadline before its process is ended
 RESTARTS = 4
+DRY_RUN = 10  # times a part's share: a processor in use by others has no schedule
 POLL = 0.2
 OWN_GROUP: dict[str, Any] = (
     {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
@@ -50,10 +52,8 @@ def _start(part: Part, seconds: float, settings: Settings) -> subprocess.Popen[b
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started (it leads a group of its own)."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -151,7 +151,8 @@ def run_parts(names: Iterable[str], settings: Settings, budget: float, save: Sav
             continue
         running = []
         for part in group:
-            seconds = left if single else min(part.seconds, left)
+            share = part.seconds * (DRY_RUN if settings.dry_run else 1)
+            seconds = left if single else min(share, left)
             now = time.monotonic()
             running.append(_Running(part, _start(part, seconds, settings), now + seconds, now))
         try:

@@ -13,31 +13,33 @@ namespace {
 constexpr int64_t kBlock = 64;     // channels summed in registers
 constexpr int64_t kPixel = 1024;   // channels of a pixel staged on the stack, else written at once
 
-template <class A>
+// sum (+)= row for the n <= kBlock channels of a block.
+template <bool first, class A>
 inline void add(A* __restrict sum, const A* __restrict row, int64_t n) {
-  if (n == kBlock) {
+  const auto some = [&](int64_t count) {
 #pragma omp simd
-    for (int64_t j = 0; j < kBlock; ++j) sum[j] += row[j];
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) sum[j] += row[j];
-  }
+    for (int64_t j = 0; j < count; ++j) sum[j] = first ? row[j] : sum[j] + row[j];
+  };
+  n == kBlock ? some(kBlock) : some(n);
 }
 
-// Channels [c, c + n) of the window whose corner is (y, x).
+// Channels [c, c + n) of the window whose corner is (y, x). Each row of the window has a sum of its
+// own, as in the table of sums: K + K additions round less than K * K in a chain.
 template <class A>
 inline void sum_window(const LabelConvArgs& a, int64_t y, int64_t x, int64_t c, int64_t n, A* out) {
   const int64_t padded = a.W + a.K - 1;
-  alignas(64) A sum[kBlock];
-  std::copy(static_cast<const A*>(a.bias) + c, static_cast<const A*>(a.bias) + c + n, sum);
+  alignas(64) A sum[kBlock], line[kBlock];
+  add<true>(sum, static_cast<const A*>(a.bias) + c, n);
   for (int64_t ky = 0; ky < a.K; ++ky) {
     const int32_t* s = a.symbols + (y + ky) * padded + x;
     if (a.runs[(y + ky) * padded + x + a.K - 1] >= a.K) {
-      add(sum, static_cast<const A*>(a.sums) + (ky * a.S + s[0]) * a.C + c, n);
+      add<false>(sum, static_cast<const A*>(a.sums) + (ky * a.S + s[0]) * a.C + c, n);
       continue;
     }
     const A* taps = static_cast<const A*>(a.table) + ky * a.K * a.S * a.C + c;
-    for (int64_t kx = 0; kx < a.K; ++kx) add(sum, taps + (kx * a.S + s[kx]) * a.C, n);
+    add<true>(line, taps + s[0] * a.C, n);
+    for (int64_t kx = 1; kx < a.K; ++kx) add<false>(line, taps + (kx * a.S + s[kx]) * a.C, n);
+    add<false>(sum, line, n);
   }
   std::copy(sum, sum + n, out);
 }

@@ -204,6 +204,39 @@ struct Moments {
   }
 };
 
+// Adds the differences of n values to `near`, and their squares. The sums of four are kept in fp32, of
+// more in fp64: in a long chain behind an outlier every small square rounds the same way.
+template <class A>
+void add_deviations(const A* x, int64_t n, A near, double& sum, double& square) {
+  constexpr int64_t kLanes = 64, kFour = 4;
+  int64_t i = 0;
+  for (; i + kFour * kLanes < n; i += kFour * kLanes) {
+    double r = 0, q = 0;
+#pragma omp simd reduction(+ : r, q)
+    for (int64_t l = 0; l < kLanes; ++l) {
+      A s = 0, t = 0;
+      for (int64_t k = 0; k < kFour; ++k) {
+        const A d = x[i + k * kLanes + l] - near;
+        s += d;
+        t += d * d;
+      }
+      r += double(s);
+      q += double(t);
+    }
+    sum += r;
+    square += q;
+  }
+  A s = 0, t = 0;
+#pragma omp simd reduction(+ : s, t)
+  for (int64_t j = i; j < n; ++j) {
+    const A d = x[j] - near;
+    s += d;
+    t += d * d;
+  }
+  sum += double(s);
+  square += double(t);
+}
+
 // Differences to the mean so far: those to a single sample would cancel where it is an outlier, as
 // the corner of a plane that a padded conv made can be.
 template <class T> void moments_planes(const MomentsArgs& a, int64_t begin, int64_t end) {
@@ -215,24 +248,37 @@ template <class T> void moments_planes(const MomentsArgs& a, int64_t begin, int6
     for (int64_t p = 0; p < a.P; p += kChunk) {
       const int64_t m = std::min(kChunk, a.P - p);
       const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
-      A near = A(total.mean), s = 0, q = 0;
+      A near = A(total.mean);
       if (p == 0) {
+        A s = 0;
         near = x[0];
 #pragma omp simd reduction(+ : s)
         for (int64_t i = 0; i < m; ++i) s += x[i] - near;
         near += s / A(m);
-        s = 0;
       }
-#pragma omp simd reduction(+ : s, q)
-      for (int64_t i = 0; i < m; ++i) {
-        const A d = x[i] - near;
-        s += d;
-        q += d * d;
-      }
-      total.add(double(m), near, s, q);
+      double sum = 0, square = 0;
+      add_deviations(x, m, near, sum, square);
+      total.add(double(m), near, sum, square);
     }
     static_cast<A*>(a.mean)[plane] = A(total.mean);
     static_cast<A*>(a.var)[plane] = A(total.square / double(a.P));
+  }
+}
+
+// Adds the differences of `count` pixels' channels to `near`, and their squares.
+template <int count, class A>
+inline void add_pixels(const A* const (&x)[count], const A* __restrict near, A* __restrict s,
+                       A* __restrict q, int64_t m) {
+#pragma omp simd
+  for (int64_t j = 0; j < m; ++j) {
+    A sum = 0, square = 0;
+    for (int k = 0; k < count; ++k) {
+      const A d = x[k][j] - near[j];
+      sum += d;
+      square += d * d;
+    }
+    s[j] += sum;
+    q[j] += square;
   }
 }
 
@@ -242,18 +288,21 @@ template <class T> void moments_rows(const MomentsArgs& a, int64_t begin, int64_
   using A = Acc<T>;
   const int64_t chunks = (a.P + a.chunk - 1) / a.chunk;
   constexpr int64_t kFirst = 128, kBlock = 32;  // a block's sums may stay in fp32
-  alignas(64) A xb[kChunk], near[kChunk], s[kChunk], q[kChunk];
+  alignas(64) A xb[4][kChunk], near[kChunk], s[kChunk], q[kChunk];
   alignas(64) double sum[kChunk], square[kChunk];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / chunks, p0 = i % chunks * a.chunk, p1 = std::min(a.P, p0 + a.chunk);
     for (int64_t c = 0; c < a.C; c += kChunk) {
       const int64_t m = std::min(kChunk, a.C - c);
-      const T* first = at<const T>(a.x, n, c, p0);
-      for (int64_t j = 0; j < m; ++j) near[j] = load(first[j]);
+      const auto pixel = [&](int64_t p, int k) {
+        return staged(at<const T>(a.x, n, c, p), m, xb[k]);
+      };
+      const A* first = pixel(p0, 0);
+      std::copy(first, first + m, near);
       std::fill(s, s + m, A(0));
       const int64_t some = std::min(p1 - p0, kFirst);
       for (int64_t p = p0; p < p0 + some; ++p) {
-        const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
+        const A* x = pixel(p, 0);
 #pragma omp simd
         for (int64_t j = 0; j < m; ++j) s[j] += x[j] - near[j];
       }
@@ -263,15 +312,12 @@ template <class T> void moments_rows(const MomentsArgs& a, int64_t begin, int64_
       for (int64_t block = p0; block < p1; block += kBlock) {
         std::fill(s, s + m, A(0));
         std::fill(q, q + m, A(0));
-        for (int64_t p = block; p < std::min(p1, block + kBlock); ++p) {
-          const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
-#pragma omp simd
-          for (int64_t j = 0; j < m; ++j) {
-            const A d = x[j] - near[j];
-            s[j] += d;
-            q[j] += d * d;
-          }
-        }
+        const int64_t stop = std::min(p1, block + kBlock);
+        int64_t p = block;
+        for (; p + 4 <= stop; p += 4)
+          add_pixels<4, A>({pixel(p, 0), pixel(p + 1, 1), pixel(p + 2, 2), pixel(p + 3, 3)}, near,
+                           s, q, m);
+        for (; p < stop; ++p) add_pixels<1, A>({pixel(p, 0)}, near, s, q, m);
 #pragma omp simd
         for (int64_t j = 0; j < m; ++j) {
           sum[j] += s[j];

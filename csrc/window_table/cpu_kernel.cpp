@@ -4,51 +4,19 @@
 #include "window_table/cpu_kernel.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "common/lanes.h"
 
 namespace smis::SMIS_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 8, kOneLevelRows = 6;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 4, kOneLevelRows = 2;
+constexpr int kOneLevelRows = 6;
 #else
-constexpr int kBytes = 16, kRows = 4, kOneLevelRows = 2;
+constexpr int kOneLevelRows = 2;
 #endif
-constexpr int kTaps = 3;        // taps of a two-level tile: rows x taps sums fill the registers
-constexpr int kWide = 4;        // register rows of a one-level block
-
-template <class T> struct Lane {
-  typedef T vec __attribute__((vector_size(kBytes), aligned(sizeof(T))));
-  static constexpr int64_t n = kBytes / int64_t(sizeof(T));
-};
-
-template <class T> using Vec = typename Lane<T>::vec;
-template <class T> inline Vec<T> get(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
-template <class T> inline void put(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
-
-// t[r][tap] = sum over k of h[r][k] * b[k][tap] for kTaps of the nine taps; lanes are channels.
-template <class T, int rows>
-inline void taps_tile(const T* h, int64_t stride, int64_t depth, const T* b, T* t) {
-  constexpr int64_t L = Lane<T>::n;
-  Vec<T> acc[rows][kTaps] = {};
-  for (int64_t k = 0; k < depth; ++k, b += kTaps * L) {
-    Vec<T> w[kTaps];
-#pragma GCC unroll 3
-    for (int tap = 0; tap < kTaps; ++tap) w[tap] = get(b + tap * L);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const T s = h[r * stride + k];
-#pragma GCC unroll 3
-      for (int tap = 0; tap < kTaps; ++tap) acc[r][tap] += w[tap] * s;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 3
-    for (int tap = 0; tap < kTaps; ++tap) put(t + (r * 9 + tap) * L, acc[r][tap]);
-}
+constexpr int kTaps = 3;  // taps of a two-level tile: rows x taps sums fill the registers
+constexpr int kWide = 4;  // vectors of a one-level block
 
 // One block: which half, group and channels; `lanes` of them exist.
 struct Block {
@@ -63,7 +31,7 @@ Block block_at(const WindowTableArgs& a, int64_t i, int64_t width) {
 
 template <class T>
 void two_level(const WindowTableArgs& a, const Block& b, T* packed, T* t) {
-  constexpr int64_t L = Lane<T>::n;
+  constexpr int64_t L = Lanes<T>::n;
   const int64_t depth = a.D / a.groups, J = depth * 9;
   const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
   const T* hidden = static_cast<const T*>(a.hidden) + b.group * depth;
@@ -73,13 +41,16 @@ void two_level(const WindowTableArgs& a, const Block& b, T* packed, T* t) {
         for (int tap = 0; tap < kTaps; ++tap)
           packed[(k * kTaps + tap) * L + l] =
               l < b.lanes ? weight[l * J + k * 9 + first + tap] : T(0);
+    // t[v][tap] = sum over k of hidden[v][k] * packed[k][tap] for kTaps of the nine taps
     int64_t v = 0;
-    for (; v + kRows <= a.V; v += kRows)
-      taps_tile<T, kRows>(hidden + v * a.D, a.D, depth, packed, t + (v * 9 + first) * L);
+    for (; v + kTileRows <= a.V; v += kTileRows)
+      product_tile<T, kTaps, false>(hidden + v * a.D, a.D, 1, packed, kTaps * L, depth,
+                                    t + (v * 9 + first) * L, 9 * L);
     for (; v < a.V; ++v)
-      taps_tile<T, 1>(hidden + v * a.D, a.D, depth, packed, t + (v * 9 + first) * L);
+      product_tile<T, kTaps, false, 1>(hidden + v * a.D, a.D, 1, packed, kTaps * L, depth,
+                                       t + (v * 9 + first) * L, 9 * L);
   }
-  alignas(kBytes) T bias[L], line[L];
+  alignas(kVectorBytes) T bias[L], line[L];
   for (int64_t l = 0; l < L; ++l)
     bias[l] = l < b.lanes ? static_cast<const T*>(a.bias[b.half])[b.channel + l] : T(0);
   T* out = static_cast<T*>(a.table) + b.half * a.C + b.channel;
@@ -102,41 +73,31 @@ void two_level(const WindowTableArgs& a, const Block& b, T* packed, T* t) {
 template <class T, int rows>
 inline void direct_tile(const WindowTableArgs& a, int64_t u, int64_t offset, int64_t depth,
                         const T* packed, const T* bias, T* result) {
-  constexpr int64_t L = Lane<T>::n;
-  Vec<T> acc[rows][kWide];
+  constexpr int64_t L = Lanes<T>::n;
+  Vec<T> sum[rows][kWide];
 #pragma GCC unroll 24
-  for (int i = 0; i < rows * kWide; ++i) acc[i / kWide][i % kWide] = get(bias + i % kWide * L);
+  for (int i = 0; i < rows * kWide; ++i) sum[i / kWide][i % kWide] = get(bias + i % kWide * L);
   for (int tap = 0; tap < 9; ++tap) {
     const T* h[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
       h[r] = static_cast<const T*>(a.hidden) + a.windows[(u + r) * 9 + tap] * a.D + offset;
-    const T* b = packed + tap * depth * kWide * L;
-    for (int64_t k = 0; k < depth; ++k, b += kWide * L) {
-      Vec<T> w[kWide];
-#pragma GCC unroll 4
-      for (int j = 0; j < kWide; ++j) w[j] = get(b + j * L);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const T s = h[r][k];
-#pragma GCC unroll 4
-        for (int j = 0; j < kWide; ++j) acc[r][j] += w[j] * s;
-      }
-    }
+    multiply_into<T>(sum, [&](int r, int64_t k) { return h[r][k]; },
+                     packed + tap * depth * kWide * L, kWide * L, depth);
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < rows * kWide; ++i) put(result + i * L, acc[i / kWide][i % kWide]);
+  for (int i = 0; i < rows * kWide; ++i) put(result + i * L, sum[i / kWide][i % kWide]);
 }
 
 template <class T> void one_level(const WindowTableArgs& a, const Block& b, T* packed) {
-  constexpr int64_t L = Lane<T>::n, width = kWide * L;
+  constexpr int64_t L = Lanes<T>::n, width = kWide * L;
   const int64_t depth = a.D / a.groups, J = depth * 9;
   const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
   for (int64_t l = 0; l < width; ++l)  // (channel, k, tap) -> (tap, k, channel)
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t tap = 0; tap < 9; ++tap)
         packed[(tap * depth + k) * width + l] = l < b.lanes ? weight[l * J + k * 9 + tap] : T(0);
-  alignas(kBytes) T bias[width], result[kOneLevelRows * width];
+  alignas(kVectorBytes) T bias[width], result[kOneLevelRows * width];
   for (int64_t l = 0; l < width; ++l)
     bias[l] = l < b.lanes ? static_cast<const T*>(a.bias[b.half])[b.channel + l] : T(0);
   T* out = static_cast<T*>(a.table) + b.half * a.C + b.channel;
@@ -153,7 +114,7 @@ template <class T> void one_level(const WindowTableArgs& a, const Block& b, T* p
 }
 
 template <class T> void plan(const WindowTableArgs& a, int64_t* blocks, int64_t* scratch_bytes) {
-  constexpr int64_t L = Lane<T>::n;
+  constexpr int64_t L = Lanes<T>::n;
   const int64_t width = a.one_level ? kWide * L : L, per_group = a.C / a.groups;
   *blocks = 2 * a.groups * ((per_group + width - 1) / width);
   const int64_t packed = a.D / a.groups * (a.one_level ? 9 : kTaps) * width;
@@ -162,7 +123,7 @@ template <class T> void plan(const WindowTableArgs& a, int64_t* blocks, int64_t*
 
 template <class T>
 void window_table(const WindowTableArgs& a, int64_t begin, int64_t end, void* scratch) {
-  constexpr int64_t L = Lane<T>::n;
+  constexpr int64_t L = Lanes<T>::n;
   T* packed = static_cast<T*>(scratch);
   for (int64_t i = begin; i < end; ++i) {
     if (a.one_level) one_level<T>(a, block_at(a, i, kWide * L), packed);

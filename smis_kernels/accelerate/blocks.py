@@ -13,7 +13,7 @@ from .._layout import is_channels_last
 from ..modulation.module import modulate_pair
 from ..winograd_conv.module import WinogradConv2d
 from .formats import channels_last, in_format_of, network_call
-from .norms import FusedNorm, NormPlan, ForeignNorm, is_plain_conv, probe_inputs
+from .norms import ForeignNorm, FusedNorm, NormPlan, is_plain_conv, probe_inputs
 from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs
 from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of, watched
 

@@ -8,7 +8,6 @@ one program in a fixed order; no atomics.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import acc_dtype, empty_nchw
+from .._triton import CompileCase, acc_type, on_device, product_precision
+from .._tuned import Setting, setting
 
-BLOCK_P, BLOCK_C, BLOCK_D = 64, 64, 32
-WARPS = 8  # 4 spill: the 64-bit offsets of a tile take as many registers as its sums
+
+def _tile(pixels: int, channels: int, depth: int) -> Setting:
+    # 4 warps spill: the 64-bit offsets of a tile take as many registers as its sums
+    return {"pixels": pixels, "channels": channels, "depth": depth, "warps": 8, "stages": 3}
+
+
+# By bytes of an element. 64 pixels and more run on Hopper's wgmma; float32 takes three products.
+USUAL = {
+    "conditional_conv": {2: _tile(128, 64, 32), 4: _tile(64, 32, 32), 8: _tile(32, 32, 16)},
+    "condition_gradient": {2: _tile(64, 64, 32), 4: _tile(64, 32, 32), 8: _tile(32, 32, 16)},
+    "weight_gradient": {2: _tile(64, 64, 32), 4: _tile(32, 32, 16), 8: _tile(32, 32, 16)},
+}
 
 
 @triton.jit
@@ -39,13 +50,15 @@ def _predict(COND, WEIGHT, BIAS, n, c, y, x, H, W, C, D, hn, hc, hy, hx, k, ok,
     kernels = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     if BIASED:
         kernels += tl.load(BIAS + c * 9 + k, mask=c < C, other=0.0).to(ACC)[None, :]
-    for t in range(9):
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            h = _load(COND, n, d, y + t // 3 - 1, x + t % 3 - 1, H, W, D, hn, hc, hy, hx, ok)
-            w = tl.load(WEIGHT + ((k * 9 + t) * D + d)[:, None].to(tl.int64) * C + c[None, :],
-                        mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
-            kernels = tl.dot(h, w, kernels, input_precision=PRECISION, out_dtype=ACC)
+    steps = tl.cdiv(D, BLOCK_D)
+    # one loop over taps and depth: the loads of the next step overlap across taps too
+    for step in range(9 * steps):
+        t = step // steps
+        d = step % steps * BLOCK_D + tl.arange(0, BLOCK_D)
+        h = _load(COND, n, d, y + t // 3 - 1, x + t % 3 - 1, H, W, D, hn, hc, hy, hx, ok)
+        w = tl.load(WEIGHT + ((k * 9 + t) * D + d)[:, None].to(tl.int64) * C + c[None, :],
+                    mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
+        kernels = tl.dot(h, w, kernels, input_precision=PRECISION, out_dtype=ACC)
     return kernels
 
 
@@ -132,20 +145,15 @@ def weight_gradient_kernel(
         tl.store(DB + c * 9 + k, bias, mask=c < C)
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _blocks(chosen: Setting) -> dict[str, int]:
+    return {"BLOCK_P": chosen["pixels"], "BLOCK_C": chosen["channels"], "BLOCK_D": chosen["depth"]}
 
 
-def _tile(half: bool) -> dict[str, int]:
-    # without tensor cores, at full precision, a product's operands lie in registers too
-    sizes = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C, "BLOCK_D": BLOCK_D}
-    return sizes if half else {name: size // 2 for name, size in sizes.items()}
-
-
-def _settings(x: Tensor) -> dict[str, Any]:
-    wide, half = x.dtype == torch.float64, x.element_size() == 2
-    return {**_tile(half), "ACC": tl.float64 if wide else tl.float32, "PRECISION": "ieee",
-            "num_warps": WARPS}
+def _settings(kernel: str, x: Tensor) -> dict[str, Any]:
+    usual = USUAL[kernel][x.element_size()]
+    chosen = setting(kernel, str(x.dtype).removeprefix("torch."), usual, x.device)
+    return {**_blocks(chosen), "ACC": acc_type(x), "PRECISION": product_precision(x),
+            "num_warps": chosen["warps"], "num_stages": chosen["stages"]}
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -163,9 +171,9 @@ def _apply(x: Tensor, condition: Tensor, packed: Tensor, bias: Tensor | None, li
            transposed: bool) -> Tensor:
     n, c, h, w = x.shape
     out = empty_nchw((n, c, h, w), like)
-    settings = _settings(x)
+    settings = _settings("conditional_conv", x)
     grid = (triton.cdiv(h * w, settings["BLOCK_P"]), triton.cdiv(c, settings["BLOCK_C"]), n)
-    with _on(x):
+    with on_device(x):
         conditional_conv_kernel[grid](
             x, condition, packed, packed if bias is None else bias, out, h, w, c,
             condition.shape[1], *x.stride(), *condition.stride(), *out.stride(),
@@ -188,7 +196,7 @@ def conditional_conv_backward(
     """Launch a kernel for each gradient that is needed; the others are empty."""
     n, c, h, w = input.shape
     depth = condition.shape[1]
-    packed, settings = _packed(weight), _settings(input)
+    packed = _packed(weight)
     dx, dcondition, dweight, dbias = (input.new_empty(0) for _ in range(4))
     if input.numel() == 0:
         return (
@@ -199,9 +207,10 @@ def conditional_conv_backward(
         )
     if need_input:
         dx = _apply(grad, condition, packed, bias, input, True)
-    with _on(input):
+    with on_device(input):
         if need_condition:
             dcondition = empty_nchw(tuple(condition.shape), condition)
+            settings = _settings("condition_gradient", input)
             grid = (triton.cdiv(h * w, settings["BLOCK_P"]),
                     triton.cdiv(depth, settings["BLOCK_D"]), n)
             condition_gradient_kernel[grid](
@@ -210,6 +219,7 @@ def conditional_conv_backward(
         if need_weight:
             sums = input.new_empty(packed.shape, dtype=acc_dtype(input))
             bias_sums = input.new_empty(9 * c, dtype=acc_dtype(input))
+            settings = _settings("weight_gradient", input)
             grid = (81, triton.cdiv(depth, settings["BLOCK_D"]),
                     triton.cdiv(c, settings["BLOCK_C"]))
             weight_gradient_kernel[grid](
@@ -219,31 +229,41 @@ def conditional_conv_backward(
     return dx, dcondition, dweight.contiguous(), dbias
 
 
-def _compile_cases() -> list[tuple[object, ...]]:
-    cases: list[tuple[object, ...]] = []
-    sizes = dict.fromkeys(("H", "W", "C", "D"), "i64:16")
+def _compile_cases() -> list[CompileCase]:
+    cases: list[CompileCase] = []
+    sizes = dict.fromkeys(("H", "W", "C", "D"), "i32:16")
 
     def strides(*names: str) -> dict[str, str]:
-        return {f"{name}{axis}": "i64" if axis == "c" else "i64:16"
-                for name in names for axis in "ncyx"}
+        return {f"{name}{axis}": "i64:16" for name in names for axis in "ncyx"}
 
-    for kind in ("fp32", "bf16", "fp16"):
+    def last(*names: str) -> dict[str, object]:  # channels-last: the channels' stride is 1
+        return {f"{name}c": 1 for name in names}
+
+    for kind, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
         pointer = f"*{kind}"
-        settings = {**_tile(kind != "fp32"), "ACC": tl.float32, "PRECISION": "ieee"}
+        common = {"ACC": tl.float64 if size == 8 else tl.float32,
+                  "PRECISION": "tf32x3" if size == 4 else "ieee"}
+        sums = "*fp64" if size == 8 else "*fp32"
+
+        def case(name: str, kernel: triton.JITFunction, types: dict[str, str], operands: str,
+                 suffix: str = "", **constants: object) -> CompileCase:
+            usual = USUAL[name][size]  # noqa: B023
+            fixed = {**common, **_blocks(usual), **last(*operands), **constants}  # noqa: B023
+            return (f"{name}{suffix}_{kind}", kernel, {  # noqa: B023
+                **types, **sizes, **strides(*operands)}, fixed, usual["warps"])
+
         for transposed in (False, True):
-            cases.append((
-                f"conditional_conv{'_transposed' * transposed}_{kind}", conditional_conv_kernel,
-                {**dict.fromkeys(("X", "COND", "WEIGHT", "BIAS", "Y"), pointer), **sizes,
-                 **strides("x", "h", "y")},
-                {**settings, "BIASED": True, "TRANSPOSED": transposed}, WARPS))
-        cases.append((
-            f"condition_gradient_{kind}", condition_gradient_kernel,
-            {**dict.fromkeys(("G", "X", "WEIGHT", "OUT"), pointer), **sizes,
-             **strides("g", "x", "o")}, settings, WARPS))
-        cases.append((
-            f"weight_gradient_{kind}", weight_gradient_kernel,
-            {**dict.fromkeys(("G", "X", "COND"), pointer), "DW": "*fp32", "DB": "*fp32",
-             "N": "i64", **sizes, **strides("g", "x", "h")}, settings, WARPS))
+            cases.append(case(
+                "conditional_conv", conditional_conv_kernel,
+                dict.fromkeys(("X", "COND", "WEIGHT", "BIAS", "Y"), pointer), "xhy",
+                "_transposed" * transposed, BIASED=True, TRANSPOSED=transposed))
+        cases += [
+            case("condition_gradient", condition_gradient_kernel,
+                 dict.fromkeys(("G", "X", "WEIGHT", "OUT"), pointer), "gxo"),
+            case("weight_gradient", weight_gradient_kernel,
+                 {**dict.fromkeys(("G", "X", "COND"), pointer), "DW": sums, "DB": sums,
+                  "N": "i32"}, "gxh"),
+        ]
     return cases
 
 

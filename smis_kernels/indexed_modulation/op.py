@@ -101,17 +101,21 @@ class _IndexedModulation(torch.autograd.Function):
         )
         if reduction != "fixed":
             partial = input_gradient(kind, partial, sums, input, mean, rstd, reduction, options)
-        return (partial, dtable, dtable_s if pair else None, *(None,) * 10)
+        dtable_s = dtable_s.to(table.dtype) if pair else None
+        return (partial, dtable.to(table.dtype), dtable_s, *(None,) * 10)
 
 
-def _check_table(name: str, table: Tensor, index: Tensor, input: Tensor, upsample: bool) -> None:
+def _checked_table(name: str, table: Tensor, index: Tensor, input: Tensor,
+                   upsample: bool) -> Tensor:
+    """The table as the kernels take it: a GPU's reads it as it is."""
     n, c, h, w = output_shape(input, upsample)
     check_tensor("index", index, 3, "(N, H, W)", (torch.int32,))
     check_shape("index", index, (n, h, w), "for the output's pixels")
-    check_tensor(name, table, 2, "(U, 2C)", (acc_dtype(input),))
+    check_tensor(name, table, 2, "(U, 2C)", tuple({acc_dtype(input): 0, input.dtype: 0}))
     check_shape(name, table, (table.shape[0], 2 * c), "(gamma and beta of the input's channels)")
     check_device(name, table, input, "input")
     check_device("index", index, input, "input")
+    return table if input.is_cuda else table.to(acc_dtype(input))
 
 
 def indexed_modulation(
@@ -130,7 +134,8 @@ def indexed_modulation(
         input: (N, C, H, W) as in :func:`modulation`; channels-last is the fast layout.
         index: u, (N, H, W) int32 rows of the table ((N, 2H, 2W) with ``upsample``), trusted to be
             in range: :class:`LabelLayout` makes it.
-        table: G, (U, 2C), rows [gamma | beta], float32 (float64 for a float64 input).
+        table: G, (U, 2C), rows [gamma | beta], float32 (float64 for a float64 input), or of the
+            input's dtype: half the bytes to gather, rounded as convs would round gamma and beta.
         others: as in :func:`modulation`.
 
     Returns:
@@ -142,7 +147,7 @@ def indexed_modulation(
     options = Options(norm, num_groups, training, momentum, eps, upsample, process_group)
     slope = activation_slope(activation, negative_slope)
     check_input(input, options, (running_mean, running_var))
-    _check_table("table", table, index, input, upsample)
+    table = _checked_table("table", table, index, input, upsample)
     kind = resolve("indexed_modulation", input, backend, KINDS)
     record("indexed_modulation", kind, input, rows=table.shape[0] - 1)
     if kind == "reference" or input.numel() == 0:
@@ -181,8 +186,8 @@ def indexed_modulation_pair(
     slope = activation_slope(activation, negative_slope)
     running, running_s = (running_mean, running_var), (running_mean_s, running_var_s)
     check_running_pair(input, options, running, running_s)
-    _check_table("table", table, index, input, upsample)
-    _check_table("table_s", table_s, index, input, upsample)
+    table = _checked_table("table", table, index, input, upsample)
+    table_s = _checked_table("table_s", table_s, index, input, upsample)
     kind = resolve("indexed_modulation_pair", input, backend, KINDS)
     record("indexed_modulation_pair", kind, input, rows=table.shape[0] - 1)
     if kind == "reference" or input.numel() == 0:

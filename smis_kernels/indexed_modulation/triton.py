@@ -12,24 +12,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import acc_dtype, empty_nchw, is_channels_last
-from ..modulation.triton import (
-    BACKWARD_WARPS,
-    TILE,
+from .._triton import (
     CompileCase,
     acc_type,
-    activate,
-    activation_gradient,
+    case_blocks,
+    check_plane,
     dense,
-    load_tile,
-    normalize,
+    launch_setting,
     on_device,
     signature,
-    store_sums,
-    store_tile,
     strides,
-    tile_at,
     tile_grid,
     tile_sizes,
+)
+from ..modulation.triton import (
+    APPLY,
+    BACKWARD,
+    activate,
+    activation_gradient,
+    load_tile,
+    normalize,
+    store_sums,
+    store_tile,
+    tile_at,
 )
 from ..window_table.triton import segment_sum, sorted_segments
 
@@ -37,16 +42,17 @@ PIECE = 64  # pixels whose gradients one program sums: a sky has thousands in on
 
 
 @triton.jit
-def _gather(table, row, c, C, U, mask, ROWS: tl.constexpr):
+def _gather(table, row, c, C, U, mask, ROWS: tl.constexpr, ACC: tl.constexpr):
     if ROWS:
-        return tl.load(table + c[:, None] + row[None, :] * (2 * C), mask=mask, other=0.0)
-    return tl.load(table + c[:, None] * U + row[None, :], mask=mask, other=0.0)
+        return tl.load(table + c[:, None] + row[None, :] * (2 * C), mask=mask, other=0.0).to(ACC)
+    return tl.load(table + c[:, None] * U + row[None, :], mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _modulate(hat, table, row, c, C, U, mask, SLOPE: tl.constexpr, ROWS: tl.constexpr):
-    gamma = _gather(table, row, c, C, U, mask, ROWS)
-    beta = _gather(table, row, c + C, C, U, mask, ROWS)
+def _modulate(hat, table, row, c, C, U, mask, SLOPE: tl.constexpr, ROWS: tl.constexpr,
+              ACC: tl.constexpr):
+    gamma = _gather(table, row, c, C, U, mask, ROWS, ACC)
+    beta = _gather(table, row, c + C, C, U, mask, ROWS, ACC)
     return activate(hat * (1.0 + gamma) + beta, SLOPE)
 
 
@@ -66,11 +72,11 @@ def indexed_apply_kernel(
     row = tl.load(index + n * P + p, mask=p < P, other=0).to(tl.int64)
     value = load_tile(x, n, x_n, c, source, x_s, mask, ROWS, ACC)
     hat, _ = normalize(value, mean, rstd, n, stat_n, c, C)
-    y = _modulate(hat, table, row, c, C, U, mask, SLOPE, ROWS)
+    y = _modulate(hat, table, row, c, C, U, mask, SLOPE, ROWS, ACC)
     store_tile(out, y, n, c, p, C, P, mask, ROWS)
     if PAIR:
         hat2, _ = normalize(value, mean2, rstd2, n, stat_n, c, C)
-        y2 = _modulate(hat2, table2, row, c, C, U, mask, SLOPE2, ROWS)
+        y2 = _modulate(hat2, table2, row, c, C, U, mask, SLOPE2, ROWS, ACC)
         store_tile(out2, y2, n, c, p, C, P, mask, ROWS)
 
 
@@ -102,12 +108,12 @@ def indexed_backward_kernel(
         dz = activation_gradient(
             grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, ROWS, ACC
         )
-        total += r * dz * (1.0 + _gather(table, row, c, C, U, mask, ROWS))
+        total += r * dz * (1.0 + _gather(table, row, c, C, U, mask, ROWS, ACC))
         if PAIR:
             dz = activation_gradient(
                 grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, ROWS, ACC
             )
-            total += r2 * dz * (1.0 + _gather(table2, row, c, C, U, mask, ROWS))
+            total += r2 * dz * (1.0 + _gather(table2, row, c, C, U, mask, ROWS, ACC))
     store_tile(dx, total, n, c, p, C, P, mask, ROWS)
     if SUMS:
         store_sums(total, hat, partial, partial_s, n, c, C, mask)
@@ -163,7 +169,8 @@ def indexed_modulation_apply(
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
     pixels = h * w * up * up
-    blocks = tile_sizes(c, pixels, rows)
+    chosen = launch_setting("indexed_apply", x, rows, APPLY)
+    blocks = tile_sizes(c, pixels, rows, chosen["tile"])
     with on_device(x):
         indexed_apply_kernel[tile_grid(n, c, pixels, blocks)](
             x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0, t, out,
@@ -171,7 +178,7 @@ def indexed_modulation_apply(
             t if table_s is None else _laid_out(table_s, rows), out2 if pair else out,
             index.contiguous(), c, table.shape[0], w * up, pixels,
             SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, ROWS=rows, ACC=acc_type(x),
-            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
+            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
         )
     return out, out2
 
@@ -189,7 +196,7 @@ def _table_gradients(
     order, bounds = sorted_segments(index.flatten(), count)
     cuts = torch.arange(0, index.numel(), PIECE, device=index.device)
     pieces = torch.cat([bounds, cuts]).sort().values
-    block_c, block_p = tile_sizes(channels, PIECE, rows)
+    block_c, block_p = tile_sizes(channels, PIECE, rows, APPLY["tile"])
     partial = torch.empty(
         (pieces.numel() - 1, 2 * channels), dtype=acc_dtype(x), device=x.device
     )
@@ -223,7 +230,9 @@ def indexed_modulation_backward(
     t2 = t if table_s is None else _laid_out(table_s, rows)
     mean2, rstd2 = mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s
     dx = empty_nchw((n, c, h, w), input)
-    blocks = tile_sizes(c, h * w, rows)
+    check_plane(index[0].numel())
+    chosen = launch_setting("indexed_backward", x, rows, BACKWARD)
+    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
     grid = tile_grid(n, c, h * w, blocks)
     partial = torch.empty((2, n, c, grid[0]) if sums else (0,), dtype=acc_dtype(x), device=x.device)
     with on_device(x):
@@ -233,7 +242,7 @@ def indexed_modulation_backward(
             dy2, *strides(dy2, rows), y2, *strides(y2, rows), t2, index,
             dx, partial, partial.numel() // 2, c, table.shape[0], w, h * w,
             SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums, ROWS=rows,
-            ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=BACKWARD_WARPS,
+            ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
         )
     branches = [(dy, y, mean, rstd, slope), (dy2, y2, mean2, rstd2, slope_s)]
     tables = _table_gradients(
@@ -245,20 +254,17 @@ def indexed_modulation_backward(
 
 def _compile_cases() -> list[CompileCase]:
     """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
-    others = dict.fromkeys(
-        ("mean", "rstd", "mean2", "rstd2", "table", "table2", "partial"), "*fp32"
-    ) | {"index": "*i32", "order": "*i64", "pieces": "*i64", "U": "i64"}
+    others = dict.fromkeys(("mean", "rstd", "mean2", "rstd2", "partial"), "*fp32") | {
+        "index": "*i32", "order": "*i64", "pieces": "*i64", "U": "i32:16"}
     cases: list[CompileCase] = []
     for element, rows in (("fp32", False), ("bf16", False), ("fp32", True), ("bf16", True)):
-        common: dict[str, object] = {
-            "ROWS": rows, "ACC": tl.float32, "BLOCK_C": 256 if rows else 1,
-            "BLOCK_P": 4 if rows else TILE,
-        }
+        common: dict[str, object] = {"ACC": tl.float32, **case_blocks(rows, APPLY["tile"])}
         layout = "channels_last" if rows else "contiguous"
         for upsample, pair in ((False, False), (True, True)):
             branch: dict[str, object] = {**common, "SLOPE": 0.2, "UPSAMPLE": upsample}
             both = {**branch, "SLOPE2": 1.0, "PAIR": pair}
-            piece = branch if rows else {**branch, "BLOCK_C": TILE // PIECE, "BLOCK_P": PIECE}
+            piece = branch if rows else {
+                **branch, "BLOCK_C": APPLY["tile"] // PIECE, "BLOCK_P": PIECE}
             suffix = f"{element} {layout}" + (" upsample" if upsample else "") + (
                 " pair" if pair else "")
             cases += [
@@ -266,7 +272,7 @@ def _compile_cases() -> list[CompileCase]:
                 for name, kernel, constants, warps in (
                     ("indexed_apply", indexed_apply_kernel, both, 4),
                     ("indexed_backward", indexed_backward_kernel, {**both, "SUMS": True},
-                     BACKWARD_WARPS),
+                     BACKWARD["warps"]),
                     ("table_gradient", table_gradient_kernel, piece, 4),
                 )
             ]

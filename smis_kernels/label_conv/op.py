@@ -76,7 +76,8 @@ class LabelConv2d:
             return
         dtype = acc_dtype(weight)
         taps = weight.to(dtype).permute(2, 3, 1, 0)  # [k, k, K, C]
-        self._table = layout.vectors.to(dtype) @ taps  # [k, k, S + 1, C]
+        with torch.autocast(weight.device.type, enabled=False):  # the kernel sums in this dtype
+            self._table = layout.vectors.to(dtype) @ taps  # [k, k, S + 1, C]
         self._sums = self._table.sum(1)
         self._bias, self._like = bias.to(dtype), weight
 

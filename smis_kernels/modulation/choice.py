@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,39 @@ from torch import Tensor
 from .._backend import resolve
 from .._explain import record
 from .._path import requested_path
+from .._tuned import measured
 from ..indexed_modulation import op as indexed
 from ..layout import LabelLayout, WindowLevel, layout_of
 
 if TYPE_CHECKING:
     from .module import CGNorm
 
-# Multiply-adds per nanosecond on two threads, and sums of table rows (benchmarks/NOTES.md): only
-# their ratios matter, and those hold from machine to machine far better than the figures.
-DENSE_RATE, TWO_LEVEL_RATE, ONE_LEVEL_RATE, SUM_RATE = 130.0, 170.0, 175.0, 16.0
+
+class Rates(NamedTuple):
+    """Multiply-adds a nanosecond of dense convs and of tables, and sums of table rows.
+
+    Only their ratios matter, and those hold from machine to machine better than the figures.
+    """
+
+    dense: float
+    two_level: float
+    one_level: float
+    sums: float
+
+
+CPU_RATES = Rates(130.0, 170.0, 175.0, 16.0)  # two threads (benchmarks/NOTES.md)
+# Not measured: tables multiply in TF32 and gather their operands, convs in 16 bits (the tensor
+# cores' rates are 1 : 2) or in TF32 too; sums read float32 rows from the cache.
+GPU_RATES = {2: Rates(4.0, 1.0, 1.0, 0.02), 4: Rates(2.0, 1.0, 1.0, 0.02)}
+
+
+def rates_of(input: Tensor) -> Rates:
+    """The rates of the input's device and dtype: measured on this GPU, else the above."""
+    if input.device.type == "cpu":
+        return CPU_RATES
+    found = measured("rates", input.device) or {}
+    known = found.get(str(input.dtype).removeprefix("torch."))
+    return Rates(**known) if known else GPU_RATES.get(input.element_size(), CPU_RATES)
 
 
 @dataclass(frozen=True)
@@ -40,24 +64,25 @@ class Plan:
         return self.segmap
 
 
-def costs(norm: CGNorm, level: WindowLevel, pixels: int) -> dict[str, float]:
+def costs(norm: CGNorm, level: WindowLevel, pixels: int,
+          rates: Rates = CPU_RATES) -> dict[str, float]:
     """Nanoseconds of each path's convs or tables for one norm."""
     gamma = norm.mlp_gamma
     per_output = 2 * gamma.weight.numel()  # multiply-adds of gamma and beta at one pixel
     shared = norm.shared_conv
     embedded = 0 if shared is None else shared.weight.numel()
-    dense = pixels * (per_output + embedded) / DENSE_RATE
+    dense = pixels * (per_output + embedded) / rates.dense
     if not level.repeats:
         return {"dense": dense}
     v, u = level.counts
     if not norm.hidden:
-        return {"dense": dense, "one_level": v * 18 * norm.channels / SUM_RATE}
-    embedding = v * 9 * norm.hidden / SUM_RATE
+        return {"dense": dense, "one_level": v * 18 * norm.channels / rates.sums}
+    embedding = v * 9 * norm.hidden / rates.sums
     return {
         "dense": dense,
-        "one_level": embedding + u * per_output / ONE_LEVEL_RATE,
-        "two_level": embedding + v * per_output / TWO_LEVEL_RATE
-        + u * 18 * norm.channels / SUM_RATE,
+        "one_level": embedding + u * per_output / rates.one_level,
+        "two_level": embedding + v * per_output / rates.two_level
+        + u * 18 * norm.channels / rates.sums,
     }
 
 
@@ -113,7 +138,7 @@ def choose(norms: Sequence[CGNorm], input: Tensor, segmap: Tensor | LabelLayout,
         return plan(wanted, layout, "asked for", V=v, U=u, pixels=pixels)
     total: dict[str, float] = {}
     for norm in norms:
-        for path, cost in costs(norm, level, pixels).items():
+        for path, cost in costs(norm, level, pixels, rates_of(input)).items():
             total[path] = total.get(path, 0.0) + cost
     best = min(total, key=lambda path: total[path])
     gain = round(total["dense"] / total[best], 1)

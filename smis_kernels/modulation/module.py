@@ -12,6 +12,7 @@ from .._layout import acc_dtype
 from ..indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from ..layout import LabelLayout
 from ..window_table.op import window_embedding, window_table
+from ..winograd_conv.choice import conv3x3
 from .choice import choose
 from .normalizing import Normalizing
 from .op import modulation, modulation_pair
@@ -81,14 +82,20 @@ class CGNorm(Normalizing):
     ) -> tuple[Tensor, Tensor]:
         """Gamma and beta (N, C, *size) by dense convs; ``fused``: one conv with 2C outputs."""
         resized = F.interpolate(segmap, size=size, mode="nearest")
-        hidden = self.mlp_shared(resized) if self.hidden else resized
+        return self.convolved(self.mlp_shared(resized) if self.hidden else resized, fused)
+
+    def convolved(self, hidden: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+        """Gamma and beta from what their convs read; ``fused``: one conv with 2C outputs."""
         gamma, beta = self.mlp_gamma, self.mlp_beta
         if not fused or gamma.groups > 1:  # grouped outputs would interleave
             return gamma(hidden), beta(hidden)
         assert gamma.bias is not None and beta.bias is not None
         weight = torch.cat([gamma.weight, beta.weight])
         bias = torch.cat([gamma.bias, beta.bias])
-        both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
+        if gamma.kernel_size == (3, 3):
+            both = conv3x3(hidden, weight, bias)
+        else:
+            both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
         return both[:, : self.channels], both[:, self.channels :]
 
     def table(self, layout: LabelLayout, size: tuple[int, int], path: str) -> Tensor:
@@ -139,10 +146,13 @@ class CGNorm(Normalizing):
             windows3 = windows3[used.long()]
             windows = renamed[1:].view_as(windows).int()
         hidden = window_embedding(vectors, *wide(shared), windows3, groups=shared.groups)
-        return window_table(
-            hidden, *wide(gamma), *wide(beta), windows, groups=gamma.groups,
-            one_level=path == "one_level",
+        assert gamma.bias is not None and beta.bias is not None
+        table = window_table(
+            hidden, gamma.weight, gamma.bias, beta.weight, beta.bias, windows,
+            groups=gamma.groups, one_level=path == "one_level",
         )
+        low = table.is_cuda and not table.requires_grad and gamma.weight.element_size() == 2
+        return table.to(gamma.weight.dtype) if low else table
 
     @property
     def shared_conv(self) -> nn.Conv2d | None:

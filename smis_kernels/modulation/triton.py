@@ -1,12 +1,9 @@
 """GPU kernels of modulation. Tiles are [BLOCK_C, BLOCK_P]; ROWS says which axis is dense in memory.
 
-Plane layout (NCHW) has pixels dense, row layout (channels-last) has channels dense. An operand's
-``*_n`` is its batch stride and ``*_s`` the stride of the axis that is not dense.
+An operand's ``*_n`` is its batch stride and ``*_s`` the stride of the axis that is not dense.
 """
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -14,17 +11,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import acc_dtype, empty_nchw, is_channels_last
+from .._triton import (
+    CompileCase,
+    acc_type,
+    case_blocks,
+    check_plane,
+    dense,
+    launch_setting,
+    on_device,
+    signature,
+    strides,
+    tile_grid,
+    tile_sizes,
+)
 
-TILE = 1024
-MOMENT_TILE = 4096
-BACKWARD_WARPS = 8  # 4 spill where two outputs and upsampling meet
+APPLY = {"tile": 1024, "warps": 4}
+BACKWARD = {"tile": 1024, "warps": 8}  # 4 warps spill where two outputs and upsampling meet
+MOMENTS = {"tile": 4096, "warps": 8}
+MOMENT_PROGRAMS = 2048  # several for each multiprocessor of the largest GPUs
+MOMENT_CHUNKS = 64  # of one plane at the most: what one program merges
 
 
 @triton.jit
 def _offset(c, p, stride, ROWS: tl.constexpr):
     # [BLOCK_C, BLOCK_P] offsets inside one image
     if ROWS:
-        return c[:, None] + p[None, :] * stride
+        return c[:, None] + p.to(tl.int64)[None, :] * stride
     return c[:, None] * stride + p[None, :]
 
 
@@ -43,8 +55,9 @@ def store_tile(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr)
 
 @triton.jit
 def tile_at(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    # 64-bit: batch x channels x pixels exceeds 2^31 at sizes that fit one GPU
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    # 64-bit: batch x channels x pixels exceeds 2^31 at sizes that fit one GPU. Pixels of one image
+    # do not, and dividing them by the width is several times cheaper in 32 bits.
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64)
     return n, c, p, (c < C)[:, None] & (p < P)[None, :]
@@ -169,18 +182,49 @@ def modulation_backward_kernel(
 
 @triton.jit
 def channel_moments_kernel(
-    x, x_n, x_s, mean, square, C, P,
+    x, x_n, x_s, mean, square, C, P, CHUNK,
     ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    # mean and summed squared deviation of each tile: two passes over registers, no cancellation
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-    count = tl.minimum(P - tl.program_id(0) * BLOCK_P, BLOCK_P).to(ACC)
-    average = tl.sum(value, 1) / count
-    deviation = tl.where(mask, value - average[:, None], 0.0)
+    # mean and summed squared deviation of CHUNK pixels, tile by tile: no cancellation
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * CHUNK
+    stop = tl.minimum(start + CHUNK, P)
+    average = tl.zeros((BLOCK_C,), ACC)
+    spread = tl.zeros((BLOCK_C,), ACC)
+    for first in range(start, stop, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        mask = (c < C)[:, None] & (p < stop)[None, :]
+        value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
+        count = tl.sum((p < stop).to(ACC), 0)
+        own = tl.sum(value, 1) / count
+        deviation = tl.where(mask, value - own[:, None], 0.0)
+        share = count / (count + (first - start))
+        delta = own - average
+        average += delta * share
+        spread += tl.sum(deviation * deviation, 1) + delta * delta * ((first - start) * share)
     at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
     tl.store(mean + at, average, mask=c < C)
-    tl.store(square + at, tl.sum(deviation * deviation, 1), mask=c < C)
+    tl.store(square + at, spread, mask=c < C)
+
+
+@triton.jit
+def merge_moments_kernel(
+    mean, square, out_mean, out_var, C, P, CHUNK, CHUNKS,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    # (N * C, CHUNKS) means and summed squared deviations -> (N * C) means and variances
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    t = tl.arange(0, BLOCK_P)
+    mask = (c < C)[:, None] & (t < CHUNKS)[None, :]
+    at = c.to(tl.int64)[:, None] * CHUNKS + t[None, :]
+    count = tl.where(t < CHUNKS, tl.minimum(P - t * CHUNK, CHUNK), 0).to(ACC)[None, :]
+    means = tl.load(mean + at, mask=mask, other=0.0)
+    average = tl.sum(means * (count / P), 1)
+    delta = means - average[:, None]
+    spread = tl.load(square + at, mask=mask, other=0.0) + count * delta * delta
+    tl.store(out_mean + c, average, mask=c < C)
+    tl.store(out_var + c, tl.sum(tl.where(mask, spread, 0.0), 1) / P, mask=c < C)
 
 
 @triton.jit
@@ -197,64 +241,33 @@ def modulation_center_kernel(
     store_tile(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
 
 
-def dense(t: Tensor, rows: bool) -> Tensor:
-    """``t`` where its layout is the kernel's, else a copy that is."""
-    _, c, h, w = t.shape
-    _, sc, sh, sw = t.stride()
-    if rows:
-        fits = (c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
-        return t if fits else t.contiguous(memory_format=torch.channels_last)
-    fits = (w == 1 or sw == 1) and (h == 1 or sh == w)
-    return t if fits else t.contiguous()
-
-
-def strides(t: Tensor, rows: bool) -> tuple[int, int]:
-    """(batch stride, stride of the axis that is not dense)."""
-    return t.stride(0), t.stride(3 if t.shape[3] > 1 else 2) if rows else t.stride(1)
-
-
-def tile_sizes(channels: int, pixels: int, rows: bool, tile: int = TILE) -> tuple[int, int]:
-    """(BLOCK_C, BLOCK_P): the dense axis first, then the other one up to the tile's size."""
-    if rows:
-        block_c = min(triton.next_power_of_2(channels), 256)
-        return block_c, max(1, min(triton.next_power_of_2(pixels), tile // block_c))
-    block_p = min(triton.next_power_of_2(pixels), tile)
-    return max(1, min(triton.next_power_of_2(channels), tile // block_p)), block_p
-
-
-def tile_grid(n: int, c: int, pixels: int, blocks: tuple[int, int]) -> tuple[int, int, int]:
-    return triton.cdiv(pixels, blocks[1]), triton.cdiv(c, blocks[0]), n
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def acc_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
     rows, pixels = is_channels_last(input), h * w
     x = dense(input, rows)
-    blocks = tile_sizes(c, pixels, rows, MOMENT_TILE)
-    grid = tile_grid(n, c, pixels, blocks)
+    chosen = launch_setting("channel_moments", x, rows, MOMENTS)
+    blocks = tile_sizes(c, pixels, rows, chosen["tile"])
+    tiles, groups, _ = tile_grid(n, c, pixels, blocks)
+    chunks = min(tiles, triton.cdiv(MOMENT_PROGRAMS, n * groups), MOMENT_CHUNKS)
+    chunk = triton.cdiv(tiles, chunks) * blocks[1]
+    chunks = triton.cdiv(pixels, chunk)
     means, squares = (
-        torch.empty((n, c, grid[0]), dtype=acc_dtype(x), device=x.device) for _ in range(2)
+        torch.empty((n, c, chunks), dtype=acc_dtype(x), device=x.device) for _ in range(2)
     )
+    mean, var = (torch.empty((n, c), dtype=acc_dtype(x), device=x.device) for _ in range(2))
+    block_t = triton.next_power_of_2(chunks)
+    block_c = max(1, 1024 // block_t)
     with on_device(x):
-        channel_moments_kernel[grid](
-            x, *strides(x, rows), means, squares, c, pixels,
-            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=8,
+        channel_moments_kernel[(chunks, groups, n)](
+            x, *strides(x, rows), means, squares, c, pixels, chunk,
+            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1],
+            num_warps=chosen["warps"],
         )
-    if grid[0] == 1:
-        return means.view(n, c), squares.view(n, c) / pixels
-    counts = torch.full((grid[0],), float(blocks[1]), dtype=means.dtype, device=x.device)
-    counts[-1] = pixels - (grid[0] - 1) * blocks[1]
-    mean = (means * counts).sum(2) / pixels
-    spread = squares + counts * (means - mean.unsqueeze(2)).square()
-    return mean, spread.sum(2) / pixels
+        merge_moments_kernel[(triton.cdiv(n * c, block_c),)](
+            means, squares, mean, var, n * c, pixels, chunk, chunks,
+            ACC=acc_type(x), BLOCK_C=block_c, BLOCK_P=block_t, num_warps=4,
+        )
+    return mean, var
 
 
 def modulation_apply(
@@ -269,7 +282,8 @@ def modulation_apply(
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
     pixels = h * w * up * up
-    blocks = tile_sizes(c, pixels, rows)
+    chosen = launch_setting("modulation_apply", x, rows, APPLY)
+    blocks = tile_sizes(c, pixels, rows, chosen["tile"])
     with on_device(x):
         modulation_apply_kernel[tile_grid(n, c, pixels, blocks)](
             x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
@@ -278,7 +292,7 @@ def modulation_apply(
             g2, *strides(g2, rows), b2, *strides(b2, rows), out2 if pair else out,
             c, w * up, pixels,
             SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, ROWS=rows, ACC=acc_type(x),
-            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
+            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
         )
     return out, out2
 
@@ -300,7 +314,9 @@ def modulation_backward(
         empty_nchw((n, c, h * up, w * up), input) for _ in range(4 if pair else 2)
     )
     dgamma2, dbeta2 = second or (dgamma, dbeta)
-    blocks = tile_sizes(c, h * w, rows)
+    check_plane(h * w * up * up)
+    chosen = launch_setting("modulation_backward", x, rows, BACKWARD)
+    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
     grid = tile_grid(n, c, h * w, blocks)
     partial = torch.empty((2, n, c, grid[0]) if sums else (0,), dtype=acc_dtype(x), device=x.device)
     with on_device(x):
@@ -312,7 +328,7 @@ def modulation_backward(
             dgamma2, dbeta2, dx, partial, partial.numel() // 2,
             c, w, h * w,
             SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums, ROWS=rows,
-            ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=BACKWARD_WARPS,
+            ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
         )
     total = partial.sum(3) if sums else partial
     if not pair:
@@ -327,61 +343,50 @@ def modulation_center(
     rows = is_channels_last(input)
     x, g = dense(input, rows), dense(grad, rows)
     dx = empty_nchw((n, c, h, w), input)
-    blocks = tile_sizes(c, h * w, rows)
+    chosen = launch_setting("modulation_center", x, rows, APPLY)
+    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
     with on_device(x):
         modulation_center_kernel[tile_grid(n, c, h * w, blocks)](
             g, *strides(g, rows), x, *strides(x, rows), mean, rstd,
             c if mean.shape[0] > 1 else 0, shift, scale, dx, c, h * w,
-            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
+            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1],
+            num_warps=chosen["warps"],
         )
     return dx
-
-
-def signature(
-    kernel: triton.JITFunction, element: str, others: dict[str, str]
-) -> dict[str, str]:
-    """Run-time arguments: ``others``, else i64 sizes and strides, else pointers to ``element``."""
-    types = {}
-    for name in kernel.arg_names:
-        if name.isupper() and len(name) > 1:
-            continue
-        scalar = name in ("C", "W", "P", "stat_n") or name.endswith(("_n", "_s"))
-        types[name] = others.get(name, "i64" if scalar else f"*{element}")
-    return types
-
-
-CompileCase = tuple[str, triton.JITFunction, dict[str, str], dict[str, object], int]
 
 
 def _compile_cases() -> list[CompileCase]:
     """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
     statistics = dict.fromkeys(
         ("mean", "rstd", "mean2", "rstd2", "shift", "scale", "partial", "square"), "*fp32")
-    cases = []
+    counts = {"CHUNK": "i32:16", "CHUNKS": "i32"}
+    cases: list[CompileCase] = []
     for element, rows in (("fp32", False), ("bf16", False), ("bf16", True)):
-        common: dict[str, object] = {
-            "ROWS": rows, "ACC": tl.float32, "BLOCK_C": 256 if rows else 1,
-            "BLOCK_P": 4 if rows else TILE,
-        }
         layout = "channels_last" if rows else "contiguous"
-        for upsample, pair in ((False, False), (True, True)):
-            variant: dict[str, object] = {
-                **common, "SLOPE": 0.2, "SLOPE2": 1.0, "UPSAMPLE": upsample, "PAIR": pair
-            }
-            suffix = f"{element} {layout}" + (" upsample pair" if pair else "")
-            for name, kernel, extra, warps in (
-                ("modulation_apply", modulation_apply_kernel, {}, 4),
-                ("modulation_backward", modulation_backward_kernel, {"SUMS": True},
-                 BACKWARD_WARPS),
-            ):
-                cases.append((f"{name} {suffix}", kernel, signature(kernel, element, statistics),
-                              {**variant, **extra}, warps))
-        cases.append((f"modulation_center {element} {layout}", modulation_center_kernel,
-                      signature(modulation_center_kernel, element, statistics), common, 4))
-        moments = {**common, "BLOCK_P": 16 if rows else MOMENT_TILE}
-        cases.append((f"channel_moments {element} {layout}", channel_moments_kernel,
-                      signature(channel_moments_kernel, element, statistics), moments, 8))
-    return cases
+
+        def case(name: str, kernel: triton.JITFunction, usual: dict[str, int],
+                 suffix: str, **constants: object) -> CompileCase:
+            types = signature(kernel, element, {**statistics, **counts})  # noqa: B023
+            blocks = case_blocks(rows, usual["tile"])  # noqa: B023
+            return (f"{name} {suffix}", kernel, types,
+                    {"ACC": tl.float32, **blocks, **constants}, usual["warps"])
+
+        for both in (False, True):
+            suffix = f"{element} {layout}" + (" upsample pair" if both else "")
+            branches = {"SLOPE": 0.2, "SLOPE2": 1.0, "UPSAMPLE": both, "PAIR": both}
+            cases += [
+                case("modulation_apply", modulation_apply_kernel, APPLY, suffix, **branches),
+                case("modulation_backward", modulation_backward_kernel, BACKWARD, suffix,
+                     SUMS=True, **branches),
+            ]
+        suffix = f"{element} {layout}"
+        cases += [
+            case("modulation_center", modulation_center_kernel, APPLY, suffix),
+            case("channel_moments", channel_moments_kernel, MOMENTS, suffix),
+        ]
+    types = signature(merge_moments_kernel, "fp32", counts)
+    constants: dict[str, object] = {"ACC": tl.float32, "BLOCK_C": 16, "BLOCK_P": MOMENT_CHUNKS}
+    return [*cases, ("merge_moments", merge_moments_kernel, types, constants, 4)]
 
 
 COMPILE_CASES = _compile_cases()

@@ -8,22 +8,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import acc_dtype, empty_nchw, is_channels_last
-from ..modulation.triton import (
-    TILE,
+from .._triton import (
     CompileCase,
     acc_type,
-    activate,
+    case_blocks,
     dense,
-    load_tile,
-    normalize,
+    launch_setting,
     on_device,
     signature,
-    store_sums,
-    store_tile,
     strides,
-    tile_at,
     tile_grid,
     tile_sizes,
+)
+from ..modulation.triton import (
+    APPLY,
+    activate,
+    load_tile,
+    normalize,
+    store_sums,
+    store_tile,
+    tile_at,
 )
 
 
@@ -67,13 +71,14 @@ def norm_act(input: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None,
     x = dense(input, rows)
     r = x if residual is None else dense(residual, rows)
     out = empty_nchw((n, c, h, w), input)
-    blocks = tile_sizes(c, h * w, rows)
+    chosen = launch_setting("norm_act", x, rows, APPLY)
+    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
     with on_device(x):
         norm_act_kernel[tile_grid(n, c, h * w, blocks)](
             x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
             r, *strides(r, rows), out, c, h * w,
             SLOPE=slope, ADD=residual is not None, ROWS=rows, ACC=acc_type(x),
-            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=4,
+            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
         )
     return out
 
@@ -84,7 +89,8 @@ def norm_act_backward(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, s
     rows = is_channels_last(input)
     x, dy = dense(input, rows), dense(grad, rows)
     dx = empty_nchw((n, c, h, w), input)
-    blocks = tile_sizes(c, h * w, rows)
+    chosen = launch_setting("norm_act_backward", x, rows, APPLY)
+    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
     grid = tile_grid(n, c, h * w, blocks)
     shape = (2, n, c, grid[0]) if sums else (0,)
     partial = torch.empty(shape, dtype=acc_dtype(x), device=x.device)
@@ -93,7 +99,7 @@ def norm_act_backward(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, s
             dy, *strides(dy, rows), x, *strides(x, rows), mean, rstd,
             c if mean.shape[0] > 1 else 0, dx, partial, partial.numel() // 2, c, h * w,
             SLOPE=slope, SUMS=sums, ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0],
-            BLOCK_P=blocks[1], num_warps=4,
+            BLOCK_P=blocks[1], num_warps=chosen["warps"],
         )
     return dx, partial.sum(3) if sums else partial
 
@@ -103,8 +109,7 @@ def _compile_cases() -> list[CompileCase]:
     cases = []
     for element, rows in (("fp32", False), ("bf16", False), ("bf16", True)):
         common: dict[str, object] = {
-            "SLOPE": 0.0, "ROWS": rows, "ACC": tl.float32, "BLOCK_C": 256 if rows else 1,
-            "BLOCK_P": 4 if rows else TILE,
+            "SLOPE": 0.0, "ACC": tl.float32, **case_blocks(rows, APPLY["tile"])
         }
         suffix = f"{element} {'channels_last' if rows else 'contiguous'}"
         for name, kernel, extra in (("norm_act", norm_act_kernel, {"ADD": True}),
@@ -112,7 +117,7 @@ def _compile_cases() -> list[CompileCase]:
                                      {"SUMS": True})):
             types = signature(kernel, element,
                               dict.fromkeys(("mean", "rstd", "partial"), "*fp32"))
-            cases.append((f"{name} {suffix}", kernel, types, {**common, **extra}, 4))
+            cases.append((f"{name} {suffix}", kernel, types, {**common, **extra}, APPLY["warps"]))
     return cases
 
 

@@ -16,6 +16,7 @@ from . import reference
 KINDS = ("cpu", "triton")
 _TRITON = "smis_kernels.window_table.triton:"
 _WIDE = (torch.float32, torch.float64)
+_LOW = (torch.float16, torch.bfloat16)
 
 
 def _table_fake(
@@ -120,13 +121,13 @@ def _check_groups(groups: int, *counts: int) -> None:
 
 
 def _check_conv(suffix: str, weight: Tensor, bias: Tensor | None, like: Tensor,
-                shape: tuple[int, ...]) -> None:
+                shape: tuple[int, ...], low: tuple[torch.dtype, ...] = ()) -> None:
     tensors = {"weight" + suffix: (weight, shape)}
     if bias is not None:
         tensors["bias" + suffix] = (bias, shape[:1])
     for name, (tensor, expected) in tensors.items():
         check_shape(name, tensor, expected, "for the rows and groups given")
-        check_tensor(name, tensor, len(expected), str(expected), (like.dtype,))
+        check_tensor(name, tensor, len(expected), str(expected), (like.dtype, *low))
         check_device(name, tensor, like, "the rows")
 
 
@@ -181,7 +182,9 @@ def window_table(
 
     Args:
         hidden: H, (V + 1, D), float32 or float64; row 0 zero.
-        weight_gamma, weight_beta: (C, D / groups, 3, 3). bias_gamma, bias_beta: (C,).
+        weight_gamma, weight_beta: (C, D / groups, 3, 3). bias_gamma, bias_beta: (C,). Of hidden's
+            dtype, or of 16 bits: then a GPU makes single TF32 products, in which such weights are
+            exact, and hidden rounds to 10 bits; elsewhere, and with gradients, they are cast.
         windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
         groups: of the two convs.
         one_level: multiply the nine rows of each window directly, U x 9D; else the products of
@@ -200,9 +203,13 @@ def window_table(
     channels, depth = weight_gamma.shape[0], hidden.shape[1]
     _check_groups(groups, depth, channels)
     shape = (channels, depth // groups, 3, 3)
-    _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape)
-    _check_conv("_beta", weight_beta, bias_beta, hidden, shape)
+    _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape, _LOW)
+    _check_conv("_beta", weight_beta, bias_beta, hidden, shape, _LOW)
     kind = resolve("window_table", hidden, backend, KINDS)
+    bias_gamma, bias_beta = bias_gamma.to(hidden.dtype), bias_beta.to(hidden.dtype)
+    trained = torch.is_grad_enabled() and (weight_gamma.requires_grad or weight_beta.requires_grad)
+    if kind != "triton" or trained or hidden.dtype == torch.float64:
+        weight_gamma, weight_beta = weight_gamma.to(hidden.dtype), weight_beta.to(hidden.dtype)
     if kind == "reference":
         return reference.window_table(
             hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups=groups

@@ -7,10 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..modulation.triton import CompileCase, acc_type, on_device, signature
+from .._triton import CompileCase, acc_type, on_device, product_precision, signature
+from .._tuned import setting
 
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 64  # of a product's tile
-BLOCK_DEPTH, PRODUCT_WARPS = 16, 8  # exact fp32 has no tensor cores: 32 deep or 4 warps spill
+# Of a product's tile, by how it is made. A weight of 16 bits is exact in TF32.
+PRODUCT = {
+    "tf32": {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3},
+    "tf32x3": {"rows": 64, "columns": 64, "depth": 32, "warps": 8, "stages": 3},
+    "ieee": {"rows": 64, "columns": 64, "depth": 16, "warps": 8, "stages": 3},
+}
 TILE = 2048
 
 
@@ -23,8 +28,8 @@ def _wide_offsets(block, SIZE: tl.constexpr):
 @triton.jit
 def window_product_kernel(
     hidden, weight, bias, windows, out, rows, depth, width, sections, groups,
-    ONE_LEVEL: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ONE_LEVEL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Tiles of H W_t: one tap for each row of H, or the sum over the taps of each window.
 
@@ -53,7 +58,7 @@ def window_product_kernel(
                     mask=(r < rows)[:, None] & (k < depth)[None, :], other=0.0)
         b = tl.load(weight + (tap * depth + k)[:, None] * columns + column[None, :],
                     mask=(k < depth)[:, None] & (c < width)[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=ACC)
+        total = tl.dot(a, b.to(ACC), total, input_precision=PRECISION, out_dtype=ACC)
     mask = (r < rows)[:, None] & (c < width)[None, :]
     if ONE_LEVEL:
         total += tl.load(bias + column, mask=c < width, other=0.0)[None, :]
@@ -147,14 +152,18 @@ def _product(
     width = columns // sections
     rows = windows.shape[0] if one_level else hidden.shape[0]
     out = hidden.new_empty((rows, columns) if one_level else (rows, 9, columns))
-    block_c = min(max(triton.next_power_of_2(width), 16), BLOCK_COLUMNS)
-    grid = (triton.cdiv(rows, BLOCK_ROWS), sections * triton.cdiv(width, block_c),
+    precision = "tf32" if weight.dtype != hidden.dtype else product_precision(hidden)
+    key = f"{precision} {'one level' if one_level else 'two levels'}"
+    chosen = setting("window_product", key, PRODUCT[precision], hidden.device)
+    block_c = min(max(triton.next_power_of_2(width), 16), chosen["columns"])
+    grid = (triton.cdiv(rows, chosen["rows"]), sections * triton.cdiv(width, block_c),
             1 if one_level else 9)
     with on_device(hidden):
         window_product_kernel[grid](
             hidden, weight, bias, windows, out, rows, depth, width, sections, groups,
-            ONE_LEVEL=one_level, ACC=acc_type(hidden), BLOCK_R=BLOCK_ROWS, BLOCK_C=block_c,
-            BLOCK_K=BLOCK_DEPTH, num_warps=PRODUCT_WARPS,
+            ONE_LEVEL=one_level, PRECISION=precision, ACC=acc_type(hidden), BLOCK_R=chosen["rows"],
+            BLOCK_C=block_c, BLOCK_K=chosen["depth"], num_warps=chosen["warps"],
+            num_stages=chosen["stages"],
         )
     return out
 
@@ -207,23 +216,23 @@ def _compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
     for element, acc in (("fp32", tl.float32), ("fp64", tl.float64)):
         tile: dict[str, object] = {"ACC": acc, "BLOCK_R": 16, "BLOCK_C": 128}
-        product = {"ACC": acc, "BLOCK_R": BLOCK_ROWS, "BLOCK_C": BLOCK_COLUMNS,
-                   "BLOCK_K": BLOCK_DEPTH}
         sums = (
             ("window_sum", window_sum_kernel, {**tile, "BIAS": True, "RELU": True}),
             ("segment_sum", segment_sum_kernel, {**tile, "BLOCK_R": 8, "GATHER": True}),
         )
         cases += [(f"{name} {element}", kernel, signature(kernel, element, integers), constants, 4)
                   for name, kernel, constants in sums]
-        cases += [
-            (f"window_table {name} {element}", window_product_kernel,
-             signature(window_product_kernel, element, integers), {**product, **variant},
-             PRODUCT_WARPS)
-            for name, variant in (
-                ("one level", {"ONE_LEVEL": True}), ("two levels", {"ONE_LEVEL": False}),
-                ("small groups", {"ONE_LEVEL": False, "BLOCK_C": 16}),
-            )
-        ]
+    variants = (("one level", True, 64), ("two levels", False, 64), ("small groups", False, 16))
+    for precision, element in (("tf32", "fp32"), ("tf32x3", "fp32"), ("ieee", "fp64")):
+        usual = PRODUCT[precision]
+        pointers = {**integers, "weight": "*bf16" if precision == "tf32" else f"*{element}"}
+        for name, one_level, columns in variants:
+            cases.append((
+                f"window_table {name} {precision} {element}", window_product_kernel,
+                signature(window_product_kernel, element, pointers),
+                {"ONE_LEVEL": one_level, "PRECISION": precision, "BLOCK_R": usual["rows"],
+                 "BLOCK_C": columns, "BLOCK_K": usual["depth"],
+                 "ACC": tl.float64 if element == "fp64" else tl.float32}, usual["warps"]))
     return cases
 
 

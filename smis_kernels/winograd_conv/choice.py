@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import requested, resolve
 from .._explain import record
+from .grouped import direct_conv3x3
 from .op import KINDS, WIDE, winograd_conv2d
 
 # On two cores with AVX-512 (benchmarks/NOTES.md): multiply-adds per nanosecond, and nanoseconds for
@@ -32,7 +32,8 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
             residual: Tensor | None = None, padding: int = 1, groups: int = 1) -> Tensor:
     """``residual + F.conv2d(...)`` of 3x3 kernels, stride 1, in the form expected to be faster.
 
-    Everything but wide convs in float32 and float64 on the CPU is ``F.conv2d`` itself.
+    Everything but wide convs in float32 and float64 on the CPU is ``F.conv2d``; grouped ones on a
+    GPU take the form of it that measured fastest for their shape.
 
     Shapes: input (N, C, H, W), weight (C', C / groups, 3, 3) -> (N, C', H', W').
     """
@@ -45,5 +46,5 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
             return winograd_conv2d(input, weight, bias, residual=residual, padding=padding,
                                    groups=groups)
         record("conv2d", "torch", input, reason="a direct conv is expected to be faster")
-    y = F.conv2d(input, weight, bias, padding=padding, groups=groups)
+    y = direct_conv3x3(input, weight, bias, padding, groups)
     return y if residual is None else residual + y

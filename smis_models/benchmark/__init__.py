@@ -12,7 +12,8 @@ from .measure import measure
 from .records import load, markdown, save
 
 SETS = {"modulation": ("modulation",), "algebra": ("algebra",), "pix2pixhd": ("pix2pixhd",),
-        "ccfpse": ("ccfpse",), "evaluation": ("evaluation",), "training": ("training",)}
+        "ccfpse": ("ccfpse",), "evaluation": ("evaluation",), "training": ("training",),
+        "family": ("family",)}
 """Set name -> the modules of this package whose ``CASES`` it runs."""
 
 

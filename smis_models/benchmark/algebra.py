@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,23 +18,12 @@ from smis_kernels import SPADE, LabelLayout, instance_edges, use_backend, use_pa
 from smis_kernels.layout import TableCache
 
 from .. import labels as label_maps
-from ..registry import create_model
-from ..synthesizer import Synthesizer, frozen_copy
+from ..synthesizer import Synthesizer
 from .case import Case, Inputs, Provider, Remaining, Setting, channels_last, contiguous, unchanged
 from .modulation import conv_macs
+from .networks import COCO_CLASSES, class_map, model_and_generator, semantics_of
 
-LAYER_SIZE, LAYER_CHANNELS, COCO_CLASSES = 256, 128, 183
-
-
-def _map(setting: Setting, size: tuple[int, int], classes: int) -> Tensor:
-    """(1, H, W) labels: real classes where the network has as many, else ranks modulo its count."""
-    real = setting.maps.folder is not None
-    raw = setting.maps.labels("indoor", size, 1 << 16 if real else classes, setting.index)
-    if classes == COCO_CLASSES:
-        raw[raw == label_maps.UNKNOWN] = COCO_CLASSES - 1
-    if raw.max() >= classes:
-        raw = np.unique(raw, return_inverse=True)[1].reshape(raw.shape) % classes
-    return torch.from_numpy(raw)[None].to(setting.device)
+LAYER_SIZE, LAYER_CHANNELS = 256, 128
 
 
 def _reference(module: Any, *arguments: Any) -> Any:
@@ -70,7 +58,7 @@ def _layer_case(name: str, prepare: Callable[[Inputs], Inputs], against: float,
 
     def make_inputs(setting: Setting) -> Inputs:
         size = (LAYER_SIZE, LAYER_SIZE)
-        maps = _map(setting, size, COCO_CLASSES)
+        maps = class_map(setting, size, COCO_CLASSES)
         planes = label_maps.one_hot(maps, COCO_CLASSES, setting.dtype)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn((1, LAYER_CHANNELS, *size), generator=generator)
@@ -104,26 +92,6 @@ def _layer_tables(inputs: Inputs) -> Inputs:
     return module, x, layout
 
 
-@cache
-def _generator(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
-    """A random model with published options, and its generator with spectral norm folded."""
-    model = create_model(name, device=device, dtype=dtype, init_gain=1.0).eval()
-    return model, frozen_copy(model.generator)
-
-
-def _semantics(model: Any, setting: Setting) -> tuple[Tensor, Tensor | None, Tensor]:
-    preset = model.preset
-    labels = _map(setting, preset.image_size, preset.classes)
-    ids = None
-    if preset.instance_edge:
-        found = setting.maps.instances("street", preset.image_size, setting.index)
-        ids = torch.from_numpy(found)[None].to(setting.device)
-    planes = label_maps.one_hot(labels, preset.classes, setting.dtype)
-    if ids is not None:
-        planes = torch.cat([planes, instance_edges(ids).to(setting.dtype)], 1)
-    return labels, ids, planes.contiguous()  # as published code scatters them
-
-
 def _generator_case(name: str, against: float, against_best: float, *,
                     slowest: float | None = None, scenes: str = "coco") -> Case:
     """A generator, eval, N=1; the map's layout and all tables are made in the call.
@@ -133,8 +101,8 @@ def _generator_case(name: str, against: float, against_best: float, *,
     """
 
     def make_inputs(setting: Setting) -> Inputs:
-        model, generator = _generator(name, setting.device, setting.dtype)
-        _, _, planes = _semantics(model, setting)
+        model, generator = model_and_generator(name, setting.device, setting.dtype)
+        _, _, planes = semantics_of(model, setting)
         z = model.generator.sample_latent(1, torch.Generator().manual_seed(0))
         return generator, planes, z
 
@@ -154,8 +122,8 @@ def _further_case(name: str, against: float, against_best: float) -> Case:
     """A further sample of one layout: tables kept by a :class:`Synthesizer`."""
 
     def make_inputs(setting: Setting) -> Inputs:
-        model, generator = _generator(name, setting.device, setting.dtype)
-        labels, ids, planes = _semantics(model, setting)
+        model, generator = model_and_generator(name, setting.device, setting.dtype)
+        labels, ids, planes = semantics_of(model, setting)
         z = model.generator.sample_latent(1, torch.Generator().manual_seed(0))
         return generator, planes, z, Synthesizer(model, labels, ids)
 
@@ -180,8 +148,8 @@ def _encoder_case(against: float) -> Case:
     """GroupDNet ADE20K's encoder with its class crops: only the classes present are encoded."""
 
     def make_inputs(setting: Setting) -> Inputs:
-        model, _ = _generator("groupdnet_ade20k", setting.device, setting.dtype)
-        labels = _map(setting, model.preset.image_size, model.preset.classes)
+        model, _ = model_and_generator("groupdnet_ade20k", setting.device, setting.dtype)
+        labels = class_map(setting, model.preset.image_size, model.preset.classes)
         generator = torch.Generator().manual_seed(2)
         image = torch.rand((1, 3, *model.preset.image_size), generator=generator) * 2 - 1
         return model.encoder, image.to(setting.device, setting.dtype), labels
@@ -207,9 +175,9 @@ def _training_case(name: str, batch: int, against: float, against_best: float) -
     """Generator forward and backward in training mode: batch statistics, all gradients."""
 
     def make_inputs(setting: Setting) -> Inputs:
-        model, _ = _generator(name, setting.device, setting.dtype)
+        model, _ = model_and_generator(name, setting.device, setting.dtype)
         planes = torch.cat([
-            _semantics(model, setting.at(setting.index + i))[2] for i in range(batch)
+            semantics_of(model, setting.at(setting.index + i))[2] for i in range(batch)
         ])
         start = {name: b.clone() for name, b in model.generator.named_buffers()}
         return model.generator, planes, start

@@ -204,6 +204,7 @@ class Case:
         scenes: the data set whose maps are used where the folder holds several.
         windows: V, U and pixels of the map in the inputs.
         bound: the work that remains at the least, from the inputs.
+        counts: what the set's own table shows beside time, from the inputs.
         single_precision_truth: judge by the reference in its own dtype (fp64 would not fit).
     """
 
@@ -225,6 +226,7 @@ class Case:
     scenes: str = "coco"
     windows: Callable[[Inputs], tuple[int, int, int]] | None = None
     bound: Callable[[Inputs], Remaining] | None = None
+    counts: Callable[[Inputs], dict[str, int]] | None = None
     single_precision_truth: bool = False
 
     def __post_init__(self) -> None:

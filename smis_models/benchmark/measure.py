@@ -219,6 +219,7 @@ def measure(case: Case, setting: Setting,
         streamed = 2 * remaining.largest / median(times["features"])
         bound = remaining.macs / rate + remaining.bytes / streamed
     progress("memory")
+    counts = {} if case.counts is None else case.counts(inputs)
     shape = tuple(next(t for t in tensors(inputs)).shape)
     return [
         Record(
@@ -232,6 +233,7 @@ def measure(case: Case, setting: Setting,
             compile_seconds=each.compile_seconds,
             maps=maps if each.provider.name == "fused" else {},
             windows=windows if each.provider.name == "fused" else {}, bound=bound,
+            counts=counts,
         )
         for each in ready
     ]

@@ -65,6 +65,8 @@ class Record:
     """Of each map its distinct 3x3 windows (V), 5x5 windows (U) and pixels."""
     bound: float | None = None
     """Seconds that the remaining arithmetic and traffic take at the rates of the same run."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What the case counts beside time, such as parameters."""
     commit: str = field(default_factory=commit)
     """Of the source tree that ran."""
 
@@ -214,14 +216,16 @@ def checks(rows: dict[str, Record]) -> list[tuple[str, float | None, float, bool
     return found
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In s, ms or µs."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
 
 
-def _times(value: float | None) -> str:
+def times_text(value: float | None) -> str:
+    """A ratio, such as 2.31x."""
     return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 
@@ -229,7 +233,7 @@ def _check_text(what: str, value: float | None, target: float, reached: bool) ->
     sign = "reached" if reached else "MISSED"
     times = {"reference": "reference", "best": "best baseline", "slowest": "reference, slowest map"}
     if what in times:
-        return f">= {target:g}x {times[what]}: {_times(value)} {sign}"
+        return f">= {target:g}x {times[what]}: {times_text(value)} {sign}"
     share = "-" if value is None else f"{value:.1%}"
     if what == "memory":
         return f"peak <= {target:.0%} of reference: {share} {sign}"
@@ -244,7 +248,7 @@ def _provider_cell(rows: dict[str, Record], name: str) -> str:
     record = rows[name]
     low, high = record.quartiles
     wrong = "" if record.correct else " WRONG"
-    return f"{_time(record.median)} [{_time(low)}, {_time(high)}]{wrong}"
+    return f"{duration(record.median)} [{duration(low)}, {duration(high)}]{wrong}"
 
 
 COLUMNS = ("case", *PROVIDERS, "slowest map", "bound", "x reference", "x best baseline", "of copy",
@@ -265,9 +269,9 @@ def table(records: Sequence[Record]) -> list[tuple[str, ...]]:
         place = "" if (device, dtype) == ("cpu", "float32") else f" ({device}, {dtype})"
         lines.append((
             group + place, *(_provider_cell(rows, name) for name in PROVIDERS),
-            _time(fused.slowest) if fused is not None and fused.maps else "-",
-            _time(fused.bound) if fused is not None and fused.bound else "-",
-            _times(speedup(rows)), _times(speedup(rows, "best")), share, peak, error,
+            duration(fused.slowest) if fused is not None and fused.maps else "-",
+            duration(fused.bound) if fused is not None and fused.bound else "-",
+            times_text(speedup(rows)), times_text(speedup(rows, "best")), share, peak, error,
             "; ".join(_check_text(*check) for check in checks(rows)) or "-",
         ))
     return lines
@@ -294,7 +298,8 @@ def target_lines(records: Sequence[Record]) -> list[str]:
     return [f"{row[0]}: {row[-1]}" for row in table(records) if row[-1] != "-"]
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -309,7 +314,7 @@ def markdown(records: Sequence[Record]) -> str:
         "# Benchmark", f"Commit {', '.join(commits)}; {about}.",
         "Median [quartiles] of interleaved rounds; freed memory is reused on all sides; errors are "
         "against fp64. A provider whose error is too large is marked WRONG and gets no ratio.",
-        _markdown_table(COLUMNS, table(reuse)),
+        markdown_table(COLUMNS, table(reuse)),
     ]
     fused = [r for r in reuse if r.provider == "fused"]
     bandwidths = sorted({(r.output_bytes, r.copy_bandwidth) for r in fused})
@@ -328,25 +333,25 @@ def markdown(records: Sequence[Record]) -> str:
         memory = [(r.group, r.provider, f"{r.peak_memory / 1e6:.1f}",
                    f"{(r.resident_memory or 0) / 1e6:.1f}") for r in resident]
         parts += ["## Peak memory, confirmed by the resident size of a fresh process",
-                  _markdown_table(("case", "provider", "allocations, MB", "resident, MB"),
+                  markdown_table(("case", "provider", "allocations, MB", "resident, MB"),
                                   memory)]
     counted = [r for r in fused if r.windows]
     if counted:
         lines = [
             (r.group, name, str(v), str(u), f"{v / pixels:.1%}", f"{u / pixels:.1%}",
-             _time(r.maps.get(name, r.median)))
+             duration(r.maps.get(name, r.median)))
             for r in counted for name, (v, u, pixels) in r.windows.items()
         ]
         parts += ["## Maps: distinct 3x3 (V) and 5x5 (U) windows at the full size",
-                  _markdown_table(("case", "map", "V", "U", "of pixels", "of pixels", "fused"),
+                  markdown_table(("case", "map", "V", "U", "of pixels", "of pixels", "fused"),
                                   lines)]
     if default:
         rows = [
-            (group, *(_provider_cell(case, n) for n in PROVIDERS), _times(speedup(case)))
+            (group, *(_provider_cell(case, n) for n in PROVIDERS), times_text(speedup(case)))
             for (group, *_), case in by_case(default).items()
         ]
         parts += ["## Under the default allocator",
-                  _markdown_table(("case", *PROVIDERS, "x reference"), rows)]
+                  markdown_table(("case", *PROVIDERS, "x reference"), rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -14,8 +14,10 @@ import typer
 from rich.table import Column, Table
 
 from .. import benchmark as harness
+from ..benchmark.family import COLUMNS as FAMILY
+from ..benchmark.family import family_table
 from ..benchmark.measure import resident_peak, under_default_allocator
-from ..benchmark.records import SUMMARY, plots, summary, target_lines
+from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
 from ..images import write_atomically
 from .common import Device, Out, app, console, progress, resolve_device
 
@@ -63,6 +65,13 @@ def benchmark(
     for text in target_lines(reused):
         console.print(text, soft_wrap=True, highlight=False)
     text = harness.markdown(records)
+    family = family_table(reused)
+    if family:
+        own = Table(*FAMILY)
+        for row in family:
+            own.add_row(*row)
+        console.print(own)
+        text += f"\n## The models\n\n{markdown_table(FAMILY, family)}\n"
     files = [
         harness.save(out / "records.json", records),
         write_atomically(out / "report.md", text.encode()), *plots(records, out),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import training
@@ -32,6 +34,18 @@ def _stopping() -> Iterator[Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _warnings(shown: bool) -> Iterator[None]:
+    """Warnings in one line each, by one process."""
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if shown:
+            console.print(f"[yellow]{escape(str(message))}[/]", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment,unused-ignore]
+        yield
 
 
 def _speed(values: dict[str, float]) -> str:
@@ -67,7 +81,7 @@ def train_command(
     first = os.environ.get("RANK", "0") == "0"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())
-    with selected(backend), _stopping() as asked, Progress(
+    with selected(backend), _stopping() as asked, _warnings(first), Progress(
             *columns, console=console, disable=not first) as bar:
         task = bar.add_task("starting", total=None)
 

@@ -24,11 +24,13 @@ class LossConfig:
 
     Args:
         gan: hinge, ls (least squares), original or w (Wasserstein).
+        adversarial: of the adversarial loss; 0: no discriminator is trained, which makes a VAE.
         scales: how the discriminators' adversarial losses are joined, mean or sum.
         discriminator: weight of the discriminator's loss; 0.5 in pix2pixHD.
         feature_matching: L1 between the discriminator's features of fake and real.
-        perceptual: L1 between VGG19 features of fake and real; needs ``vgg``.
-        vgg: file with torchvision's VGG19 weights; without one the perceptual term is off.
+        perceptual: L1 between VGG19 features of fake and real.
+        vgg: file with torchvision's VGG19 weights, or None for the copy in torch's cache; where
+            there is none, the term is off, and a warning says so.
         kl: divergence of the codes from N(0, 1), summed over the images of a whole step.
         pixel: mean L1 between fake and real; 0 as published.
         prior: weight of the adversarial loss of pictures from codes drawn from N(0, 1).
@@ -38,6 +40,7 @@ class LossConfig:
     """
 
     gan: Literal["hinge", "ls", "original", "w"] = "hinge"
+    adversarial: float = 1.0
     scales: Literal["mean", "sum"] = "mean"
     discriminator: float = 1.0
     feature_matching: float = 10.0
@@ -53,8 +56,15 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.gan not in GAN_MODES:
             raise ValueError(f"losses.gan: expected {', '.join(GAN_MODES)}; got {self.gan!r}")
-        _at_least("losses", self, 0, "discriminator", "feature_matching", "perceptual", "kl",
-                  "pixel", "prior", "latent", "diversity", "diversity_bound")
+        _at_least("losses", self, 0, "adversarial", "discriminator", "feature_matching",
+                  "perceptual", "kl", "pixel", "prior", "latent", "diversity", "diversity_bound")
+        judged = [name for name in ("feature_matching", "prior") if getattr(self, name) > 0]
+        if self.adversarial == 0 and judged:
+            raise ValueError(f"losses.{judged[0]}: expected 0 where losses.adversarial is 0, for "
+                             f"no discriminator is trained; got {getattr(self, judged[0])}")
+        if self.adversarial == 0 and max(self.pixel, self.perceptual) == 0:
+            raise ValueError("losses.adversarial: expected more than 0 where neither pixel nor "
+                             "perceptual is weighed, for nothing would be learnt; got 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from ..losses import (
     kl_loss,
     latent_regression_loss,
 )
+from ..perceptual import PerceptualLoss
 from ..presets import CCFPSEPreset, Pix2pixHDPreset
 from ..registry import SynthesisModel
 from .batches import MicroBatch
@@ -64,14 +65,17 @@ class Objective:
         config: weights.
         parts: of the batch that a step's gradients are averaged over (processes x micro-batches);
             terms that sum over images are multiplied by it.
+        perceptual: the VGG19 loss; None leaves the term out.
 
     Raises:
         ValueError: a term that the model cannot have.
     """
 
-    def __init__(self, model: SynthesisModel, config: TrainConfig, parts: int = 1) -> None:
+    def __init__(self, model: SynthesisModel, config: TrainConfig, parts: int = 1,
+                 perceptual: PerceptualLoss | None = None) -> None:
         self.model, self.preset, self.weights = model, model.preset, config.losses
         self.reuse_fake, self.parts = config.optimizer.reuse_fake, parts
+        self.perceptual = perceptual
         self._check(config)
 
     @property
@@ -117,10 +121,14 @@ class Objective:
         weights = self.weights
         losses: Losses = {}
         fake = self.paint(batch, losses)
-        verdicts = self.discriminate(batch, fake)
-        losses["gan"] = self.gan(verdicts.fake, True, discriminator=False)
-        if weights.feature_matching > 0:
-            losses["feature_matching"] = weights.feature_matching * verdicts.matching()
+        if weights.adversarial > 0:
+            verdicts = self.discriminate(batch, fake)
+            losses["gan"] = weights.adversarial * self.gan(
+                verdicts.fake, True, discriminator=False)
+            if weights.feature_matching > 0:
+                losses["feature_matching"] = weights.feature_matching * verdicts.matching()
+        if self.perceptual is not None:
+            losses["perceptual"] = weights.perceptual * self.perceptual(fake, batch.image)
         if weights.pixel > 0:
             losses["pixel"] = weights.pixel * F.l1_loss(fake.float(), batch.image.float())
         if not self._draws:
@@ -226,14 +234,10 @@ class Pix2pixHDObjective(Objective):
         return self.model.generator(batch.planes, self.features(batch))
 
     def discriminate(self, batch: MicroBatch, fake: Tensor) -> Verdicts:
-        planes = batch.planes
-        features = self.features(batch)
-        if features is not None:
-            planes = torch.cat([planes, features.detach().to(planes)], 1)
-        fakes, reals = discriminate(self.model.discriminator, planes, fake,
+        fakes, reals = discriminate(self.model.discriminator, batch.planes, fake,
                                     batch.image.to(fake.dtype))
-        layers = 4.0 / (len(fakes[0]) - 1)
-        return Verdicts(fakes, reals, lambda: feature_matching_loss(fakes, reals, layers))
+        return Verdicts(fakes, reals, lambda: feature_matching_loss(
+            fakes, reals, 1.0, weighting="pix2pixhd"))
 
     def reconstruct(self, batch: MicroBatch) -> Tensor:
         return self.paint(batch, {})
@@ -248,9 +252,10 @@ OBJECTIVES: dict[type, type[Objective]] = {
 """Families whose objective differs from SPADE's."""
 
 
-def objective(model: SynthesisModel, config: TrainConfig, parts: int = 1) -> Objective:
+def objective(model: SynthesisModel, config: TrainConfig, parts: int = 1,
+              perceptual: PerceptualLoss | None = None) -> Objective:
     """The objective of a model's family."""
-    return OBJECTIVES.get(type(model.preset), Objective)(model, config, parts)
+    return OBJECTIVES.get(type(model.preset), Objective)(model, config, parts, perceptual)
 
 
 class GeneratorStep(nn.Module):

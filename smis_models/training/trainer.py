@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import read_checkpoint
+from ..perceptual import load_perceptual_loss
 from ..pix2pixhd import LocalEnhancer
 from ..registry import SynthesisModel, create_model
 from .batches import MicroBatch, seed_of
@@ -51,7 +52,11 @@ class Trainer:
         self.processes = processes or Processes()
         self.model = _start(config, self.device).train()
         parts = self.processes.count * config.optimizer.accumulate
-        self.objective = objective(self.model, config, parts)
+        perceptual = None
+        if config.losses.perceptual > 0:
+            perceptual = load_perceptual_loss(config.losses.vgg)
+        self.objective = objective(self.model, config, parts,
+                                   None if perceptual is None else perceptual.to(self.device))
         self.step_count, self._epoch = 0, 0
         self.average = (
             Average(self.model, config.optimizer.ema) if config.optimizer.ema > 0 else None
@@ -107,14 +112,15 @@ class Trainer:
             losses = self._update(batches, self._generator, generator, self._optimizer_g)
         if self.average is not None:
             self.average.update()
-        pictures = iter(fakes)
+        if self.config.losses.adversarial > 0:
+            pictures = iter(fakes)
 
-        def discriminator(batch: MicroBatch) -> Losses:
-            painted = self.objective.repaint(batch, next(pictures))
-            found: Losses = self._discriminator(batch, painted)
-            return found
+            def discriminator(batch: MicroBatch) -> Losses:
+                painted = self.objective.repaint(batch, next(pictures))
+                found: Losses = self._discriminator(batch, painted)
+                return found
 
-        losses |= self._update(batches, self._discriminator, discriminator, self._optimizer_d)
+            losses |= self._update(batches, self._discriminator, discriminator, self._optimizer_d)
         self._scaler.update()
         self.step_count += 1
         return losses

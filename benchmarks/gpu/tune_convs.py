@@ -1,0 +1,80 @@
+"""Rows of the ``tune`` part: GroupDNet's grouped 3x3 convs, shape by shape, in every form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smis_kernels import WinogradConv2d, use_backend
+from smis_kernels.winograd_conv.grouped import FORMS, conv_in_form, shape_key
+from smis_models.benchmark import timing
+from smis_models.registry import create_model
+
+from .inputs import Scene
+from .journal import Row
+
+MODELS = ("groupdnet_deepfashion", "groupdnet_ade20k", "groupdnet_cityscapes")
+MARGIN = 0.97
+Shape = tuple[int, int, int, int, int, int]  # N, C, H, W, outputs, groups
+
+
+def grouped_shapes(name: str, batch: int, **options: Any) -> list[Shape]:
+    """The grouped 3x3 convs of a generator, found without computing."""
+    generator = create_model(name, part="generator", device="meta", **options).eval()
+    preset = generator.preset
+    found: dict[Shape, None] = {}
+
+    def note(conv: nn.Conv2d, given: tuple[Tensor, ...]) -> None:
+        if conv.groups > 1 and conv.kernel_size == (3, 3) and conv.stride == (1, 1):
+            n, c, h, w = given[0].shape
+            found[n, c, h, w, conv.out_channels, conv.groups] = None
+
+    for module in generator.modules():
+        if isinstance(module, WinogradConv2d):
+            module.register_forward_pre_hook(note)
+    planes = torch.zeros((batch, preset.semantic_channels, *preset.image_size), device="meta")
+    z = torch.zeros((batch, preset.latent_channels * preset.classes, *preset.latent_size),
+                    device="meta")
+    with torch.no_grad(), use_backend("reference"):
+        generator(planes, z)
+    return list(found)
+
+
+def _timed_forms(scene: Scene, shape: Shape, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+    n, c, h, w, outputs, groups = shape
+    x = scene.draw(n, c, h, w, dtype=dtype, channels_last=True)
+    weight = scene.draw(outputs, c // groups, 3, 3, seed=1, dtype=dtype, channels_last=True)
+    bias = scene.draw(outputs, seed=2, dtype=dtype)
+    with torch.no_grad():
+        calls = {form: partial(conv_in_form, form, x, weight, bias, 1, groups) for form in FORMS}
+        expected = calls["grouped"]()
+        for form, call in calls.items():
+            error = (call() - expected).abs().max() / expected.abs().max()
+            if not error <= 8 * torch.finfo(dtype).eps:
+                raise ArithmeticError(f"{form} of {shape} differs by {float(error):.1e}")
+        times = timing.interleave(calls, 0.05, device=scene.device, least=3, most=9)
+    return shape_key(x, outputs, groups), {f: sorted(t)[len(t) // 2] for f, t in times.items()}
+
+
+def _model(scene: Scene, name: str, batch: int) -> Row:
+    options = scene.pick({}, {"ngf": 8, "image_size": (64, 64)})
+    dtype = scene.pick(torch.bfloat16, torch.float32)
+    forms, shapes = {}, {}
+    for shape in grouped_shapes(name, batch, **options):
+        key, times = _timed_forms(scene, shape, dtype)
+        best = min(times, key=lambda form: times[form])
+        usual = times["grouped"]
+        forms[key] = best if times[best] < MARGIN * usual else "grouped"
+        shapes[key] = times
+    return {"convs": forms, "chosen": forms, "shapes": shapes}
+
+
+def conv_rows(scene: Scene) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, row) for each model and batch size."""
+    for name in scene.pick(MODELS, MODELS[:1]):
+        for batch in scene.pick((1, 8), (1,)):
+            yield f"grouped convs, {name} batch {batch}", partial(_model, scene, name, batch)

@@ -1,0 +1,139 @@
+"""The current stream, CUDA graphs, and no wait for the device on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases import CASES, OpCase, cotangents, outputs, run
+from smis_kernels import LabelLayout
+from smis_models import Synthesizer, create_model
+from smis_models.graphs import WARM_UPS
+
+# The size of what these return depends on the data, so they wait for the device once.
+WAITING = ("number_windows", "number_vectors", "instance_mean_table")
+STEADY = [case for case in CASES if case.name not in WAITING]
+CYCLES = 100_000_000  # about 50 ms
+
+
+def prepared(case: OpCase) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return case.inputs("cuda", torch.float32, "channels_last")
+
+
+def alike(a: list[Tensor], b: list[Tensor], exact: bool) -> None:
+    for x, y in zip(a, b, strict=True):
+        if exact or not x.is_floating_point():
+            assert torch.equal(x, y)
+        else:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("case", STEADY, ids=lambda case: case.name)
+def test_runs_on_the_current_stream(case: OpCase) -> None:
+    floating, integer = prepared(case)
+    expected = run(case, floating, integer, case.kind)
+    late = tuple(torch.zeros_like(t) for t in floating)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(CYCLES)  # a kernel on another stream would read zeros meanwhile
+        for target, source in zip(late, floating, strict=True):
+            target.copy_(source)
+        got = run(case, late, integer, case.kind)
+    side.synchronize()
+    alike(got, expected, case.repeatable)
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("case", STEADY, ids=lambda case: case.name)
+def test_nothing_waits_for_the_device(case: OpCase) -> None:
+    floating, integer = prepared(case)
+    run(case, floating, integer, case.kind)  # compiled
+    torch.cuda.synchronize()
+    torch.cuda._sleep(CYCLES)
+    marker = torch.cuda.Event()
+    with torch.no_grad():
+        case.call(*floating, *integer, backend=case.kind)
+    marker.record()
+    assert not marker.query(), "the call returned after the device had caught up"
+    torch.cuda.synchronize()
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("case", STEADY, ids=lambda case: case.name)
+def test_replays_from_a_cuda_graph(case: OpCase) -> None:
+    floating, integer = prepared(case)
+    # made before: what comes from the host cannot be captured
+    against = cotangents(outputs(case.call(*floating, *integer, backend=case.kind)))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            run(case, floating, integer, case.kind, against)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(case, floating, integer, case.kind, against)
+    for target in floating:
+        target.copy_(target.flip(-1) * 0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    alike(out, run(case, floating, integer, case.kind, against), case.repeatable)
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["groupdnet_deepfashion", "spade_coco", "ccfpse_coco",
+                                  "groupdnet_cityscapes"])
+def test_a_synthesizer_as_one_graph(name: str, dtype: torch.dtype) -> None:
+    ngf = 70 if name == "groupdnet_cityscapes" else 8
+    generator = create_model(name, part="generator", ngf=ngf, image_size=(64, 64), device="cuda",
+                             dtype=dtype, init_gain=1.0).eval()
+    preset = generator.preset
+    cells = torch.arange(64).view(1, 8, 8) % preset.classes
+    labels = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    ids = labels * 3 if preset.instance_edge else None
+    fast = Synthesizer(generator, labels, ids, cuda_graph=True)
+    plain = Synthesizer(generator, labels, ids)
+    tolerance = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 0.05}
+    for seed in (0, 1, 2):
+        torch.testing.assert_close(fast.sample(seed=seed), plain.sample(seed=seed), **tolerance)
+    labels = labels.clone()
+    labels[0, :20, :20] = labels[0, 40, 40]
+    ids = labels * 3 if preset.instance_edge else None
+    for made in (fast, plain):
+        made.update(labels, ids)
+    for seed in (0, 1):
+        torch.testing.assert_close(fast.sample(seed=seed), plain.sample(seed=seed), **tolerance)
+
+
+@pytest.mark.cuda_only
+def test_two_streams_at_once() -> None:
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    case = next(case for case in CASES if case.name == "modulation pair upsampled")
+    inputs = [prepared(case) for _ in streams]
+    expected = [run(case, *each, case.kind) for each in inputs]
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = []
+    for _ in range(20):
+        for stream, each in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(run(case, *each, case.kind))
+    torch.cuda.synchronize()
+    for i, got in enumerate(results):
+        alike(got, expected[i % 2], True)
+
+
+def test_a_layout_is_compiled_where_its_labels_are(device: str) -> None:
+    labels = torch.arange(4096, device=device).view(1, 64, 64) // 100 % 7
+    layout = LabelLayout.from_labels(labels, 7)
+    level, expected = layout.level((32, 32)), layout.to("cpu").level((32, 32))
+    cpu = LabelLayout.from_labels(labels.cpu(), 7).level((32, 32))
+    for name in ("symbols", "windows3", "index3", "windows5", "index5"):
+        assert getattr(level, name).device.type == device
+        assert torch.equal(getattr(level, name).cpu(), getattr(cpu, name))
+        assert torch.equal(getattr(expected, name), getattr(cpu, name))
+    assert torch.equal(layout.dense((20, 24)).cpu(), LabelLayout.from_labels(
+        labels.cpu(), 7).dense((20, 24)))

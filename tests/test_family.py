@@ -1,0 +1,125 @@
+"""The set ``family``: multiply-accumulates as counted by hand, and the table of all models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smis_kernels import (
+    SPADE,
+    LabelLayout,
+    conditional_conv2d,
+    spatially_varying_conv2d,
+    use_backend,
+    use_path,
+    winograd_conv2d,
+)
+from smis_kernels._backend import missing
+from smis_models import create_model
+from smis_models.benchmark import Setting, cases, family, measure
+from smis_models.benchmark.effective import dense_macs, effective_macs
+from smis_models.zoo import MODELS
+
+needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+# Published networks at batch 1, in units of 10^9: counted from the published code.
+DENSE = {
+    "groupdnet_deepfashion": 291.3, "groupdnet_ade20k": 382.7, "groupdnet_cityscapes": 462.7,
+    "spade_coco": 191.1, "spade_ade20k": 181.2, "spade_cityscapes": 281.3,
+    "ccfpse_coco": 455.8, "ccfpse_cityscapes": 738.7,
+    "pix2pixhd_cityscapes": 489, "pix2pixhd_cityscapes_1024": 748,
+}
+SIZE = (32, 32)
+
+
+def features(channels: int) -> Tensor:
+    x = torch.randn((1, channels, *SIZE), generator=torch.Generator().manual_seed(0))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def on_meta(name: str) -> tuple[Any, ...]:
+    """A full-size generator and its inputs, without memory."""
+    generator = create_model(name, part="generator", device="meta").eval()
+    preset = generator.preset
+    planes = torch.empty((1, preset.semantic_channels, *preset.image_size), device="meta")
+    z = generator.sample_latent(1)
+    return (generator, planes) if z is None else (generator, planes, z)
+
+
+@pytest.mark.parametrize(("name", "expected"), DENSE.items())
+def test_dense_macs_are_those_of_the_published_code(name: str, expected: float) -> None:
+    digits = 0.06 if expected % 1 else 0.6
+    assert dense_macs(on_meta(name)) / 1e9 == pytest.approx(expected, abs=digits)
+
+
+@needs_cpu
+@pytest.mark.parametrize("path", ["one_level", "two_level"])
+def test_tables_are_counted_by_their_windows(path: str) -> None:
+    norm = SPADE(16, 5, 8).eval()
+    labels = torch.zeros(1, *SIZE, dtype=torch.long)
+    labels[:, 10:20, 5:25] = 3
+    layout = LabelLayout.from_labels(labels, 5)
+    level = layout.level(SIZE)
+    v, u = level.counts
+    symbols = len(layout.vectors)
+    with use_path(path):
+        found = effective_macs(lambda: norm(features(16), layout))
+    embedding = symbols * 5 * 9 * 8  # every symbol's vector by every tap, summed by window
+    assert found == embedding + (u if path == "one_level" else v) * 2 * 9 * 8 * 16
+    with use_path("dense"):
+        dense = effective_macs(lambda: norm(features(16), layout))
+    assert dense == 32 * 32 * (9 * 5 * 8 + 2 * 9 * 8 * 16)
+
+
+@needs_cpu
+def test_ops_are_counted_by_hand() -> None:
+    x, pixels = features(8), 32 * 32
+    weight = torch.randn(12, 8, 3, 3)
+    assert effective_macs(lambda: winograd_conv2d(x, weight)) == pixels * 4 * 8 * 12
+    kernels = torch.randn(9 * 8, 6, 3, 3)
+    assert effective_macs(lambda: conditional_conv2d(x, features(6), kernels)) == (
+        pixels * (9 * 8 * 6 * 9 + 9 * 8))
+    varying = torch.randn(1, 9 * 8, *SIZE)
+    assert effective_macs(lambda: spatially_varying_conv2d(x, varying)) == pixels * 9 * 8
+    grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+    assert effective_macs(lambda: grouped(x)) == pixels * 9 * 2 * 12
+
+
+def tiny_inputs(name: str, setting: Setting) -> tuple[Any, ...]:
+    model = create_model(name, ngf=8, nef=8, image_size=(64, 64), init_gain=1.0,
+                         dtype=setting.dtype).eval()
+    planes = model.semantics(torch.zeros(1, 64, 64, dtype=torch.long))
+    return model.generator, planes, model.generator.sample_latent(1)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "generator_inputs", tiny_inputs)
+
+
+def test_the_reference_run_is_the_dense_count() -> None:
+    inputs = tiny_inputs("groupdnet_deepfashion", Setting(torch.device("cpu")))
+    with use_backend("reference"):
+        assert effective_macs(lambda: inputs[0](*inputs[1:])) == dense_macs(inputs)
+
+
+@needs_cpu
+def test_the_table_has_a_row_for_each_model(small: None) -> None:
+    setting = Setting(torch.device("cpu"), compiled=False)
+    records = [record for case in cases("family", "groupdnet_deepfashion")
+               for record in measure(case, setting)]
+    (row,) = family.family_table(records)
+    cells = dict(zip(family.COLUMNS, row, strict=True))
+    assert cells["model"] == "groupdnet_deepfashion"
+    assert (cells["G, M"], cells["E, M"], cells["D, M"]) == ("96.3", "12.8", "5.5")
+    fused = next(r for r in records if r.provider == "fused")
+    assert fused.correct
+    assert 0 < fused.counts["effective_macs"] < 0.8 * fused.macs  # one class: few windows
+    assert cells["x ref."].endswith("x")
+    assert family.family_table(records[:1]) == []
+
+
+def test_the_set_holds_every_model() -> None:
+    assert [case.name for case in cases("family")] == [f"family/{name}" for name in MODELS]
