@@ -68,7 +68,7 @@ template <class T> void transform_condition(const ConditionalConvArgs& a, int64_
   using V = Vec<A>;
   constexpr int64_t L = Lanes<A>::n;
   const Tiling& t = a.tiling;
-  const int64_t depth = a.depth(), PW = t.patch_width(), plane = t.tiles * depth;
+  const int64_t depth = a.depth(), PW = t.patch_width(), plane = a.v_plane();
   A* patch = static_cast<A*>(scratch);
   for (int64_t i = begin; i < end; ++i) {
     stage_patch<T>(t, a.h, region_at(t, a.first + i), 0, a.D, depth, patch);
@@ -94,24 +94,46 @@ template <class T> struct Block {
       : channel(i * L), lanes(std::min(L, a.C - i * L)) {}
 };
 
+// Kernels [k, k + L) of one row of weights, zeros after the last: in place, or a copy in `buffer`.
+template <class T>
+const Acc<T>* some_kernels(const ConditionalConvArgs& a, int64_t row, int64_t k, Acc<T>* buffer) {
+  constexpr int64_t L = Block<T>::L;
+  const T* weight = static_cast<const T*>(a.weight) + (row * a.D + k) * 9;
+  const int64_t count = std::min(L, a.D - k) * 9;
+  if (count == 9 * L) return staged(weight, count, buffer);
+  for (int64_t i = 0; i < 9 * L; ++i) buffer[i] = i < count ? load(weight[i]) : Acc<T>(0);
+  return buffer;
+}
+
 // The block's weights as u[row][f][k][tap][lane]; row and tap are those of the predicted kernel.
 template <class T> void transform_weights(const ConditionalConvArgs& a, const Block<T>& b, Acc<T>* u) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t L = Lanes<A>::n;
-  const int64_t depth = a.depth();
-  const T* weight = static_cast<const T*>(a.weight) + b.channel * 9 * a.D * 9;
+  const int64_t depth = a.depth(), plane = a.u_plane(L);
+  alignas(kVectorBytes) A buffer[L][9 * L];
+  V g[9 * L];
   for (int64_t kk = 0; kk < 9; ++kk)
-    for (int64_t k = 0; k < depth; ++k) {
-      alignas(kVectorBytes) A g[9 * L] = {};
-      if (k < a.D)
-        for (int64_t l = 0; l < b.lanes; ++l)
-          for (int64_t i = 0; i < 9; ++i) g[i * L + l] = load(weight[((l * 9 + kk) * a.D + k) * 9 + i]);
-      V taps[9], out[16];
-      for (int i = 0; i < 9; ++i) taps[i] = get(g + i * L);
-      Winograd<V>::weight(taps, out);
-      for (int64_t f = 0; f < 16; ++f)
-        put(u + (((kk / 3 * 16 + f) * depth + k) * kTaps + kk % 3) * L, out[f]);
+    for (int64_t k = 0; k < depth; k += L) {
+      const A* rows[L];
+      for (int64_t l = 0; l < L; ++l) {
+        if (l < b.lanes && k < a.D) {
+          rows[l] = some_kernels<T>(a, (b.channel + l) * 9 + kk, k, buffer[l]);
+        } else {
+          std::fill(buffer[l], buffer[l] + 9 * L, A(0));
+          rows[l] = buffer[l];
+        }
+      }
+      for (int64_t i = 0; i < 9 * L; i += L) {
+        for (int64_t l = 0; l < L; ++l) g[i + l] = get(rows[l] + i);
+        transpose<A>(g + i);
+      }
+      for (int64_t j = 0; j < L; ++j) {
+        V out[16];
+        Winograd<V>::weight(g + 9 * j, out);
+        for (int64_t f = 0; f < 16; ++f)
+          put(u + (kk / 3 * 16 + f) * plane + ((k + j) * kTaps + kk % 3) * L, out[f]);
+      }
     }
 }
 
@@ -120,21 +142,21 @@ template <class T> void transform_weights_transposed(const ConditionalConvArgs& 
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t L = Lanes<A>::n;
-  const int64_t depth = a.depth();
-  const T* weight = static_cast<const T*>(a.weight) + b.channel * 9 * a.D * 9;
+  const int64_t depth = a.depth(), plane = a.u_plane(L);
   for (int64_t kk = 0; kk < 9; ++kk)
     for (int64_t l = 0; l < L; ++l)
       for (int64_t k = 0; k < depth; k += L) {
-        alignas(kVectorBytes) A g[9 * L] = {};
-        if (l < b.lanes)
-          for (int64_t j = 0; j < std::min(L, a.D - k); ++j)
-            for (int64_t i = 0; i < 9; ++i)
-              g[i * L + j] = load(weight[((l * 9 + kk) * a.D + k + j) * 9 + i]);
+        alignas(kVectorBytes) A buffer[9 * L], g[9 * L] = {};
+        if (l < b.lanes && k < a.D) {
+          const A* row = some_kernels<T>(a, (b.channel + l) * 9 + kk, k, buffer);
+          for (int64_t j = 0; j < L; ++j)
+            for (int64_t i = 0; i < 9; ++i) g[i * L + j] = row[j * 9 + i];
+        }
         V taps[9], out[16];
         for (int i = 0; i < 9; ++i) taps[i] = get(g + i * L);
         Winograd<V>::weight(taps, out);
         for (int64_t f = 0; f < 16; ++f)
-          put(u + (((kk / 3 * 16 + f) * kTaps + kk % 3) * L + l) * depth + k, out[f]);
+          put(u + (kk / 3 * 16 + f) * plane + (kk % 3 * L + l) * depth + k, out[f]);
       }
 }
 
@@ -145,9 +167,9 @@ void predict(const ConditionalConvArgs& a, const A* v, const A* u, A* m) {
   const int64_t depth = a.depth(), tiles = a.tiling.tiles;
   for (int64_t f = 0; f < kFrequencies; ++f)
     for (int64_t tile = 0; tile < tiles; tile += kTileRows)
-      product_tile<A, int(kTaps), false>(v + (f * tiles + tile) * depth, depth, 1,
-                                         u + f * depth * kTaps * L, kTaps * L, depth,
-                                         m + (f * tiles + tile) * kTaps * L, kTaps * L);
+      product_tile<A, int(kTaps), false>(v + f * a.v_plane() + tile * depth, depth, 1,
+                                         u + f * a.u_plane(L), kTaps * L, depth,
+                                         m + f * a.m_plane(L) + tile * kTaps * L, kTaps * L);
 }
 
 // The predicted kernels of a tile's 2x2 pixels at one tap.
@@ -157,7 +179,7 @@ inline void kernels_of(const ConditionalConvArgs& a, const A* m, int64_t tile, i
   constexpr int64_t L = Lanes<A>::n;
   Vec<A> in[16];
 #pragma GCC unroll 16
-  for (int f = 0; f < 16; ++f) in[f] = get(m + ((f * a.tiling.tiles + tile) * kTaps + tap) * L);
+  for (int f = 0; f < 16; ++f) in[f] = get(m + f * a.m_plane(L) + (tile * kTaps + tap) * L);
   Winograd<Vec<A>>::output(in, w);
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) w[q] += bias;
@@ -212,7 +234,7 @@ template <class T> void forward(const ConditionalConvArgs& a, int64_t begin, int
     std::fill(sums, sums + block_output(a, L), A(0));
     for (int64_t ky = 0; ky < 3; ++ky) {
       predict(a, static_cast<const A*>(a.v) + i * a.transformed(),
-              u + ky * kFrequencies * a.depth() * kTaps * L, m);
+              u + ky * kFrequencies * a.u_plane(L), m);
       V bias[kTaps];
       for (int kx = 0; kx < kTaps; ++kx) bias[kx] = bias_of<T>(a, b, ky * 3 + kx);
       for (int64_t tile = 0; tile < t.rows * t.cols; ++tile) {
@@ -252,7 +274,7 @@ void kernel_gradients(const ConditionalConvArgs& a, const A* x, const A* dy, int
           dbias[kx] += dw[q];
         }
       Winograd<V>::output_transposed(dw, out);
-      for (int f = 0; f < 16; ++f) put(dm + ((f * t.tiles + tile) * kTaps + kx) * L, out[f]);
+      for (int f = 0; f < 16; ++f) put(dm + f * a.m_plane(L) + (tile * kTaps + kx) * L, out[f]);
     }
   }
 }
@@ -262,7 +284,7 @@ template <class T> void backward(const ConditionalConvArgs& a, int64_t begin, in
   using V = Vec<A>;
   constexpr int64_t L = Lanes<A>::n;
   const Tiling& t = a.tiling;
-  const int64_t PW = t.patch_width(), depth = a.depth(), row = kFrequencies * depth * kTaps * L;
+  const int64_t PW = t.patch_width(), depth = a.depth(), row = kFrequencies * a.u_plane(L);
   A* u = static_cast<A*>(scratch);
   A* m = u + block_weights(a, L);
   A* x = m + products(a, L);
@@ -303,8 +325,8 @@ template <class T> void backward(const ConditionalConvArgs& a, int64_t begin, in
         for (int64_t f = 0; f < kFrequencies; ++f)
           for (int64_t k = 0; k < depth; k += kTileRows)
             product_tile<A, int(kTaps), true>(
-                v + f * t.tiles * depth + k, 1, depth, m + f * t.tiles * kTaps * L, kTaps * L,
-                t.tiles, du + (f * depth + k) * kTaps * L, kTaps * L);
+                v + f * a.v_plane() + k, 1, depth, m + f * a.m_plane(L), kTaps * L, t.tiles,
+                du + f * a.u_plane(L) + k * kTaps * L, kTaps * L);
       }
       if (a.dx.data != nullptr) add_patch(t, a.dx, r, b.channel, b.lanes, L, dx);
     }
@@ -324,7 +346,7 @@ template <class T> void finish_weight_gradient(const ConditionalConvArgs& a, int
       for (int64_t k = 0; k < a.D; ++k) {
         V in[16], g[9];
         for (int64_t f = 0; f < 16; ++f)
-          in[f] = get(du + (((kk / 3 * 16 + f) * depth + k) * kTaps + kk % 3) * L);
+          in[f] = get(du + (kk / 3 * 16 + f) * a.u_plane(L) + (k * kTaps + kk % 3) * L);
         Winograd<V>::weight_transposed(in, g);
         for (int64_t l = 0; l < b.lanes; ++l)
           for (int64_t i = 0; i < 9; ++i) store(weight[((l * 9 + kk) * a.D + k) * 9 + i], A(g[i][l]));
@@ -338,7 +360,7 @@ template <class T> void condition_gradient(const ConditionalConvArgs& a, int64_t
   constexpr int64_t L = Lanes<A>::n;
   constexpr int kVecs = 2;
   const Tiling& t = a.tiling;
-  const int64_t depth = a.depth(), plane = t.tiles * depth;
+  const int64_t depth = a.depth(), plane = a.v_plane();
   A* u = static_cast<A*>(scratch);
   A* m = u + block_weights(a, L);
   A* x = m + products(a, L);
@@ -359,8 +381,8 @@ template <class T> void condition_gradient(const ConditionalConvArgs& a, int64_t
           for (int64_t tile = 0; tile < t.tiles; tile += kTileRows)
             for (int64_t k = 0; k < depth; k += kVecs * L)
               product_tile<A, kVecs, true>(
-                  m + (f * t.tiles + tile) * kTaps * L, kTaps * L, 1,
-                  u + (ky * kFrequencies + f) * kTaps * L * depth + k, depth, kTaps * L,
+                  m + f * a.m_plane(L) + tile * kTaps * L, kTaps * L, 1,
+                  u + (ky * kFrequencies + f) * a.u_plane(L) + k, depth, kTaps * L,
                   dv + i * a.transformed() + f * plane + tile * depth + k, depth);
       }
     }
@@ -381,7 +403,7 @@ void finish_condition_gradient(const ConditionalConvArgs& a, int64_t begin, int6
       const A* dv = static_cast<const A*>(a.dv) + i * a.transformed() + group * L;
       for (int64_t tile = 0; tile < t.rows * t.cols; ++tile) {
         V in[16], d[16];
-        for (int f = 0; f < 16; ++f) in[f] = get(dv + (f * t.tiles + tile) * depth);
+        for (int f = 0; f < 16; ++f) in[f] = get(dv + f * a.v_plane() + tile * depth);
         Winograd<V>::input_transposed(in, d);
         A* corner = patch + (tile / t.cols * 2 * PW + tile % t.cols * 2) * L;
         for (int f = 0; f < 16; ++f) {

@@ -4,6 +4,7 @@
 // The predicted kernels are a 3x3 convolution with many outputs, so they are computed by Winograd's
 // F(2x2, 3x3): 16 products of depth D for 2x2 pixels, instead of 36. `Tiling` cuts the image into
 // tiles of 2x2 pixels and these into regions, the unit of work; `block` is one vector of channels.
+// Frequencies are planes, whose sizes are those of v_plane, u_plane and m_plane.
 #pragma once
 #include <algorithm>
 
@@ -55,7 +56,11 @@ struct ConditionalConvArgs {
 
   // Of whole steps of every loop over it: two vectors of 16 lanes at the most.
   int64_t depth() const { return (D + 31) / 32 * 32; }
-  int64_t transformed() const { return kFrequencies * tiling.tiles * depth(); }  // of one region
+  // Planes of a frequency: at powers of two, a tile's sixteen values would share cache sets.
+  int64_t v_plane() const { return tiling.tiles * depth() + 16; }
+  int64_t u_plane(int64_t lanes) const { return (depth() * kTaps + 1) * lanes; }
+  int64_t m_plane(int64_t lanes) const { return (tiling.tiles * kTaps + 1) * lanes; }
+  int64_t transformed() const { return kFrequencies * v_plane(); }  // of one region
 };
 
 }  // namespace smis

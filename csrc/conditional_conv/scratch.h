@@ -5,10 +5,10 @@
 namespace smis {
 
 inline int64_t block_weights(const ConditionalConvArgs& a, int64_t lanes) {
-  return 3 * kFrequencies * a.depth() * kTaps * lanes;
+  return 3 * kFrequencies * a.u_plane(lanes);
 }
 inline int64_t products(const ConditionalConvArgs& a, int64_t lanes) {
-  return kFrequencies * a.tiling.tiles * kTaps * lanes;
+  return kFrequencies * a.m_plane(lanes);
 }
 inline int64_t block_patch(const ConditionalConvArgs& a, int64_t lanes) {
   return a.tiling.patch_pixels() * lanes;

@@ -287,7 +287,7 @@ inline void add_pixels(const A* const (&x)[count], const A* __restrict near, A* 
 template <class T> void moments_rows(const MomentsArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t chunks = (a.P + a.chunk - 1) / a.chunk;
-  constexpr int64_t kFirst = 128, kBlock = 32;  // a block's sums may stay in fp32
+  constexpr int64_t kFirst = 128, kBlock = 16;  // a block's sums may stay in fp32
   alignas(64) A xb[4][kChunk], near[kChunk], s[kChunk], q[kChunk];
   alignas(64) double sum[kChunk], square[kChunk];
   for (int64_t i = begin; i < end; ++i) {
