@@ -94,10 +94,13 @@ def poisoned_empty() -> Iterator[None]:
 def gradients(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: int = 0
 ) -> list[Tensor]:
-    """Gradients of ``(function(*inputs) * cotangent).sum()`` for a fixed random cotangent."""
+    """Gradients of ``(function(*inputs) * cotangent).sum()`` for a fixed random cotangent.
+
+    The cotangent is drawn in fp32, so that its sums are exact in fp64.
+    """
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     out = function(*leaves)
     generator = torch.Generator().manual_seed(seed)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    cotangent = torch.randn(out.shape, generator=generator)
     wanted = [x for x in leaves if x.requires_grad]
     return list(torch.autograd.grad((out * cotangent.to(out)).sum(), wanted))

@@ -242,7 +242,7 @@ def test_threads_do_not_change_the_result(layout: str, form: str) -> None:
 def test_gradient(dtype: torch.dtype, layout: str, form: str, size: tuple[int, int] | None) -> None:
     image, labels = with_layout(_image(2, 17, 21, dtype=dtype), layout), _labels(2, 17, 21, 6)
     generator = torch.Generator().manual_seed(2)
-    soft = torch.rand((2, 6, 17, 21), generator=generator, dtype=torch.float64)
+    soft = torch.rand((2, 6, 17, 21), generator=generator).double()
     semantics = {"labels": labels, "planes": _planes(labels, 6), "soft": soft}[form]
 
     def run(backend: str, x: Tensor) -> Tensor:
