@@ -1,4 +1,16 @@
-"""``python -m benchmarks.gpu``: build, check, tune and measure on a GPU; see CONTRIBUTING.md."""
+"""Build, check, tune and measure on a GPU, and write results, tables and plots.
+
+A first session, on a machine without git or network:
+
+  python -m benchmarks.gpu --dry-run                      on any machine: all up to the launch
+  python -m benchmarks.gpu --commit C --out build/results all parts; about 8 minutes
+  python -m benchmarks.gpu --commit C --out build/results --resume
+                                                          what failed or found no time, again
+  python -m benchmarks.gpu --only tune operations         after a change; marks regressions
+
+Results go to <gpu>-<date>.json, .md, .tuned.json and plots; logs to build/gpu/<result>/. The launch
+settings that measured fastest also go to smis_kernels/tuned/, where the package reads them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +29,8 @@ from .parts import BY_NAME, PARTS, TOTAL_SECONDS
 from .settings import ROOT, Settings
 
 RESULTS = ROOT / "benchmarks" / "results"
+DRY_RUNS = ROOT / "build" / "dry-runs"
+INTERRUPTED = 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--maps", help="folder of label maps; default: the package's own scenes")
     parser.add_argument("--parity", help="folder of check_golden.py with its goldens")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: "
+                        "benchmarks/results, of dry runs build/dry-runs")
     parser.add_argument("--only", nargs="+", choices=list(BY_NAME), metavar="PART",
                         help="these parts (and what all need: device, build)")
     parser.add_argument("--budget", type=float, default=None,
@@ -51,9 +66,9 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def machine_name(settings: Settings) -> str:
+def machine_name(dry_run: bool) -> str:
     """"cpu", or the GPU's name as the results' files carry it."""
-    if settings.dry_run:
+    if dry_run:
         return "cpu"
     import torch
 
@@ -65,47 +80,38 @@ def machine_name(settings: Settings) -> str:
 
 
 def latest(out: Path, machine: str, dry_run: bool, before: Path | None = None) -> Path | None:
-    """The newest results of this machine in ``out``, other than ``before``."""
+    """The newest results of this machine in ``out``, older than ``before``."""
     prefix = "dry-run-" if dry_run else ""
     found = [path for path in out.glob(f"{prefix}{machine}-*.json")
-             if path != before and re.fullmatch(rf"{prefix}{re.escape(machine)}-[-\d]+", path.stem)]
+             if re.fullmatch(rf"{prefix}{re.escape(machine)}-[-\d]+", path.stem)
+             and (before is None or path.stem < before.stem)]
     return max(found, key=lambda path: path.stem, default=None)
 
 
-def _restore(settings: Settings, results: dict[str, Any]) -> None:
-    """Journals of earlier results, where a fresh machine has none."""
-    for name, content in results.items():
-        path = settings.journal(name)
-        if not path.exists():
-            write_json(path, {"rows": content["rows"]})
-
-
 def _terminated(*_: object) -> None:
-    raise SystemExit("error: ended by a signal; --resume goes on")
+    raise KeyboardInterrupt
 
 
-def main() -> int:
-    arguments = _parser().parse_args()
+def _settings(arguments: argparse.Namespace) -> tuple[Settings, Path, str]:
+    """The settings, the results' file and the machine's name.
+
+    Raises:
+        Skip: this cannot run here, and why.
+    """
     for name in ("maps", "parity"):
         folder = getattr(arguments, name)
         if folder is not None and not Path(folder).is_dir():
-            print(f"error: --{name}: {folder} is no folder", file=sys.stderr)
-            return 2
-    signal.signal(signal.SIGTERM, _terminated)
-    out = arguments.out.resolve()
-    plain = Settings(str(out), "", dry_run=arguments.dry_run)
-    try:
-        machine = machine_name(plain)
-    except Skip as reason:
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
-    last = latest(out, machine, arguments.dry_run)
-    if arguments.resume and last is None:
-        print(f"error: --resume: no results of {machine} in {out}", file=sys.stderr)
-        return 2
-    stamp = time.strftime("%Y-%m-%d-%H%M%S")
-    prefix = "dry-run-" if arguments.dry_run else ""
-    target = last if arguments.resume and last else out / f"{prefix}{machine}-{stamp}.json"
+            raise Skip(f"--{name}: {folder} is no folder")
+    out = (arguments.out or (DRY_RUNS if arguments.dry_run else RESULTS)).resolve()
+    if arguments.dry_run and out == RESULTS:
+        raise Skip(f"--out: {out} holds measured results, and a dry run's are none; give another")
+    machine = machine_name(arguments.dry_run)
+    target = latest(out, machine, arguments.dry_run) if arguments.resume else None
+    if arguments.resume and target is None:
+        raise Skip(f"--resume: no results of {machine} in {out}; run once without it")
+    if target is None:
+        prefix = "dry-run-" if arguments.dry_run else ""
+        target = out / f"{prefix}{machine}-{time.strftime('%Y-%m-%d-%H%M%S')}.json"
     settings = Settings(
         out=str(out), work=str(ROOT / "build" / "gpu" / target.stem),
         maps=arguments.maps and str(Path(arguments.maps).resolve()),
@@ -113,30 +119,46 @@ def main() -> int:
         dry_run=arguments.dry_run, commit=arguments.commit or commit(),
         table=str(target.with_suffix(".tuned.json")),
     )
-    kept: dict[str, Any] = {}
+    return settings, target, machine
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        settings, target, machine = _settings(arguments)
+    except Skip as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    parts: dict[str, Any] = {}
     if arguments.resume:
-        kept = read_json(target)["parts"]
-        _restore(settings, kept)
-    names = driver.order(arguments.only or BY_NAME)
-    names = [n for n in names if n == "device" or kept.get(n, {}).get("state") != "done"
-             or (arguments.only and n in arguments.only) or BY_NAME[n].fatal]
+        parts = read_json(target)["parts"]
+        driver.restore(settings, parts)
+    chosen = [part for part in driver.order(arguments.only or BY_NAME)
+              if part.fatal or parts.get(part.name, {}).get("state") != "done"]
 
     def save(parts: dict[str, Any]) -> None:
         ordered = {part.name: parts[part.name] for part in PARTS if part.name in parts}
         write_json(target, {"format": 1, "dry_run": settings.dry_run, "commit": settings.commit,
-                            "date": stamp, "machine": machine, "parts": ordered})
+                            "date": time.strftime("%Y-%m-%d"), "machine": machine,
+                            "parts": ordered})
 
-    print(f"{machine}, commit {settings.commit}: {', '.join(names)}; results in {target}",
-          flush=True)
-    parts = dict(kept)
+    print(f"{machine}, commit {settings.commit}: {', '.join(part.name for part in chosen)}; "
+          f"results in {target}", flush=True)
+    interrupted = False
     try:
         usual = TOTAL_SECONDS * (driver.DRY_RUN if settings.dry_run else 1)
-        driver.run_parts(names, settings, arguments.budget or usual, save, parts)
-    finally:
-        if parts:
-            save(parts)
-            earlier = latest(out, machine, arguments.dry_run, before=target)
-            report.write(target, earlier)
+        driver.run_parts(chosen, settings, arguments.budget or usual, save, parts)
+    except KeyboardInterrupt:
+        interrupted = True
+    if parts:
+        save(parts)
+        report.write(target, None if settings.dry_run else
+                     latest(target.parent, machine, False, before=target)
+                     or latest(RESULTS, machine, False, before=target))
+    if interrupted:
+        print("error: interrupted; --resume goes on", file=sys.stderr)
+        return INTERRUPTED
     failed = [name for name, part in parts.items() if part["state"] == "failed"]
     if failed:
         print(f"failed: {', '.join(failed)}; logs in {settings.work}", file=sys.stderr)

@@ -84,8 +84,7 @@ def run(journal: Journal, settings: Settings) -> None:
     except ImportError:
         raise Skip("pytest is not installed") from None
     wanted = dict(shards(settings.dry_run))
-    missing = [name for name in wanted
-               if (journal.find(name) or {"state": ""})["state"] not in ("done", "skipped")]
+    missing = journal.missing(wanted)
     workers = min(len(missing), max(2, (os.cpu_count() or 2) - 2)) or 1
     with ThreadPoolExecutor(2 if settings.dry_run else workers) as pool:
         futures = {pool.submit(_pytest, wanted[name], journal.left() - 3): name for name in missing}

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from .journal import read_json, write_json
-from .parts import BY_NAME, PARTS, Part
+from .journal import KEPT, read_json, write_json
+from .parts import PARTS, Part
 from .settings import ROOT, Settings, environment
 from .worker import DONE, FAILED, LATE, LOST
 
@@ -40,8 +40,8 @@ class _Running:
 
 def _start(part: Part, seconds: float, settings: Settings) -> subprocess.Popen[bytes]:
     settings.journal(part.name).with_suffix(".end.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", part.name, f"{seconds:.1f}",
-               settings.to_json()]
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", part.name, part.target,
+               f"{seconds:.1f}", settings.to_json()]
     log = settings.log(part.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as sink:
@@ -123,12 +123,12 @@ def _say(part: Part, content: dict[str, Any], seconds: float) -> None:
     print(f"{part.name:12} {content['state']:8} {seconds:6.1f} s  {text}{reason}", flush=True)
 
 
-def run_parts(names: Iterable[str], settings: Settings, budget: float, save: Save,
+def run_parts(parts: Iterable[Part], settings: Settings, budget: float, save: Save,
               results: dict[str, Any]) -> dict[str, Any]:
     """Run parts in order within ``budget`` seconds; ``save(results)`` after every change.
 
     Args:
-        names: of the parts.
+        parts: in order.
         settings: of the run.
         budget: for all of them.
         save: called with the parts' results so far.
@@ -138,10 +138,12 @@ def run_parts(names: Iterable[str], settings: Settings, budget: float, save: Sav
         Part name -> {"state", "reason", "seconds", "rows"}.
     """
     end = time.monotonic() + budget
-    chosen = [BY_NAME[name] for name in names]
-    single = len(chosen) == 1
-    for group in _group(chosen):
+    scale = DRY_RUN if settings.dry_run else 1
+    groups = _group(parts)
+    for i, group in enumerate(groups):
         left = end - time.monotonic()
+        # what earlier parts did not need, less what the later ones may
+        spare = left - scale * sum(max(part.seconds for part in later) for later in groups[i + 1:])
         if left <= 5:
             for part in group:
                 results[part.name] = {**results.get(part.name, {"rows": []}), "state": "stopped",
@@ -151,8 +153,7 @@ def run_parts(names: Iterable[str], settings: Settings, budget: float, save: Sav
             continue
         running = []
         for part in group:
-            share = part.seconds * (DRY_RUN if settings.dry_run else 1)
-            seconds = left if single else min(share, left)
+            seconds = min(max(scale * part.seconds, spare), left)
             now = time.monotonic()
             running.append(_Running(part, _start(part, seconds, settings), now + seconds, now))
         try:
@@ -189,7 +190,20 @@ def _wait(running: list[_Running], settings: Settings, end: float, save: Save,
                 _say(item.part, results[name], results[name]["seconds"])
 
 
-def order(names: Iterable[str]) -> list[str]:
-    """Names in the order of PARTS, those that the others need included."""
+def order(names: Iterable[str]) -> list[Part]:
+    """Parts of these names in the order of PARTS, those that the others need included."""
     wanted = set(names)
-    return [part.name for part in PARTS if part.name in wanted or part.fatal]
+    return [part for part in PARTS if part.name in wanted or part.fatal]
+
+
+def restore(settings: Settings, results: dict[str, Any]) -> None:
+    """Make the journals ready for ``--resume``: rows that failed go, and what all parts need.
+
+    A machine without journals gets those of the results; the machine and its libraries may be new.
+    """
+    fatal = {part.name for part in PARTS if part.fatal}
+    for name, content in results.items():
+        path = settings.journal(name)
+        rows = (read_json(path) or content)["rows"]
+        kept = [row for row in rows if row["state"] in KEPT and name not in fatal]
+        write_json(path, {"rows": kept})

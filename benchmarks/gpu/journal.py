@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 KEPT = ("done", "skipped")  # rows that --resume does not repeat
+ENDED = (*KEPT, "failed")  # rows that the same run does not repeat
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -41,12 +42,14 @@ class Unusable(Exception):
 class Journal:
     """Rows of one part: ``journal.row(name, function)`` runs what is not recorded yet.
 
-    A row is {"name", "state": "done" | "failed" | "skipped" | "running", "reason", "seconds", ...}
-    and what the function returned.
+    A row is {"name", "state": "done" | "failed" | "skipped" | "running", "reason", "seconds",
+    "commit", ...} and what the function returned.
     """
 
-    def __init__(self, path: Path, seconds: float, healthy: Callable[[], str | None]) -> None:
+    def __init__(self, path: Path, seconds: float, healthy: Callable[[], str | None],
+                 commit: str = "") -> None:
         self.path = path
+        self.commit = commit
         self.deadline = time.monotonic() + seconds
         self.healthy = healthy
         self.rows: list[Row] = (read_json(path) or {"rows": []})["rows"]
@@ -54,6 +57,11 @@ class Journal:
     def left(self) -> float:
         """Seconds until the part's deadline."""
         return self.deadline - time.monotonic()
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that have no row that ended."""
+        ended = {row["name"] for row in self.rows if row["state"] in ENDED}
+        return [name for name in names if name not in ended]
 
     def find(self, name: str) -> Row | None:
         """The recorded row of this name."""
@@ -73,8 +81,8 @@ class Journal:
 
         Args:
             name: of the row, unique in the part.
-            function: returns the row's content; :class:`Skip` skips it with a reason, any other
-                exception fails it.
+            function: returns the row's content, its "state" too where it is not "done";
+                :class:`Skip` skips it with a reason, any other exception fails it.
             needs: seconds it takes at the least; with fewer left it is not started.
 
         Raises:
@@ -82,7 +90,7 @@ class Journal:
             Unusable: after an error that the device does not recover from.
         """
         found = self.find(name)
-        if found is not None and found["state"] in KEPT:
+        if found is not None and found["state"] in ENDED:
             return found
         if self.left() <= needs:
             raise OutOfTime(name)
@@ -94,7 +102,8 @@ class Journal:
             row = {"name": name, "state": "skipped", "reason": str(reason)}
         except Exception as error:
             row = {"name": name, "state": "failed", "reason": explain(error)}
-        row["seconds"] = round(time.monotonic() - start, 2)
+        row.setdefault("seconds", round(time.monotonic() - start, 2))
+        row["commit"] = self.commit
         self._put(row)
         print(f"  {name}: {row['state']}{brief(row)} ({row['seconds']:.1f} s)", flush=True)
         problem = self.healthy()

@@ -17,7 +17,7 @@ from smis_kernels.testing import max_error
 from smis_models.benchmark import timing
 from smis_models.benchmark.case import nbytes, tensors
 
-from .journal import Row, Skip, explain
+from .journal import Row, explain
 
 Call = Callable[[], Any]
 MATRIX = 8192
@@ -137,6 +137,36 @@ def matrix_call(device: torch.device, dtype: torch.dtype, size: int = MATRIX) ->
     return lambda: torch.mm(a, b, out=out)
 
 
+def _judged(provider: Provider, exact: list[Tensor], yardstick: float | None,
+            device: torch.device, judge: str, select: Callable[[Any], Any]
+            ) -> tuple[Row, Call, Tensor]:
+    """A provider's errors and peak memory, the call to time, memory as large as its result."""
+    start = time.perf_counter()
+    call = provider.make()
+    outputs = call()
+    synchronize()
+    entry: Row = {"first_call_seconds": round(time.perf_counter() - start, 3)}
+    errors = _errors(select(outputs), exact)
+    entry["error"], entry["errors"] = errors[judge], errors
+    if yardstick is not None:
+        half_unit = torch.finfo(provider.dtype).eps / 2  # the rounding of the result itself
+        entry["allowed"] = ACCURACY * yardstick + half_unit
+        entry["correct"] = bool(entry["error"] <= entry["allowed"])
+    else:
+        entry["correct"] = math.isfinite(entry["error"])
+    largest = torch.empty_like(max(tensors(outputs), key=nbytes))
+    del outputs
+    entry["peak_bytes"] = timing.peak_allocated(call, device)
+    if provider.graph:
+        entry["graph"] = device.type == "cuda"
+        if entry["graph"]:
+            try:
+                call = timing.graphed([call])
+            except RuntimeError as error:  # its time is then that of launches, and the table says so
+                entry |= {"graph": False, "note": f"no CUDA graph: {explain(error)}"}
+    return entry, call, largest
+
+
 def measure(providers: Sequence[Provider], truth: Callable[[], Any], device: torch.device, *,
             floor: Floor | None = None, seconds: float = 1.5, least: int = 5,
             matrix: bool = False, small: bool = False, judge: str = "max",
@@ -151,7 +181,7 @@ def measure(providers: Sequence[Provider], truth: Callable[[], Any], device: tor
         seconds: of timing, over all providers.
         least: rounds at the least.
         matrix: measure the matrix rate too.
-        small: use small sizes for the rates (a dry run).
+        small: a dry run: one round each, small sizes for the rates.
         judge: the error that decides, "max", or "rms" where chaos makes the largest one a lottery.
         select: what of the outputs the truth is about.
 
@@ -166,38 +196,21 @@ def measure(providers: Sequence[Provider], truth: Callable[[], Any], device: tor
     calls: dict[str, Call] = {}
     largest: Tensor | None = None
     for provider in providers:
-        start = time.perf_counter()
-        try:
-            call = provider.make()
-            outputs = call()
-            synchronize()
-        except Exception as error:
-            if not provider.optional:
-                raise
-            found[provider.name] = {"skipped": explain(error)}
-            continue
-        entry: Row = {"first_call_seconds": round(time.perf_counter() - start, 3)}
-        errors = _errors(select(outputs), exact)
-        entry["error"], entry["errors"] = errors[judge], errors
-        half_unit = torch.finfo(provider.dtype).eps / 2  # the rounding of the result itself
         yardstick = found.get(provider.like or "", {}).get("error")
-        if yardstick is not None:
-            entry["allowed"] = ACCURACY * yardstick + half_unit
-            entry["correct"] = bool(entry["error"] <= entry["allowed"])
-        else:
-            entry["correct"] = math.isfinite(entry["error"])
-        biggest = max(tensors(outputs), key=nbytes)
+        try:
+            entry, call, biggest = _judged(provider, exact, yardstick, device, judge, select)
+        except Exception as error:
+            found[provider.name] = {
+                "skipped" if provider.optional else "failed": explain(error)}
+            release()
+            continue
         if largest is None or nbytes(biggest) > nbytes(largest):
-            largest = torch.empty_like(biggest)
-        del outputs, biggest
-        entry["peak_bytes"] = timing.peak_allocated(call, device)
-        if provider.graph:
-            if device.type == "cuda":
-                call = timing.graphed([call])
-            entry["graph"] = device.type == "cuda"
+            largest = biggest
         found[provider.name], calls[provider.name] = entry, call
     if not calls or largest is None:
-        raise Skip("no provider runs here")
+        raise RuntimeError(f"no provider runs: {found}")
+    if small:
+        seconds, least = 0.0, 1
     rates = {"copy": copy_call(largest)}
     size = 64 if small else MATRIX
     if matrix:
@@ -210,6 +223,9 @@ def measure(providers: Sequence[Provider], truth: Callable[[], Any], device: tor
     if matrix:
         measured["matrix"] = 2 * size**3 / median(times["rate matrix"])
     row: Row = {"providers": found, "rates": measured}
+    failures = [f"{name}: {entry['failed']}" for name, entry in found.items() if "failed" in entry]
+    if failures:
+        row |= {"state": "failed", "reason": "; ".join(failures)}
     if floor is not None:
         row["floor"] = _floor(floor, measured)
     return row

@@ -10,11 +10,12 @@ class Part:
     """One process of the command.
 
     Attributes:
-        name: on the command line, in the results; ``benchmarks/gpu/<name>.py`` holds it.
-        seconds: its share of the time; what it does not need, later parts get.
+        name: on the command line and in the results.
+        seconds: its share of the time; what parts leave over, the next ones get.
         group: parts of one group run at the same time; None: alone, since it is timed.
         about: one line for ``--help``.
-        fatal: the whole run stops where it fails.
+        fatal: the whole run stops where it fails; run again on every ``--resume``.
+        function: what runs it, "module:function"; default: ``run`` of ``benchmarks/gpu/<name>.py``.
     """
 
     name: str
@@ -22,18 +23,24 @@ class Part:
     about: str
     group: str | None = None
     fatal: bool = False
+    function: str = ""
+
+    @property
+    def target(self) -> str:
+        """The function's place, "module:function"."""
+        return self.function or f"benchmarks.gpu.{self.name}:run"
 
 
 PARTS = (
     Part("device", 20, "what the machine is: GPU, driver, versions, tools", fatal=True),
     Part("build", 100, "compile and load the native libraries", fatal=True),
-    Part("correctness", 110, "tests/gpu and the Triton tests on the GPU", "check"),
-    Part("sanitizer", 110, "compute-sanitizer on a small run of every kernel", "check"),
-    Part("parity", 110, "the goldens of the published networks, with --parity", "check"),
+    Part("correctness", 100, "tests/gpu and the Triton tests on the GPU", "check"),
+    Part("sanitizer", 100, "compute-sanitizer on a small run of every kernel", "check"),
+    Part("parity", 100, "the goldens of the published networks, with --parity", "check"),
     Part("rates", 15, "copy bandwidth, matrix rates, launch cost"),
-    Part("tune", 60, "launch settings and path rates, measured and written for the package"),
+    Part("tune", 50, "launch settings and path rates, measured and written for the package"),
     Part("operations", 80, "every op against its reference and torch.compile, beside its floor"),
-    Part("networks", 150, "generators: eager, compiled, ours, CUDA graphs, batch sizes"),
+    Part("networks", 130, "generators: eager, compiled, ours, CUDA graphs, batch sizes"),
     Part("training", 60, "training steps: time and memory"),
 )
 BY_NAME = {part.name: part for part in PARTS}

@@ -16,7 +16,7 @@ from .targets import Parts
 
 def _done(parts: Parts, name: str) -> list[dict[str, Any]]:
     return [row for row in parts.get(name, {}).get("rows", [])
-            if row["state"] == "done" and "providers" in row]
+            if "providers" in row]
 
 
 def _ours(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -87,8 +87,8 @@ def memory(parts: Parts, path: Path) -> Path | None:
         for row in _done(parts, part):
             base = next((e["peak_bytes"] for n, e in row["providers"].items()
                          if n.startswith("reference") and "peak_bytes" in e), 0)
-            ours = row["providers"].get("ours") or next(iter(_ours(row).values()), None)
-            if base and ours and "peak_bytes" in ours:
+            ours = _ours(row).get("ours") or next(iter(_ours(row).values()), None)
+            if base and ours:
                 bars.append((re.sub("_", " ", row["name"]), ours["peak_bytes"] / base))
     if not bars:
         return None

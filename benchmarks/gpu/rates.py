@@ -88,7 +88,7 @@ def launches(device: torch.device) -> Row:
     if device.type == "cuda":
         replay = timing.graphed([torch_op])
         found["in a CUDA graph"] = _seconds(replay, device) / LAUNCHES
-    return {"seconds": found}
+    return {"launch_seconds": found}
 
 
 def run(journal: Journal, settings: Settings) -> None:

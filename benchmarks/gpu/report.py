@@ -7,23 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .journal import explain, read_json
-from .targets import TARGETS, Parts, figure, floor_share, measured, reached
-
-REGRESSION = 1.1  # slower by so much, and outside both quartiles
+from .regressions import Place, duration, regressions
+from .targets import TARGETS, Parts, accuracy, figure, floor_share, measured, reached
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |"
                      for line in lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in a readable unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
 
 
 def _rows(parts: Parts, *names: str) -> list[dict[str, Any]]:
@@ -37,37 +28,49 @@ def _machine(results: dict[str, Any]) -> str:
              "python", "torch", "torch_cuda", "cudnn", "nvcc")
     text = "; ".join(f"{name} {facts[name]}" for name in shown if facts.get(name))
     modules = ", ".join(f"{k} {v}" for k, v in facts.get("modules", {}).items())
-    return f"Commit {results['commit']}; {text}; {modules}."
+    others = sorted({row.get("commit", "") for row in _rows(results["parts"], *results["parts"])}
+                    - {results["commit"], ""})
+    mixed = f" Some rows are of commit {', '.join(others)}." if others else ""
+    return f"Commit {results['commit']}; {text}; {modules}.{mixed}"
 
 
-def target_rows(parts: Parts) -> list[tuple[str, str, str, str]]:
+def target_rows(parts: Parts, dry_run: bool = False) -> list[tuple[str, str, str, str]]:
     """(case, demand, figure, verdict) of every target."""
     found = []
     for target in TARGETS:
         value, why = measured(parts, target)
         case = f"{target.row}: {target.provider}"
-        if value is None:
+        if dry_run:
+            found.append((case, target.text, "-", why or "dry run: computed, says nothing"))
+        elif value is None:
             found.append((case, target.text, "-", why))
         else:
             verdict = "reached" if reached(target, value) else "MISSED"
             found.append((case, target.text, figure(target, value), verdict))
+    right, judged = accuracy(parts)
+    found.append((f"outputs of all {judged} timed forms of ours", "error <= 1.5x the reference's",
+                  f"{right} of {judged}" if judged and not dry_run else "-",
+                  "not measured" if not judged else "dry run: computed, says nothing" if dry_run
+                  else "reached" if right == judged else "MISSED"))
     return found
 
 
-def _providers(row: dict[str, Any]) -> list[tuple[str, ...]]:
+def _providers(row: dict[str, Any], worse: dict[str, str]) -> list[tuple[str, ...]]:
     lines = []
     base = next((e["median"] for e in row["providers"].values() if "median" in e), None)
     for name, entry in row["providers"].items():
-        if "skipped" in entry:
-            lines.append((row["name"], name, "-", "-", "-", "-", "-", f"skipped: {entry['skipped']}"
-                          ))
+        if "median" not in entry:
+            state = "failed" if "failed" in entry else "skipped"
+            lines.append((row["name"], name, *"-----", f"{state}: {entry[state]}"))
             continue
         share = floor_share(row, entry)
         spread = f"[{duration(entry['q1'])}, {duration(entry['q3'])}]"
         wrong = "" if entry["correct"] else " WRONG"
-        note = "CUDA graph" if entry.get("graph") else ""
+        note = "CUDA graph" if entry.get("graph") else entry.get("note", "")
         if "images_per_second" in entry:
             note = ", ".join(filter(None, [note, f"{entry['images_per_second']:.3g} images/s"]))
+        if name in worse:
+            note = ", ".join(filter(None, [note, f"**{worse[name]}**"]))
         lines.append((
             row["name"], name, f"{duration(entry['median'])} {spread}",
             "-" if base is None else f"{base / entry['median']:.2f}x",
@@ -77,11 +80,12 @@ def _providers(row: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
-def _timed(parts: Parts, name: str) -> str:
+def _timed(parts: Parts, name: str, worse: dict[Place, str]) -> str:
     head = ("row", "provider", "median [quartiles]", "x first", "of floor", "peak MB", "error",
             "")
-    rows = [line for row in _rows(parts, name) if row["state"] == "done" and "providers" in row
-            for line in _providers(row)]
+    rows = [line for row in _rows(parts, name) if "providers" in row
+            for line in _providers(row, {provider: text for (part, at, provider), text
+                                         in worse.items() if (part, at) == (name, row["name"])})]
     return _table(head, rows) if rows else "nothing measured"
 
 
@@ -106,41 +110,22 @@ def _left_out(parts: Parts) -> list[str]:
     return lines
 
 
-def regressions(parts: Parts, earlier: Parts) -> list[str]:
-    """Providers of ours that are slower than in earlier results."""
-    found = []
-    for name, part in parts.items():
-        before = {row["name"]: row for row in earlier.get(name, {}).get("rows", [])}
-        for row in part["rows"]:
-            old = before.get(row["name"], {}).get("providers", {})
-            for provider, entry in row.get("providers", {}).items():
-                then = old.get(provider, {})
-                if not provider.startswith("ours") or "median" not in entry or "median" not in then:
-                    continue
-                ratio = entry["median"] / then["median"]
-                if ratio >= REGRESSION and entry["q1"] > then["q3"]:
-                    found.append(f"- {row['name']}, {provider}: {duration(then['median'])} -> "
-                                 f"{duration(entry['median'])} ({ratio:.2f}x)")
-    return found
-
-
 def _rates(parts: Parts) -> str:
     lines = []
     for row in _rows(parts, "rates"):
-        for kind in ("bytes_per_second", "operations_per_second", "seconds"):
-            values = row.get(kind)
-            if isinstance(values, dict):
-                for name, value in values.items():
-                    text = {"bytes_per_second": f"{value / 1e12:.3g} TB/s",
-                            "operations_per_second": f"{value / 1e12:.3g} TFLOP/s",
-                            "seconds": duration(value)}[kind]
-                    lines.append((row["name"], name, text))
+        for kind in ("bytes_per_second", "operations_per_second", "launch_seconds"):
+            for name, value in row.get(kind, {}).items():
+                text = {"bytes_per_second": f"{value / 1e12:.3g} TB/s",
+                        "operations_per_second": f"{value / 1e12:.3g} TFLOP/s",
+                        "launch_seconds": duration(value)}[kind]
+                lines.append((row["name"], name, text))
     return _table(("rate", "", ""), lines) if lines else "nothing measured"
 
 
 def markdown(results: dict[str, Any], earlier: dict[str, Any] | None, before: str = "") -> str:
     """The whole report."""
     parts = results["parts"]
+    worse = regressions(parts, earlier["parts"]) if earlier is not None else {}
     dry = ("**A dry run on a CPU: it proves the command; its figures are of tiny sizes on a "
            "processor and mean nothing.**\n\n" if results["dry_run"] else "")
     text = [
@@ -149,16 +134,17 @@ def markdown(results: dict[str, Any], earlier: dict[str, Any] | None, before: st
         "the reference's own at that dtype; WRONG gets no figure. \"Of floor\" is the least time "
         "that the bytes (at the copy bandwidth of the run) or the operations (at its matrix rate) "
         "allow, over the time taken.",
-        "## Targets", _table(("case", "target", "figure", ""), target_rows(parts)),
+        "## Targets", _table(("case", "target", "figure", ""),
+                             target_rows(parts, results["dry_run"])),
         "## Checks", _checks(parts), "## Rates", _rates(parts),
-        "## Operations", _timed(parts, "operations"), "## Networks", _timed(parts, "networks"),
-        "## Training", _timed(parts, "training"),
     ]
+    for name in ("operations", "networks", "training"):
+        text += [f"## {name.capitalize()}", _timed(parts, name, worse)]
     tuned = [f"- {row['name']}: {row['chosen']}" for row in _rows(parts, "tune") if "chosen" in row]
     text += ["## Tuned", "\n".join(tuned) or "nothing tuned"]
     if earlier is not None:
-        slower = regressions(parts, earlier["parts"])
-        text += [f"## Slower than {before}", "\n".join(slower) or "nothing"]
+        lines = [f"- {', '.join(filter(None, place))}: {what}" for place, what in worse.items()]
+        text += [f"## Worse than {before}", "\n".join(lines) or "nothing"]
     text += ["## Left out", "\n".join(_left_out(parts)) or "nothing"]
     return "\n\n".join(text) + "\n"
 
@@ -176,10 +162,12 @@ def write(path: Path, earlier_path: Path | None) -> list[Path]:
         written += plots(results, path)
     except Exception as error:  # tables do not depend on matplotlib
         print(f"no plots: {explain(error)}", flush=True)
-    for line in target_rows(results["parts"]):
-        print("  ".join(line), flush=True)
+    if not results["dry_run"]:
+        for line in target_rows(results["parts"]):
+            print("  ".join(line), flush=True)
     if earlier is not None:
-        for line in regressions(results["parts"], earlier["parts"]):
-            print(f"slower {line}", flush=True)
+        for place, what in regressions(results["parts"], earlier["parts"]).items():
+            print(f"worse than {earlier['date']}: {', '.join(filter(None, place))}: {what}",
+                  flush=True)
     print("written: " + ", ".join(map(str, written)), flush=True)
     return written

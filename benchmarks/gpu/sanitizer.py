@@ -67,13 +67,14 @@ def run(journal: Journal, settings: Settings) -> None:
     tool = find_tool("compute-sanitizer")
     if tool is None:
         raise Skip("compute-sanitizer is not installed")
-    jobs = [(f"memcheck {op}", op, ("--tool", "memcheck")) for op in OPS]
-    jobs += [(f"racecheck {op}", op, ("--tool", "racecheck")) for op in SHARED_MEMORY]
-    missing = [job for job in jobs
-               if (journal.find(job[0]) or {"state": ""})["state"] not in ("done", "skipped")]
+    jobs = {f"memcheck {op}": (op, "memcheck") for op in OPS}
+    jobs |= {f"racecheck {op}": (op, "racecheck") for op in SHARED_MEMORY}
     options = ("--error-exitcode", "99", "--print-limit", "5")
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        futures = {pool.submit(_small_run, op, "cuda", (tool, *which, *options),
-                               journal.left() - 3): name for name, op, which in missing}
+        futures = {}
+        for name in journal.missing(jobs):
+            op, which = jobs[name]
+            before = (tool, "--tool", which, *options)
+            futures[pool.submit(_small_run, op, "cuda", before, journal.left() - 3)] = name
         for future in as_completed(futures):
             journal.row(futures[future], lambda: _judged(*future.result()))  # noqa: B023

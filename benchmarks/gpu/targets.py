@@ -60,6 +60,7 @@ TARGETS = [
     Target("operations", "spatially_varying_conv2d", "ours", "times", 5, "reference"),
     Target("operations", "conditional_conv2d", "ours", "times", 1.2, "compiled"),
     Target("operations", "conditional_conv2d", "ours", "memory", 0.1, "reference"),
+    Target("operations", "conditional_conv2d", "ours", "memory", 0.1, "compiled"),
     Target("operations", "conditional_conv2d", "ours", "floor", 0.6),
     Target("operations", "instance_avg_pool2d", "ours", "floor", 0.75),
     Target("operations", "instance_avg_pool2d", "ours", "times", 300, "reference"),
@@ -78,7 +79,7 @@ EXCLUDED = {"ours": ("ours indexed", "ours, tables kept", "ours, layout in the c
 def row_of(parts: Parts, part: str, name: str) -> dict[str, Any] | None:
     """A measured row."""
     for row in parts.get(part, {}).get("rows", []):
-        if row["name"] == name and row["state"] == "done":
+        if row["name"] == name and "providers" in row:
             found: dict[str, Any] = row
             return found
     return None
@@ -114,14 +115,22 @@ def measured(parts: Parts, target: Target) -> tuple[float | None, str]:
         return max(floor_share(row, entry) or 0.0 for entry in ours.values()), ""
     others = matching(row, target.against)
     if not others:
-        skipped = [entry["skipped"] for name, entry in row["providers"].items()
-                   if name.startswith(target.against) and "skipped" in entry]
-        return None, skipped[0] if skipped else f"no {target.against}"
+        why = [entry.get("skipped") or entry["failed"] for name, entry in row["providers"].items()
+               if name.startswith(target.against) and "median" not in entry]
+        return None, why[0] if why else f"no {target.against}"
     if target.kind == "memory":
         least = min(entry["peak_bytes"] for entry in ours.values())
         return least / min(entry["peak_bytes"] for entry in others.values()), ""
     fastest = min(entry["median"] for entry in others.values())
     return fastest / min(entry["median"] for entry in ours.values()), ""
+
+
+def accuracy(parts: Parts) -> tuple[int, int]:
+    """How many providers of ours are within their bound against fp64, of how many."""
+    judged = [entry["correct"] for part in parts.values() for row in part["rows"]
+              for name, entry in row.get("providers", {}).items()
+              if name.startswith("ours") and "allowed" in entry]
+    return sum(judged), len(judged)
 
 
 def reached(target: Target, value: float) -> bool:

@@ -56,7 +56,9 @@ def _timed_forms(scene: Scene, shape: Shape, dtype: torch.dtype) -> tuple[str, d
             error = (call() - expected).abs().max() / expected.abs().max()
             if not error <= 8 * torch.finfo(dtype).eps:
                 raise ArithmeticError(f"{form} of {shape} differs by {float(error):.1e}")
-        times = timing.interleave(calls, 0.05, device=scene.device, least=3, most=9)
+        least = scene.pick(3, 1)
+        times = timing.interleave(calls, scene.pick(0.05, 0.0), device=scene.device, least=least,
+                                  most=9)
     return shape_key(x, outputs, groups), {f: sorted(t)[len(t) // 2] for f, t in times.items()}
 
 

@@ -1,4 +1,5 @@
-"""One part in a process of its own: ``python -m benchmarks.gpu.worker PART SECONDS SETTINGS``."""
+"""One part in a process of its own: ``python -m benchmarks.gpu.worker PART FUNCTION SECONDS SETTINGS``.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +25,13 @@ def healthy() -> str | None:
     return None
 
 
-def run(name: str, seconds: float, settings: Settings) -> int:
+def run(name: str, target: str, seconds: float, settings: Settings) -> int:
     """Run one part; its rows are in its journal, the reason for stopping in ``<part>.end.json``."""
-    journal = Journal(settings.journal(name), seconds, healthy)
+    journal = Journal(settings.journal(name), seconds, healthy, settings.commit)
+    module, _, function = target.partition(":")
     state, reason, code = "done", "", DONE
     try:
-        importlib.import_module(f"benchmarks.gpu.{name}").run(journal, settings)
+        getattr(importlib.import_module(module), function)(journal, settings)
     except Skip as why:
         state, reason = "skipped", str(why)
     except OutOfTime as row:
@@ -50,8 +52,8 @@ def run(name: str, seconds: float, settings: Settings) -> int:
 
 
 def main() -> None:
-    name, seconds, settings = sys.argv[1:4]
-    code = run(name, float(seconds), Settings.from_json(settings))
+    name, target, seconds, settings = sys.argv[1:5]
+    code = run(name, target, float(seconds), Settings.from_json(settings))
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: destructors may wait for a device that no longer answers.

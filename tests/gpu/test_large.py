@@ -31,7 +31,7 @@ TOLERANCE = 4e-3
 @pytest.fixture
 def scale(device: str) -> int:
     """Divides the sizes of a rehearsal."""
-    return 1 if device == "cuda" else 256
+    return 1 if device == "cuda" else 1024
 
 
 def need(device: str, gigabytes: float) -> None:

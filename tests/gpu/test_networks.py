@@ -19,13 +19,16 @@ NAMES = ("groupdnet_deepfashion", "groupdnet_cityscapes", "spade_coco", "ccfpse_
 
 def made(name: str, device: str, dtype: torch.dtype, batch: int = 2
          ) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A small generator and its inputs."""
-    ngf = 70 if name == "groupdnet_cityscapes" else 8
-    generator = create_model(name, part="generator", ngf=ngf, image_size=(64, 64), device=device,
-                             dtype=dtype, init_gain=1.0)
+    """A small generator and its inputs; SPADE's is smaller in a rehearsal."""
+    options = {"ngf": 70 if name == "groupdnet_cityscapes" else 8, "image_size": (64, 64)}
+    if device == "cpu" and name == "spade_coco":
+        options |= {"image_size": (32, 32), "hidden": 8}
+    generator = create_model(name, part="generator", device=device, dtype=dtype, init_gain=1.0,
+                             **options)
     preset = generator.preset
     cells = torch.arange(64 * batch).view(batch, 8, 8) % preset.classes
-    labels = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    cell = preset.image_size[0] // 8
+    labels = cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     ids = labels * 3 if preset.instance_edge else None
     planes = semantics(labels, preset, ids, dtype=dtype).to(device)
     if not hasattr(generator, "sample_latent"):
@@ -74,8 +77,10 @@ def test_training_step(name: str, device: str) -> None:
         found = torch.autograd.grad(image.square().mean(), parameters, allow_unused=True)
         results.append([image.detach(), *(g for g in found if g is not None),
                         *(b for b in generator.buffers() if b.is_floating_point())])
+    # biases before a normalisation have no gradient but rounding: judged beside the largest
+    largest = max(float(t.abs().max()) for t in results[1][1:])
     for got, expected in zip(*results, strict=True):
-        assert max_error(got, expected) < 1e-6
+        assert max_error(got, expected) < 1e-6 or (got - expected).abs().max() < 1e-12 * largest
 
 
 @pytest.mark.parametrize("name", ["groupdnet_deepfashion", "spade_coco", "ccfpse_coco"])

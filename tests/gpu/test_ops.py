@@ -49,7 +49,7 @@ def test_as_accurate_as_the_reference(case: OpCase, layout: str, dtype: torch.dt
         wide = dtype if dtype == torch.float64 else torch.float32
         sums = a.dtype if a.dtype in HALF else wide
         floor = 0.5 * torch.finfo(a.dtype).eps + 64 * torch.finfo(sums).eps * (sums in (wide,))
-        assert_as_accurate(a, b, exact, factor=FACTOR, floor=floor, what=f"result {i}")
+        assert_as_accurate(a, b, exact.double(), factor=FACTOR, floor=floor, what=f"result {i}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
