@@ -1,17 +1,12 @@
 // The loops of instance_pool: runs of equal ids are found once; sums and the way back follow them.
 #include "instance_pool/cpu_kernel.h"
 
-#include <algorithm>
-
-#include "common/element.h"
-#include "common/stream.h"
+#include "instance_pool/rows.h"
+#include "instance_pool/spread.h"
+#include "instance_pool/sums.h"
 
 namespace smis::SMIS_ISA {
 namespace {
-
-constexpr int64_t kChunk = 1024;      // values summed in the narrow type before a bin in fp64
-constexpr int64_t kRowPixels = 64;    // the same where each channel is summed one by one
-constexpr int64_t kBufferBytes = 4096;
 
 template <class F> void with_ids(Ids type, F&& f) {
   switch (type) {
@@ -24,152 +19,57 @@ template <class F> void with_ids(Ids type, F&& f) {
   }
 }
 
-template <class I>
-int64_t count_runs(const I* ids, int64_t begin, int64_t end) {
-  int64_t runs = end > begin ? 1 : 0;
-  for (int64_t p = begin; p + 1 < end; p += kChunk) {
-    const int64_t stop = std::min(p + kChunk, end - 1);
-    int32_t changes = 0;
-#pragma omp simd reduction(+ : changes)
-    for (int64_t i = p; i < stop; ++i) changes += ids[i] != ids[i + 1];
-    runs += changes;
+#if defined(__AVX512F__)
+constexpr int64_t kStep = 16;
+
+// One past each of the first 16 pixels whose right neighbour differs, without a branch.
+template <class I> int32_t* step_ends(const I* ids, int64_t p, int32_t* ends) {
+  const I *a = ids + p, *b = a + 1;
+  __mmask16 differs;
+  if constexpr (sizeof(I) == 8) {
+    const auto eight = [&](int i) {
+      return _mm512_cmpneq_epi64_mask(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i));
+    };
+    differs = __mmask16(eight(0) | eight(8) << 8);
+  } else if constexpr (sizeof(I) == 4) {
+    differs = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+  } else if constexpr (sizeof(I) == 2) {
+    differs = _mm256_cmpneq_epi16_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)),
+                                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  } else {
+    differs = _mm_cmpneq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
+                                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
   }
-  return runs;
+  const __m512i next = _mm512_add_epi32(
+      _mm512_set_epi32(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1),
+      _mm512_set1_epi32(int32_t(p)));
+  _mm512_storeu_si512(ends, _mm512_maskz_compress_epi32(differs, next));
+  return ends + __builtin_popcount(differs);
 }
+#else
+constexpr int64_t kStep = 8;
 
-template <class I>
-void find_runs(const I* ids, int64_t begin, int64_t end, int32_t* ends) {
-  constexpr int64_t kBlock = 32;  // most blocks lie inside one run
-  int64_t p = begin;
-  for (; p + kBlock < end; p += kBlock) {
-    I differs = 0;
-#pragma omp simd reduction(| : differs)
-    for (int64_t i = p; i < p + kBlock; ++i) differs |= I(ids[i] ^ ids[i + 1]);
-    if (differs == 0) continue;
-    for (int64_t i = p; i < p + kBlock; ++i)
-      if (ids[i] != ids[i + 1]) *ends++ = int32_t(i + 1);
-  }
-  for (; p + 1 < end; ++p)
-    if (ids[p] != ids[p + 1]) *ends++ = int32_t(p + 1);
-  if (end > begin) *ends = int32_t(end);
-}
-
-template <class T> T* at(const Operand& o, int64_t n, int64_t c, int64_t p) {
-  return static_cast<T*>(o.data) + n * o.n + c * o.c + p * o.p;
-}
-
-template <class T>
-void sums_planes(const InstancePoolArgs& a, const Stripe& s, int64_t begin, int64_t end) {
-  using A = Acc<T>;
-  alignas(64) A buffer[kChunk];
-  for (int64_t c = begin; c < end; ++c) {
-    const T* x = at<const T>(a.x, s.n, a.c0 + c, 0);
-    double* bins = a.partial + s.first * a.channels + c;
-    for (int64_t l = 0; l < s.ids; ++l) bins[l * a.channels] = 0;
-    int64_t p = s.begin;
-    for (int64_t r = 0; r < s.runs; ++r) {
-      double total = 0;
-      while (p < s.ends[r]) {
-        const int64_t m = std::min<int64_t>(kChunk, s.ends[r] - p);
-        const A* v = staged(x + p, m, buffer);
-        A sum = 0;
-        if (m < 16) {
-          for (int64_t i = 0; i < m; ++i) sum += v[i];
-        } else {
-#pragma omp simd reduction(+ : sum)
-          for (int64_t i = 0; i < m; ++i) sum += v[i];
-        }
-        total += sum;
-        p += m;
-      }
-      bins[s.labels[r] * a.channels] += total;
-    }
-  }
-}
-
-template <class T>
-void sums_rows(const InstancePoolArgs& a, const Stripe& s, int64_t begin, int64_t end) {
-  using A = Acc<T>;
-  alignas(64) A buffer[kChunk], sum[kChunk];
-  double* partial = a.partial + s.first * a.channels;
-  std::fill(partial, partial + s.ids * a.channels, 0.0);
-  for (int64_t c = begin; c < end; c += kChunk) {
-    const int64_t width = std::min(kChunk, end - c);
-    int64_t p = s.begin;
-    for (int64_t r = 0; r < s.runs; ++r) {
-      double* bins = partial + s.labels[r] * a.channels + c;
-      while (p < s.ends[r]) {
-        const int64_t stop = std::min<int64_t>(p + kRowPixels, s.ends[r]);
-        std::fill(sum, sum + width, A(0));
-        for (; p < stop; ++p) {
-          const A* v = staged(at<const T>(a.x, s.n, a.c0 + c, p), width, buffer);
+template <class I> int32_t* step_ends(const I* ids, int64_t p, int32_t* ends) {
+  uint8_t differs[kStep];
 #pragma omp simd
-          for (int64_t j = 0; j < width; ++j) sum[j] += v[j];
-        }
-        for (int64_t j = 0; j < width; ++j) bins[j] += sum[j];
-      }
-    }
-  }
+  for (int64_t i = 0; i < kStep; ++i) differs[i] = ids[p + i] != ids[p + i + 1];
+  uint64_t any;
+  std::memcpy(&any, differs, sizeof(any));
+  if (any == 0) return ends;
+  for (int64_t i = 0; i < kStep; ++i)
+    if (differs[i]) *ends++ = int32_t(p + i + 1);
+  return ends;
 }
+#endif
 
-// A buffer of output that is full, or ends the stripe.
-template <class T> void flush(T* out, const T* buffer, int64_t n, bool stream) {
-  if (stream) stream_bytes(out, buffer, n * int64_t(sizeof(T)));
-  else std::memcpy(out, buffer, size_t(n) * sizeof(T));
-}
-
-template <class T>
-void spread_planes(const InstancePoolArgs& a, const Stripe& s, int64_t begin, int64_t end) {
-  constexpr int64_t kLength = kBufferBytes / int64_t(sizeof(T)), kStep = kFillBytes / int64_t(sizeof(T));
-  alignas(64) T buffer[kLength + kStep];
-  for (int64_t c = begin; c < end; ++c) {
-    T* out = at<T>(a.out, s.n, a.c0 + c, s.begin);
-    int64_t p = s.begin, filled = 0;
-    for (int64_t r = 0; r < s.runs; ++r) {
-      const T mean = static_cast<const T*>(a.means)[s.rows[s.labels[r]] * a.channels + c];
-      while (p < s.ends[r]) {
-        const int64_t m = std::min<int64_t>(kLength - filled, s.ends[r] - p);
-        // Whole vectors: what is written past the run, the next one overwrites.
-        for (int64_t i = 0; i < m; i += kStep)
-          for (int64_t j = 0; j < kStep; ++j) buffer[filled + i + j] = mean;
-        filled += m;
-        p += m;
-        if (filled == kLength) {
-          flush(out, buffer, filled, a.stream);
-          out += filled;
-          filled = 0;
-        }
-      }
-    }
-    flush(out, buffer, filled, a.stream);
-  }
-  if (a.stream) stream_fence();
-}
-
-template <class T>
-void spread_rows(const InstancePoolArgs& a, const Stripe& s, int64_t begin, int64_t end) {
-  const int64_t width = end - begin, bytes = width * int64_t(sizeof(T));
-  // Rows of a whole tensor follow each other: short ones are written several at a time.
-  const bool dense = a.out.p == width;
-  const int64_t together = dense ? std::max<int64_t>(kBufferBytes / bytes, 1) : 1;
-  alignas(64) unsigned char buffer[kBufferBytes];
-  int64_t p = s.begin;
-  for (int64_t r = 0; r < s.runs; ++r) {
-    const T* mean = static_cast<const T*>(a.means) + s.rows[s.labels[r]] * a.channels + begin;
-    const int64_t length = s.ends[r] - p, several = std::min(together, length);
-    const unsigned char* source = reinterpret_cast<const unsigned char*>(mean);
-    if (several > 1) {
-      for (int64_t q = 0; q < several; ++q) std::memcpy(buffer + q * bytes, mean, size_t(bytes));
-      source = buffer;
-    }
-    while (p < s.ends[r]) {
-      const int64_t m = std::min<int64_t>(several, s.ends[r] - p);
-      flush(reinterpret_cast<unsigned char*>(at<T>(a.out, s.n, a.c0 + begin, p)), source, m * bytes,
-            a.stream);
-      p += m;
-    }
-  }
-  if (a.stream) stream_fence();
+template <class I> int64_t find_runs(const I* ids, int64_t begin, int64_t end, int32_t* ends) {
+  int32_t* next = ends;
+  int64_t p = begin;
+  for (; p + kStep < end; p += kStep) next = step_ends(ids, p, next);
+  for (; p + 1 < end; ++p)
+    if (ids[p] != ids[p + 1]) *next++ = int32_t(p + 1);
+  if (end > begin) *next++ = int32_t(end);
+  return next - ends;
 }
 
 }  // namespace
@@ -177,10 +77,12 @@ void spread_rows(const InstancePoolArgs& a, const Stripe& s, int64_t begin, int6
 void instance_runs_kernel(Ids type, const void* ids, int64_t begin, int64_t end, int32_t* ends,
                           int64_t* count) {
   with_ids(type, [&](auto tag) {
-    const auto* p = static_cast<const decltype(tag)*>(ids);
-    if (ends == nullptr) *count = count_runs(p, begin, end);
-    else find_runs(p, begin, end, ends);
+    *count = find_runs(static_cast<const decltype(tag)*>(ids), begin, end, ends);
   });
+}
+
+void instance_merge(const InstancePoolArgs& a, const Merge& m, int64_t begin, int64_t end) {
+  with_element(a.mean_element, [&](auto tag) { merge<decltype(tag)>(a, m, begin, end); });
 }
 
 #define SMIS_BY_ELEMENT(name, call)                                                              \
