@@ -69,6 +69,16 @@ def test_noise_large_output_and_no_bias() -> None:
 
 
 @needs_cpu
+def test_autocast_changes_nothing() -> None:
+    """The kernel sums in fp32: of a table in 16 bits it would read past the end."""
+    layout, (weight, bias) = _layout(1, 17, 40), _weights(64, 7, 7, torch.float32)
+    expected = LabelConv2d(layout, weight, bias, backend="cpu").rows(0, 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = LabelConv2d(layout, weight, bias, backend="cpu").rows(0, 17)
+    assert torch.equal(found, expected)
+
+
+@needs_cpu
 def test_opcheck() -> None:
     conv = LabelConv2d(_layout(2, 9, 11), *_weights(5, 7, 3, torch.float32), backend="cpu")
     arguments = (conv.layout.symbols, conv._table, conv._sums, conv._bias, conv._like, 2, 7)
