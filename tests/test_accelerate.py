@@ -63,6 +63,7 @@ def test_the_state_stays_and_restore_undoes(name: str, inference: bool) -> None:
     classes = [type(m) for m in network.modules()]
     state = {k: v.clone() for k, v in network.state_dict().items()}
     tensors = [*network.parameters(), *network.buffers()]
+    places = [t.data_ptr() for t in tensors]
     with torch.no_grad():
         before = network(*inputs)
         report = accelerate(network, inference=inference)
@@ -75,6 +76,7 @@ def test_the_state_stays_and_restore_undoes(name: str, inference: bool) -> None:
     assert all(torch.equal(now[k], state[k]) for k in state)
     assert all(a is b for a, b in zip(tensors, [*network.parameters(), *network.buffers()],
                                       strict=True))
+    assert [t.data_ptr() for t in tensors] == places  # nor were their values moved or copied
     assert any(isinstance(m, Accelerated) for m in network.modules())
     assert restore(network) > 0
     assert [type(m) for m in network.modules()] == classes
