@@ -18,6 +18,7 @@ from torch import Tensor
 from smis_kernels import instance_mean_table
 
 from .images import write_atomically
+from .labels import as_maps
 
 CLUSTERS = 10
 _AREA_UNIT = 32  # an instance counts from half of the image's 1/32 on
@@ -191,16 +192,20 @@ class FeatureClusters:
             (N, channels, H, W), fp32, on the device of ``instances``.
 
         Raises:
-            ValueError: a chosen instance is not in the map, or has no such cluster.
+            TypeError, ValueError: ids that are no integers, negative or of another shape; a chosen
+                instance that is not in the map, or has no such cluster.
 
         Example:
             >>> planes = clusters.sample(ids, seed=3, chosen={26001: 4})
         """
-        maps = instances[:, 0] if instances.dim() == 4 else instances
+        maps = as_maps("instances", instances)
+        if int(maps.min()) < 0:
+            raise ValueError(f"instances: expected ids from 0 on, got {int(maps.min())}; renumber "
+                             "the instances first")
         chosen = dict(chosen or {})
         generator = np.random.default_rng(seed)
         planes, seen = [], set()
-        for ids in maps.long():
+        for ids in maps:
             present, where = ids.unique(return_inverse=True)
             rows = np.zeros((len(present), self.channels), np.float32)
             for row, instance in enumerate(present.tolist()):

@@ -15,7 +15,7 @@ UNKNOWN = 255  # what data sets write for pixels without a class
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
-def _as_maps(name: str, labels: Tensor) -> Tensor:
+def as_maps(name: str, labels: Tensor) -> Tensor:
     """(N, H, W) int64 from (N, H, W) or (N, 1, H, W) of any integer type."""
     if labels.dtype not in _INTEGERS:
         got = str(labels.dtype).removeprefix("torch.")
@@ -49,7 +49,7 @@ def prepare_labels(labels: Tensor, classes: int, *, dont_care: int | None = None
     Example:
         >>> labels = prepare_labels(labels, 151, dont_care=150)
     """
-    maps = _as_maps("labels", labels)
+    maps = as_maps("labels", labels)
     if dont_care is not None:
         maps = torch.where(maps == UNKNOWN, dont_care, maps)
     low, high = (int(value) for value in torch.aminmax(maps))
@@ -90,7 +90,7 @@ def layout(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
 def _instance_ids(instances: Tensor | None, labels: Tensor) -> Tensor:
     if instances is None:
         raise ValueError("instances: expected a map of ids, which this model needs; got None")
-    ids = _as_maps("instances", instances)
+    ids = as_maps("instances", instances)
     if ids.shape != labels.shape:
         raise ValueError(
             f"instances: expected the labels' shape {tuple(labels.shape)}, got {tuple(ids.shape)}"

@@ -149,7 +149,8 @@ def test_sample(clusters: FeatureClusters) -> None:
     ids = torch.tensor([[[7, 7, 26001, 26002, 33, 11]]]).expand(2, 3, 6)
     planes = clusters.sample(ids, seed=5)
     assert planes.shape == (2, 3, 3, 6)
-    assert torch.equal(planes, clusters.sample(ids.unsqueeze(1), seed=5))
+    for same in (ids.unsqueeze(1), ids.to(torch.uint16), ids.int()):
+        assert torch.equal(planes, clusters.sample(same, seed=5))
     assert torch.equal(planes[:, :, 0], planes[:, :, 2])
     assert not planes[..., 5].any()  # class 11 has no clusters
     for b, x, label in ((0, 0, 7), (1, 2, 26), (1, 3, 26), (0, 4, 33)):
@@ -172,3 +173,17 @@ def test_sample_by_index_and_choice(clusters: FeatureClusters) -> None:
                             ({24001: 0}, "expected instances of the map, got 24001")):
         with pytest.raises(ValueError, match=message):
             clusters.sample(ids, chosen=chosen)
+
+
+@pytest.mark.parametrize(("ids", "error", "message"), [
+    (torch.zeros((1, 4, 5)), TypeError, "instances: expected integers, got float32"),
+    (torch.full((1, 4, 5), -1), ValueError, "instances: expected ids from 0 on, got -1"),
+    (torch.zeros((4, 5), dtype=torch.int64), ValueError, r"expected \(N, H, W\) or"),
+    (torch.zeros((1, 2, 4, 5), dtype=torch.int64), ValueError, r"expected \(N, H, W\) or"),
+    (torch.zeros((1, 0, 5), dtype=torch.int64), ValueError, "not empty"),
+])
+def test_sample_refuses_bad_ids(clusters: FeatureClusters, ids: Tensor,
+                                error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        clusters.sample(ids)
+    assert len(str(caught.value).splitlines()) == 1
