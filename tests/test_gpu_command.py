@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` without a GPU: the driver under bad parts, targets, report, dry run."""
+"""``python -m benchmarks.gpu`` without a GPU: driver, bad parts, targets, report, a dry run."""
 
 from __future__ import annotations
 

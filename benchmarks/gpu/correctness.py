@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ from pathlib import Path
 from .journal import Journal, Row, Skip
 from .settings import ROOT, Settings
 
-OPS = ("indexed_modulation", "modulation and not indexed", "conditional", "norm_act", "window",
-       "spatially or class or instance or number")
+OPS = ("indexed_modulation", "modulation and not indexed", "conditional", "norm_act", "window_",
+       "spatially or class_crops or instance_ or number_")
 DTYPES = ("torch.bfloat16", "torch.float32", "torch.float16", "torch.float64")
+QUICK = {  # of a dry run
+    "test_ops.py": "norm_act or instance_edges or class_crops or window_embedding",
+    "test_networks.py": "test_paths_agree or (test_training_step and spade_coco)",
+}
 ACCURACY = "test_as_accurate_as_the_reference"
 
 
@@ -26,8 +31,9 @@ def shards(dry_run: bool) -> Iterator[tuple[str, list[str]]]:
     folder = ROOT / "tests" / "gpu"
     files = sorted(path.name for path in folder.glob("test_*.py") if path.name != "test_ops.py")
     if dry_run:
-        quick = "norm_act or instance_edges or class_crops or window_embedding"
-        yield "test_ops.py", ["tests/gpu/test_ops.py", "-k", quick]
+        for name, quick in QUICK.items():
+            yield name, [f"tests/gpu/{name}", "-k", quick]
+        files = [name for name in files if name not in QUICK]
     else:
         for dtype in DTYPES:
             for op in OPS:
@@ -38,7 +44,9 @@ def shards(dry_run: bool) -> Iterator[tuple[str, list[str]]]:
                    ["tests/gpu/test_ops.py", "-k", f"not {ACCURACY} and ({op})"])
     yield from ((name, [f"tests/gpu/{name}"]) for name in files)
     if not dry_run:
-        yield "Triton tests of the ops", ["tests", "-m", "triton", "--ignore=tests/gpu"]
+        for path in sorted((ROOT / "tests").glob("test_*.py")):
+            if "mark.triton" in path.read_text():
+                yield f"Triton tests of {path.name}", [f"tests/{path.name}", "-m", "triton"]
 
 
 def _outcome(report: Path, code: int, output: str) -> Row:
@@ -65,6 +73,7 @@ def _outcome(report: Path, code: int, output: str) -> Row:
 
 
 def _pytest(arguments: list[str], seconds: float) -> Row:
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q",
@@ -75,7 +84,8 @@ def _pytest(arguments: list[str], seconds: float) -> Row:
         except subprocess.TimeoutExpired:
             return {"state": "failed", "reason": "not finished in the part's time; --resume"}
         print(f"== {' '.join(arguments)}\n{done.stdout}", flush=True)
-        return _outcome(report, done.returncode, done.stdout)
+        seconds = round(time.monotonic() - start, 1)
+        return {**_outcome(report, done.returncode, done.stdout), "seconds": seconds}
 
 
 def run(journal: Journal, settings: Settings) -> None:

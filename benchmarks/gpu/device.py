@@ -14,7 +14,7 @@ from .settings import Settings
 
 TOOLS = ("nvcc", "compute-sanitizer", "cuobjdump", "nvidia-smi", "g++", "ninja", "git")
 MODULES = ("triton", "numpy", "pytest", "matplotlib", "hypothesis", "PIL")
-FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")
+FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 
 def find_tool(name: str) -> str | None:

@@ -162,7 +162,7 @@ def _judged(provider: Provider, exact: list[Tensor], yardstick: float | None,
         if entry["graph"]:
             try:
                 call = timing.graphed([call])
-            except RuntimeError as error:  # its time is then that of launches, and the table says so
+            except RuntimeError as error:  # then its time includes launches, and the table says so
                 entry |= {"graph": False, "note": f"no CUDA graph: {explain(error)}"}
     return entry, call, largest
 
@@ -181,7 +181,7 @@ def measure(providers: Sequence[Provider], truth: Callable[[], Any], device: tor
         seconds: of timing, over all providers.
         least: rounds at the least.
         matrix: measure the matrix rate too.
-        small: a dry run: one round each, small sizes for the rates.
+        small: a dry run on a CPU: each call once, small sizes for the rates.
         judge: the error that decides, "max", or "rms" where chaos makes the largest one a lottery.
         select: what of the outputs the truth is about.
 
@@ -209,14 +209,13 @@ def measure(providers: Sequence[Provider], truth: Callable[[], Any], device: tor
         found[provider.name], calls[provider.name] = entry, call
     if not calls or largest is None:
         raise RuntimeError(f"no provider runs: {found}")
-    if small:
-        seconds, least = 0.0, 1
     rates = {"copy": copy_call(largest)}
     size = 64 if small else MATRIX
     if matrix:
         rates["matrix"] = matrix_call(device, torch.bfloat16, size)
-    times = timing.interleave({**calls, **{f"rate {k}": v for k, v in rates.items()}}, seconds,
-                              device=device, least=least)
+    timed = {**calls, **{f"rate {k}": v for k, v in rates.items()}}
+    times = ({name: [timing.cpu_seconds(call, 1)] for name, call in timed.items()} if small
+             else timing.interleave(timed, seconds, device=device, least=least))
     for name in calls:
         found[name].update(_summary(times[name]))
     measured = {"copy": 2 * nbytes(largest) / median(times["rate copy"])}

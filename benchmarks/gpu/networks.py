@@ -90,6 +90,8 @@ def _synthesizer(net: Network) -> Any:
     """Further samples of one layout: tables kept, the whole network one graph launch."""
     made = Synthesizer(net.low, net.labels, net.ids, cuda_graph=net.scene.device.type == "cuda")
     z = net.code(LOW)
+    for _ in range(2):  # eagerly, then captured
+        made.sample(z)
     return lambda: made.sample(z)
 
 

@@ -69,7 +69,8 @@ def run(journal: Journal, settings: Settings) -> None:
         raise Skip("compute-sanitizer is not installed")
     jobs = {f"memcheck {op}": (op, "memcheck") for op in OPS}
     jobs |= {f"racecheck {op}": (op, "racecheck") for op in SHARED_MEMORY}
-    options = ("--error-exitcode", "99", "--print-limit", "5")
+    options = ("--error-exitcode", "99", "--print-limit", "5",
+               "--target-processes", "application-only")
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         futures = {}
         for name in journal.missing(jobs):

@@ -1,4 +1,6 @@
-"""One part in a process of its own: ``python -m benchmarks.gpu.worker PART FUNCTION SECONDS SETTINGS``.
+"""One part in a process of its own.
+
+``python -m benchmarks.gpu.worker PART FUNCTION SECONDS SETTINGS``
 """
 
 from __future__ import annotations
