@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from .encoder import reparameterize
 from .registry import ModelInfo, SynthesisModel, create_model, list_models
+from .shipped import shipped_weights
 from .synthesizer import Synthesizer, frozen_copy
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "read_checkpoint",
     "reparameterize",
     "save_checkpoint",
+    "shipped_weights",
 ]

@@ -168,8 +168,9 @@ def strips(model: Any, layout: Layout, samples: int, seed: int,
     drawn = [draw(f"sample {i + 1}", z) for i, z in enumerate(codes[:samples])]
     # The largest class is background as a rule; the next one shows more.
     index = layout.present[min(1, len(layout.present) - 1)]
+    name = layout.class_name(index)
     changed = [
-        draw(f"class {index}, code {i + 1}", resample_class(model, codes[0], index, seed + 100 + i))
+        draw(f"{name}, code {i + 1}", resample_class(model, codes[0], index, seed + 100 + i))
         for i in range(max(1, samples - 1))
     ]
     ends = [drawn[0][1], drawn[1][1] if samples > 1 else draw("end", codes[1])[1]]
@@ -179,7 +180,7 @@ def strips(model: Any, layout: Layout, samples: int, seed: int,
     ]
     return (
         Strip("Samples: one layout, a new code for every class", (map_picture, *drawn)),
-        Strip(f"One class: only class {index} gets a new code", (map_picture, drawn[0], *changed)),
+        Strip(f"One class: only {name} gets a new code", (map_picture, drawn[0], *changed)),
         Strip("Morphing: from the first code to the second",
               (map_picture, ("start", ends[0]), *between, ("end", ends[1]))),
     )

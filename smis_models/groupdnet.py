@@ -12,21 +12,22 @@ from .generator import WIDTHS, UpwardGenerator, resized
 from .presets import GroupDNetPreset
 
 BLOCKS = (*WIDTHS, "up_4")
-_CALLED = len(WIDTHS)  # ADE20K's up_4 is in the published checkpoint alone
 
 
 class GroupDNetGenerator(UpwardGenerator):
     """Group-decreasing generator: a latent code per class and a label map to an image.
 
-    ``fc`` (one group per class) -> ``head_0`` -> six CG-Blocks with nearest x2 upsampling between
-    them, in the preset's ever fewer groups -> LeakyReLU -> ``conv_img`` -> tanh. With other
-    schedules of groups it is the paper's MulNet, GroupNet, GroupEnc and GroupDec.
+    ``fc`` (one group per class) -> ``head_0`` -> six CG-Blocks (seven with upsampling "most") with
+    nearest x2 upsampling between them, in the preset's ever fewer groups -> LeakyReLU ->
+    ``conv_img`` -> tanh. With other schedules of groups it is the paper's MulNet, GroupNet,
+    GroupEnc and GroupDec.
 
     Args:
         preset: the schedule of widths and groups.
 
     Shapes: semantics (N, classes [+ edge], H, W), one-hot; z (N, 8·classes, h, w) with channels
-        8c..8c+7 for class c -> image (N, 3, 64h, 64w) in [-1, 1] (32h, 32w: upsampling "normal").
+        8c..8c+7 for class c -> image (N, 3, 64h, 64w) in [-1, 1] (upsampling "normal": 32h, 32w;
+        "most": 128h, 128w).
 
     Raises:
         ValueError: semantics or z of another rank, channel count or batch size.
@@ -90,7 +91,7 @@ class GroupDNetGenerator(UpwardGenerator):
         if preset.instance_edge:
             segmap = _interleave_edge(segmap)
         x = fast_format(self.fc(z))
-        for name in BLOCKS[:_CALLED]:
+        for name in BLOCKS[:1 + preset.called]:
             x = self.get_submodule(name)(x, segmap, upsample=self._upsamples(name))
         if preset.fusion == "masks":
             x = self._fused(x, semantics)

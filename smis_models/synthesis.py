@@ -28,22 +28,31 @@ from .images import (
 from .presets import Pix2pixHDPreset, Preset
 from .scenes import palette, sample_scene
 
-_SCENES = {8: ("person",), 35: ("street",)}
+# What a model's data set shows: by the model's name, else by its number of classes.
+_SCENES = {"groupdnet_scenes": ("landscape",), 8: ("person",), 35: ("street",)}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A scene to synthesise: (H, W) labels and, where the model reads them, instance ids."""
+    """A scene to synthesise: (H, W) labels and, where the model reads them, instance ids.
+
+    ``class_names`` are of all classes where they are known.
+    """
 
     name: str
     labels: NDArray[np.int64]
     instances: NDArray[np.int64] | None
+    class_names: tuple[str, ...] = ()
 
     @property
     def present(self) -> list[int]:
         """The classes in the map, largest first."""
         classes, counts = np.unique(self.labels, return_counts=True)
         return [int(c) for c in classes[np.argsort(-counts)]]
+
+    def class_name(self, index: int) -> str:
+        """What a class is called."""
+        return self.class_names[index] if self.class_names else f"class {index}"
 
     def tensors(self, batch: int = 1) -> tuple[Tensor, Tensor | None]:
         """Labels and instance ids, (batch, H, W) each."""
@@ -112,15 +121,16 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Prese
     ]
 
 
-def sample_layouts(preset: Preset, count: int, seed: int = 0) -> list[Layout]:
+def sample_layouts(preset: Preset, count: int, seed: int = 0, model: str = "") -> list[Layout]:
     """``count`` of the package's own scenes, of the kinds that the model's data set shows."""
-    kinds = _SCENES.get(preset.classes, ("indoor", "street"))
+    kinds = _SCENES.get(model) or _SCENES.get(preset.classes, ("indoor", "street"))
     layouts = []
     for i in range(count):
         kind = kinds[i % len(kinds)]
         scene = sample_scene(kind, *preset.image_size, preset.classes, seed + i)
         ids = scene.instances.astype(np.int64) if preset.instance_edge else None
-        layouts.append(Layout(f"{kind}_{seed + i}", scene.labels.astype(np.int64), ids))
+        names = scene.names if kind == "landscape" else ()
+        layouts.append(Layout(f"{kind}_{seed + i}", scene.labels.astype(np.int64), ids, names))
     return layouts
 
 

@@ -32,6 +32,7 @@ from .presets import (
     PIX2PIXHD_CITYSCAPES,
     PIX2PIXHD_CITYSCAPES_1024,
     PIX2PIXHD_CITYSCAPES_FEATURES,
+    SCENES,
     SPADE_ADE20K,
     SPADE_CITYSCAPES,
     SPADE_COCO,
@@ -103,6 +104,10 @@ MODELS = {
         "GroupDNet for Cityscapes: 35 classes and instance edges, 256x512", CITYSCAPES
     ),
     "groupdnet_ade20k": Entry("GroupDNet for ADE20K: 151 classes, 256x256", ADE20K),
+    "groupdnet_scenes": Entry(
+        "GroupDNet for the package's landscapes, small: 8 classes, 128x128; its weights ship",
+        SCENES,
+    ),
     "spade_coco": Entry("SPADE for COCO-Stuff: 183 classes and instance edges, 256x256",
                         SPADE_COCO),
     "spade_ade20k": Entry("SPADE for ADE20K: 151 classes, 256x256", SPADE_ADE20K),

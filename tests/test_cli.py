@@ -193,7 +193,8 @@ def test_unknown_pixels_may_be_given_a_class(smis, small, bad, tmp_path):
 def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, tmp_path):
     run = functools.partial(cli.synthesis.demonstration.run, seconds=0.1)
     monkeypatch.setattr(cli.synthesis.demonstration, "run", run)
-    code, out, _ = smis("demo", "--out", tmp_path / "demo", "--samples", 2, "--scenes", 1)
+    code, out, _ = smis("demo", "--model", "groupdnet_deepfashion", "--out", tmp_path / "demo",
+                        "--samples", 2, "--scenes", 1)
     assert code == 0
     assert "random" in out.lower()
     html = (tmp_path / "demo/index.html").read_text()

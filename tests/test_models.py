@@ -22,6 +22,7 @@ TINY: dict[str, dict[str, Any]] = {
     "groupdnet_cityscapes": {"ngf": 70, "nef": 35, "ndf": 8, "image_size": (64, 64)},
     "groupdnet_ade20k": {"classes": 13, "dont_care": 12, "ngf": 8, "nef": 26, "ndf": 8,
                          "image_size": (64, 64)},
+    "groupdnet_scenes": {"ngf": 8, "nef": 16, "ndf": 8},
 }
 
 
@@ -70,6 +71,17 @@ def test_every_model_makes_a_picture(name: str) -> None:
     assert all(x.isfinite().all() for x in (mu, logvar, predictions[1][-1]))
 
 
+def test_most_calls_the_seventh_block_and_starts_at_one_pixel() -> None:
+    model = tiny("groupdnet_scenes", init_gain=1.0).eval()
+    called: list[tuple[int, ...]] = []
+    model.generator.up_4.register_forward_hook(lambda _, __, out: called.append(tuple(out.shape)))
+    _, planes, z = random_inputs(model)
+    with torch.no_grad():
+        model(planes, z)
+    assert tuple(z.shape) == (1, 64, 1, 1)
+    assert called == [(1, 8, 128, 128)]
+
+
 def test_pictures_depend_on_every_input() -> None:
     model = tiny("groupdnet_cityscapes", init_gain=1.0).eval()
     _, planes, z = random_inputs(model)
@@ -109,7 +121,8 @@ def test_dtype_and_part() -> None:
 @pytest.mark.parametrize(("options", "words"), [
     ({"depth": 3}, ["unknown option 'depth'", "ngf", "image_size"]),
     ({"image_size": (100, 64)}, ["image_size", "multiples of 64", "(100, 64)"]),
-    ({"upsampling": "most"}, ["upsampling", "normal or more", "'most'"]),
+    ({"upsampling": "all"}, ["upsampling", "normal or more or most", "'all'"]),
+    ({"upsampling": "most"}, ["upsampling", "seventh entry", "got 6"]),
     ({"ngf": 0}, ["ngf", "at least 1"]),
     ({"ngf": 3, "groups": (8, 5, 4, 2, 2, 1)}, ["G_middle_1", "5 groups", "48"]),
     ({"groups": (8, 4)}, ["widths, groups", "6 and 2"]),

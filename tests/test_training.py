@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smis_models import create_model, losses
 from smis_models.checkpoint import CheckpointError
-from smis_models.data import Draw
+from smis_models.data import Collate, Draw, GeneratedScenes
 from smis_models.presets import GroupDNetPreset, Pix2pixHDPreset
 from smis_models.registry import SynthesisModel
 from smis_models.training import (
@@ -33,10 +33,10 @@ from smis_models.training import (
     to_json,
     train,
 )
-from smis_models.training.batches import Batches, Order
+from smis_models.training.batches import Batches, MicroBatch, Order, dataset
 from smis_models.training.processes import Processes
-from smis_models.training.run import dataset
 from smis_models.training.trainer import Trainer
+from smis_models.training.whiten import whiten_codes
 
 pytest.importorskip("jsonargparse")
 
@@ -120,6 +120,53 @@ def test_without_an_adversary_the_discriminator_rests(tmp_path: Path) -> None:
     assert set(run.trainer.step(run.batches.step(), 0)) == {"kl", "pixel"}
     after = run.trainer.model.discriminator.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_without_noise_pictures_are_of_the_mean_code(tmp_path: Path) -> None:
+    run = Run(tiny("--losses.code_noise", "0"), tmp_path)
+    (batch,) = run.batches.step()
+    model = run.trainer.model.eval()
+    with torch.no_grad():
+        painted = run.trainer.objective.paint(batch, {})
+        mean = model.generator(batch.semantics, model.encoder.encode(batch.image, batch.labels)[0])
+    assert torch.equal(painted, mean)
+
+
+def test_whitened_codes_paint_the_same_pictures(tmp_path: Path) -> None:
+    model = create_model("groupdnet_scenes", ngf=8, nef=16, init_gain=1.0).double().eval()
+    pictures = GeneratedScenes(48, 128, "train")
+    collated = Collate(model.preset)([pictures[i] for i in range(48)])
+    collated["image"] = collated["image"].double()
+    batch = MicroBatch.of(collated, torch.device("cpu"))
+
+    def look() -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            mu, logvar = model.encoder.encode(batch.image, batch.labels)
+            return model.generator(batch.semantics, mu), mu.view(48, 8, 8), logvar
+
+    before, codes, _ = look()
+    whiten_codes(model, [batch], noise=0.5)
+    after, white, logvar = look()
+    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(logvar.exp().sqrt(), torch.full_like(logvar, 0.5))
+    for c in range(8):
+        shown = (batch.labels == c).flatten(1).any(1)
+        found, first = white[shown, c], codes[shown, c]
+        torch.testing.assert_close(found.mean(0), torch.zeros(8, dtype=torch.float64))
+        # Rotated to their main directions; the strong ones have variance 1.
+        spectrum = torch.linalg.eigvalsh(first.T.cov())
+        least = (spectrum / (0.01 * spectrum[-1])).clamp_max(1.0)
+        torch.testing.assert_close(found.T.cov(), least.diag())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--whiten", "true"), "one code of 1x1"),
+    (("--whiten", "true", "--network.upsampling", "more"), "expected init"),
+])
+def test_only_codes_of_one_pixel_are_whitened(arguments: tuple[str, ...], message: str,
+                                              tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Run(tiny(*arguments), tmp_path)
 
 
 def test_learning_rates_fall_linearly_by_epoch() -> None:
@@ -309,7 +356,7 @@ import torch
 import torch.distributed as dist
 from smis_models.training import load_config
 from smis_models.training.processes import Processes
-from smis_models.training.run import dataset
+from smis_models.training.batches import dataset
 from smis_models.training.run import Run
 folder, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)

@@ -35,6 +35,7 @@ from .common import (
     resolve_device,
     say_random,
     selected,
+    weights_of,
 )
 
 LabelMap = Annotated[Path, typer.Option("--labels", help="label map (PNG) that is painted")]
@@ -55,6 +56,8 @@ class _Scene:
     model: Any
     layout: Layout
     device: torch.device
+    random: bool
+    """Whether its weights are."""
 
     def encoded(self, images: Sequence[Path], labels: Sequence[Path],
                 unknown: int | None) -> tuple[list[torch.Tensor], list[str]]:
@@ -81,18 +84,19 @@ def _scene(model: str, checkpoint: Path | None, labels: Path, instances: Path | 
     check_format(animation)
     place = resolve_device(device)
     with selected(backend):
+        checkpoint = weights_of(model, checkpoint)
         network = load_model(model, checkpoint, place, seed)
         (layout, *more) = synthesis.read_layouts(labels, instances, network.preset, unknown)
         if more:
             raise ValueError(f"labels: expected one label map, got {1 + len(more)} in {labels}; "
                              "give a file")
         say_random(checkpoint)
-        yield _Scene(network, layout, place)
+        yield _Scene(network, layout, place, checkpoint is None)
 
 
-def _settle(scene: _Scene, checkpoint: Path | None, z: Any) -> None:
+def _settle(scene: _Scene, z: Any) -> None:
     """Random weights paint grey until their scales are set."""
-    if checkpoint is None:
+    if scene.random:
         synthesis.calibrate(scene.model, synthesis.semantics(scene.model, scene.layout), z)
 
 
@@ -130,7 +134,7 @@ def mix(
                 animation) as scene:
         codes, names = scene.encoded(images, image_labels, unknown)
         takes = parse_takes(take, names) if take else None
-        _settle(scene, checkpoint, codes[0])
+        _settle(scene, codes[0])
         count = 1 + len(scene.layout.present if takes is None else takes)
         frames = applications.mix(scene.model, scene.layout, codes, takes, names)
         _write("mix", frames, count, scene, out, animation, seconds)
@@ -183,10 +187,10 @@ def edit(
         clusters = synthesis.read_clusters(preset, features)
         if clusters is not None:
             z: Any = [synthesis.draw_input(scene.model, x, seed, clusters) for x in layouts]
-            _settle(scene, checkpoint, z[0])
+            _settle(scene, z[0])
         else:
             z = scene.code(images or (), image_labels or (), unknown, seed)
-            _settle(scene, checkpoint, z)
+            _settle(scene, z)
         if exchange is None:
             frames = applications.edit(scene.model, layouts, z)
             _write("edit", frames, len(layouts), scene, out, animation, seconds)
@@ -233,7 +237,7 @@ def morph(
         else:
             codes = [synthesis.drawn_code(scene.model, seed + k) for k in range(2)]
         start, end = codes
-        _settle(scene, checkpoint, start)
+        _settle(scene, start)
         frames = applications.morph(scene.model, scene.layout, start, end, steps, classes)
         _write("morph", frames, steps, scene, out, animation, seconds)
 
@@ -263,7 +267,7 @@ def resample(
             if clusters is None:
                 raise ValueError("instance: this model reads no instance features; give --class")
             first = synthesis.draw_input(scene.model, scene.layout, seed, clusters)
-            _settle(scene, checkpoint, first)
+            _settle(scene, first)
             frames = applications.edit_features(scene.model, scene.layout, clusters, instance,
                                                 seed, samples)
             total = min(samples, clusters.count(instance))
@@ -271,6 +275,6 @@ def resample(
             return
         assert index is not None
         z = scene.code(images or (), image_labels or (), unknown, seed)
-        _settle(scene, checkpoint, z)
+        _settle(scene, z)
         frames = applications.resample(scene.model, scene.layout, index, samples, seed, z)
         _write("resample", frames, 1 + samples, scene, out, animation, seconds)

@@ -23,6 +23,7 @@ from smis_kernels import BackendError, use_backend
 
 from ..presets import Preset
 from ..registry import create_model, stored_configuration
+from ..shipped import shipped_weights
 
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
@@ -36,7 +37,8 @@ Labels = Annotated[Path | None, typer.Option(help="label map (PNG) or a folder o
 Instances = Annotated[Path | None, typer.Option(help="instance map or a folder of them")]
 Model = Annotated[str, typer.Option(help="a name that `smis list` shows")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help=".pth or .safetensors file, or a folder; without one: random")
+    Path | None, typer.Option(help=".pth or .safetensors file, or a folder; without one those that "
+                                   "ship (groupdnet_scenes), else random")
 ]
 Out = Annotated[Path, typer.Option(help="folder to write to")]
 Seed = Annotated[int, typer.Option(help="of the codes and of random weights", min=0)]
@@ -84,8 +86,16 @@ def load_model(name: str, checkpoint: Path | None, device: torch.device, seed: i
     return model.eval()
 
 
+def weights_of(model: str, checkpoint: Path | None) -> Path | None:
+    """The checkpoint that was given, else the weights that ship with the package, else None."""
+    return shipped_weights(model) if checkpoint is None else checkpoint
+
+
 def weights_line(checkpoint: Path | None) -> str:
-    return "RANDOM (no --checkpoint)" if checkpoint is None else str(checkpoint)
+    if checkpoint is None:
+        return "RANDOM (no --checkpoint)"
+    shipped = checkpoint == shipped_weights(checkpoint.stem)
+    return f"{checkpoint.name}, trained, of the package" if shipped else str(checkpoint)
 
 
 def say_random(checkpoint: Path | None) -> None:

@@ -30,6 +30,7 @@ from .common import (
     resolve_device,
     say_random,
     selected,
+    weights_of,
 )
 
 DistanceNames = Annotated[list[str], typer.Option(
@@ -90,6 +91,7 @@ def evaluate(
     distances = create_distances(distance, lpips_weights, lpips_heads, place)
     extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
     with selected(backend):
+        checkpoint = weights_of(model, checkpoint)
         network = load_model(model, checkpoint, place, seed)
         preset = network.preset
         clusters = synthesis.read_clusters(preset, features)

@@ -37,6 +37,7 @@ from .common import (
     say_random,
     selected,
     weights_line,
+    weights_of,
 )
 
 
@@ -69,6 +70,7 @@ def synthesize(
     """Label maps to pictures: OUT/<scene>_<sample>.png, and all of them on OUT/grid.png."""
     with selected(backend):
         place = resolve_device(device)
+        checkpoint = weights_of(model, checkpoint)
         preset = preset_of(model, checkpoint)
         clusters = synthesis.read_clusters(preset, features)
         layouts = synthesis.read_layouts(labels, instances, preset, unknown)
@@ -132,7 +134,7 @@ def features(
 
 @app.command()
 def demo(
-    out: Out = Path("demo"), model: Model = "groupdnet_deepfashion", checkpoint: Checkpoint = None,
+    out: Out = Path("demo"), model: Model = "groupdnet_scenes", checkpoint: Checkpoint = None,
     labels: Labels = None, instances: Instances = None, samples: Samples = 3,
     scenes: Annotated[int, typer.Option(help="sample scenes to draw without --labels", min=1)] = 2,
     seed: Seed = 0, backend: Backend = None, device: Device = "cpu", unknown: Unknown = None,
@@ -141,7 +143,7 @@ def demo(
     ] = False,
 ) -> None:
     """Pictures from label maps, and this machine's speed table, on one HTML page."""
-    place = resolve_device(device)
+    place, checkpoint = resolve_device(device), weights_of(model, checkpoint)
     published = full or checkpoint is not None
     with selected(backend):
         preset = preset_of(model, checkpoint)
@@ -151,7 +153,7 @@ def demo(
                 f"{model!r}; smis synthesize takes every model"
             )
         layouts = (
-            synthesis.sample_layouts(preset, scenes, seed) if labels is None
+            synthesis.sample_layouts(preset, scenes, seed, model) if labels is None
             else synthesis.read_layouts(labels, instances, preset, unknown)
         )
         options = {} if published else _quarter_width(preset)
@@ -159,7 +161,7 @@ def demo(
         if checkpoint is not None and "encoder" not in dict(network.named_children()):
             network.add_module("encoder", create_model(model, part="encoder", device=place).eval())
         say_random(checkpoint)
-        width = "published width" if published else "a quarter of the published width (--full: all)"
+        width = "its whole width" if published else "a quarter of the published width (--full: all)"
         console.print(f"{network.name}, {width}", soft_wrap=True)
         if checkpoint is None:
             planes = synthesis.semantics(network, layouts[0])

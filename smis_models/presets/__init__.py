@@ -9,6 +9,7 @@ from .groupdnet import (
     GROUPENC,
     GROUPNET,
     MULNET,
+    SCENES,
     GroupDNetPreset,
     NormWidths,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "PIX2PIXHD_CITYSCAPES",
     "PIX2PIXHD_CITYSCAPES_1024",
     "PIX2PIXHD_CITYSCAPES_FEATURES",
+    "SCENES",
     "SPADE_ADE20K",
     "SPADE_CITYSCAPES",
     "SPADE_COCO",

@@ -23,16 +23,17 @@ class GroupDNetPreset(LatentPreset):
     """Options of one GroupDNet (Zhu et al., "Semantically Multi-modal Image Synthesis", CVPR 2020).
 
     ``widths`` and ``groups`` are those of the blocks after ``head_0`` (``G_middle_0``,
-    ``G_middle_1``, ``up_0``, ...), widths in units of ``ngf``; ``head_0`` has 16 channels per class
-    where ``head_per_class``, else 16·ngf. ``start_groups`` (of ``fc`` and ``head_0``) and
-    ``encoder_groups`` (of every layer of the encoder) are one per class where None, as published;
+    ``G_middle_1``, ``up_0``, ...), widths in units of ``ngf``; a seventh, ``up_4``, is called with
+    upsampling "most" alone; ``head_0`` has 16 channels per class where ``head_per_class``, else
+    16·ngf. ``start_groups`` (of ``fc`` and ``head_0``) and ``encoder_groups`` (of every layer of
+    the encoder) are one per class where None, as published;
     ``encoder_depth``, the encoder's number of strided convs, leads to the size at which the
     generator starts (the published code has six from 256 pixels on, else five, which fits there).
     ``fusion`` says how the last features become a picture: "conv" as published, or "masks", for
     which they are as many groups as classes, and each class's group is kept where the class is.
     """
 
-    upsamplings: ClassVar[Mapping[str, int]] = {"normal": 5, "more": 6}
+    upsamplings: ClassVar[Mapping[str, int]] = {"normal": 5, "more": 6, "most": 7}
 
     nef: int
     widths: tuple[int, ...]
@@ -44,7 +45,7 @@ class GroupDNetPreset(LatentPreset):
     encoder_depth: int | None = None
     fusion: Literal["conv", "masks"] = "conv"
     latent_channels: int = 8
-    upsampling: Literal["normal", "more"] = "more"
+    upsampling: Literal["normal", "more", "most"] = "more"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +56,12 @@ class GroupDNetPreset(LatentPreset):
         if len(self.widths) != len(self.groups) or len(self.widths) not in (6, 7):
             raise ValueError(
                 "widths, groups: expected one entry each for G_middle_0, G_middle_1, up_0, ..., "
-                f"up_3 (and the unused up_4); got {len(self.widths)} and {len(self.groups)}"
+                f"up_3 (and up_4); got {len(self.widths)} and {len(self.groups)}"
+            )
+        if self.upsampling == "most" and len(self.widths) != 7:
+            raise ValueError(
+                "upsampling: 'most' expected widths and groups with a seventh entry, of up_4; "
+                f"got {len(self.widths)}"
             )
         if self.fusion not in ("conv", "masks"):
             raise ValueError(f"fusion: expected conv or masks; got {self.fusion!r}")
@@ -71,9 +77,14 @@ class GroupDNetPreset(LatentPreset):
         return 16 * (self.classes if self.head_per_class else self.ngf)
 
     @property
+    def called(self) -> int:
+        """How many blocks after ``head_0`` are called: up_4 is with upsampling "most" alone."""
+        return 7 if self.upsampling == "most" else 6
+
+    @property
     def last_width(self) -> int:
-        """Width of the last block that is called, up_3."""
-        return self.widths[5] * self.ngf
+        """Width of the last block that is called."""
+        return self.widths[self.called - 1] * self.ngf
 
     def norm_widths(self, groups: int) -> NormWidths:
         """CG-Norm sizes inside a block of ``groups`` groups: one published rule per data set."""
@@ -99,6 +110,13 @@ ADE20K = GroupDNetPreset(
     classes=151, image_size=(256, 256), ngf=64, nef=604, dont_care=150, unlabelled=0,
     head_per_class=True, widths=(32, 16, 16, 8, 4, 2, 1), groups=(16, 16, 8, 4, 2, 1, 1),
     modulation="shared_per_class",
+)
+# Small enough to be trained on a CPU and to ship: DeepFashion's schedule of groups on the scenes
+# that the package draws. One code for the whole of a class, not one for each part of the picture.
+SCENES = GroupDNetPreset(
+    classes=8, image_size=(128, 128), ngf=16, nef=64, ndf=16,
+    widths=(16, 16, 8, 4, 2, 1, 1), groups=(8, 4, 4, 2, 2, 1, 1), modulation="fixed",
+    upsampling="most",
 )
 
 # The systems of the paper's table whose networks are GroupDNet's under another schedule of groups.

@@ -16,6 +16,7 @@ from smis_kernels import LabelLayout
 from smis_kernels._backend import requested
 
 from ..data import Batch, Collate, Draw, Sample, SceneDataset
+from ..data.build import build_dataset
 from ..presets import Preset
 from .config import TrainConfig
 from .processes import Processes
@@ -24,6 +25,19 @@ from .processes import Processes
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers; near ones give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneDataset:
+    """The pictures of a split; ``count`` of them where they are generated.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown data set, missing or unpaired files.
+    """
+    data = config.data
+    return build_dataset(
+        data.name, data.root, config.network, split, count=count or data.count, mode=data.mode,
+        load=data.load, flip=data.flip, unknown=data.unknown, seed=config.seed,
+    )
 
 
 @dataclass

@@ -32,6 +32,8 @@ class LossConfig:
         vgg: file with torchvision's VGG19 weights, or None for the copy in torch's cache; where
             there is none, the term is off, and a warning says so.
         kl: divergence of the codes from N(0, 1), summed over the images of a whole step.
+        code_noise: factor of the posterior's noise in the codes that are painted from; 1 as
+            published, 0 paints from the mean, which starts codes that noise would keep unused.
         pixel: mean L1 between fake and real; 0 as published.
         prior: weight of the adversarial loss of pictures from codes drawn from N(0, 1).
         latent: L1 between such a code and the one that the encoder finds in its picture.
@@ -47,6 +49,7 @@ class LossConfig:
     perceptual: float = 10.0
     vgg: str | None = None
     kl: float = 0.05
+    code_noise: float = 1.0
     pixel: float = 0.0
     prior: float = 0.0
     latent: float = 0.0
@@ -57,7 +60,8 @@ class LossConfig:
         if self.gan not in GAN_MODES:
             raise ValueError(f"losses.gan: expected {', '.join(GAN_MODES)}; got {self.gan!r}")
         _at_least("losses", self, 0, "adversarial", "discriminator", "feature_matching",
-                  "perceptual", "kl", "pixel", "prior", "latent", "diversity", "diversity_bound")
+                  "perceptual", "kl", "code_noise", "pixel", "prior", "latent", "diversity",
+                  "diversity_bound")
         judged = [name for name in ("feature_matching", "prior") if getattr(self, name) > 0]
         if self.adversarial == 0 and judged:
             raise ValueError(f"losses.{judged[0]}: expected 0 where losses.adversarial is 0, for "
@@ -202,6 +206,8 @@ class TrainConfig:
         init_gain: of the xavier rule that weights start from.
         init: weights to start from (safetensors or pth); for a pix2pixHD with local enhancers
             those of the generator inside it serve too.
+        whiten: give the codes of ``init`` the mean and covariance of N(0, 1) at first; for a
+            GroupDNet that was trained without noise in its codes.
     """
 
     model: str
@@ -215,6 +221,7 @@ class TrainConfig:
     seed: int = 0
     init_gain: float = 0.02
     init: str | None = None
+    whiten: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16", "fp16"):

@@ -113,8 +113,8 @@ class Objective:
         mu, logvar = self.encode(batch)
         if self.weights.kl > 0:
             losses["kl"] = self.weights.kl * self.parts * kl_loss(mu, logvar)
-        return self.model.generator(
-            batch.semantics, reparameterize(mu, logvar, noise=batch.noise(mu)))
+        noise = self.weights.code_noise * batch.noise(mu)
+        return self.model.generator(batch.semantics, reparameterize(mu, logvar, noise=noise))
 
     def generator(self, batch: MicroBatch) -> tuple[Losses, list[Tensor]]:
         """The weighted terms to minimise; the pictures of the batch's own codes and drawn ones."""

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from ..checkpoint import save_checkpoint
-from ..data import Collate, SceneDataset
-from ..data.build import build_dataset
+from ..data import Collate
 from ..images import grid, to_pictures, write_atomically, write_png
 from ..scenes import palette
-from .batches import Batches, MicroBatch
+from .batches import Batches, MicroBatch, dataset
 from .checkpoints import CONFIG, STATE, WEIGHTS, load_state, save_state
 from .config import TrainConfig
 from .journal import Board, Clock, LossTable, memory
@@ -23,19 +22,6 @@ from .objective import objective
 from .options import to_json
 from .processes import Processes, joined
 from .trainer import Trainer
-
-
-def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneDataset:
-    """The pictures of a split; ``count`` of them where they are generated.
-
-    Raises:
-        ValueError, FileNotFoundError: an unknown data set, missing or unpaired files.
-    """
-    data = config.data
-    return build_dataset(
-        data.name, data.root, config.network, split, count=count or data.count, mode=data.mode,
-        load=data.load, flip=data.flip, unknown=data.unknown, seed=config.seed,
-    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import read_checkpoint
+from ..data import Collate
 from ..perceptual import load_perceptual_loss
 from ..pix2pixhd import LocalEnhancer
 from ..registry import SynthesisModel, create_model
-from .batches import MicroBatch, seed_of
+from .batches import MicroBatch, dataset, seed_of
 from .config import TrainConfig
 from .objective import DiscriminatorStep, GeneratorStep, Losses, held, objective
 from .optimizers import PRECISIONS, Average, adam, scaler, set_rate, trained_parameters
 from .processes import Processes, unsynchronized
+from .whiten import check_whitened, whiten_codes
+
+_WHITENED = 512  # pictures that mean and covariance are taken of
 
 
 class NonFiniteLoss(ValueError):
@@ -175,6 +179,8 @@ class Trainer:
 
 def _start(config: TrainConfig, device: torch.device) -> Any:
     """The model with random weights, or where ``config.init`` has them with those."""
+    if config.whiten:
+        check_whitened(config.network, config.init)
     options = {field.name: getattr(config.network, field.name) for field in fields(config.network)}
     model = create_model(config.model, device=device, seed=config.seed,
                          init_gain=config.init_gain, **options)
@@ -190,4 +196,15 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
     held = create_model(config.model, config.init, device=device, **options)
     for name, part in held.named_children():
         model.get_submodule(name).load_state_dict(part.state_dict())
+    if config.whiten:
+        whiten_codes(model.eval(), _first_pictures(config, device))
     return model
+
+
+def _first_pictures(config: TrainConfig, device: torch.device) -> Iterator[MicroBatch]:
+    """The first training pictures, as they are, in batches."""
+    pictures = dataset(config, "train", _WHITENED)
+    collate, size = Collate(config.network), config.data.batch
+    for first in range(0, min(_WHITENED, len(pictures)), size):
+        chosen = range(first, min(first + size, _WHITENED, len(pictures)))
+        yield MicroBatch.of(collate([pictures[i] for i in chosen]), device)
