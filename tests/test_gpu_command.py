@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import driver, report, targets
-from benchmarks.gpu.cases import CASES
-from benchmarks.gpu.journal import Journal, OutOfTime, write_json
+from benchmarks.gpu import correctness, driver, report, sanitizer, targets
+from benchmarks.gpu.cases import CASES, OpCase
+from benchmarks.gpu.journal import Journal, OutOfTime, Skip, write_json
 from benchmarks.gpu.measure import Floor, Provider, measure, without_gradients
 from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.regressions import regressions
 from benchmarks.gpu.settings import ROOT, Settings
 from benchmarks.gpu.targets import TARGETS
 
@@ -203,6 +205,51 @@ def test_names_of_results_fit_any_file_system() -> None:
     settings = Settings("", "", dry_run=True)
     assert command.machine_name(dry_run=True) == "cpu"
     assert Settings.from_json(settings.to_json()) == settings
+
+
+def test_what_is_worse_than_before() -> None:
+    before, now = _results(), _results()
+    assert regressions(now, before) == {}
+    (row,) = now["operations"]["rows"]
+    row["providers"]["ours"].update(peak_bytes=120, correct=False)
+    row["providers"]["ours channels-last"] = {"failed": "it broke"}
+    row.update(state="failed", reason="it broke")
+    place = ("operations", row["name"])
+    assert regressions(now, before) == {
+        (*place, ""): "failed: it broke",
+        (*place, "ours"): "wrong: error 1.0e-03 -> 1.0e-03; more memory: 0.0 -> 0.0 MB",
+        (*place, "ours channels-last"): "failed: it broke",
+    }
+
+
+def test_a_provider_that_fails_fails_its_row_and_no_other_provider() -> None:
+    providers = [*_providers(), Provider("ours broken", lambda: 1 / 0, like="reference")]
+    row = measure(providers, lambda: providers[0].make()().double(), CPU, small=True)
+    assert row["state"] == "failed"
+    assert row["reason"] == "ours broken: ZeroDivisionError: division by zero"
+    assert row["providers"]["ours"]["median"] > 0
+    parts = {"operations": {"state": "failed", "reason": "", "rows": [{"name": "x", **row}]}}
+    results = {"machine": "gpu", "date": "", "dry_run": False, "commit": "", "parts": parts}
+    assert "failed: ZeroDivisionError" in report.markdown(results, None)
+
+
+def test_a_dry_run_is_no_result() -> None:
+    arguments = command._parser().parse_args(["--dry-run", "--out", str(command.RESULTS)])
+    with pytest.raises(Skip, match="a dry run's are none"):
+        command._settings(arguments)
+    rows = report.target_rows(_results(), dry_run=True)
+    assert {value for _, _, value, _ in rows} == {"-"}
+    assert not {verdict for *_, verdict in rows} & {"reached", "MISSED"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_in_one_shard(case: OpCase) -> None:
+    def selects(expression: str) -> bool:
+        found = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda m: repr(m[0] in case.name), expression)
+        return bool(eval(found))
+
+    assert sum(map(selects, correctness.OPS)) == 1
+    assert case.op in sanitizer.OPS
 
 
 def test_every_op_has_a_case() -> None:
