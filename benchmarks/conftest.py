@@ -50,16 +50,19 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    # A file names its cases by SET or PREFIX; each test is one provider of one case on one setting.
+    # A file names its cases by SET or PREFIX, or holds its own CASES; each test is one provider of
+    # one case on one setting.
     if "measured" not in metafunc.fixturenames:
         return
     module, places = metafunc.module, [("cpu", torch.float32)]
     if torch.cuda.is_available():
         places += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
+    own = getattr(module, "CASES", None)
     parameters = [
         pytest.param((case, provider.name, device, dtype),
                      id=f"{case.group}-{provider.name}-{device}-{str(dtype)[6:]}")
-        for case in harness.cases(getattr(module, "SET", "all"), getattr(module, "PREFIX", ""))
+        for case in own or harness.cases(getattr(module, "SET", "all"),
+                                         getattr(module, "PREFIX", ""))
         for device, dtype in places
         for provider in case.providers
     ]
