@@ -20,24 +20,27 @@ template <class T> inline Sum<T> get_sum(const T* p) { return *reinterpret_cast<
 constexpr int kBlock = 16;  // bytes that shuffles of every instruction set stay within
 
 // Sums of neighbours: in each block of 16 bytes first those of a, then those of b.
-template <class A, size_t... I>
-inline Sum<A> neighbours(Sum<A> a, Sum<A> b, std::index_sequence<I...>) {
-  constexpr size_t n = kBlock / sizeof(A), L = SumLanes<A>::n;
-  constexpr auto from = [](size_t i) {
-    return i / n * n + i % n * 2 % n + (i % n < n / 2 ? 0 : L);
-  };
-  return __builtin_shufflevector(a, b, from(I)...) +
-         __builtin_shufflevector(a, b, (from(I) + 1)...);
+template <class A, int... I>
+inline Sum<A> neighbours(Sum<A> a, Sum<A> b, std::integer_sequence<int, I...>) {
+  constexpr int n = kBlock / int(sizeof(A)), L = int(SumLanes<A>::n);
+  constexpr auto from = [](int i) { return i / n * n + i % n * 2 % n + (i % n < n / 2 ? 0 : L); };
+  return shuffled(a, b, std::integer_sequence<int, from(I)...>{}) +
+         shuffled(a, b, std::integer_sequence<int, (from(I) + 1)...>{});
 }
 
-template <int lanes, class V, size_t... I> inline auto folded(V v, std::index_sequence<I...>) {
-  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (lanes / 2 + I)...);
+// The sums of both halves of a vector of `lanes`.
+template <class A, int lanes, class V> inline auto folded(V v) {
+  typedef A Part __attribute__((vector_size(lanes / 2 * sizeof(A))));
+  Part parts[2];
+  static_assert(sizeof(parts) == sizeof(v));
+  std::memcpy(parts, &v, sizeof(v));
+  return parts[0] + parts[1];
 }
 
 // bins[0..K) += a block of sums; whole blocks without taking it apart.
 template <class A, int K, int lanes, class V> inline void add_block(V v, double* bins) {
   if constexpr (lanes * sizeof(A) > kBlock) {
-    add_block<A, K, lanes / 2>(folded<lanes>(v, std::make_index_sequence<lanes / 2>{}), bins);
+    add_block<A, K, lanes / 2>(folded<A, lanes>(v), bins);
   } else if constexpr (K < lanes) {
     each<K>([&](auto k) { bins[k] += v[k.value]; });
   } else {
@@ -62,7 +65,7 @@ inline void add_sums(const Sum<A> (&v)[vectors], double* bins) {
     Sum<A> next[half];
     each<half>([&](auto i) {
       next[i] = neighbours<A>(v[2 * i], v[vectors > 1 ? 2 * i + 1 : 0],
-                              std::make_index_sequence<L>{});
+                              std::make_integer_sequence<int, L>{});
     });
     add_sums<K, in_block / 2, A>(next, bins);
   }
