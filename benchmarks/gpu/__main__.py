@@ -1,12 +1,13 @@
 """Build, check, tune and measure on a GPU, and write results, tables and plots.
 
-A first session, on a machine without git or network:
+A first session (--commit where there is no git; --out a folder that outlasts the session):
 
-  python -m benchmarks.gpu --dry-run                      on any machine: all up to the launch
-  python -m benchmarks.gpu --commit C --out build/results all parts; about 8 minutes
-  python -m benchmarks.gpu --commit C --out build/results --resume
-                                                          what failed or found no time, again
-  python -m benchmarks.gpu --only tune operations         after a change; marks regressions
+  python -m benchmarks.gpu --dry-run                       on any machine: all up to the launch
+  python -m benchmarks.gpu --commit C --only correctness sanitizer parity rates tune --parity DIR
+  python -m benchmarks.gpu --commit C --resume             networks and the rest, tuned by then
+  python -m benchmarks.gpu --commit C --resume             what failed or found no time, again
+
+Later, python -m benchmarks.gpu alone runs all parts in under 8 minutes and marks regressions.
 
 Results go to <gpu>-<date>.json, .md, .tuned.json and plots; logs to build/gpu/<result>/. The launch
 settings that measured fastest also go to smis_kernels/tuned/, where the package reads them.

@@ -19,10 +19,8 @@ from .settings import ROOT, Settings
 OPS = ("indexed_modulation", "modulation and not indexed", "conditional", "norm_act", "window_",
        "spatially or class_crops or instance_ or number_")
 DTYPES = ("torch.bfloat16", "torch.float32", "torch.float16", "torch.float64")
-QUICK = {  # of a dry run
-    "test_ops.py": "norm_act or instance_edges or class_crops or window_embedding",
-    "test_networks.py": "test_paths_agree or (test_training_step and spade_coco)",
-}
+QUICK = ("norm_act or instance_edges or class_crops or window_embedding or test_paths_agree or "
+         "(test_training_step and spade_coco)")  # of ops and networks in a dry run
 ACCURACY = "test_as_accurate_as_the_reference"
 
 
@@ -30,23 +28,22 @@ def shards(dry_run: bool) -> Iterator[tuple[str, list[str]]]:
     """(name, arguments of pytest); Triton compiles on the host, so ops and dtypes run apart."""
     folder = ROOT / "tests" / "gpu"
     files = sorted(path.name for path in folder.glob("test_*.py") if path.name != "test_ops.py")
-    if dry_run:
-        for name, quick in QUICK.items():
-            yield name, [f"tests/gpu/{name}", "-k", quick]
-        files = [name for name in files if name not in QUICK]
-    else:
-        for dtype in DTYPES:
-            for op in OPS:
-                yield (f"{op}, {dtype}",
-                       ["tests/gpu/test_ops.py", "-k", f"{ACCURACY} and {dtype} and ({op})"])
+    if dry_run:  # few processes: most of the time goes into imports
+        small = ["test_ops.py", "test_networks.py"]
+        yield "ops and networks", [*(f"tests/gpu/{name}" for name in small), "-k", QUICK]
+        yield "the others", [f"tests/gpu/{name}" for name in files if name not in small]
+        return
+    for dtype in DTYPES:
         for op in OPS:
-            yield (f"{op}, formats and repeats",
-                   ["tests/gpu/test_ops.py", "-k", f"not {ACCURACY} and ({op})"])
+            yield (f"{op}, {dtype}",
+                   ["tests/gpu/test_ops.py", "-k", f"{ACCURACY} and {dtype} and ({op})"])
+    for op in OPS:
+        yield (f"{op}, formats and repeats",
+               ["tests/gpu/test_ops.py", "-k", f"not {ACCURACY} and ({op})"])
     yield from ((name, [f"tests/gpu/{name}"]) for name in files)
-    if not dry_run:
-        for path in sorted((ROOT / "tests").glob("test_*.py")):
-            if "mark.triton" in path.read_text():
-                yield f"Triton tests of {path.name}", [f"tests/{path.name}", "-m", "triton"]
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if "mark.triton" in path.read_text():
+            yield f"Triton tests of {path.name}", [f"tests/{path.name}", "-m", "triton"]
 
 
 def _outcome(report: Path, code: int, output: str) -> Row:
