@@ -99,9 +99,10 @@ class _WindowTable(torch.autograd.Function):
         scattered = scattered.permute(3, 0, 1, 2, 4).reshape(groups, rows, 18 * wide)
         weight = torch.stack([weight_gamma, weight_beta]).view(2, groups, wide, deep, 9)
         weight = weight.permute(1, 4, 0, 2, 3).reshape(groups, 18 * wide, deep)
-        dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
         grouped = hidden.view(rows, groups, deep).transpose(0, 1)
-        dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
+        with torch.autocast(hidden.device.type, enabled=False):  # as forward's products
+            dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
+            dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
         dgamma, dbeta = dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
         bias_gamma, bias_beta = grad[1:].sum(0).split(channels)
         return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
