@@ -11,6 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 from rich.table import Column, Table
 
 from .. import benchmark as harness
@@ -20,6 +21,8 @@ from ..benchmark.measure import resident_peak, under_default_allocator
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
 from ..images import write_atomically
 from .common import Device, Out, app, console, progress, resolve_device
+
+_FAMILY_WIDTH = 144
 
 
 @app.command()
@@ -70,7 +73,8 @@ def benchmark(
         own = Table(*FAMILY)
         for row in family:
             own.add_row(*row)
-        console.print(own)
+        # Whole names and numbers: a line longer than the terminal's is better than "spad…".
+        Console(width=max(console.width, _FAMILY_WIDTH)).print(own)
         text += f"\n## The models\n\n{markdown_table(FAMILY, family)}\n"
     files = [
         harness.save(out / "records.json", records),
