@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from .targets import Parts
+from .targets import Parts, floor_share
 
 
 def _done(parts: Parts, name: str) -> list[dict[str, Any]]:
@@ -44,9 +44,10 @@ def roofline(parts: Parts, path: Path) -> Path | None:
         floor = row["floor"]
         # ops that multiply little are drawn by their bytes: one operation for each
         operations = floor["operations"] or floor["bytes"]
-        best = min(entry["median"] for entry in _ours(row).values())
-        axes.loglog(operations / floor["bytes"], operations / best, "o", color=f"C{i % 10}",
-                    label=row["name"])
+        # by shares, since forms of one row may have floors of their own
+        share = max(floor_share(row, entry) or 0.0 for entry in _ours(row).values())
+        axes.loglog(operations / floor["bytes"], share * operations / floor["seconds"],
+                    "ox"[i // 10 % 2], color=f"C{i % 10}", label=row["name"])
     low, high = axes.get_xlim()
     grid = [low, high] if not matrix else sorted([low, matrix / copy, high])
     roof = [min(copy * x, matrix) if matrix else copy * x for x in grid]
