@@ -36,7 +36,7 @@ from smis_models.training import (
 from smis_models.training.batches import Batches, MicroBatch, Order, dataset
 from smis_models.training.processes import Processes
 from smis_models.training.trainer import Trainer
-from smis_models.training.whiten import whiten_codes
+from smis_models.training.whiten import borrow_encoder, whiten_codes
 
 pytest.importorskip("jsonargparse")
 
@@ -161,7 +161,20 @@ def test_whitened_codes_paint_the_same_pictures(tmp_path: Path) -> None:
         torch.testing.assert_close(found.T.cov(), least.diag())
 
 
+def test_a_borrowed_encoder_reads_the_class_as_the_other_one_is_read() -> None:
+    encoder = create_model("groupdnet_scenes", ngf=8, nef=16).double().eval()
+    crops = torch.randn(2, 8, 3, 128, 128, dtype=torch.float64)
+    crops[:, 4] = crops[:, 6]
+    borrow_encoder(encoder, 4, 6)
+    with torch.no_grad():
+        mu, _ = encoder.encoder(crops.flatten(1, 2))
+    codes = mu.view(2, 8, 8)
+    torch.testing.assert_close(codes[:, 4], codes[:, 6])
+    assert not torch.allclose(codes[:, 3], codes[:, 6])
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (("--borrow", "[[4, 6]]"), "expected whiten too"),
     (("--whiten", "true"), "one code of 1x1"),
     (("--whiten", "true", "--network.upsampling", "more"), "expected init"),
 ])

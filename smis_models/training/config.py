@@ -208,6 +208,8 @@ class TrainConfig:
             those of the generator inside it serve too.
         whiten: give the codes of ``init`` the mean and covariance of N(0, 1) at first; for a
             GroupDNet that was trained without noise in its codes.
+        borrow: pairs (class, other class): before that, the encoder of a class whose codes carry
+            nothing yet becomes a copy of another's.
     """
 
     model: str
@@ -222,6 +224,7 @@ class TrainConfig:
     init_gain: float = 0.02
     init: str | None = None
     whiten: bool = False
+    borrow: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16", "fp16"):
