@@ -29,7 +29,8 @@ from .presets import Pix2pixHDPreset, Preset
 from .scenes import palette, sample_scene
 
 # What a model's data set shows: by the model's name, else by its number of classes.
-_SCENES = {"groupdnet_scenes": ("landscape",), 8: ("person",), 35: ("street",)}
+_SCENES: dict[str | int, tuple[str, ...]] = {
+    "groupdnet_scenes": ("landscape",), 8: ("person",), 35: ("street",)}
 
 
 @dataclass(frozen=True)
