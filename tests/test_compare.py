@@ -12,6 +12,7 @@ from smis_models.compare import SYSTEMS, Settings, compare, found_order, markdow
 from smis_models.compare.systems import parameters
 from smis_models.compare.train import train_system
 from smis_models.metrics import PixelDistance
+from smis_models.training import NonFiniteLoss, Trainer
 
 TINY = {"width": 4, "ndf": 4, "batch": 2, "workers": 0, "layouts": 1, "samples": 2, "pairs": 1,
         "pictures": 2, "seconds": 0.0}
@@ -77,6 +78,24 @@ def test_a_comparison_goes_on_where_it_stopped(compared, tmp_path):
     assert longer.seconds > first.seconds
     spent = (tmp_path / "run/spent.csv").read_text().splitlines()
     assert int(spent[0].split(",")[0]) == 1
+
+
+def test_a_loss_that_becomes_nan_ends_one_system_at_its_checkpoint(compared, tmp_path, monkeypatch):
+    config = Settings(minutes=0, **TINY).config("GroupDNet")
+    first = train_system(config, tmp_path / "run", 0)
+
+    def fail(*_):
+        raise NonFiniteLoss("losses.gan: became nan in step 2")
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    ended = train_system(config, tmp_path / "run", 1)
+    assert (ended.steps, ended.failure) == (first.steps, "losses.gan: became nan in step 2")
+    with pytest.raises(NonFiniteLoss):
+        train_system(config, tmp_path / "other", 1)
+    _, result, _ = compared
+    broken = json.loads(json.dumps(result))
+    broken["systems"]["GroupDNet"] |= {"failure": ended.failure}
+    assert "GroupDNet ended before its time, after 1 steps: losses.gan" in markdown(broken)
 
 
 def test_the_command_prints_what_it_found(compared, monkeypatch, capsys):

@@ -94,6 +94,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         "SHE is a study with people and left out."
         + ("" if result["fid"] else " FID is left out: no Inception weights were given."),
     ]
+    said += [f"{name} ended before its time, after {row['steps']} steps: {row['failure']}"
+             for name, row in result["systems"].items() if row["failure"]]
     if not any(name.startswith("LPIPS (") for name in names):
         said.append("No distance above is LPIPS: no ImageNet weights of its trunk were given.")
     return said

@@ -150,7 +150,7 @@ def measure(settings: Settings, folder: str | Path, trained: Mapping[str, Traine
                          partial(_named, step, name))
         rows[name] = {
             "model": config.model, "steps": run.steps, "images": run.images,
-            "seconds": run.seconds, "parameters": parameters(config.network),
+            "seconds": run.seconds, "failure": run.failure, "parameters": parameters(config.network),
             **judged["results"], "options": judged["model"]["options"],
             "weights_sha256": judged["model"]["weights_sha256"],
             "training_memory": training_memory(config, place),
@@ -194,7 +194,9 @@ def compare(settings: Settings, folder: str | Path, distances: Sequence[Distance
         step: called with a few words while measuring.
 
     Raises:
-        ValueError: settings that do not fit, a folder of another comparison, a NaN loss.
+        ValueError: settings that do not fit, a folder of another comparison.
+        NonFiniteLoss: a loss became NaN before a system's first checkpoint; after it, the system
+            is measured as it stood there, and the report says so.
 
     Paper: Zhu et al., "Semantically Multi-modal Image Synthesis", CVPR 2020, table 1.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..training import Progress, Run, TrainConfig
-from ..training.checkpoints import STATE
+from ..training import NonFiniteLoss, Progress, Run, TrainConfig
+from ..training.checkpoints import STATE, load_state
 
 _SPENT = "spent.csv"
 
@@ -25,12 +24,14 @@ class Trained:
         weights: for ``create_model``.
         steps, images: how many.
         seconds: of training; a checkpoint's steps alone are counted after a kill.
+        failure: why it ended before its time, "" if it did not.
     """
 
     weights: Path
     steps: int
     images: int
     seconds: float
+    failure: str = ""
 
 
 class _Spent:
@@ -59,7 +60,7 @@ def train_system(config: TrainConfig, folder: Path, minutes: float, *,
                  device: torch.device | str = "cpu",
                  report: Callable[[Progress, float], None] = lambda progress, left: None,
                  ) -> Trained:
-    """Train until ``minutes`` have been spent in all, one step at least.
+    """Train until ``minutes`` have been spent in all, one step at least, or a loss became NaN.
 
     Args:
         config: of the system.
@@ -69,13 +70,13 @@ def train_system(config: TrainConfig, folder: Path, minutes: float, *,
         report: called after logged steps with the progress and the seconds left.
 
     Raises:
-        NonFiniteLoss: a loss became NaN; the last checkpoint stays.
+        NonFiniteLoss: a loss became NaN before the first checkpoint.
         CheckpointError: a checkpoint cannot be read or written.
     """
     run = Run(config, folder, device=device, resume=(folder / STATE).exists())
     spent = _Spent(folder / _SPENT)
-    before, begin, step = spent.at(run.trainer.step_count), time.monotonic(), 0
-    left = 60 * minutes - before
+    before, begin = spent.at(run.trainer.step_count), time.monotonic()
+    left, failure = 60 * minutes - before, ""
     if run.trainer.step_count == 0 or left > 0:
 
         def noted(progress: Progress) -> None:
@@ -83,10 +84,16 @@ def train_system(config: TrainConfig, folder: Path, minutes: float, *,
             spent.add(progress.step, now)
             report(progress, max(0.0, 60 * minutes - now))
 
-        outcome = run(noted, minutes=max(0.0, left) / 60)
-        before += time.monotonic() - begin
-        step = outcome.step
-        spent.add(step, before)
-    step = max(step, run.trainer.step_count)
-    assert math.isfinite(before)
-    return Trained(folder / "model.safetensors", step, step * config.data.batch, before)
+        try:
+            step = run(noted, minutes=max(0.0, left) / 60).step
+            before += time.monotonic() - begin
+            spent.add(step, before)
+        except NonFiniteLoss as error:  # one system's failure leaves the others theirs
+            state = load_state(folder, config) if (folder / STATE).exists() else None
+            if state is None:
+                raise
+            step, failure = state["step"], str(error)
+            before = spent.at(step)
+    else:
+        step = run.trainer.step_count
+    return Trained(folder / "model.safetensors", step, step * config.data.batch, before, failure)
