@@ -150,7 +150,8 @@ def measure(settings: Settings, folder: str | Path, trained: Mapping[str, Traine
                          partial(_named, step, name))
         rows[name] = {
             "model": config.model, "steps": run.steps, "images": run.images,
-            "seconds": run.seconds, "failure": run.failure, "parameters": parameters(config.network),
+            "seconds": run.seconds, "failure": run.failure,
+            "parameters": parameters(config.network),
             **judged["results"], "options": judged["model"]["options"],
             "weights_sha256": judged["model"]["weights_sha256"],
             "training_memory": training_memory(config, place),
