@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from smis_models import benchmark as harness
-from smis_models import images
-from smis_models.benchmark import records, timing
+from smis_models import create_model, images
+from smis_models.benchmark import evaluation, records, timing, training
 from smis_models.benchmark.case import Case, Setting, channels_last, convert, nbytes, providers
 from smis_models.benchmark.measure import bind
+from smis_models.metrics import PixelDistance
+from smis_models.presets import with_options
 from smis_models.scenes import sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +121,35 @@ def test_ratios_shares_and_targets():
         ("reference", 4.0, True), ("copy", 1.0, True), ("scratch", 0.01, True)]
     rows["fused"] = _record("fused", 0.8, peak_memory=150)
     assert [reached for *_, reached in records.checks(rows)] == [False, False, False]
+
+
+def _tiny_training(name):
+    config = training.recipe(name)
+    options = {"ngf": 8, "nef": 8} if hasattr(config.network, "nef") else {"ngf": 2, "hidden": 16}
+    network = with_options(config.network, {
+        **options, "ndf": 4, "image_size": training.SIZE, "upsampling": "normal"}, name)
+    still = replace(config.optimizer, generator=0.0, discriminator=0.0)
+    return replace(config, network=network, optimizer=still, init_gain=1.0,
+                   losses=replace(config.losses, perceptual=0.0))
+
+
+@pytest.mark.parametrize("case", training.CASES, ids=lambda case: case.name)
+def test_training_steps_are_measured(case, monkeypatch):
+    monkeypatch.setattr(training, "_config", _tiny_training)
+    rows = {r.provider: r for r in harness.measure(replace(case, seconds=0.01), Setting(CPU))}
+    assert {"reference", "fused"} <= rows.keys()
+    assert all(row.median > 0 for row in rows.values())
+
+
+def test_diversity_is_measured(monkeypatch):
+    small = create_model("groupdnet_deepfashion", ngf=8, nef=8, image_size=(64, 64), init_gain=1.0)
+    monkeypatch.setattr(evaluation, "_model", lambda *_: small.eval())
+    monkeypatch.setattr(evaluation, "SAMPLES", 2)
+    monkeypatch.setattr(evaluation, "_distance", lambda *_: PixelDistance())
+    case = replace(evaluation._diversity_case("small", 64, 0.01), floor=1e-3)
+    rows = {r.provider: r for r in harness.measure(case, Setting(CPU))}
+    assert rows.keys() == {"reference", "channels_last", "fused"}
+    assert all(row.correct and row.median > 0 for row in rows.values())
 
 
 def test_records_survive_json(tmp_path):

@@ -51,19 +51,19 @@ def _table(model: Any, layout: Layout, draw: Draw) -> Tensor:
     return torch.tensor([*by_class.values(), (lpips, lpips)])
 
 
-def _reference(generator: Any, planes: Tensor, model: Any, layout: Layout) -> Tensor:
+def _reference(generator: Any, planes: Tensor, held: Any, layout: Layout) -> Tensor:
     def draw(codes: Tensor) -> Tensor:
         # The generator's memory format is the provider's choice.
         with use_backend("reference"):
             pictures = [generator(planes[: len(z)], z.to(planes)) for z in codes.split(BATCH)]
         return torch.cat(pictures)
 
-    painted = SimpleNamespace(generator=generator, name=model.name)
+    painted = SimpleNamespace(generator=generator, name=held.model.name)
     return _table(painted, layout, draw)
 
 
-def _fused(model: Any, layout: Layout) -> Tensor:
-    return _table(model, layout, LayoutSampler(model, BATCH).load(layout))
+def _fused(_: Any, planes: Tensor, held: Any, layout: Layout) -> Tensor:
+    return _table(held.model, layout, LayoutSampler(held.model, BATCH).load(layout))
 
 
 def _diversity_case(name: str, size: int, seconds: float) -> Case:
@@ -78,20 +78,14 @@ def _diversity_case(name: str, size: int, seconds: float) -> Case:
         planes = semantics(model, layout).repeat(BATCH, 1, 1, 1)
         return frozen_copy(model.generator), planes, SimpleNamespace(model=model), layout
 
-    def prepare(inputs: Inputs) -> Inputs:
-        return inputs[2].model, inputs[3]
-
-    def unwrap(inputs: Inputs) -> Inputs:
-        return (*inputs[:2], inputs[2].model, inputs[3])
-
     def last(inputs: Inputs) -> Inputs:
-        return unwrap((*channels_last(inputs[:2]), *inputs[2:]))
+        return (*channels_last(inputs[:2]), *inputs[2:])
 
     return Case(
         name=f"groupdnet_deepfashion/{name}", make_inputs=make_inputs,
-        providers=(Provider("reference", _reference, unwrap),
+        providers=(Provider("reference", _reference),
                    Provider("channels_last", _reference, last),
-                   Provider("fused", _fused, prepare)),
+                   Provider("fused", _fused)),
         memory_bound=False, floor=1e-3, seconds=seconds, graphs=False,
         targets={"reference": 3.0}, single_precision_truth=True,
     )

@@ -74,7 +74,8 @@ def _settle(module: nn.Module, rounds: int = 30) -> None:
 def _outcome(trainer: Trainer, batch: MicroBatch) -> Tensor:
     """The losses of a step and the norms of its gradients."""
     trainer.step_count, batch.noise_seed = 0, 1
-    losses = trainer.step([batch], 0)
+    with torch.enable_grad():  # the harness times inference as a rule
+        losses = trainer.step([batch], 0)
     norms = [
         torch.stack([p.grad.square().sum() for p in part.parameters() if p.grad is not None])
         .sum().sqrt() for part in trainer.model.children()
