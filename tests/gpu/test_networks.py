@@ -110,8 +110,11 @@ def test_paths_agree(path: str, device: str) -> None:
 
 
 @pytest.mark.cuda_only
-@pytest.mark.parametrize("name", ["groupdnet_deepfashion", "spade_coco", "ccfpse_coco"])
-def test_compiled_with_a_layout(name: str) -> None:
+@pytest.mark.parametrize(("name", "mode"), [
+    ("groupdnet_deepfashion", "default"), ("spade_coco", "default"), ("ccfpse_coco", "default"),
+    ("groupdnet_deepfashion", "max-autotune"),  # which captures CUDA graphs too
+])
+def test_compiled_with_a_layout(name: str, mode: str) -> None:
     generator, (planes, *rest) = made(name, "cuda", torch.float32, 1)
     generator.eval()
     layout = LabelLayout.from_tensor(planes)
@@ -119,6 +122,6 @@ def test_compiled_with_a_layout(name: str) -> None:
     with torch.no_grad():
         expected = generator(layout, *rest)
         torch._dynamo.reset()
-        compiled = torch.compile(lambda *z: generator(layout, *z))
+        compiled = torch.compile(lambda *z: generator(layout, *z), mode=mode)
         got = compiled(*rest)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
