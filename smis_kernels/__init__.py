@@ -33,6 +33,8 @@ from .norm_act.module import InstanceNormAct2d
 from .norm_act.op import norm_act
 from .spatially_varying_conv.module import SpatiallyVaryingConv2d
 from .spatially_varying_conv.op import spatially_varying_conv2d
+from .spectral_weight.hook import spectral_norm
+from .spectral_weight.op import spectral_weight
 from .winograd_conv.module import WinogradConv2d
 from .winograd_conv.op import winograd_conv2d
 
@@ -75,6 +77,8 @@ __all__ = [
     "restore",
     "share_layouts",
     "spatially_varying_conv2d",
+    "spectral_norm",
+    "spectral_weight",
     "use_backend",
     "use_path",
     "winograd_conv2d",

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm
 
-from smis_kernels import CGNorm, LabelLayout, WinogradConv2d, modulate_pair
+from smis_kernels import CGNorm, LabelLayout, WinogradConv2d, modulate_pair, spectral_norm
 from smis_kernels._backend import requested
 
 NormFactory = Callable[[int], CGNorm]
@@ -18,7 +17,7 @@ NormFactory = Callable[[int], CGNorm]
 def conv(channels: int, out_channels: int, *, groups: int = 1, kernel_size: int = 3,
          stride: int = 1, padding: int | None = None, bias: bool = True,
          spectral: bool = False, what: str = "conv") -> nn.Conv2d:
-    """A conv of the published networks; ``spectral`` adds ``torch.nn.utils.spectral_norm``.
+    """A conv of the published networks; ``spectral`` adds :func:`smis_kernels.spectral_norm`.
 
     Raises:
         ValueError: ``groups`` does not divide the channels; ``what`` names the layer.

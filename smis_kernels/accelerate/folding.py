@@ -12,7 +12,10 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..spectral_weight.hook import FusedSpectralNorm
 from .swap import FOLDED, Accelerated
+
+_BEFORE = "_smis_before"  # the class of a hook that is folded, without it
 
 
 class Folded:
@@ -42,10 +45,10 @@ def constant(module: nn.Module, *parameters: Tensor) -> bool:
     return not (module.training or wanted or torch.compiler.is_compiling())
 
 
-class FoldedSpectralNorm(SpectralNorm):
+class FoldedSpectralNorm(FusedSpectralNorm):
     """The hook of :func:`torch.nn.utils.spectral_norm`, idle while its weight is up to date.
 
-    In training, or where the weight is to get a gradient, it works as ever.
+    In training, or where the weight is to get a gradient, it is the fused one.
     """
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
@@ -79,7 +82,8 @@ class FoldedParametrization(Accelerated):
 
 def spectral_hooks(module: nn.Module) -> list[SpectralNorm]:
     """Hooks of spectral norm that can be folded."""
-    return [h for h in module._forward_pre_hooks.values() if type(h) is SpectralNorm]
+    known = (SpectralNorm, FusedSpectralNorm)
+    return [h for h in module._forward_pre_hooks.values() if type(h) in known]
 
 
 def is_spectral_parametrization(module: nn.Module) -> bool:
@@ -96,12 +100,13 @@ class FoldHooks:
 
     def apply(self) -> None:
         for hook in self.hooks:
+            vars(hook)[_BEFORE] = type(hook)
             hook.__class__ = FoldedSpectralNorm
 
     def undo(self) -> None:
         for hook in self.hooks:
             vars(hook).pop(FOLDED, None)
-            hook.__class__ = SpectralNorm
+            hook.__class__ = vars(hook).pop(_BEFORE)
 
 
 def folded_hooks(module: nn.Module) -> tuple[SpectralNorm, ...]:

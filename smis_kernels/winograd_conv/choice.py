@@ -17,15 +17,28 @@ WINOGRAD_RATE, WINOGRAD_KERNEL = 145.0, 14.0
 LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles stay half empty
 
 
-def pays(input: Tensor, weight: Tensor, groups: int, padding: int = 1) -> bool:
+def pays(input: Tensor, outputs: int, groups: int, padding: int = 1) -> bool:
     """Whether the Winograd form is expected to be faster than a direct conv."""
-    if input.dtype not in WIDE or min(weight.shape[0] // groups, weight.shape[1]) < LEAST_WIDTH:
+    n, channels, height, width = input.shape
+    if input.dtype not in WIDE or min(outputs, channels) // groups < LEAST_WIDTH:
         return False
-    n, _, height, width = input.shape
     height, width = height + 2 * padding - 2, width + 2 * padding - 2
     tiles = n * ((height + 1) // 2) * ((width + 1) // 2)
     direct = DIRECT_KERNEL + n * height * width * 9 / DIRECT_RATE
     return WINOGRAD_KERNEL + tiles * 16 / WINOGRAD_RATE < direct
+
+
+def _runs(input: Tensor, padding: int) -> bool:
+    return (
+        input.is_cpu and padding in (0, 1) and requested() in ("auto", "cpu")
+        and not torch.is_autocast_enabled("cpu")
+        and resolve("winograd_conv2d", input, None, KINDS) == "cpu"
+    )
+
+
+def takes_winograd(input: Tensor, outputs: int, groups: int, padding: int = 1) -> bool:
+    """Whether :func:`conv3x3` takes the Winograd form for the input."""
+    return _runs(input, padding) and pays(input, outputs, groups, padding)
 
 
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
@@ -37,12 +50,8 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
 
     Shapes: input (N, C, H, W), weight (C', C / groups, 3, 3) -> (N, C', H', W').
     """
-    if (
-        input.is_cpu and padding in (0, 1) and requested() in ("auto", "cpu")
-        and not torch.is_autocast_enabled("cpu")
-        and resolve("winograd_conv2d", input, None, KINDS) == "cpu"
-    ):
-        if pays(input, weight, groups, padding):
+    if _runs(input, padding):
+        if pays(input, weight.shape[0], groups, padding):
             return winograd_conv2d(input, weight, bias, residual=residual, padding=padding,
                                    groups=groups)
         record("conv2d", "torch", input, reason="a direct conv is expected to be faster")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .choice import conv3x3
+from .choice import conv3x3, takes_winograd
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -26,12 +27,26 @@ class WinogradConv2d(nn.Conv2d):
         >>> y = conv(torch.randn(1, 64, 128, 128))
     """
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The conv, plus ``residual`` where one is given."""
-        if (
+    def _plain(self) -> bool:
+        return (
             (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
             and self.padding in ((0, 0), (1, 1)) and self.padding_mode == "zeros"
-        ):
+        )
+
+    def weight_format(self, input: Tensor) -> torch.memory_format:
+        """How the weight is best stored for ``input``: as it is, else it is copied at every call.
+
+        torch's convs want the weight channels-last where the input is; the Winograd form does not.
+        """
+        last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+        if last and not (self._plain() and takes_winograd(
+                input, self.out_channels, self.groups, int(self.padding[0]))):
+            return torch.channels_last
+        return torch.contiguous_format
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The conv, plus ``residual`` where one is given."""
+        if self._plain():
             return conv3x3(input, self.weight, self.bias, residual=residual,
                            padding=int(self.padding[0]), groups=self.groups)
         y = super().forward(input)

@@ -76,10 +76,12 @@ def _outcome(trainer: Trainer, batch: MicroBatch) -> Tensor:
     trainer.step_count, batch.noise_seed = 0, 1
     with torch.enable_grad():  # the harness times inference as a rule
         losses = trainer.step([batch], 0)
-    norms = [
-        torch.stack([p.grad.square().sum() for p in part.parameters() if p.grad is not None])
-        .sum().sqrt() for part in trainer.model.children()
-    ]
+    norms = []
+    for part in trainer.model.children():
+        norms.append(nn.utils.get_total_norm(
+            [p.grad for p in part.parameters() if p.grad is not None]))
+        # A step starts without gradients: freeing them there would hide as much of its peak.
+        part.zero_grad()
     return torch.stack([*map(torch.tensor, losses.values()), *norms])
 
 

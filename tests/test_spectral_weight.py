@@ -1,0 +1,229 @@
+"""spectral_weight against its definition, and spectral_norm against torch's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from smis_kernels import WinogradConv2d, explain, spectral_norm, spectral_weight, use_backend
+from smis_kernels._backend import missing
+from smis_kernels.spectral_weight.hook import FusedSpectralNorm
+from smis_kernels.spectral_weight.op import _backward, _divide
+from smis_kernels.testing import (
+    LAYOUTS,
+    assert_as_accurate,
+    gradients,
+    poisoned_empty,
+    with_layout,
+)
+
+pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+SHAPES = ((2, 1, 1, 1), (5, 7, 3, 3), (16, 65, 3, 3), (3, 130, 4, 4), (7, 6, 5, 2), (4, 1, 3, 3),
+          (2, 3, 9, 9), (64, 33))
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    g = torch.Generator().manual_seed(sum(shape))
+    weight = torch.randn(shape, generator=g)
+    u, v = (torch.nn.functional.normalize(torch.rand(n, generator=g) + 0.1, dim=0)
+            for n in (shape[0], weight[0].numel()))
+    weight += torch.outer(u, v).view(shape)  # so that sigma is not near zero
+    return [t.to(dtype) for t in (weight, u, v)]
+
+
+def _call(u: Tensor, v: Tensor, backend: str, form: torch.memory_format,
+          ) -> Callable[[Tensor], Tensor]:
+    return lambda w: spectral_weight(w, u, v, memory_format=form, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradient(shape: tuple[int, ...], form: torch.memory_format,
+                            dtype: torch.dtype) -> None:
+    if len(shape) != 4 and form == torch.channels_last:
+        pytest.skip("only 4-d weights have channels-last memory")
+    weight, u, v = _tensors(shape, dtype)
+    exact = [t.double() for t in (weight, u, v)]
+    for layout in LAYOUTS if len(shape) == 4 else ("contiguous",):
+        w = with_layout(weight, layout) if len(shape) == 4 else weight
+        with poisoned_empty():
+            found = [_call(u, v, "cpu", form)(w), *gradients(_call(u, v, "cpu", form), (w,))]
+        ours = _call(u, v, "reference", form)
+        expected = [ours(w), *gradients(ours, (w,))]
+        wide = _call(*exact[1:], "reference", form)
+        truth = [wide(exact[0]), *gradients(wide, (exact[0],))]
+        assert found[0].is_contiguous(memory_format=form)
+        for name, *three in zip(("value", "gradient"), found, expected, truth, strict=True):
+            if dtype == torch.float64:
+                torch.testing.assert_close(three[0], three[1], rtol=1e-12, atol=1e-12)
+            else:
+                assert_as_accurate(*three, what=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_any_layout(layout: str) -> None:
+    weight, u, v = _tensors((9, 70, 3, 3), torch.float64)
+    sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
+    grad = torch.randn(weight.shape, dtype=torch.float64)
+    plain = grad / sigma - (grad * weight).sum() / sigma**2 * torch.outer(u, v).view(weight.shape)
+    found = _backward("cpu", with_layout(grad, layout), weight, u, v, sigma)
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
+
+
+def test_gradcheck() -> None:
+    weight, u, v = _tensors((4, 3, 3, 3), torch.float64)
+    for form in FORMATS:
+        assert torch.autograd.gradcheck(_call(u, v, "cpu", form), weight.requires_grad_())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 140), st.integers(1, 5), st.integers(1, 5),
+       st.sampled_from(FORMATS))
+def test_any_shape(out: int, channels: int, kh: int, kw: int, form: torch.memory_format) -> None:
+    weight, u, v = _tensors((out, channels, kh, kw), torch.float64)
+    results = []
+    for backend in ("cpu", "reference"):
+        call = _call(u, v, backend, form)
+        results.append([call(weight), *gradients(call, (weight,))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_the_same_whatever_the_threads() -> None:
+    weight, u, v = _tensors((300, 200, 3, 3))
+    sigma = torch.tensor(3.0)
+    grad = torch.randn(weight.shape)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(_backward("cpu", grad, weight, u, v, sigma))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_opcheck() -> None:
+    weight, u, v = _tensors((5, 6, 3, 3))
+    sigma = torch.tensor(2.0)
+    for last in (False, True):
+        torch.library.opcheck(_divide.overload, (weight, sigma, last))
+        grad = with_layout(weight, "channels_last" if last else "contiguous")
+        torch.library.opcheck(_backward.overload, (grad, weight, u, v, sigma))
+
+
+def test_nothing_and_sixteen_bits() -> None:
+    assert spectral_weight(torch.empty(0, 3), torch.empty(0), torch.empty(3)).shape == (0, 3)
+    half = [t.bfloat16() for t in _tensors((5, 7, 3, 3))]
+    assert spectral_weight(*half).dtype == torch.bfloat16
+    assert "16-bit" in str(explain(spectral_weight, *half))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"weight": torch.randn(5)}, "weight: expected floats"),
+    ({"u": torch.randn(4)}, r"u: expected shape \(5,\)"),
+    ({"v": torch.randn(62)}, r"v: expected shape \(63,\)"),
+    ({"u": torch.randn(5).double()}, "u: expected torch.float32"),
+    ({"memory_format": torch.preserve_format}, "memory_format: expected"),
+    ({"weight": torch.randn(5, 63), "memory_format": torch.channels_last},
+     "memory_format: expected"),
+], ids=str)
+def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
+    weight, u, v = _tensors((5, 7, 3, 3))
+    given: dict[str, object] = {"weight": weight, "u": u, "v": v, **change}
+    with pytest.raises((ValueError, TypeError), match=message):
+        spectral_weight(given.pop("weight"), given.pop("u"), given.pop("v"), **given)
+
+
+def _pair(**options: object) -> tuple[nn.Module, nn.Module]:
+    """torch's and ours around equal convs."""
+    torch.manual_seed(0)
+    theirs = torch.nn.utils.spectral_norm(nn.Conv2d(12, 20, 3, padding=1), **options)
+    ours = spectral_norm(WinogradConv2d(12, 20, 3, padding=1), **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_hook_is_torchs_over_steps(layout: str, rounds: int) -> None:
+    theirs, ours = _pair(n_power_iterations=rounds)
+    x = with_layout(torch.randn(2, 12, 9, 8), layout)
+    pair = theirs, ours
+    optimizers = [torch.optim.SGD(layer.parameters(), 0.5) for layer in pair]
+    for training in (True, True, False, True):
+        losses = []
+        for layer, optimizer in zip(pair, optimizers, strict=True):
+            layer.train(training)
+            # two forwards before the backward: the second moves u and v, which the first needs
+            loss = layer(x).square().mean() + layer(x + 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+        assert theirs.state_dict().keys() == ours.state_dict().keys()
+        for a, b in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_hook_runs_where_it_should() -> None:
+    _, ours = _pair()
+    x = torch.randn(1, 12, 6, 6)
+
+    def ops() -> list[str]:
+        return [choice.op for choice in explain(ours, x).choices]
+
+    assert "spectral_weight" in ops()
+    with use_backend("reference"):
+        assert "spectral_weight" not in ops()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "spectral_weight" not in ops()
+        assert ours(x).dtype == torch.bfloat16
+    other = spectral_norm(nn.ConvTranspose2d(4, 6, 3))  # its outputs are on axis 1
+    assert other(torch.randn(1, 4, 5, 5)).shape == (1, 6, 7, 7)
+
+
+def test_the_weight_is_stored_as_its_conv_reads_it() -> None:
+    layer = spectral_norm(WinogradConv2d(64, 64, 3, padding=1))
+    for size, layout, last in ((4, "channels_last", True), (4, "contiguous", False),
+                               (64, "channels_last", False)):
+        layer(with_layout(torch.randn(1, 64, size, size), layout))
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
+def test_it_is_removed_copied_and_pickled() -> None:
+    theirs, ours = _pair()
+    x = torch.randn(2, 12, 5, 5)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        hooks = list(again._forward_pre_hooks.values())
+        assert [type(hook) for hook in hooks] == [FusedSpectralNorm]
+        torch.testing.assert_close(again(x), copy.deepcopy(theirs)(x))
+    for layer in (theirs, ours):
+        torch.nn.utils.remove_spectral_norm(layer)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_compile_is_one_graph() -> None:
+    theirs, ours = _pair()
+    x = torch.randn(2, 12, 6, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        found, expected = compiled(x), theirs(x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        found.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(ours.weight_orig.grad, theirs.weight_orig.grad,
+                                   rtol=1e-4, atol=1e-5)
