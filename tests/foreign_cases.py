@@ -54,14 +54,14 @@ def small_group_painter() -> nn.Module:
 Network = tuple[Callable[[], nn.Module], tuple[Tensor, ...], set[str]]
 # What builds it, its inputs, and the kinds of modules that are fused in it.
 NETWORKS: dict[str, Network] = {
-    "spade": (small_painter, (label_map(64),), {"norm", "block", "conv"}),
+    "spade": (small_painter, (label_map(64),), {"norm", "block", "conv", "spectral_norm"}),
     "resizes_the_map_itself": (
         lambda: lively(foreign.ResizingPainter(LABELS, 4, 8, 64)), (label_map(64),),
-        {"norm", "block", "conv"}),
+        {"norm", "block", "conv", "spectral_norm"}),
     "groupdnet": (small_group_painter, (label_map(64, labels=4), normal(2, 32, 4, 4)),
-                  {"norm", "block", "conv"}),
+                  {"norm", "block", "conv", "spectral_norm"}),
     "relu_block": (lambda: lively(foreign.ReluUnit(6, 4, lambda c: foreign.LayoutNorm(c, LABELS))),
-                   (normal(2, 6, 8, 8), label_map(16)), {"norm", "block", "conv"}),
+                   (normal(2, 6, 8, 8), label_map(16)), {"norm", "block", "conv", "spectral_norm"}),
     "ccfpse": (lambda: lively(foreign_layers.KernelUnit(4, LABELS + 5, 8)),
                (normal(2, 4, 8, 8), label_map(16), normal(2, 5, 8, 8)), {"norm", "pixel_conv"}),
     "pix2pixhd": (lambda: lively(foreign_layers.image_network()), (normal(2, 3, 16, 24),),
@@ -71,7 +71,7 @@ NETWORKS: dict[str, Network] = {
         (normal(2, 3, 16, 16), label_map(16).argmax(1, keepdim=True) * 11_000),
         {"norm_act", "instance_pool"}),
     "style_encoder": (lambda: lively(foreign_layers.StyleEncoder()), (normal(2, 3, 32, 32),),
-                      {"norm_act"}),
+                      {"norm_act", "spectral_norm"}),
 }
 
 

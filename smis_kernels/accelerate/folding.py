@@ -1,4 +1,4 @@
-"""Spectral norm in inference: its weights are constants, made once in place of at every call."""
+"""Spectral norm: fused in training; in inference its weights, constants then, are made once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ..spectral_weight.hook import FusedSpectralNorm
 from .swap import FOLDED, Accelerated
 
-_BEFORE = "_smis_before"  # the class of a hook that is folded, without it
+_BEFORE = "_smis_before"  # the class that a hook had before it was swapped
 
 
 class Folded:
@@ -80,10 +80,11 @@ class FoldedParametrization(Accelerated):
         return weight
 
 
-def spectral_hooks(module: nn.Module) -> list[SpectralNorm]:
-    """Hooks of spectral norm that can be folded."""
-    known = (SpectralNorm, FusedSpectralNorm)
-    return [h for h in module._forward_pre_hooks.values() if type(h) in known]
+def spectral_hooks(module: nn.Module, inference: bool) -> list[SpectralNorm]:
+    """Hooks of spectral norm that can be folded or, for training, fused."""
+    kinds = (SpectralNorm, FusedSpectralNorm) if inference else (SpectralNorm,)
+    return [h for h in module._forward_pre_hooks.values()
+            if isinstance(h, SpectralNorm) and type(h) in kinds]
 
 
 def is_spectral_parametrization(module: nn.Module) -> bool:
@@ -93,23 +94,24 @@ def is_spectral_parametrization(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class FoldHooks:
+class SwapHooks:
     """Hooks of spectral norm whose class is to be swapped."""
 
     hooks: tuple[SpectralNorm, ...]
+    fused: type[FusedSpectralNorm]
 
     def apply(self) -> None:
         for hook in self.hooks:
             vars(hook)[_BEFORE] = type(hook)
-            hook.__class__ = FoldedSpectralNorm
+            hook.__class__ = self.fused
 
     def undo(self) -> None:
         for hook in self.hooks:
             vars(hook).pop(FOLDED, None)
-            hook.__class__ = vars(hook).pop(_BEFORE)
+            hook.__class__ = vars(hook).pop(_BEFORE, type(hook))
 
 
-def folded_hooks(module: nn.Module) -> tuple[SpectralNorm, ...]:
-    """The module's hooks that are folded."""
-    return tuple(h for h in module._forward_pre_hooks.values()
-                 if isinstance(h, FoldedSpectralNorm))
+def swapped_hooks(module: nn.Module) -> list[SwapHooks]:
+    """What has been done to the module's hooks."""
+    return [SwapHooks((h,), type(h)) for h in module._forward_pre_hooks.values()
+            if isinstance(h, FusedSpectralNorm) and _BEFORE in vars(h)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..spectral_weight.hook import FusedSpectralNorm
 from . import blocks, folding, layers, norms, sequences
 from .formats import Network
 from .probe import Verdict, aside, weight_hooks
@@ -75,8 +76,7 @@ class Recognition:
             elif sequences.is_sequence(module) and module not in inside:
                 judge = partial(sequences.judge, module, self._inference)
                 found.append(self._judged(name, module, NORM_ACT, judge))
-            if self._inference:
-                found.append(_folding(name, module))
+            found.append(_spectral_norm(name, module, self._inference))
         return [finding for finding in found if finding is not None]
 
     def _judged(self, name: str, module: nn.Module, kind: str,
@@ -119,11 +119,12 @@ def _convs(block: Finding | None) -> list[Finding]:
             for c in blocks.conv_changes(block.module, block.change.plan)]
 
 
-def _folding(name: str, module: nn.Module) -> Finding | None:
-    hooks = folding.spectral_hooks(module)
+def _spectral_norm(name: str, module: nn.Module, inference: bool) -> Finding | None:
+    hooks = folding.spectral_hooks(module, inference)
     if hooks:
-        return Finding(name, module, SPECTRAL_NORM, folding.FoldHooks(tuple(hooks)))
-    if folding.is_spectral_parametrization(module):
+        fused = folding.FoldedSpectralNorm if inference else FusedSpectralNorm
+        return Finding(name, module, SPECTRAL_NORM, folding.SwapHooks(tuple(hooks), fused))
+    if inference and folding.is_spectral_parametrization(module):
         return Finding(name, module, SPECTRAL_NORM, Change(module, folding.FoldedParametrization))
     return None
 

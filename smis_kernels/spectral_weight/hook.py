@@ -1,8 +1,8 @@
-"""torch.nn.utils.spectral_norm whose training pass reads each weight four times, not twenty."""
+"""torch.nn.utils.spectral_norm with fewer passes over the weights in training."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .._backend import requested, resolve
 from .op import KINDS, WIDE, spectral_weight
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class FusedSpectralNorm(SpectralNorm):
@@ -59,15 +61,8 @@ def _weight_format(module: nn.Module, inputs: Any) -> torch.memory_format:
     return form
 
 
-def fuse_spectral_norm(module: nn.Module) -> None:
-    """Make the hooks of :func:`torch.nn.utils.spectral_norm` on ``module`` fused ones."""
-    for hook in module._forward_pre_hooks.values():
-        if type(hook) is SpectralNorm:
-            hook.__class__ = FusedSpectralNorm
-
-
-def spectral_norm(module: nn.Module, name: str = "weight", n_power_iterations: int = 1,
-                  eps: float = 1e-12, dim: int | None = None) -> nn.Module:
+def spectral_norm(module: ModuleT, name: str = "weight", n_power_iterations: int = 1,
+                  eps: float = 1e-12, dim: int | None = None) -> ModuleT:
     r"""Drop-in for :func:`torch.nn.utils.spectral_norm`, several times faster in CPU training.
 
     .. math:: v \leftarrow W^T u / \lVert W^T u \rVert, \quad u \leftarrow W v / \lVert W v \rVert,
@@ -83,6 +78,8 @@ def spectral_norm(module: nn.Module, name: str = "weight", n_power_iterations: i
         >>> layer(torch.randn(1, 8, 4, 4)).shape
         torch.Size([1, 16, 4, 4])
     """
-    wrapped: nn.Module = torch_spectral_norm(module, name, n_power_iterations, eps, dim)
-    fuse_spectral_norm(wrapped)
+    wrapped: ModuleT = torch_spectral_norm(module, name, n_power_iterations, eps, dim)
+    for hook in wrapped._forward_pre_hooks.values():
+        if type(hook) is SpectralNorm:
+            hook.__class__ = FusedSpectralNorm
     return wrapped
