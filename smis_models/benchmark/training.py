@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from smis_kernels import use_backend
+from smis_kernels import spectral_weight, use_backend
+from smis_kernels.spectral_weight import reference
 
 from ..data import Batch, Collate, Sample, SceneDataset
 from ..labels import semantics
 from ..presets import with_options
 from ..training import TrainConfig, Trainer, recipe
 from ..training.batches import MicroBatch
-from .case import Case, Inputs, Provider, Setting
+from .case import Case, Inputs, Provider, Setting, nbytes
 
 SIZE = (128, 128)
 BATCH = 2
@@ -188,7 +189,29 @@ def _loop_case(name: str, kind: str) -> Case:
     )
 
 
+def _spectral_case() -> Case:
+    """The weight of one of SPADE's widest convs: forward and backward.
+
+    Floor: the weight for its singular value, for the division and for the product with its
+    gradient, the gradient twice, both results once.
+    """
+
+    def make_inputs(setting: Setting) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn((1024, 1024, 3, 3), generator=generator)
+        u, v = (torch.rand(n, generator=generator) / n for n in (1024, 9216))
+        return weight, u, v
+
+    return Case(
+        name="spectral_weight/1024x1024x3x3", direction="step", make_inputs=make_inputs,
+        leaves=(0,), moved=lambda inputs, outputs: 7 * nbytes(inputs[0]),
+        providers=(Provider("reference", reference.spectral_weight),
+                   Provider("compiled", reference.spectral_weight, compile=True),
+                   Provider("fused", spectral_weight)),
+    )
+
+
 _MODELS = {"groupdnet_deepfashion": "person", "spade_coco": "street"}
 CASES: list[Case] = [make(name, kind) for name, kind in _MODELS.items()
-                     for make in (_step_case, _loop_case)]
+                     for make in (_step_case, _loop_case)] + [_spectral_case()]
 """CPU only: the step's modules and batches live there."""
