@@ -133,6 +133,38 @@ def feature_matching_loss(fake: Sequence[Sequence[Tensor]], real: Sequence[Seque
     return torch.stack(terms).sum() * (weight * each / len(fake))
 
 
+def class_l1_loss(fake: Tensor, real: Tensor, labels: Tensor) -> Tensor:
+    r"""L1 by classes: every class that an image shows counts as much as the others.
+
+    .. math:: \frac{1}{N} \sum_n \frac{1}{|C_n|} \sum_{c \in C_n}
+        \mathrm{mean}_{p: y_{np} = c} |f_{np} - r_{np}|
+
+    with the classes :math:`C_n` of image n. Sums in fp32 at least.
+
+    Args:
+        fake, real: (N, C, H, W), any floating dtype and memory format.
+        labels: (N, H, W), integers from 0 on.
+
+    Raises:
+        ValueError: fake and real of different shapes; labels of another size.
+
+    Example:
+        >>> loss = 10 * class_l1_loss(fake, image, labels)
+    """
+    if fake.shape != real.shape:
+        raise ValueError(f"fake: expected the shape of real, {tuple(real.shape)}; "
+                         f"got {tuple(fake.shape)}")
+    n, _, h, w = fake.shape
+    if labels.shape != (n, h, w):
+        raise ValueError(f"labels: expected {(n, h, w)}, got {tuple(labels.shape)}")
+    y = labels.flatten(1).long()
+    pixels = y.new_zeros(n, int(y.max()) + 1).scatter_add_(1, y, torch.ones_like(y))
+    shown = (pixels > 0).sum(1, keepdim=True)
+    share = 1 / (n * pixels.gather(1, y) * shown).to(_wide(fake).dtype)  # [N, H*W]
+    distance = (_wide(fake) - _wide(real)).abs().mean(1).flatten(1)
+    return (distance * share).sum()
+
+
 def kl_loss(mu: Tensor, logvar: Tensor, *, reduction: str = "sum") -> Tensor:
     r"""KL divergence of N(mu, exp(logvar)) from N(0, 1), summed over batch, channels and pixels.
 

@@ -14,7 +14,7 @@ from smis_models import SynthesisModel, create_model, list_models, reparameteriz
 from smis_models.blocks import SPADEResBlock
 from smis_models.discriminator import MultiscaleDiscriminator, discriminate
 from smis_models.labels import prepare_labels, semantics
-from smis_models.losses import feature_matching_loss, gan_loss, kl_loss
+from smis_models.losses import class_l1_loss, feature_matching_loss, gan_loss, kl_loss
 from smis_models.presets import ADE20K, CITYSCAPES, DEEPFASHION
 
 TINY: dict[str, dict[str, Any]] = {
@@ -221,10 +221,25 @@ def test_losses_refuse_what_has_no_meaning() -> None:
         (lambda: gan_loss(x, False, discriminator=False), "target_is_real"),
         (lambda: gan_loss([], True), "at least one"),
         (lambda: feature_matching_loss([x, x], [x]), r"\(2\), got 1"),
+        (lambda: class_l1_loss(x[0], x[0][..., :1], torch.zeros(1, 2, 2)), "shape of real"),
+        (lambda: class_l1_loss(x[0], x[0], torch.zeros(1, 2, 3)), r"labels: expected \(1, 2, 2\)"),
     ):
         with pytest.raises(ValueError, match=word) as error:
             call()
         one_line(error)
+
+
+def test_every_class_of_an_image_counts_alike() -> None:
+    labels = torch.tensor([[[0, 2, 2, 2]], [[1, 1, 1, 1]]])
+    fake = torch.tensor([1.0, 2.0, 2.0, 5.0, 4.0, 4.0, 4.0, 0.0]).view(2, 1, 1, 4)
+    loss = class_l1_loss(fake.requires_grad_(), torch.zeros(2, 1, 1, 4), labels)
+    assert loss.item() == ((1 + 3) / 2 + 3) / 2
+    loss.backward()
+    assert fake.grad is not None
+    torch.testing.assert_close(fake.grad.flatten(), torch.tensor(
+        [1 / 4, *[1 / 12] * 3, *[1 / 8] * 3, 0]))
+    half = fake.detach().half()
+    assert class_l1_loss(half, torch.zeros_like(half), labels).dtype == torch.float32
 
 
 def test_losses_sum_in_fp32_and_leave_the_real_side_alone() -> None:

@@ -36,7 +36,7 @@ from smis_models.training import (
 from smis_models.training.batches import Batches, MicroBatch, Order, dataset
 from smis_models.training.processes import Processes
 from smis_models.training.trainer import Trainer
-from smis_models.training.whiten import borrow_encoder, whiten_codes
+from smis_models.training.whiten import whiten_codes
 
 pytest.importorskip("jsonargparse")
 
@@ -134,6 +134,19 @@ def test_without_noise_pictures_are_of_the_mean_code(tmp_path: Path) -> None:
     assert torch.equal(painted, mean)
 
 
+def test_pixels_are_weighed_by_class(tmp_path: Path) -> None:
+    run = Run(tiny("--losses.pixel", "1", "--losses.pixel_mean", "classes"), tmp_path)
+    (batch,) = run.batches.step()
+    fake = torch.rand_like(batch.image)
+    by_class = []
+    for picture, real, labels in zip(fake, batch.image, batch.labels, strict=True):
+        apart = (picture - real).abs().mean(0)
+        by_class.append(sum(apart[labels == c].mean() for c in labels.unique())
+                        / len(labels.unique()))
+    found = run.trainer.objective.distance(fake, batch)
+    torch.testing.assert_close(found, sum(by_class) / len(fake))
+
+
 def test_whitened_codes_paint_the_same_pictures(tmp_path: Path) -> None:
     model = create_model("groupdnet_scenes", ngf=8, nef=16, init_gain=1.0).double().eval()
     pictures = GeneratedScenes(48, 128, "train")
@@ -161,20 +174,7 @@ def test_whitened_codes_paint_the_same_pictures(tmp_path: Path) -> None:
         torch.testing.assert_close(found.T.cov(), least.diag())
 
 
-def test_a_borrowed_encoder_reads_the_class_as_the_other_one_is_read() -> None:
-    encoder = create_model("groupdnet_scenes", ngf=8, nef=16).double().eval()
-    crops = torch.randn(2, 8, 3, 128, 128, dtype=torch.float64)
-    crops[:, 4] = crops[:, 6]
-    borrow_encoder(encoder, 4, 6)
-    with torch.no_grad():
-        mu, _ = encoder.encoder(crops.flatten(1, 2))
-    codes = mu.view(2, 8, 8)
-    torch.testing.assert_close(codes[:, 4], codes[:, 6])
-    assert not torch.allclose(codes[:, 3], codes[:, 6])
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--borrow", "[[4, 6]]"), "expected whiten too"),
     (("--whiten", "true"), "one code of 1x1"),
     (("--whiten", "true", "--network.upsampling", "more"), "expected init"),
 ])
@@ -199,6 +199,7 @@ def test_learning_rates_fall_linearly_by_epoch() -> None:
     (TINY, ["--optimizer.accumulate", "2", "--data.batch", "3"], "data.batch: expected a multiple"),
     (TINY, ["--optimizer.ema", "1"], "optimizer.ema: expected a decay below 1"),
     (TINY, ["--losses.adversarial", "0"], "losses.feature_matching: expected 0 where"),
+    (TINY, ["--losses.pixel_mean", "images"], 'key "losses.pixel_mean"'),
     (TINY, ["--precision", "fp8"], 'key "precision"'),
     (TINY, ["--model", "spade_coco"], "model: the configuration is of groupdnet_deepfashion"),
     (TINY, ["--network.image_size", "[64,65]"], "image_size: expected"),

@@ -8,6 +8,7 @@ from typing import Literal
 from ..data.preprocess import Mode
 from ..presets import Pix2pixHDPreset, Preset
 
+PIXEL_MEANS = ("pixels", "classes")
 GAN_MODES = ("hinge", "ls", "original", "w")
 
 
@@ -35,6 +36,8 @@ class LossConfig:
         code_noise: factor of the posterior's noise in the codes that are painted from; 1 as
             published, 0 paints from the mean, which starts codes that noise would keep unused.
         pixel: mean L1 between fake and real; 0 as published.
+        pixel_mean: of that L1, over all pixels, or over the pixels of each class and then over
+            the classes that a picture shows, so that small ones count as much as the sky.
         prior: weight of the adversarial loss of pictures from codes drawn from N(0, 1).
         latent: L1 between such a code and the one that the encoder finds in its picture.
         diversity: weight of how far pictures of two drawn codes differ, up to a bound.
@@ -51,6 +54,7 @@ class LossConfig:
     kl: float = 0.05
     code_noise: float = 1.0
     pixel: float = 0.0
+    pixel_mean: Literal["pixels", "classes"] = "pixels"
     prior: float = 0.0
     latent: float = 0.0
     diversity: float = 0.0
@@ -59,6 +63,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.gan not in GAN_MODES:
             raise ValueError(f"losses.gan: expected {', '.join(GAN_MODES)}; got {self.gan!r}")
+        if self.pixel_mean not in PIXEL_MEANS:
+            raise ValueError(f"losses.pixel_mean: expected {' or '.join(PIXEL_MEANS)}; "
+                             f"got {self.pixel_mean!r}")
         _at_least("losses", self, 0, "adversarial", "discriminator", "feature_matching",
                   "perceptual", "kl", "code_noise", "pixel", "prior", "latent", "diversity",
                   "diversity_bound")
@@ -208,8 +215,6 @@ class TrainConfig:
             those of the generator inside it serve too.
         whiten: give the codes of ``init`` the mean and covariance of N(0, 1) at first; for a
             GroupDNet that was trained without noise in its codes.
-        borrow: pairs (class, other class): before that, the encoder of a class whose codes carry
-            nothing yet becomes a copy of another's.
     """
 
     model: str
@@ -224,7 +229,6 @@ class TrainConfig:
     init_gain: float = 0.02
     init: str | None = None
     whiten: bool = False
-    borrow: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16", "fp16"):

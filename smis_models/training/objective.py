@@ -15,6 +15,7 @@ from ..ccfpse import discriminate_pairs, pyramid_matching_loss
 from ..discriminator import discriminate
 from ..encoder import reparameterize
 from ..losses import (
+    class_l1_loss,
     diversity_loss,
     feature_matching_loss,
     gan_loss,
@@ -130,10 +131,16 @@ class Objective:
         if self.perceptual is not None:
             losses["perceptual"] = weights.perceptual * self.perceptual(fake, batch.image)
         if weights.pixel > 0:
-            losses["pixel"] = weights.pixel * F.l1_loss(fake.float(), batch.image.float())
+            losses["pixel"] = weights.pixel * self.distance(fake.float(), batch)
         if not self._draws:
             return losses, [fake]
         return losses, [fake, self._drawn(batch, losses)]
+
+    def distance(self, fake: Tensor, batch: MicroBatch) -> Tensor:
+        """Mean L1 between fake and real, by pixels or by classes."""
+        if self.weights.pixel_mean == "classes":
+            return class_l1_loss(fake, batch.image.float(), batch.labels)
+        return F.l1_loss(fake, batch.image.float())
 
     @property
     def _draws(self) -> bool:

@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .objective import DiscriminatorStep, GeneratorStep, Losses, held, objective
 from .optimizers import PRECISIONS, Average, adam, scaler, set_rate, trained_parameters
 from .processes import Processes, unsynchronized
-from .whiten import borrow_encoder, check_whitened, whiten_codes
+from .whiten import check_whitened, whiten_codes
 
 _WHITENED = 512  # pictures that mean and covariance are taken of
 
@@ -181,8 +181,6 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
     """The model with random weights, or where ``config.init`` has them with those."""
     if config.whiten:
         check_whitened(config.network, config.init)
-    elif config.borrow:
-        raise ValueError("borrow: expected whiten too, which gives the codes a scale")
     options = {field.name: getattr(config.network, field.name) for field in fields(config.network)}
     model = create_model(config.model, device=device, seed=config.seed,
                          init_gain=config.init_gain, **options)
@@ -198,8 +196,6 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
     held = create_model(config.model, config.init, device=device, **options)
     for name, part in held.named_children():
         model.get_submodule(name).load_state_dict(part.state_dict())
-    for pair in config.borrow:
-        borrow_encoder(model, *pair)
     if config.whiten:
         whiten_codes(model.eval(), _first_pictures(config, device))
     return model

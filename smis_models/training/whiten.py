@@ -1,4 +1,4 @@
-"""From an autoencoder to codes like N(0, 1): whitening, and a start for codes that stayed empty."""
+"""From an autoencoder to codes like N(0, 1): whitening."""
 
 from __future__ import annotations
 
@@ -34,22 +34,6 @@ def _seen(model: SynthesisModel, batches: Iterable[MicroBatch]) -> tuple[Tensor,
         codes.append(mu.flatten(1).unflatten(1, (model.preset.classes, -1)))
         shown.append(F.one_hot(batch.labels.flatten(1).long(), model.preset.classes).any(1))
     return torch.cat(codes).double(), torch.cat(shown)
-
-
-@torch.no_grad()
-def borrow_encoder(model: SynthesisModel, index: int, other: int) -> None:
-    """Make the encoder of class ``index`` a copy of that of class ``other``.
-
-    Spectral norm is taken over all classes' weights, so those of a class whose codes carry nothing
-    fade beside the others', and it does not recover by itself.
-    """
-    classes = model.preset.classes
-    for name, value in (("class", index), ("other class", other)):
-        if not 0 <= value < classes:
-            raise ValueError(f"borrow: expected a {name} 0..{classes - 1}, got {value}")
-    for parameter in model.encoder.parameters():  # rows by class, in every layer
-        rows = parameter.view(classes, -1)
-        rows[index] = rows[other]
 
 
 @torch.no_grad()
