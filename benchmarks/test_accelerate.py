@@ -1,6 +1,6 @@
 """accelerate() on networks written as the published code is: tests/foreign.py, from a checkout.
 
-Random weights, eval, batch of one; the float map goes in as in the published code, and what the
+Random weights, eval and one training pass, batch of one; the float map goes in as in the published code, and what the
 accelerated network makes of it (symbols, windows, tables) is made in the call. Nothing is folded
 on any side. Ours runs on every map, the baselines on the first.
 """
@@ -19,6 +19,7 @@ from smis_kernels import accelerate, instance_edges
 from smis_models import labels as label_maps
 from smis_models.benchmark.case import Case, Inputs, Provider, Setting, channels_last
 from smis_models.benchmark.networks import COCO_CLASSES, class_map
+from smis_models.benchmark.training import settle
 from smis_models.blocks import init_weights
 from tests import foreign
 
@@ -86,7 +87,34 @@ def case_of(make_inputs: Callable[[Setting], Inputs], target: float) -> Case:
     )
 
 
-CASES = [case_of(spade_coco, 2.8), case_of(groupdnet_ade20k, 4.0)]
+def train(model: nn.Module, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and backward in training mode: the picture, and the norm of all gradients."""
+    model.train().zero_grad()
+    with torch.enable_grad():
+        picture = model(planes)
+        picture.square().mean().backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.eval().zero_grad()
+    for layer in model.modules():
+        if "weight_orig" in layer._parameters:
+            layer.weight = layer.weight.detach()  # part of the graph, it could not be copied
+    return picture.detach(), norm
+
+
+def settled_spade_coco(setting: Setting) -> Inputs:
+    model, planes = spade_coco(setting)
+    settle(model)
+    return model, planes
+
+
+TRAINING = Case(
+    name="accelerate/spade_coco_training", make_inputs=settled_spade_coco,
+    providers=(Provider("reference", train), Provider("channels_last", train, channels_last),
+               Provider("fused", train, accelerated_inputs)),
+    counts=lambda inputs: accelerated(inputs[0])[1], memory_bound=False, floor=1e-2, seconds=60.0,
+    single_precision_truth=True, graphs=False,
+)
+CASES = [case_of(spade_coco, 2.8), case_of(groupdnet_ade20k, 4.0), TRAINING]
 
 
 def test_accelerate(measured):

@@ -61,7 +61,7 @@ def _config(name: str) -> TrainConfig:
 
 
 @torch.no_grad()
-def _settle(module: nn.Module, rounds: int = 30) -> None:
+def settle(module: nn.Module, rounds: int = 30) -> None:
     """Power iterations until the spectral norms no longer move from call to call."""
     for layer in module.modules():
         if "weight_u" in layer._buffers:
@@ -118,7 +118,7 @@ def _make_inputs(setting: Setting, name: str, kind: str) -> Inputs:
     """A trainer with published widths, samples, an endless loader with a worker, and a picture."""
     config = _config(name)
     trainer = Trainer(config)
-    _settle(trainer.model)
+    settle(trainer.model)
     preset = config.network
     scenes = _MapScenes(setting, kind, preset.classes, preset.instance_edge)
     samples = [scenes[i % len(scenes)] for i in range(BATCH)]
