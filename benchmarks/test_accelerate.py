@@ -1,8 +1,9 @@
 """accelerate() on networks written as the published code is: tests/foreign.py, from a checkout.
 
-Random weights, eval and one training pass, batch of one; the float map goes in as in the published code, and what the
-accelerated network makes of it (symbols, windows, tables) is made in the call. Nothing is folded
-on any side. Ours runs on every map, the baselines on the first.
+Random weights, eval and one training pass, batch of one; the float map goes in as in the published
+code, and what the accelerated network makes of it (symbols, windows, tables) is made in the call.
+Nothing is folded on any side. Ours runs on every map, the baselines on the first; in training all
+run on the first.
 """
 
 from __future__ import annotations
