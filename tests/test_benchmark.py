@@ -152,6 +152,12 @@ def test_diversity_is_measured(monkeypatch):
     assert all(row.correct and row.median > 0 for row in rows.values())
 
 
+def test_a_report_names_the_machine_that_was_measured():
+    elsewhere = [_record(name, 1.0, versions={"torch": "1.2", "threads": "64"})
+                 for name in ("reference", "fused")]
+    assert "; torch 1.2, threads 64." in harness.markdown(elsewhere)
+
+
 def test_records_survive_json(tmp_path):
     written = [_record("reference", 2.0, compile_seconds=1.5), _record("fused", 1.0)]
     path = harness.save(tmp_path / "records.json", written)

@@ -33,6 +33,31 @@ def commit() -> str:
     return done.stdout.strip() or "unknown" if inside and done.returncode == 0 else "unknown"
 
 
+@cache
+def versions() -> dict[str, str]:
+    """What the times depend on besides the commit."""
+    import smis_kernels
+
+    found = {
+        "smis_kernels": smis_kernels.__version__, "torch": torch.__version__,
+        "python": platform.python_version(), "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def processor() -> str:
+    """The processor's name and how many cores it shows."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, " \
+           f"{len(names) or 'unknown'} cores"
+
+
 @dataclass(frozen=True)
 class Record:
     """One provider of one case: its times and what a reader needs to judge them.
@@ -69,6 +94,8 @@ class Record:
     """What the case counts beside time, such as parameters."""
     commit: str = field(default_factory=commit)
     """Of the source tree that ran."""
+    versions: dict[str, str] = field(default_factory=versions)
+    """What the times depend on besides the commit."""
 
     @property
     def slowest(self) -> float:
@@ -89,9 +116,8 @@ class Record:
         return low, high
 
     def extra_info(self) -> dict[str, Any]:
-        """All but the times, with the versions and the commit."""
-        info = {k: v for k, v in asdict(self).items() if k not in ("group", "times")}
-        return {**info, "versions": versions()}
+        """All but the times."""
+        return {k: v for k, v in asdict(self).items() if k not in ("group", "times")}
 
     def to_entry(self) -> dict[str, Any]:
         """The record as one of pytest-benchmark's ``benchmarks``."""
@@ -110,31 +136,6 @@ class Record:
         values = {k: v for k, v in info.items() if k in known}
         values["shape"] = tuple(values["shape"])
         return cls(group=entry["group"], times=list(times), **values)
-
-
-@cache
-def versions() -> dict[str, str]:
-    """What the times depend on besides the commit."""
-    import smis_kernels
-
-    found = {
-        "smis_kernels": smis_kernels.__version__, "torch": torch.__version__,
-        "python": platform.python_version(), "processor": processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = str(torch.version.cuda)
-    return found
-
-
-def processor() -> str:
-    """The processor's name and how many cores it shows."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, " \
-           f"{len(names) or 'unknown'} cores"
 
 
 def save(path: str | Path, records: Sequence[Record]) -> Path:
@@ -309,7 +310,8 @@ def markdown(records: Sequence[Record]) -> str:
     reuse = [r for r in records if r.allocator == "reuse"]
     default = [r for r in records if r.allocator == "default"]
     commits = dict.fromkeys(r.commit for r in records)
-    about = ", ".join(f"{k} {v}" for k, v in versions().items())
+    machines = [", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in records]
+    about = "; ".join(dict.fromkeys(machines))
     parts = [
         "# Benchmark", f"Commit {', '.join(commits)}; {about}.",
         "Median [quartiles] of interleaved rounds; freed memory is reused on all sides; errors are "
