@@ -83,6 +83,7 @@ def test_gradcheck() -> None:
     weight, u, v = _tensors((4, 3, 3, 3), torch.float64)
     for form in FORMATS:
         assert torch.autograd.gradcheck(_call(u, v, "cpu", form), weight.requires_grad_())
+        assert torch.autograd.gradgradcheck(_call(u, v, "cpu", form), weight)
 
 
 @settings(max_examples=40, deadline=None)
@@ -200,6 +201,16 @@ def test_the_weight_is_stored_as_its_conv_reads_it() -> None:
                                (64, "channels_last", False)):
         layer(with_layout(torch.randn(1, 64, size, size), layout))
         assert layer.weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
+def test_a_penalty_on_gradients_reaches_the_weight() -> None:
+    found = []
+    for layer in _pair():
+        x = torch.randn(2, 12, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append(layer.weight_orig.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_removed_copied_and_pickled() -> None:

@@ -63,13 +63,13 @@ def _weight_format(module: nn.Module, inputs: Any) -> torch.memory_format:
 
 def spectral_norm(module: ModuleT, name: str = "weight", n_power_iterations: int = 1,
                   eps: float = 1e-12, dim: int | None = None) -> ModuleT:
-    r"""Drop-in for :func:`torch.nn.utils.spectral_norm`, several times faster in CPU training.
+    r"""Drop-in for :func:`torch.nn.utils.spectral_norm`, fewer passes in training on a CPU.
 
     .. math:: v \leftarrow W^T u / \lVert W^T u \rVert, \quad u \leftarrow W v / \lVert W v \rVert,
         \quad \hat W = W / (u^T W v)
 
     Same arguments, parameters, buffers and state dict; :func:`torch.nn.utils.remove_spectral_norm`
-    takes it off. The weight is differentiable once. The division is :func:`spectral_weight`.
+    takes it off. The division is :func:`spectral_weight`.
 
     Paper: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._backend import resolve
 from .._check import FLOATS, check_device, check_shape
@@ -47,9 +46,13 @@ class _SpectralWeight(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (_backward(ctx.kind, grad, *ctx.saved_tensors), *[None] * 5)
+        weight, u, v, sigma = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: penalties on gradients
+            d_weight = reference.spectral_weight_backward(grad, weight, u, v)
+        else:
+            d_weight = _backward(ctx.kind, grad, weight, u, v, sigma)
+        return (d_weight, *[None] * 5)
 
 
 def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, *, sigma: Tensor | None = None,
@@ -73,7 +76,7 @@ def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, *, sigma: Tensor | Non
         backend: "auto", "reference" or "cpu".
 
     Returns:
-        As ``weight``; differentiable once.
+        As ``weight``; differentiable twice, the second time by the formula.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.
