@@ -1,4 +1,6 @@
-SET = "training"
+from smis_models import benchmark as harness
+
+CASES = [case for case in harness.cases("training", "") if "training" in case.name]
 
 
 def test_training(measured):

@@ -146,7 +146,9 @@ def class_l1_loss(fake: Tensor, real: Tensor, labels: Tensor) -> Tensor:
         labels: (N, H, W), integers from 0 on.
 
     Raises:
-        ValueError: fake and real of different shapes; labels of another size.
+        ValueError: fake and real of different shapes; labels of another size, floats or negative.
+
+    Source: this package; the papers average over pixels.
 
     Example:
         >>> loss = 10 * class_l1_loss(fake, image, labels)
@@ -157,8 +159,14 @@ def class_l1_loss(fake: Tensor, real: Tensor, labels: Tensor) -> Tensor:
     n, _, h, w = fake.shape
     if labels.shape != (n, h, w):
         raise ValueError(f"labels: expected {(n, h, w)}, got {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels: expected integers, got {labels.dtype}; convert with .long()")
     y = labels.flatten(1).long()
-    pixels = y.new_zeros(n, int(y.max()) + 1).scatter_add_(1, y, torch.ones_like(y))
+    low, high = (int(v) for v in torch.aminmax(y))
+    if low < 0:
+        raise ValueError(f"labels: expected classes from 0 on, got {low}; map unlabelled pixels "
+                         "to a class of their own")
+    pixels = y.new_zeros(n, high + 1).scatter_add_(1, y, torch.ones_like(y))
     shown = (pixels > 0).sum(1, keepdim=True)
     share = 1 / (n * pixels.gather(1, y) * shown).to(_wide(fake).dtype)  # [N, H*W]
     distance = (_wide(fake) - _wide(real)).abs().mean(1).flatten(1)

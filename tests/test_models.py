@@ -223,6 +223,8 @@ def test_losses_refuse_what_has_no_meaning() -> None:
         (lambda: feature_matching_loss([x, x], [x]), r"\(2\), got 1"),
         (lambda: class_l1_loss(x[0], x[0][..., :1], torch.zeros(1, 2, 2)), "shape of real"),
         (lambda: class_l1_loss(x[0], x[0], torch.zeros(1, 2, 3)), r"labels: expected \(1, 2, 2\)"),
+        (lambda: class_l1_loss(x[0], x[0], torch.zeros(1, 2, 2)), "labels: expected integers"),
+        (lambda: class_l1_loss(x[0], x[0], torch.full((1, 2, 2), -1)), "from 0 on, got -1"),
     ):
         with pytest.raises(ValueError, match=word) as error:
             call()

@@ -64,7 +64,7 @@ def load(settings: Settings) -> Row:
                     and not has(f"{NAMESPACE}::{r.name}", "CompositeExplicitAutograd")]
     if missing:
         raise RuntimeError(f"no kernel of {', '.join(missing)}")
-    return {"kernels": counts, "paths": {k: v.path for k, v in _native.STATUS.items()}}
+    return {"kernels": counts, "paths": {k: Path(v.path).name for k, v in _native.STATUS.items()}}
 
 
 def run(journal: Journal, settings: Settings) -> None:

@@ -27,7 +27,7 @@ Tensor spectral_weight(const Tensor& weight, const Tensor& sigma, bool last) {
   Tensor y = last ? empty_nchw(w.size(0), w.size(1), w.size(2), w.size(3), true, w)
                   : torch::stable::empty_like(w);
   SpectralWeightArgs a = arguments(w, last);
-  a.out = y.mutable_data_ptr(), a.scale = number(sigma);
+  a.out = y.mutable_data_ptr(), a.sigma = number(sigma);
   const auto kernel = spectral_weight_kernel_best();
   parallel(w.size(0), grain(a.inner * a.taps), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return y;
@@ -52,8 +52,7 @@ Tensor spectral_weight_backward(const Tensor& grad, const Tensor& weight, const 
   parallel(w.size(0), rows, [&](int64_t b, int64_t e) { sums(a, b, e); });
   double total = 0;
   for (double dot : dots) total += dot;  // in one order, whatever the threads
-  const double s = number(sigma);
-  a.scale = 1 / s, a.outer = total / (s * s);
+  a.sigma = number(sigma), a.outer = total / (a.sigma * a.sigma);
   const auto kernel = spectral_weight_backward_kernel_best();
   parallel(w.size(0), rows, [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return d;

@@ -40,14 +40,14 @@ inline void by_blocks(const SpectralWeightArgs& a, const T* grad, T* buffer, con
 
 template <int S, class T> void forward(const SpectralWeightArgs& a, int64_t begin, int64_t end) {
   const int64_t row = a.inner * a.taps;
-  const T scale = T(a.scale);
+  const T sigma = T(a.sigma);
   std::vector<T> buffer(a.last ? size_t(kBlock * a.taps) : 0);
   for (int64_t o = begin; o < end; ++o) {
     const T* w = static_cast<const T*>(a.weight) + o * row;
     T* y = static_cast<T*>(a.out) + o * row;
     if (!a.last) {
 #pragma omp simd
-      for (int64_t j = 0; j < row; ++j) y[j] = w[j] / scale;
+      for (int64_t j = 0; j < row; ++j) y[j] = w[j] / sigma;
       continue;
     }
     for (int64_t i = 0; i < a.inner; i += kBlock) {
@@ -55,7 +55,7 @@ template <int S, class T> void forward(const SpectralWeightArgs& a, int64_t begi
       to_last<S>(w + i * a.taps, buffer.data(), n, a.taps, kBlock);
       for (int64_t s = 0; s < a.taps; ++s)
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) y[s * a.inner + i + j] = buffer[s * kBlock + j] / scale;
+        for (int64_t j = 0; j < n; ++j) y[s * a.inner + i + j] = buffer[s * kBlock + j] / sigma;
     }
   }
 }
@@ -79,7 +79,7 @@ template <int S, class T> void dots(const SpectralWeightArgs& a, int64_t begin, 
 
 template <int S, class T> void backward(const SpectralWeightArgs& a, int64_t begin, int64_t end) {
   const int64_t row = a.inner * a.taps;
-  const T scale = T(a.scale);
+  const T scale = T(1 / a.sigma);
   const T* v = static_cast<const T*>(a.v);
   std::vector<T> buffer(a.last ? size_t(kBlock * a.taps) : 0);
   for (int64_t o = begin; o < end; ++o) {

@@ -12,7 +12,7 @@ struct SpectralWeightArgs {
   void *out = nullptr, *d_weight = nullptr;
   double* dots = nullptr;  // of each row: <grad, weight>
   int64_t inner = 0, taps = 0;
-  double scale = 0, outer = 0;  // d_weight = scale * grad - outer * u v^T
+  double sigma = 1, outer = 0;  // out = weight / sigma; d_weight = grad / sigma - outer * u v^T
   bool last = false;
 };
 

@@ -11,6 +11,7 @@ from torch.nn.utils import spectral_norm as torch_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .._backend import requested, resolve
+from ..winograd_conv.module import WinogradConv2d
 from .op import KINDS, WIDE, spectral_weight
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -54,11 +55,9 @@ class FusedSpectralNorm(SpectralNorm):
 
 def _weight_format(module: nn.Module, inputs: Any) -> torch.memory_format:
     """How the module wants its weight stored: see :meth:`WinogradConv2d.weight_format`."""
-    wanted = getattr(module, "weight_format", None)
-    if wanted is None or not inputs:
-        return torch.contiguous_format
-    form: torch.memory_format = wanted(inputs[0])
-    return form
+    if isinstance(module, WinogradConv2d) and inputs:
+        return module.weight_format(inputs[0])
+    return torch.contiguous_format
 
 
 def spectral_norm(module: ModuleT, name: str = "weight", n_power_iterations: int = 1,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._backend import resolve
-from .._check import FLOATS, check_device, check_shape
+from .._check import FLOATS, check_device, check_shape, check_tensor
 from .._explain import record
 from .._library import RawOp
 from . import reference
@@ -90,20 +90,20 @@ def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, *, sigma: Tensor | Non
         >>> spectral_weight(weight, u, v).shape
         torch.Size([8, 4, 3, 3])
     """
-    if weight.dim() < 2 or weight.dtype not in FLOATS:
-        raise ValueError("weight: expected floats (C', ...) of two or more axes, got "
-                         f"{weight.dtype} {tuple(weight.shape)}")
-    for name, vector, size in (("u", u, weight.shape[0]), ("v", v, math.prod(weight.shape[1:]))):
-        check_shape(name, vector, (size,), f"for weight {tuple(weight.shape)}")
-        check_device(name, vector, weight, "weight")
-        if vector.dtype != weight.dtype:
-            raise TypeError(f"{name}: expected {weight.dtype} as weight, got {vector.dtype}")
+    check_tensor("weight", weight, (2, 3, 4, 5), "(C', ...)", FLOATS)
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    given = {"u": (u, (rows,)), "v": (v, (columns,)), "sigma": (sigma, ())}
+    for name, (tensor, shape) in given.items():
+        if tensor is not None:
+            check_tensor(name, tensor, len(shape), f"{shape}", (weight.dtype,))
+            check_shape(name, tensor, shape, f"for weight {tuple(weight.shape)}")
+            check_device(name, tensor, weight, "weight")
     if memory_format not in _FORMATS or (memory_format is not _FORMATS[0] and weight.dim() != 4):
         raise ValueError("memory_format: expected torch.contiguous_format, or torch.channels_last "
                          f"for a 4-d weight; got {memory_format} for {weight.dim()}-d")
     kind = resolve("spectral_weight", weight, backend, KINDS)
     if kind != "reference" and weight.dtype not in WIDE:
-        record("spectral_weight", "reference", weight, reason="16-bit weights are small")
+        record("spectral_weight", "reference", weight, reason="the kernel is of 32 and 64 bits")
         kind = "reference"
     else:
         record("spectral_weight", kind, weight)
