@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from . import _native
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "SMIS_BACKEND"
+TRITON_LEAST = (8, 0)  # the least compute capability that Triton supports
 
 
 class BackendError(RuntimeError):
@@ -65,8 +67,40 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def missing(kind: str) -> str | None:
-    """Why the implementation ``kind`` cannot run in this process, with the cure; else None."""
+@cache
+def _refused_by_gpu(kind: str, index: int) -> str | None:
+    """Why the GPU ``index`` cannot run ``kind``, with the cure; else None."""
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    gpu = f"{torch.cuda.get_device_name(index)} has compute capability {_dotted(capability)}"
+    if kind == "triton" and capability < TRITON_LEAST:
+        return f"{gpu}, triton needs {_dotted(TRITON_LEAST)}; cure: a newer GPU"
+    built = _native.build_record().get(kind, {}).get("architectures", "")
+    if built and not _native.covers(built, capability):
+        return (f"{gpu}, the library is built for {built}; "
+                f"cure: TORCH_CUDA_ARCH_LIST={_dotted(capability)} {_native.BUILD_COMMAND}")
+    return None
+
+
+@torch.compiler.assume_constant_result  # a device's capability does not change
+def _gpu_problem(kind: str, index: int) -> str | None:
+    return _refused_by_gpu(kind, index)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
+
+
+def missing(kind: str, device: torch.device | None = None) -> str | None:
+    """Why ``kind`` cannot run in this process, or on this GPU, with the cure; else None."""
+    problem = _missing(kind)
+    if problem is None and device is not None and device.type == "cuda":
+        problem = _gpu_problem(kind, device.index or 0)
+    return problem
+
+
+def _missing(kind: str) -> str | None:
     if kind in ("cpu", "cuda"):
         status = _native.STATUS[kind]
         if status.loaded and not (kind == "cpu" and _native.absent_kernels):
@@ -104,7 +138,7 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
     if choice == "auto":
         for kind in kinds:
             if (kind == "cpu") == (device == "cpu") and device in ("cpu", "cuda"):
-                problem = missing(kind)
+                problem = missing(kind, tensor.device)
                 if problem is None:
                     return kind
                 if not torch.compiler.is_compiling():
@@ -123,7 +157,7 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
         raise BackendError(
             f"backend: 'triton' of {op} needs a CUDA tensor (or TRITON_INTERPRET=1), got a CPU one"
         )
-    problem = missing(choice)
+    problem = missing(choice, tensor.device)
     if problem is not None:
         raise BackendError(f"backend: {choice!r} of {op} cannot run: {problem}")
     return choice

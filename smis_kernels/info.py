@@ -18,7 +18,7 @@ import torch
 from . import _backend, _native, build
 
 ENVIRONMENT = (
-    _backend.ENVIRONMENT, "SMIS_PATH", build.SELECTION, "TRITON_INTERPRET", "CXX", "CUDACXX",
+    _backend.ENVIRONMENT, "SMIS_PATH", "SMIS_ISA", build.SELECTION, "TRITON_INTERPRET", "CXX", "CUDACXX",
     "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
 )
 # The file that holds an op's implementation of each kind.
@@ -56,10 +56,11 @@ def _libraries() -> dict[str, dict[str, Any]]:
 
 def _why_not(kind: str) -> str:
     problem = _backend.missing(kind)
-    if problem is None and kind != "cpu" and not torch.cuda.is_available():
-        if kind == "triton" and _backend.triton_interpreted():
-            return ""
-        problem = "no CUDA GPU is visible"
+    if problem is None and kind != "cpu":
+        if not torch.cuda.is_available():
+            interpreted = kind == "triton" and _backend.triton_interpreted()
+            return "" if interpreted else "no CUDA GPU is visible"
+        problem = _backend.missing(kind, torch.device("cuda"))
     return problem or ""
 
 
@@ -83,7 +84,10 @@ def info() -> dict[str, Any]:
         >>> smis_kernels.info.info()["libraries"]["cpu"]["loaded"]
         True
     """
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [
+        "{} ({}.{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
     return {
         "versions": {
             "smis_kernels": _version("smis-kernels"),
@@ -96,6 +100,7 @@ def info() -> dict[str, Any]:
         "machine": {
             "processor": _field("/proc/cpuinfo", "model name") or platform.machine(),
             "instruction set": torch.backends.cpu.get_cpu_capability(),
+            "CPU kernels": _native.STATUS["cpu"].isa or "not loaded",
             "threads": str(torch.get_num_threads()),
             "driver": _field("/proc/driver/nvidia/version", "NVRM version") or "none",
             "GPUs": ", ".join(gpus) or "none",
