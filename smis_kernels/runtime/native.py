@@ -1,0 +1,91 @@
+"""Loads the two native libraries and knows why one is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import build
+
+PACKAGE = Path(__file__).resolve().parent.parent
+BUILD_COMMAND = build.COMMAND
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """State of one native library; ``reason`` and ``cure`` are empty when it is loaded.
+
+    ``isa`` of the CPU library: what its kernels run on, or what is wrong with ``SMIS_ISA``.
+    """
+
+    name: str
+    loaded: bool
+    path: str = ""
+    reason: str = ""
+    cure: str = ""
+    isa: str = ""
+
+
+def build_record() -> dict[str, dict[str, str]]:
+    """What the last build wrote: ``{"cpu": {...}, "cuda": {...}}`` with state, reason and cure."""
+    path = PACKAGE / "_build_record.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load(name: str) -> NativeStatus:
+    path = PACKAGE / f"_{name}.abi3.so"
+    if name == "cuda" and torch.version.cuda is None:
+        built = " (the library itself is built)" if path.exists() else ""
+        return NativeStatus(
+            name, False, str(path) if path.exists() else "",
+            f"this torch is a CPU-only build{built}", "install a CUDA build of torch",
+        )
+    if not path.exists():
+        record = build_record().get(name, {})
+        return NativeStatus(
+            name, False, "",
+            record.get("reason", "it has not been built"), record.get("cure", BUILD_COMMAND),
+        )
+    if name == "cuda":
+        built = build_record().get(name, {}).get("cuda", "")
+        if other := build.other_cuda(built, torch.version.cuda or ""):
+            return NativeStatus(name, False, str(path), *other)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        first = str(error).splitlines()[0]
+        return NativeStatus(name, False, str(path), f"it does not load: {first}", BUILD_COMMAND)
+    return NativeStatus(name, True, str(path), isa=_isa(path) if name == "cpu" else "")
+
+
+def _isa(path: Path) -> str:
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "smis_isa"):
+        return "unknown: the library is older than the package"
+    library.smis_isa.restype = ctypes.c_char_p
+    return str(library.smis_isa().decode())
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for ``architectures`` ("8.0 9.0+PTX") run on a GPU of ``capability``.
+
+    Machine code runs within its major version from its minor one on, PTX on everything later; of
+    "9.0a" both run on 9.0 alone, of "10.0f" on the family, which is taken as its major version.
+    """
+    for word in architectures.split():
+        number, _, ptx = word.partition("+")
+        least = tuple(int(n) for n in number.rstrip("af").split("."))
+        same = least == capability if number.endswith("a") else least[0] == capability[0]
+        if least <= capability and (same or (ptx and not number[-1].isalpha())):
+            return True
+    return False
+
+
+# Raw ops that the loaded CPU library does not implement: it was built from older sources.
+absent_kernels: list[str] = []
+
+STATUS = {name: _load(name) for name in ("cpu", "cuda")}
