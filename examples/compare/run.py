@@ -14,7 +14,7 @@ import torch
 
 from smis_models.benchmark.records import commit, versions
 from smis_models.data import GeneratedScenes
-from smis_models.families.registry import create_model
+from smis_models.families import create_model
 from smis_models.io.images import write_atomically
 from smis_models.metrics import (
     Distance,
