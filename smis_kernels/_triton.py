@@ -19,7 +19,7 @@ from ._backend import triton_interpreted
 from ._layout import acc_dtype
 from ._tuned import Setting, setting
 
-LARGEST_PLANE = 2**31  # pixels of one image are counted in 32 bits, all else in 64
+LARGEST_PLANE = 2**31 - 2**14  # pixels of an image and a tile are counted in 32 bits
 GRID_LIMIT = 65535  # programs along the second and third axis of a grid
 VECTOR = 8  # elements: 16 bytes in 16 bits
 INTERPRETED = tl.constexpr(triton_interpreted())
@@ -27,8 +27,8 @@ INTERPRETED = tl.constexpr(triton_interpreted())
 # A kernel compiled for sizes divisible by 16 and one for others would be two; which of them the
 # number of windows needs changes with every map. What alignment tells is told by UNIT.
 SIZES = (
-    "C", "D", "H", "N", "P", "U", "W", "first", "rows", "channels", "stat_n", "per_image", "steps",
-    "chunks", "partial_s",
+    "C", "N", "P", "U", "W", "chunk", "chunks", "first", "per_image", "partial_s", "pixels", "rows",
+    "steps",
     *(f"{name}{branch}_{axis}" for name in ("x", "grad", "out", "gamma", "beta", "residual")
       for branch in ("", "2") for axis in "ns"),
 )
@@ -109,14 +109,14 @@ def _strides(t: Tensor, rows: bool) -> tuple[int, int]:
 
 
 def _near(channels: int) -> int:
-    """The largest power of two up to 256 whose blocks exceed ``channels`` by at most a sixth."""
+    """The largest power of two up to 128 whose blocks exceed ``channels`` by at most a sixth."""
     whole = triton.next_power_of_2(channels)
-    sizes = [size for size in (256, 128, 64, 32) if size <= whole] or [whole]
+    sizes = [size for size in (128, 64, 32) if size <= whole] or [whole]
     return min(sizes, key=lambda size: max(triton.cdiv(channels, size) * size, 7 * channels / 6))
 
 
 def tile_sizes(
-    channels: int, pixels: int, rows: bool, tile: int, widest: int = 256
+    channels: int, pixels: int, rows: bool, tile: int, widest: int = 128
 ) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_P): the dense axis first, then the other one up to the tile's size."""
     if rows:
@@ -129,7 +129,7 @@ def tile_sizes(
 def check_plane(pixels: int) -> None:
     """Refuse images whose pixels do not fit 32 bits."""
     if pixels >= LARGEST_PLANE:
-        raise ValueError(f"input: expected fewer than 2^31 pixels in an image, got {pixels}")
+        raise ValueError(f"input: expected fewer than {LARGEST_PLANE} pixels in an image, got {pixels}")
 
 
 def batch_grids(
@@ -199,7 +199,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(kernel: str, usual: Setting, pixels: int, rows: bool, *operands: Tensor,
-           widest: int = 256) -> Tiling:
+           widest: int = 128) -> Tiling:
     """Tiles of ``operands`` (N, C, H, W), the first of which gives the shape and dtype."""
     check_plane(pixels)
     x = operands[0]

@@ -27,6 +27,7 @@ from .._triton import (
 from ..modulation.triton import (
     APPLY,
     BACKWARD,
+    BACKWARD_PLANES,
     SUMMED_CHANNELS,
     activate,
     activation_gradient,
@@ -235,8 +236,8 @@ def indexed_modulation_backward(
     mean2, rstd2 = mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s
     dx = empty_nchw((n, c, h, w), input)
     check_plane(index[0].numel())
-    tiles = tiling("indexed_backward", BACKWARD, h * w, rows, x, dy, y, dy2, y2,
-                   widest=SUMMED_CHANNELS)
+    tiles = tiling("indexed_backward", BACKWARD if rows else BACKWARD_PLANES, h * w, rows,
+                   x, dy, y, dy2, y2, widest=SUMMED_CHANNELS)
     partial = tiles.partial_sums(x, sums)
     with on_device(x):
         for first, grid in tiles.grids():

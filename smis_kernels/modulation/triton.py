@@ -26,9 +26,10 @@ from .._triton import (
     tiling,
 )
 
-APPLY = {"tile": 1024, "warps": 4}
-BACKWARD = {"tile": 1024, "warps": 8}  # 4 warps spill where two outputs and upsampling meet
-MOMENTS = {"tile": 2048, "warps": 8}
+# 16 bytes of 16 bits a thread. A block of channels has fewer elements than there are threads: else
+# its statistics reach them through shared memory, with barriers.
+APPLY = BACKWARD = MOMENTS = {"tile": 2048, "warps": 8}
+BACKWARD_PLANES = {"tile": 1024, "warps": 8}  # more spills where two outputs and upsampling meet
 MOMENT_PROGRAMS = 512  # about four for each multiprocessor, of 8 warps with four loads each
 MOMENT_COLUMNS = 8  # channels that one program merges: a sector of float32
 SUMMED_CHANNELS = 64  # of a tile at the most: sums over its pixels are written, so it needs some
@@ -351,8 +352,8 @@ def modulation_backward(
     )
     dgamma2, dbeta2 = second or (dgamma, dbeta)
     check_plane(h * w * up * up)
-    t = tiling("modulation_backward", BACKWARD, h * w, rows, x, dy, y, g, dy2, y2, g2,
-               widest=SUMMED_CHANNELS)
+    t = tiling("modulation_backward", BACKWARD if rows else BACKWARD_PLANES, h * w, rows,
+               x, dy, y, g, dy2, y2, g2, widest=SUMMED_CHANNELS)
     partial = t.partial_sums(x, sums)
     with on_device(x):
         for first, grid in t.grids():
