@@ -2,10 +2,10 @@
 
 ``python -m tools.kernel_report [cuda] [triton]``. CUDA kernels are compiled as the build compiles
 them (and taken from its cache); Triton's for sm_80, sm_90 and sm_100 by making the calls of
-``COMPILE_CASES`` of ``smis_kernels/<op>/triton.py`` on meta tensors, so that each kernel is
-specialised as in a call. Both are read from ``ptxas -v``; of Triton's PTX are shown the bytes of the
-accesses to global memory with their number, barriers, and the products of tensor cores. A spill is
-an error unless ``tools/allowed_spills.json`` gives a reason: {"<op>/<kernel>/<arch>": "why"}, with
+``COMPILE_CASES`` of ``smis_kernels/ops/<op>/triton.py`` on meta tensors, so that each kernel is
+specialised as in a call. Both are read from ``ptxas -v``; of Triton's PTX are shown the bytes of
+the accesses to global memory with their number, barriers, and the products of tensor cores. A spill
+is an error unless ``tools/allowed_spills.json`` gives a reason: {"<op>/<kernel>/<arch>": "why"}, with
 shell wildcards; a product of other operands than the case declares is one always.
 """
 
@@ -168,15 +168,16 @@ def accesses(ptx: str, word: str) -> str:
 
 def products(ptx: str) -> tuple[str, ...]:
     """Types of the operands of the tensor-core instructions; sm_100 says f16 of both kinds."""
-    found = set(re.findall(r"\bw?g?mma\.(?:mma_async|sync)\S*?\.(?:f32|f64)\.(bf16|f16|tf32|f64)\.", ptx))
+    kinds = r"\b(?:wg)?mma\.(?:mma_async|sync)\S*?\.(?:f32|f64)\.(bf16|f16|tf32|f64)\."
+    found = set(re.findall(kinds, ptx))
     found.update(re.findall(r"\btcgen05\.mma\S*?\.kind::(\w+)", ptx))
     return tuple(sorted(found))
 
 
 def _triton_cases() -> Iterator[tuple[str, Any]]:
-    for path in sorted(Path(build.__file__).parent.glob("*/triton.py")):
+    for path in sorted(Path(build.__file__).parent.glob("ops/*/triton.py")):
         op = path.parent.name
-        for case in importlib.import_module(f"smis_kernels.{op}.triton").COMPILE_CASES:
+        for case in importlib.import_module(f"smis_kernels.ops.{op}.triton").COMPILE_CASES:
             yield op, case
 
 
