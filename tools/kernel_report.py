@@ -4,9 +4,9 @@
 them (and taken from its cache); Triton's for sm_80, sm_90 and sm_100 by making the calls of
 ``COMPILE_CASES`` of ``smis_kernels/ops/<op>/triton.py`` on meta tensors, so that each kernel is
 specialised as in a call. Both are read from ``ptxas -v``; of Triton's PTX are shown the bytes of
-the accesses to global memory with their number, barriers, and the products of tensor cores. A spill
-is an error unless ``tools/allowed_spills.json`` gives a reason: {"<op>/<kernel>/<arch>": "why"}, with
-shell wildcards; a product of other operands than the case declares is one always.
+the accesses to global memory with their number, barriers, and the products of tensor cores. A
+spill is an error unless ``tools/allowed_spills.json`` gives a reason, {"<op>/<kernel>/<arch>":
+"why"} with shell wildcards; a product of other operands than the case declares is one always.
 """
 
 from __future__ import annotations

@@ -259,8 +259,8 @@ def indexed_modulation_backward(
 
 def _compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
-    low = torch.bfloat16
-    for dtype, rows, c in ((torch.float32, False, 256), (low, False, 256), (torch.float32, True, 256),
+    single, low = torch.float32, torch.bfloat16
+    for dtype, rows, c in ((single, False, 256), (low, False, 256), (single, True, 256),
                            (low, True, 256), (low, True, 280)):
         for upsample, pair in ((False, False), (True, True)):
             up = 2 if upsample else 1
@@ -270,13 +270,12 @@ def _compile_cases() -> list[CompileCase]:
             table = meta(1001, 2 * c)
             name = (f"{str(dtype).removeprefix('torch.')} {'rows' if rows else 'planes'} C={c}"
                     + " upsample pair" * pair)
-            second = (m, m, table) if pair else (None,) * 3
+            m2, table2, y2 = (m, table, y) if pair else (None, None, None)
             cases += [
-                CompileCase(name, bind(indexed_modulation_apply, x, m, m, index, table, *second,
-                                       0.2, 1.0, upsample)),
+                CompileCase(name, bind(indexed_modulation_apply, x, m, m, index, table, m2, m2,
+                                       table2, 0.2, 1.0, upsample)),
                 CompileCase(name, bind(indexed_modulation_backward, y, y, x, m, m, index, table,
-                                       *((y, y) if pair else (None, None)), *second, 0.2, 1.0,
-                                       upsample, True)),
+                                       y2, y2, m2, m2, table2, 0.2, 1.0, upsample, True)),
             ]
     return cases
 
