@@ -16,5 +16,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason=reason)
     for item in items:
-        if "triton" in item.keywords:
+        if item.get_closest_marker("triton"):
             item.add_marker(skip)

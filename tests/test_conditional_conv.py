@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smis_kernels import ConditionalConv2d, conditional_conv2d
 from smis_kernels.ops.conditional_conv import op
-from smis_kernels.runtime.backend import missing
+from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.testing import (
     LAYOUTS,
     assert_as_accurate,

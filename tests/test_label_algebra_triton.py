@@ -206,7 +206,7 @@ def test_numbering_has_no_triton_kernel() -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.skipif(not triton_interpreted(), reason="low is exact on a GPU's own terms")
+@pytest.mark.skipif(not triton_interpreted(), reason="emulated digits")
 def test_tf32_products_round_to_the_nearest() -> None:
     hidden = (1 + draw(7, 40).abs()).float()  # of one sign: what is cut off adds up
     hidden[0] = 0

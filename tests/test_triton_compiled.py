@@ -34,7 +34,7 @@ def compiled(call: Callable[[], object], arch: int = 90) -> dict[str, str]:
 
 
 def test_sizes_that_maps_decide_do_not_compile_again() -> None:
-    table, x, m = meta(64, 32), meta(1, 16, 8, 8, rows=True), meta(1, 16)
+    x, m = meta(1, 16, 8, 8, rows=True), meta(1, 16)
     index = meta(1, 8, 8, dtype=torch.int32)
     weight, bias = meta(32, 16, 3, 3), meta(32)
 
@@ -46,7 +46,6 @@ def test_sizes_that_maps_decide_do_not_compile_again() -> None:
         for one_level in (False, True):
             window_table(meta(rows, 16), weight, bias, weight, bias, ids, 1, one_level)
 
-    assert table.shape == (64, 32)
     kernels: dict[str, set[int]] = {}
     with kernel_report.compiling(90) as launched:
         for rows, windows in ((64, 160), (17, 33), (1, 1)):
