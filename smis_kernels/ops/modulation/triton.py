@@ -219,11 +219,13 @@ def channel_moments_kernel(
     pivot = load_tile(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, ROWS, ACC)
     average = tl.zeros_like(pivot)
     spread = tl.zeros_like(pivot)
+    seen = tl.full((1, 1), 1.0, ACC)
     for step in tl.range(1, whole, loop_unroll_factor=4):  # four loads are under way at once
         p = start + step * BLOCK_P + tl.arange(0, BLOCK_P)
         value = load_tile(x, n, x_n, c, p, x_s, inside, UNIT, ROWS, ACC) - pivot
         delta = value - average
-        average += delta * (1.0 / (step + 1).to(ACC))
+        seen += 1.0
+        average += delta * (1.0 / seen)
         spread += delta * (value - average)
     last = start + whole * BLOCK_P + tl.arange(0, BLOCK_P)
     more = last < stop
