@@ -305,7 +305,7 @@ def test_triton_moments_survive_an_outlier_and_a_large_mean(
         x[:, :, pixel[0], pixel[1]] = 50 + 100 * outlier[..., 0]
         mean, var = kernels.channel_moments(with_layout(x, layout))
         true_var, true_mean = torch.var_mean(x.double(), (2, 3), correction=0)
-        assert float((mean / true_mean - 1).abs().max()) < 1e-6
+        assert float(((mean - true_mean) / true_var.sqrt()).abs().max()) < 3e-6
         assert float((var / true_var - 1).abs().max()) < 1e-5  # 256 sums, one after another
     x = torch.randn(1, 40, 64, 64, generator=torch.Generator().manual_seed(1)) + 10_000
     mean, var = kernels.channel_moments(with_layout(x, layout))
