@@ -1,6 +1,7 @@
 """The builder, run for real on tiny sources; torch's headers are read, torch is not imported."""
 
 import json
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -267,3 +268,18 @@ def test_kernel_report_reads_ptx_and_refuses_another_product():
     for declared, ptx in (("bf16", PTX), ("tf32", ""), ("", bf16), ("f16", bf16)):
         with pytest.raises(ValueError, match="op/case/sm_90: expected products"):
             kernel_report.check_products("op/case/sm_90", declared, [ptx])
+
+
+@pytest.mark.parametrize(("triton", "numpy", "fails"), [
+    ("3.6.0", "2.5.0", True), ("3.6.1", "2.4.0", True), ("3.6.0", "2.3.5", False),
+    ("3.7.0", "2.5.0", False), ("3.10.0", "2.4.6", False),
+])
+def test_triton_and_numpy_that_do_not_interpret(triton, numpy, fails, monkeypatch):
+    from smis_kernels.runtime import backend
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    if importlib.util.find_spec("triton") is not None:
+        assert ("cure: pip install 'numpy<2.4'" in (backend.missing("triton") or "")) == fails
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "numpy" not in (backend.missing("triton") or "")
