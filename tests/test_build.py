@@ -1,7 +1,7 @@
 """The builder, run for real on tiny sources; torch's headers are read, torch is not imported."""
 
-import json
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
