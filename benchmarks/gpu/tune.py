@@ -138,12 +138,12 @@ def _pointwise(scene: Scene) -> Iterator[Job]:
 
     kind = "float32" if scene.dry else "bfloat16"
     rows, planes = f"{kind} rows", f"{kind} planes"
-    yield ("indexed_apply", rows, "indexed_apply, rows", tiles(APPLY, 2048, 4096, 8192), indexed)
+    yield ("indexed_apply", rows, "indexed_apply, rows", tiles(APPLY, 1024, 4096, 8192), indexed)
     for key, last in ((rows, True), (planes, False)):
         yield ("modulation_apply", key, f"modulation_apply, {key.split()[1]}",
-               tiles(APPLY, 2048, 4096), partial(make, modulation, last, activation="leaky_relu"))
-    yield "channel_moments", rows, "channel_moments, rows", tiles(MOMENTS, 2048, 8192), moments
-    yield ("modulation_backward", rows, "modulation_backward, rows", tiles(BACKWARD, 2048, 4096),
+               tiles(APPLY, 1024, 4096), partial(make, modulation, last, activation="leaky_relu"))
+    yield "channel_moments", rows, "channel_moments, rows", tiles(MOMENTS, 1024, 4096), moments
+    yield ("modulation_backward", rows, "modulation_backward, rows", tiles(BACKWARD, 1024, 4096),
            partial(backward, True))
 
     def normed() -> Call:
@@ -151,7 +151,7 @@ def _pointwise(scene: Scene) -> Iterator[Job]:
                            dtype=LOW if not scene.dry else torch.float32) for i in range(2))
         return lambda: norm_act(x, r, norm="none", activation="relu", backend=backend)
 
-    yield "norm_act", rows, "norm_act, rows", tiles(APPLY, 2048, 4096), normed
+    yield "norm_act", rows, "norm_act, rows", tiles(APPLY, 1024, 4096), normed
 
 
 def _products(scene: Scene) -> Iterator[Job]:

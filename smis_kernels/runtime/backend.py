@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -79,7 +80,19 @@ def missing(kind: str) -> str | None:
         return f"the native {kind} library is not loaded: {status.reason}; cure: {status.cure}"
     if kind == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; cure: pip install triton"
-    return None
+    return _interpreter_fault() if kind == "triton" and triton_interpreted() else None
+
+
+def _interpreter_fault() -> str | None:
+    """Triton 3.6 interprets a loop's bounds by a conversion that NumPy 2.4 took away."""
+    found = {name: version(name) for name in ("triton", "numpy")}
+    triton, numpy = (tuple(map(int, text.split(".")[:2])) for text in found.values())
+    if triton >= (3, 7) or numpy < (2, 4):
+        return None
+    return (
+        f"the interpreter of triton {found['triton']} fails with numpy {found['numpy']}; "
+        "cure: pip install 'numpy<2.4', or triton 3.7 and newer"
+    )
 
 
 _warned: set[str] = set()

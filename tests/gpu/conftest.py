@@ -6,12 +6,10 @@ tensors: Triton kernels interpreted, CUDA ones replaced by the CPU's C++. That p
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
-from smis_kernels.runtime.backend import triton_interpreted
+from smis_kernels.runtime.backend import missing, triton_interpreted
 
 REHEARSED = triton_interpreted()
 
@@ -22,10 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         item.add_marker(pytest.mark.gpu)
         only = item.get_closest_marker("cuda_only") is not None
-        if REHEARSED and not only and importlib.util.find_spec("triton") is not None:
+        if REHEARSED and not only and missing("triton") is None:
             continue
         if REHEARSED:
-            item.add_marker(pytest.mark.skip(reason="rehearsal: needs a GPU"))
+            reason = missing("triton") or "rehearsal: needs a GPU"
+            item.add_marker(pytest.mark.skip(reason=reason))
         elif not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU; TRITON_INTERPRET=1 rehearses it"))
 
