@@ -139,8 +139,16 @@ def rotations(bytes_per_call: int, device: torch.device) -> int:
 
 
 def copy_call(like: Tensor) -> Call:
-    """``out.copy_(x)`` into touched memory of the size of ``like``: the bandwidth to compare to."""
-    source, out = torch.zeros_like(like), torch.zeros_like(like)
+    """``out.copy_(x)`` into touched memory of the size of ``like``: the bandwidth to compare to.
+
+    Of random numbers: a GPU moves zeros faster.
+    """
+    source = torch.empty_like(like)
+    if source.is_floating_point():
+        source.normal_()
+    elif source.dtype != torch.bool:
+        source.random_(0, 100)
+    out = torch.zeros_like(source)
     return lambda: out.copy_(source)
 
 
@@ -150,8 +158,8 @@ CONV_MACS = 256 * 256 * 9 * 64 * 64
 def conv_call(device: torch.device, dtype: torch.dtype) -> Call:
     """A 3x3 conv of 256 channels at 64², channels-last: the rate that convs can reach."""
     layout = torch.channels_last
-    x = torch.ones((1, 256, 64, 64), device=device, dtype=dtype).to(memory_format=layout)
-    weight = torch.ones((256, 256, 3, 3), device=device, dtype=dtype).to(memory_format=layout)
+    x, weight = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout)
+                 for shape in ((1, 256, 64, 64), (256, 256, 3, 3)))
 
     def call() -> Tensor:
         with torch.no_grad():
