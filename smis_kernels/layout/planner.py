@@ -24,27 +24,47 @@ class Rates(NamedTuple):
     """Multiply-adds a nanosecond of dense convs and of tables, and sums of table rows.
 
     Only their ratios matter, and those hold from machine to machine better than the figures.
+    ``fixed_*``: nanoseconds that a path takes however small its map is.
     """
 
     dense: float
     two_level: float
     one_level: float
     sums: float
+    fixed_dense: float = 0.0
+    fixed_two_level: float = 0.0
+    fixed_one_level: float = 0.0
 
 
 CPU_RATES = Rates(130.0, 170.0, 175.0, 16.0)  # two threads (benchmarks/NOTES.md)
+_HALF = Rates(4.0, 1.0, 1.0, 0.02)
 # Not measured: tables multiply in TF32 and gather their operands, convs in 16 bits (the tensor
-# cores' rates are 1 : 2) or in TF32 too; sums read float32 rows from the cache.
-GPU_RATES = {2: Rates(4.0, 1.0, 1.0, 0.02), 4: Rates(2.0, 1.0, 1.0, 0.02)}
+# cores' rates are 1 : 2), in TF32 too, or without tensor cores (1 : 1/8 of TF32's rate); sums read
+# float32 rows from the cache.
+GPU_RATES = {"bfloat16": _HALF, "float16": _HALF, "float32": Rates(2.0, 1.0, 1.0, 0.02),
+             "float32 without tf32": Rates(0.25, 1.0, 1.0, 0.02)}
+
+
+def products_key(dtype: torch.dtype) -> str:
+    """How convs of ``dtype`` multiply on a GPU: its name; TF32 is torch's choice for float32."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        return name
+    if torch.compiler.is_compiling():  # it guards this flag, and cannot trace the other
+        allowed = torch.backends.cudnn.allow_tf32
+    else:  # readable however the flags were set
+        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        allowed = conv.fp32_precision == "tf32"
+    return name if allowed else f"{name} without tf32"
 
 
 def rates_of(input: Tensor) -> Rates:
-    """The rates of the input's device and dtype: measured on this GPU, else the above."""
+    """The rates of the input's device and products: measured on this GPU, else the above."""
     if input.device.type == "cpu":
         return CPU_RATES
-    found = measured("rates", input.device) or {}
-    known = found.get(str(input.dtype).removeprefix("torch."))
-    return Rates(**known) if known else GPU_RATES.get(input.element_size(), CPU_RATES)
+    key = products_key(input.dtype)
+    known = (measured("rates", input.device) or {}).get(key)
+    return Rates(**known) if known else GPU_RATES.get(key, CPU_RATES)
 
 
 @dataclass(frozen=True)
@@ -71,17 +91,18 @@ def costs(norm: CGNorm, level: WindowLevel, pixels: int,
     per_output = 2 * gamma.weight.numel()  # multiply-adds of gamma and beta at one pixel
     shared = norm.shared_conv
     embedded = 0 if shared is None else shared.weight.numel()
-    dense = pixels * (per_output + embedded) / rates.dense
+    dense = rates.fixed_dense + pixels * (per_output + embedded) / rates.dense
     if not level.repeats:
         return {"dense": dense}
     v, u = level.counts
     if not norm.hidden:
-        return {"dense": dense, "one_level": v * 18 * norm.channels / rates.sums}
+        return {"dense": dense,
+                "one_level": rates.fixed_one_level + v * 18 * norm.channels / rates.sums}
     embedding = v * 9 * norm.hidden / rates.sums
     return {
         "dense": dense,
-        "one_level": embedding + u * per_output / rates.one_level,
-        "two_level": embedding + v * per_output / rates.two_level
+        "one_level": rates.fixed_one_level + embedding + u * per_output / rates.one_level,
+        "two_level": rates.fixed_two_level + embedding + v * per_output / rates.two_level
         + u * 18 * norm.channels / rates.sums,
     }
 

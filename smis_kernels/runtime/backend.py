@@ -32,6 +32,7 @@ class _Selection:
     # Process-wide on purpose: torch.compile guards a plain attribute, and neither a
     # ContextVar (cannot be traced) nor a thread-local (not guarded, so stale after a change).
     backend: str | None = None
+    fallback = True
 
 
 _selection = _Selection()
@@ -52,6 +53,19 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _selection.backend = previous
+
+
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """``auto`` raises :class:`BackendError` where a kernel that the op has is missing.
+
+    For measurements and tests of the kernels: the reference must not pass for one.
+    """
+    before, _selection.fallback = _selection.fallback, False
+    try:
+        yield
+    finally:
+        _selection.fallback = before
 
 
 def requested(backend: str | None = None) -> str:
@@ -120,6 +134,8 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
                 problem = missing(kind)
                 if problem is None:
                     return kind
+                if not _selection.fallback:
+                    raise BackendError(f"backend: {op} cannot run its kernel: {problem}")
                 if not torch.compiler.is_compiling():
                     _warn_once(f"smis_kernels.{op} runs on the reference path: {problem}")
         return "reference"
