@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smis_models.ccfpse import pyramid_matching_loss
-from smis_models.losses import (
+from smis_models.families.ccfpse import pyramid_matching_loss
+from smis_models.networks.losses import (
     diversity_loss,
     feature_matching_loss,
     gan_loss,
