@@ -123,8 +123,8 @@ def crops(width: int, target: int) -> None:
         made = [class_crops(with_layout(image, form), labels, 2, size=(3, target), backend=kind)
                 for kind in ("cpu", "reference")]
         assert torch.equal(*made)
-    x = image[..., : min(width, 9000)].double()
-    agree(lambda x, backend: class_crops(x, labels, 2, size=(3, target), backend=backend), x)
+    agree(lambda x, backend: class_crops(x, labels, 2, size=(3, target), backend=backend), image,
+          bound=1e-5)
 
 
 def pooled(shape: tuple[int, ...], last: bool, *, noise: bool = False) -> None:
@@ -168,11 +168,11 @@ def vectors(shape: tuple[int, int, int]) -> None:
 def label_conv(size: int) -> None:
     layout = LabelLayout.from_labels(torch.randint(0, 4, (1, 5, 9)), 4)
     weight, bias = draw(size, 4, 3, 3), draw(size)
+    planes = F.pad(layout.dense(dtype=F64), (1, 1, 1, 1), mode="reflect")
     for dtype, bound in ((F64, 1e-12), (torch.float16, 2e-3)):
         w, b = weight.to(dtype), bias.to(dtype)
         found = LabelConv2d(layout, w, b, backend="cpu").rows(0, 5)
-        truth = F.conv2d(layout.dense(dtype=F64), w.double(), b.double(), padding=1)
-        assert max_error(found, truth) < bound
+        assert max_error(found, F.conv2d(planes, w.double(), b.double())) < bound
 
 
 def conditional(shape: tuple[int, ...]) -> None:

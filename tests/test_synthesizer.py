@@ -115,13 +115,58 @@ def test_resampling_and_morphing() -> None:
         s.resample(8)
 
 
-def test_changed_weights_are_refused() -> None:
+@pytest.mark.parametrize("kind", ["parameter", "running_mean", "running_var", "weight_u",
+                                  "weight_v", "replaced", "loaded"])
+def test_changed_weights_are_refused(kind: str) -> None:
+    """Parameters and buffers alike, changed in place, exchanged or loaded."""
     model, labels, instances = small("groupdnet_deepfashion")
     s = Synthesizer(model, labels, instances)
+    s.sample()
     with torch.no_grad():
-        model.generator.conv_img.bias.add_(1)
+        if kind == "parameter":
+            model.generator.conv_img.bias.add_(1)
+        elif kind == "replaced":
+            model.generator.conv_img.bias = nn.Parameter(model.generator.conv_img.bias + 1)
+        elif kind == "loaded":
+            model.load_state_dict(model.state_dict())
+        else:
+            name, buffer = next((n, b) for n, b in model.generator.named_buffers()
+                                if n.endswith(kind))
+            buffer.mul_(1.5)
+            assert name
     with pytest.raises(RuntimeError, match="weights have changed"):
         s.sample()
+    again = Synthesizer(model, labels, instances)
+    z = again.code(1)
+    assert max_error(again.sample(z), plain(model, labels, instances, z)) < 1e-9
+
+
+def test_the_encoder_may_change() -> None:
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels, instances)
+    before = s.sample(seed=2)
+    with torch.no_grad():
+        model.encoder.fc_mu.bias.add_(1)
+    assert torch.equal(s.sample(seed=2), before)
+
+
+def test_codes_are_those_of_their_seed() -> None:
+    """N(0, 1) of torch's own generator; a further code is another."""
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels.expand(2, -1, -1), instances)
+    code = s.code(7)
+    expected = model.generator.sample_latent(2, torch.Generator().manual_seed(7))
+    assert code is not None and torch.equal(code, expected)
+    assert not torch.equal(code[0], code[1])
+    assert not torch.equal(code, s.code(8))
+    first, again = s.sample(seed=7), s.sample(code)
+    assert torch.equal(first, again) and torch.equal(s.z, code)
+    changed = s.resample(1, seed=9)
+    channels = model.generator.class_channels(1)
+    expected = code.clone()
+    expected[:, channels] = s.code(9)[:, channels]
+    assert torch.equal(s.z, expected)
+    assert torch.equal(s.resample(1, seed=9, z=code), changed)
 
 
 def test_freezing_leaves_the_model_alone() -> None:
