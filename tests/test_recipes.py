@@ -144,7 +144,7 @@ def test_rates_reach_both_optimizers(
         name: str, given_rates: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, epochs, decay, frozen, optimizer, losses = PUBLISHED[name]
     monkeypatch.setattr("smis_models.training.trainer._start", lambda config, device: _Parts())
-    monkeypatch.setattr("smis_models.training.trainer.objective", _objective)
+    monkeypatch.setattr("smis_models.training.trainer.objective", _Objective)
     monkeypatch.setattr("smis_models.training.trainer.Average", lambda model, decay: _Nothing())
     monkeypatch.setattr("smis_models.training.trainer.load_perceptual_loss", lambda path: None)
     trainer = Trainer(from_dict({"recipe": name}))
@@ -163,7 +163,7 @@ class _Nothing:
         pass
 
 
-class _objective:  # noqa: N801 (stands for a function)
+class _Objective:
     def __init__(self, model: _Parts, *_: Any) -> None:
         self.model = model
 

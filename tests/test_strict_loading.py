@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from smis_models import CheckpointError, create_model, read_checkpoint
+from smis_models.io.checkpoint import load_state
 
 TINY: dict[str, Any] = {"ngf": 8, "nef": 16, "ndf": 8, "image_size": (64, 64)}
 NAME = "groupdnet_deepfashion"
@@ -22,12 +22,11 @@ def states() -> dict[str, dict[str, torch.Tensor]]:
             "encoder": dict(model.encoder.state_dict()), "": dict(model.state_dict())}
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("part", ["generator", "encoder", ""])
 @pytest.mark.parametrize("change", ["surplus", "missing", "shape", "buffer", "bias"])
-def test_other_keys_are_refused(states: dict[str, dict[str, torch.Tensor]], part: str, suffix: str,
-                                change: str, tmp_path: Path) -> None:
-    state = {k: v.contiguous() for k, v in states[part].items()}
+def test_other_keys_are_refused(states: dict[str, dict[str, torch.Tensor]], part: str,
+                                change: str) -> None:
+    state = dict(states[part])
     biases = [k for k in state if k.endswith("bias")]
     buffers = [k for k in state if k.endswith(("weight_u", "running_mean"))]
     if change == "surplus":
@@ -44,10 +43,9 @@ def test_other_keys_are_refused(states: dict[str, dict[str, torch.Tensor]], part
     else:
         words = r"1 keys missing \(" + buffers[-1].replace(".", r"\.")
         del state[buffers[-1]]
-    path = tmp_path / f"weights{suffix}"
-    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    module = create_model(NAME, device="meta", **({"part": part} if part else {}), **TINY)
     with pytest.raises(CheckpointError, match=words):
-        create_model(NAME, path, **({"part": part} if part else {}), **TINY)
+        load_state(module, state, source="weights.pth", model=NAME)
 
 
 def test_only_the_counter_of_batches_may_be_absent(
@@ -69,5 +67,6 @@ def test_a_wrapper_s_prefix_is_of_all_keys_or_none(
     first = next(iter(state))
     torch.save({**{prefix + k: v for k, v in state.items() if k != first}, first: state[first]},
                tmp_path / "mixed.pth")
+    module = create_model(NAME, device="meta", part="encoder", **TINY)
     with pytest.raises(CheckpointError, match="keys missing"):
-        create_model(NAME, tmp_path / "mixed.pth", part="encoder", **TINY)
+        load_state(module, read_checkpoint(tmp_path / "mixed.pth"), source="mixed.pth", model=NAME)
