@@ -1,0 +1,177 @@
+"""Builds the emulated CUDA library, loads it, and reads what it counted and found."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuda_on_cpu import translate
+
+from smis_kernels import build
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "emulated"
+# How the kernels, and the runtime, are compiled and linked.
+SANITIZERS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr",
+              "-fno-sanitize-recover=undefined")
+MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "plain": (("-O2", "-DEMULATED_ARCH=900"), ("-O2",), ()),
+    # The fallbacks for older devices are checked here. Linked without its own runtime.
+    "race": (("-O1", "-fsanitize=thread", "--param", "tsan-distinguish-volatile=1",
+              "-DEMULATED_ARCH=750"), ("-O2",), ()),
+    "asan": (("-O1", *SANITIZERS, "-DEMULATED_ARCH=900"), ("-O1", "-fsanitize=address"),
+             ("-fsanitize=address,undefined",)),
+}
+FLAGS = (
+    "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", "-Wno-unknown-pragmas",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000", "-fno-strict-aliasing",
+    "-mfma", "-ffp-contract=fast",  # as nvcc contracts products and sums
+)
+
+
+def toolkit_headers() -> str:
+    """The toolkit's include folder, as nvcc names it."""
+    command = (build.find_nvcc(), "-dryrun", "-E", "-x", "cu", os.devnull)
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    found = re.search(r'INCLUDES="?-I([^"\s]+)', said)
+    if not found:
+        raise build.NotBuilt("nvcc does not say where its headers are", "install the CUDA toolkit")
+    return os.path.normpath(found[1])
+
+
+def make(mode: str, csrc: Path = ROOT / "csrc", name: str = "emulated") -> Path:
+    """The emulated library of ``csrc`` and of the faulty kernels; objects are kept."""
+    torch, cxx = build.find_torch(), build.find_cxx()
+    assert torch is not None
+    kernel_flags, runtime_flags, link_flags = MODES[mode]
+    folder = CACHE / mode / name
+    with build.object_directory(CACHE / mode) as objects:
+        sources = translate.translate_tree(csrc, folder / "csrc")
+        faults = folder / "csrc" / "faults" / "cuda.cpp"
+        faults.parent.mkdir()
+        faults.write_text(translate.translate((HERE / "faults.cu").read_text(), "faults.cu"))
+        runtime = folder / "csrc" / "runtime" / "runtime.cpp"
+        runtime.parent.mkdir()
+        runtime.write_text((HERE / "runtime.cpp").read_text())
+        digest = hashlib.sha256((HERE / "device.h").read_bytes()).hexdigest()
+        version = subprocess.run((*cxx, "--version"), capture_output=True, text=True).stdout
+        stamp = f"{version} torch {torch.version} {digest}"
+        includes = (f"-I{folder / 'csrc'}", f"-I{HERE}", *torch.includes, "-isystem",
+                    toolkit_headers())
+        units = tuple(
+            build.Unit(path.parent.name, path, cxx,
+                       (*FLAGS, *(runtime_flags if path == runtime else kernel_flags)), includes,
+                       stamp)
+            for path in (*sources, faults, runtime)
+        )
+        with ThreadPoolExecutor(build.jobs()) as pool:
+            made = [f.result() for f in build.compile_units(units, objects, pool)]
+        # A library that is loaded is never written over.
+        key = hashlib.sha256(" ".join(path.name for path in made).encode()).hexdigest()[:16]
+        library = folder / f"{key}.so"
+        if not library.exists():
+            lib = torch.root / "lib"
+            defined = () if mode == "asan" else ("-Wl,-z,defs",)  # its runtime is loaded first
+            partial = library.with_suffix(".partial")
+            done = subprocess.run(
+                (*cxx, "-shared", *link_flags, "-Wl,-Bsymbolic", *map(str, made), f"-L{lib}",
+                 f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10", "-ldl", *defined, "-o", str(partial)),
+                capture_output=True, text=True)
+            if done.returncode:
+                raise build.NotBuilt("the emulated library does not link", "", done.stderr)
+            os.replace(partial, library)
+    return library
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the emulated device objects to, and the lines of source where."""
+
+    text: str
+    kernel: str
+    places: tuple[str, ...]
+    sources: tuple[str, ...]
+    times: int
+
+    def __str__(self) -> str:
+        where = "; ".join(f"{p}: {s}" for p, s in zip(self.places, self.sources, strict=True))
+        return f"{self.text} in {self.kernel} ({self.times} times) {where}".rstrip()
+
+
+class Device:
+    """The library that is loaded: its settings, counters and findings."""
+
+    def __init__(self, library: Path, csrc: Path = ROOT / "csrc") -> None:
+        self.library, self.csrc = library, csrc
+        self._c = ctypes.CDLL(str(library))
+        self._c.emulated_set.argtypes = (ctypes.c_char_p, ctypes.c_double)
+        for name in ("kernels", "findings"):
+            getattr(self._c, f"emulated_{name}").restype = ctypes.c_char_p
+        for name in ("waits", "calls"):
+            getattr(self._c, f"emulated_{name}").restype = ctypes.c_int64
+
+    def set(self, **values: float) -> None:
+        """Any of seed, preempt, preempt_plain, resident, grid_x, grid_y, most_steps."""
+        for name, value in values.items():
+            if not self._c.emulated_set(name.encode(), float(value)):
+                raise ValueError(f"the emulated device has no setting {name}")
+
+    @property
+    def waits(self) -> int:
+        """How often the host has waited for the device."""
+        return int(self._c.emulated_waits())
+
+    @property
+    def calls(self) -> int:
+        """Calls of ops: device guards taken."""
+        return int(self._c.emulated_calls())
+
+    def kernels(self) -> dict[str, tuple[int, int, int]]:
+        """Kernel: launches, calls of ops that launched it, threads."""
+        rows = (line.split("\t") for line in self._c.emulated_kernels().decode().splitlines())
+        return {name: (int(a), int(b), int(c)) for name, a, b, c in rows}
+
+    def findings(self) -> list[Finding]:
+        """What was found since the last call, without the races that ``benign.json`` lists."""
+        rows = [line.split("\t") for line in self._c.emulated_findings().decode().splitlines()]
+        addresses = sorted({a for row in rows for a in row[2:4] if int(a, 16)})
+        command = ("addr2line", "-e", str(self.library), *addresses)
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        lines = dict(zip(addresses, said.splitlines() if addresses else (), strict=True))
+        found: dict[tuple[str, str, tuple[str, ...]], int] = {}
+        for text, kernel, a, b, times in rows:
+            places = tuple(self._place(lines[x]) for x in (a, b) if x in lines)
+            key = (text, kernel, places)
+            found[key] = found.get(key, 0) + int(times)
+        made = [Finding(text, kernel, places, tuple(map(self._source, places)), times)
+                for (text, kernel, places), times in found.items()]
+        return [finding for finding in made if not benign(finding)]
+
+    def _place(self, line: str) -> str:
+        return "/".join(line.partition(" ")[0].split("/")[-2:])
+
+    def _source(self, place: str) -> str:
+        file, _, number = place.rpartition(":")
+        path = HERE / "faults.cu" if file.endswith("faults.cu") else self.csrc / file
+        if not path.exists() or not number.isdigit():
+            return ""
+        return path.read_text().splitlines()[int(number) - 1].strip()
+
+
+_LISTED = json.loads((HERE / "benign.json").read_text())
+
+
+def benign(finding: Finding) -> bool:
+    """Whether it is a race that is listed with the reason why it does no harm."""
+    return finding.text.startswith("race:") and any(
+        finding.text in entry["races"] and all(s in entry["lines"] for s in finding.sources)
+        for entry in _LISTED
+    )
