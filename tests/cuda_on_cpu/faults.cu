@@ -17,7 +17,7 @@ enum Fault : int64_t {
 // Every block reverses its 64 elements through shared memory.
 template <int fault> __global__ void reverse_kernel(const int32_t* x, int32_t* y, int64_t count) {
   extern __shared__ int32_t tile[];
-  __shared__ int32_t sums[2];
+  __shared__ unsigned sums[2];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, last = blockDim.x - 1;
   const int64_t i = thread_index();
   if (fault == kEndedLane && threadIdx.x == 5) return;
@@ -25,7 +25,7 @@ template <int fault> __global__ void reverse_kernel(const int32_t* x, int32_t* y
   if (fault == kDivergentBarrier && warp == 0) __syncthreads();
   else if (fault != kMissingBarrier) __syncthreads();
   int32_t value = tile[last - int(threadIdx.x)];
-  int32_t total = value;
+  unsigned total = unsigned(value);
   const unsigned mask = fault == kWrongMask ? (lane < 16 ? 0x0000ffffu : 0xffff00ffu) : kWarp;
   if (fault == kLanesApart && lane == 7) __syncwarp();
   for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(mask, total, step);
@@ -39,7 +39,7 @@ template <int fault> __global__ void reverse_kernel(const int32_t* x, int32_t* y
     volatile int32_t* p = local;
     for (int k = 0; k <= 4; ++k) value += p[k];
   }
-  y[fault == kRaceOfBlocks ? int64_t(threadIdx.x) : i] = value + 0 * (sums[0] + sums[1]);
+  y[fault == kRaceOfBlocks ? int64_t(threadIdx.x) : i] = value + int32_t(0 * (sums[0] + sums[1]));
 }
 
 __global__ void read_kernel(const int32_t* unknown, int32_t* y) {

@@ -432,7 +432,7 @@ void check(uintptr_t p, size_t bytes, Sort sort, bool strong, const void* pc) {
   }
   if (const Region* region = region_of(p)) {
     if (p + bytes > region->end) fail("an access beyond a tensor", pc);
-    if (p % bytes != 0) fail("a misaligned access", pc);
+    if ((bytes & (bytes - 1)) == 0 && p % std::min<size_t>(bytes, 16) != 0) fail("a misaligned access", pc);
     for (size_t i = 0; i < bytes; ++i) check_cell(cell_of(p + i, *region), sort, strong, pc, told);
     return;
   }
@@ -692,13 +692,18 @@ bool on_device(const void* p, size_t bytes) {
 extern "C" {
 
 EMULATED_HOOK(1) EMULATED_HOOK(2) EMULATED_HOOK(4) EMULATED_HOOK(8) EMULATED_HOOK(16)
+void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, Sort::read, false, PC); }
+void __tsan_write_range(void* p, size_t bytes) { hook(p, bytes, Sort::write, false, PC); }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() { instrumented = true; }
-// Of the host's code: virtual tables and guards of local statics.
+// Of the host's code: virtual tables, guards of local statics, reference counts.
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return *p; }
+uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* p, uint32_t v, int) {
+  return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
 
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
   if (stream != kStream) found("cudaMemsetAsync is not on the current stream");
