@@ -12,6 +12,10 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# What runs on the emulated CUDA kernels besides their own tests.
+EMULATED = ("tests/gpu/test_ops.py", "tests/test_label_windows.py", "tests/test_instance_edges.py",
+            "tests/test_instance_pool.py", "tests/test_class_crops.py",
+            "tests/test_spatially_varying_conv.py")
 LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")
 
 
@@ -45,6 +49,22 @@ def test(*arguments: str) -> None:
 def interpreter(*arguments: str) -> None:
     """The Triton kernels on CPU tensors, under Triton's interpreter."""
     _python("-m", "pytest", "-m", "triton", *arguments, TRITON_INTERPRET="1")
+
+
+def emulation(*modes: str) -> None:
+    """The CUDA kernels on the CPU: emulation [plain|race|asan], all by default."""
+    libraries = (subprocess.run(("g++", f"-print-file-name={name}"), capture_output=True, text=True)
+                 .stdout.strip() for name in ("libasan.so", "libstdc++.so"))
+    preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    for mode in modes or ("plain", "race", "asan"):
+        if mode not in ("plain", "race", "asan"):
+            sys.exit(f"emulation: expected plain, race or asan, got {mode!r}")
+        # Compiled first, as the sanitizer that is loaded before Python watches compilers too.
+        _python("tests/cuda_on_cpu/emulator.py", mode, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+        for seed in "123" if mode == "plain" else "1":
+            _python("-m", "pytest", "tests/cuda_on_cpu", *(EMULATED if mode == "plain" else ()),
+                    SMIS_CUDA_EMULATED="1", SMIS_EMULATION=mode, SMIS_EMULATION_SEED=seed,
+                    **(preload if mode == "asan" else {}))
 
 
 def parity(checker: str, *arguments: str) -> None:
@@ -119,7 +139,7 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, interpreter, parity, kernels, bench, abi, wheel, readme, ci)
+    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel, readme, ci)
 }
 
 

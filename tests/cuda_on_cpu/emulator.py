@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +144,7 @@ class Device:
         """What was found since the last call, without the races that ``benign.json`` lists."""
         rows = [line.split("\t") for line in self._c.emulated_findings().decode().splitlines()]
         addresses = sorted({a for row in rows for a in row[2:4] if int(a, 16)})
-        command = ("addr2line", "-e", str(self.library), *addresses)
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        lines = dict(zip(addresses, said.splitlines() if addresses else (), strict=True))
+        lines = self._lines(addresses)
         found: dict[tuple[str, str, tuple[str, ...]], int] = {}
         for text, kernel, a, b, times in rows:
             places = tuple(self._place(lines[x]) for x in (a, b) if x in lines)
@@ -154,6 +153,14 @@ class Device:
         made = [Finding(text, kernel, places, tuple(map(self._source, places)), times)
                 for (text, kernel, places), times in found.items()]
         return [finding for finding in made if not benign(finding)]
+
+    def _lines(self, addresses: list[str]) -> dict[str, str]:
+        """Where each address is: the innermost line of those inlined there that is the kernel's."""
+        command = ("addr2line", "-a", "-i", "-e", str(self.library), *addresses)
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        frames = [part.splitlines()[1:] for part in re.split(r"^(?=0x)", said, flags=re.M)[1:]]
+        own = (next((f for f in each if "device.h" not in f), each[0]) for each in frames)
+        return dict(zip(addresses, own, strict=True)) if addresses else {}
 
     def _place(self, line: str) -> str:
         return "/".join(line.partition(" ")[0].split("/")[-2:])
@@ -175,3 +182,11 @@ def benign(finding: Finding) -> bool:
         finding.text in entry["races"] and all(s in entry["lines"] for s in finding.sources)
         for entry in _LISTED
     )
+
+
+if __name__ == "__main__":
+    for selected in sys.argv[1:]:
+        try:
+            print(make(selected))
+        except build.NotBuilt as problem:
+            sys.exit(f"{problem}\n{problem.output}")

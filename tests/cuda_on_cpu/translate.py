@@ -26,7 +26,7 @@ def kernel_start(text: str, end: int) -> int:
     return at
 
 
-def launches(text: str) -> str:
+def launches(text: str, op: str) -> str:
     """``kernel<T><<<grid, block>>>(a, b)`` as a call that runs the kernel for every thread."""
     while (found := text.find("<<<")) >= 0:
         start, stop = kernel_start(text, found), text.index(">>>", found)
@@ -34,7 +34,7 @@ def launches(text: str) -> str:
         if text[stop + 3 : opening].strip():
             raise ValueError(f"a launch without arguments: {text[found:opening]!r}")
         kernel = text[start:found].strip()
-        name = kernel.partition("<")[0]
+        name = f"{op}/{kernel.partition('<')[0]}"
         separator = "" if text[opening + 1 :].lstrip().startswith(")") else ", "
         dropped = "\n" * (text.count("\n", start, opening) - text.count("\n", found, stop))
         call = (f"::emulated::launch(::emulated::Config({text[found + 3 : stop]}), "
@@ -53,7 +53,7 @@ def shared(match: re.Match[str]) -> str:
 
 def translate(text: str, name: str) -> str:
     """One file; messages and debug information name it ``name``, with its own lines."""
-    text = SHARED.sub(shared, launches(text)).replace("__CUDA_ARCH__", "EMULATED_ARCH")
+    text = SHARED.sub(shared, launches(text, name.partition("/")[0])).replace("__CUDA_ARCH__", "EMULATED_ARCH")
     if "__shared__" in text:
         raise ValueError(f"{name}: a declaration of shared memory that this step does not know")
     return f'#include "device.h"\n#line 1 "{name}"\n{text}'
