@@ -60,7 +60,7 @@ def emulation(*modes: str) -> None:
         if mode not in ("plain", "race", "asan"):
             sys.exit(f"emulation: expected plain, race or asan, got {mode!r}")
         # Compiled first, as the sanitizer that is loaded before Python watches compilers too.
-        _python("tests/cuda_on_cpu/emulator.py", mode, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+        _python("-m", "cuda_on_cpu.emulator", mode, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
         for seed in "123" if mode == "plain" else "1":
             _python("-m", "pytest", "tests/cuda_on_cpu", *(EMULATED if mode == "plain" else ()),
                     SMIS_CUDA_EMULATED="1", SMIS_EMULATION=mode, SMIS_EMULATION_SEED=seed,
@@ -139,7 +139,8 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel, readme, ci)
+    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel,
+                 readme, ci)
 }
 
 

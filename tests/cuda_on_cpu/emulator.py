@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -48,47 +49,60 @@ def toolkit_headers() -> str:
     return os.path.normpath(found[1])
 
 
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise build.NotBuilt("the emulated library does not build", "", done.stderr)
+
+
 def make(mode: str, csrc: Path = ROOT / "csrc", name: str = "emulated") -> Path:
     """The emulated library of ``csrc`` and of the faulty kernels; objects are kept."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:  # one build at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _make(mode, csrc, name)
+
+
+def _make(mode: str, csrc: Path, name: str) -> Path:
     torch, cxx = build.find_torch(), build.find_cxx()
     assert torch is not None
     kernel_flags, runtime_flags, link_flags = MODES[mode]
     folder = CACHE / mode / name
-    with build.object_directory(CACHE / mode) as objects:
-        sources = translate.translate_tree(csrc, folder / "csrc")
-        faults = folder / "csrc" / "faults" / "cuda.cpp"
-        faults.parent.mkdir()
-        faults.write_text(translate.translate((HERE / "faults.cu").read_text(), "faults.cu"))
-        runtime = folder / "csrc" / "runtime" / "runtime.cpp"
-        runtime.parent.mkdir()
-        runtime.write_text((HERE / "runtime.cpp").read_text())
-        digest = hashlib.sha256((HERE / "device.h").read_bytes()).hexdigest()
-        version = subprocess.run((*cxx, "--version"), capture_output=True, text=True).stdout
-        stamp = f"{version} torch {torch.version} {digest}"
-        includes = (f"-I{folder / 'csrc'}", f"-I{HERE}", *torch.includes, "-isystem",
-                    toolkit_headers())
-        units = tuple(
-            build.Unit(path.parent.name, path, cxx,
-                       (*FLAGS, *(runtime_flags if path == runtime else kernel_flags)), includes,
-                       stamp)
-            for path in (*sources, faults, runtime)
-        )
-        with ThreadPoolExecutor(build.jobs()) as pool:
-            made = [f.result() for f in build.compile_units(units, objects, pool)]
-        # A library that is loaded is never written over.
-        key = hashlib.sha256(" ".join(path.name for path in made).encode()).hexdigest()[:16]
-        library = folder / f"{key}.so"
-        if not library.exists():
-            lib = torch.root / "lib"
-            defined = () if mode == "asan" else ("-Wl,-z,defs",)  # its runtime is loaded first
-            partial = library.with_suffix(".partial")
-            done = subprocess.run(
-                (*cxx, "-shared", *link_flags, "-Wl,-Bsymbolic", *map(str, made), f"-L{lib}",
-                 f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10", "-ldl", *defined, "-o", str(partial)),
-                capture_output=True, text=True)
-            if done.returncode:
-                raise build.NotBuilt("the emulated library does not link", "", done.stderr)
-            os.replace(partial, library)
+    sources = translate.translate_tree(csrc, folder / "csrc")
+    for own in ("faults.cu", "runtime.cpp"):
+        text = (HERE / own).read_text()
+        path = folder / "csrc" / own.partition(".")[0] / "cuda.cpp"
+        path.parent.mkdir()
+        path.write_text(translate.translate(text, own) if own.endswith(".cu") else text)
+        sources.append(path)
+    include = (f"-I{folder / 'csrc'}", f"-I{HERE}", *torch.includes, "-isystem", toolkit_headers())
+    version = subprocess.run((*cxx, "--version"), capture_output=True, text=True).stdout
+    headers = sorted((*(folder / "csrc").rglob("*.h"), HERE / "device.h"))
+
+    def compiled(path: Path) -> Path:
+        """The object, whose name says all that went into it; made where it is not there."""
+        flags = (*FLAGS, *(runtime_flags if path.parent.name == "runtime" else kernel_flags))
+        digest = hashlib.sha256(repr((version, torch.version, flags)).encode())
+        for file in (path, *headers):
+            digest.update(file.read_bytes())
+        target = CACHE / mode / f"{path.parent.name}.{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            _run(*cxx, *flags, *include, "-c", str(path), "-o", str(partial))
+            os.replace(partial, target)
+        return target
+
+    with ThreadPoolExecutor(build.jobs()) as pool:
+        objects = list(pool.map(compiled, sources))
+    key = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:16]
+    library = folder / f"{key}.so"  # one that is loaded is never written over
+    if not library.exists():
+        lib = torch.root / "lib"
+        partial = library.with_suffix(f".{os.getpid()}")
+        defined = () if mode == "asan" else ("-Wl,-z,defs",)  # its runtime is loaded first
+        _run(*cxx, "-shared", *link_flags, "-Wl,-Bsymbolic", *map(str, objects), f"-L{lib}",
+             f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10", "-ldl", *defined, "-o", str(partial))
+        os.replace(partial, library)
     return library
 
 

@@ -359,16 +359,21 @@ void note_allocation(uintptr_t begin, uintptr_t end, bool fresh) {
   auto i = regions.upper_bound(begin);
   while (i != regions.end() && i->second.begin < end) i = regions.erase(i);
   regions[end] = {begin, end, fresh};
-  for (uintptr_t page = begin / kPage; page <= (end - 1) / kPage; ++page) pages.erase(page);
+  for (uintptr_t page = begin / kPage; page <= (end - 1) / kPage; ++page) {
+    const auto made = pages.find(page);
+    if (made == pages.end()) continue;
+    for (uintptr_t p = std::max(begin, page * kPage); p < std::min(end, (page + 1) * kPage); ++p)
+      made->second[p % kPage] = Cell{}, made->second[p % kPage].known = !fresh;
+  }
 }
 
-Cell& cell_of(uintptr_t p, const Region& region) {
+Cell& cell_of(uintptr_t p) {
   auto& page = pages[p / kPage];
   if (page.empty()) {
     page.resize(kPage);
     for (uintptr_t i = 0; i < kPage; ++i) {
-      const uintptr_t q = p / kPage * kPage + i;
-      page[i].known = !(region.fresh && q >= region.begin && q < region.end);
+      const Region* region = region_of(p / kPage * kPage + i);
+      page[i].known = region == nullptr || !region->fresh;
     }
   }
   return page[p % kPage];
@@ -433,7 +438,7 @@ void check(uintptr_t p, size_t bytes, Sort sort, bool strong, const void* pc) {
   if (const Region* region = region_of(p)) {
     if (p + bytes > region->end) fail("an access beyond a tensor", pc);
     if ((bytes & (bytes - 1)) == 0 && p % std::min<size_t>(bytes, 16) != 0) fail("a misaligned access", pc);
-    for (size_t i = 0; i < bytes; ++i) check_cell(cell_of(p + i, *region), sort, strong, pc, told);
+    for (size_t i = 0; i < bytes; ++i) check_cell(cell_of(p + i), sort, strong, pc, told);
     return;
   }
   const auto held = reinterpret_cast<uintptr_t>(arguments_begin);
@@ -714,7 +719,7 @@ cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t strea
   memset(p, value, bytes);
   const auto begin = reinterpret_cast<uintptr_t>(p);
   if (instrumented)
-    for (size_t i = 0; i < bytes; ++i) cell_of(begin + i, *region_of(begin + i)).known = true;
+    for (size_t i = 0; i < bytes; ++i) cell_of(begin + i).known = true;
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
