@@ -23,6 +23,7 @@
 #include <unordered_map>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #ifndef __x86_64__
@@ -312,6 +313,9 @@ void resume(Thread* t) {
     }
     t->stack = stacks.back();
     stacks.pop_back();
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(t->stack, kStack);  // a fiber that was abandoned left it so
+#endif
     auto** top = reinterpret_cast<void**>(t->stack + kStack);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&entry);

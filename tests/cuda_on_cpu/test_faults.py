@@ -43,8 +43,10 @@ IN_RACE = {
     "no memory": "no device memory", "nothing written": "nothing wrote",
     "misaligned": "misaligned",
 }
-ENDS_THE_PROCESS = {"beyond shared": "heap-buffer-overflow", "beyond tensor": "heap-buffer-overflow",
-                    "misaligned": "misaligned address", "beyond local": "stack-buffer-overflow"}
+ENDS_THE_PROCESS = {
+    "beyond shared": "heap-buffer-overflow", "beyond tensor": "heap-buffer-overflow",
+    "misaligned": "misaligned address", "beyond local": "stack-buffer-overflow",
+}
 CAUGHT = IN_RACE if MODE == "race" else EVERYWHERE
 
 
@@ -95,7 +97,8 @@ CUTS = [
     ("label_windows/cuda.cu", "held = atomicCAS(&slot.key, 0ull, key);",
      "held = slot.key; slot.key = key;", WINDOWS, "race: "),
     ("class_crops/cuda.cu", "const unsigned group = __match_any_sync(kWarp, box);",
-     "const unsigned group = __match_any_sync(kWarp, box) | 1u;", CROPS, "different calls|leaves out"),
+     "const unsigned group = __match_any_sync(kWarp, box) | 1u;", CROPS,
+     "different calls|leaves out"),
 ]
 
 

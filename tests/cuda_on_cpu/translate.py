@@ -53,7 +53,8 @@ def shared(match: re.Match[str]) -> str:
 
 def translate(text: str, name: str) -> str:
     """One file; messages and debug information name it ``name``, with its own lines."""
-    text = SHARED.sub(shared, launches(text, name.partition("/")[0])).replace("__CUDA_ARCH__", "EMULATED_ARCH")
+    text = SHARED.sub(shared, launches(text, name.partition("/")[0]))
+    text = text.replace("__CUDA_ARCH__", "EMULATED_ARCH")
     if "__shared__" in text:
         raise ValueError(f"{name}: a declaration of shared memory that this step does not know")
     return f'#include "device.h"\n#line 1 "{name}"\n{text}'
