@@ -45,7 +45,7 @@ IN_RACE = {
 }
 ENDS_THE_PROCESS = {
     "beyond shared": "heap-buffer-overflow", "beyond tensor": "heap-buffer-overflow",
-    "misaligned": "misaligned address", "beyond local": "stack-buffer-overflow",
+    "misaligned": "misaligned address", "beyond local": "insufficient space",
 }
 CAUGHT = IN_RACE if MODE == "race" else EVERYWHERE
 
