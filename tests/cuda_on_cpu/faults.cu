@@ -71,29 +71,32 @@ void reverse_with(int64_t wanted, const Tensor& x, const Tensor& y, cudaStream_t
 
 // x: 1-D int32, of a multiple of 64 elements.
 Tensor faulty(const Tensor& x, int64_t fault) {
-  const Launch launch(x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* current = nullptr;
+  aoti_torch_get_current_cuda_stream(x.get_device_index(), &current);
+  const auto stream = static_cast<cudaStream_t>(current);
   Tensor y = torch::stable::empty({x.numel()}, ScalarType::Int, std::nullopt, x.device());
   auto* out = static_cast<int32_t*>(y.mutable_data_ptr());
   const auto* in = static_cast<const int32_t*>(x.const_data_ptr());
   if (fault == kFullTable) {
-    STD_CUDA_CHECK(cudaMemsetAsync(out, 0, size_t(x.numel()) * 4, launch.stream));
-    insert_kernel<<<2, unsigned(x.numel()), 0, launch.stream>>>(out, int32_t(x.numel()));
+    STD_CUDA_CHECK(cudaMemsetAsync(out, 0, size_t(x.numel()) * 4, stream));
+    insert_kernel<<<2, unsigned(x.numel()), 0, stream>>>(out, int32_t(x.numel()));
   } else if (fault == kTooManyThreads) {
-    read_kernel<<<1, 1025, 0, launch.stream>>>(in, out);
+    read_kernel<<<1, 1025, 0, stream>>>(in, out);
   } else if (fault == kGridTooLarge) {
-    read_kernel<<<dim3(1, 65536), 32, 0, launch.stream>>>(in, out);
+    read_kernel<<<dim3(1, 65536), 32, 0, stream>>>(in, out);
   } else if (fault == kTooMuchShared) {
-    read_kernel<<<1, 32, (48 << 10) + 4, launch.stream>>>(in, out);
+    read_kernel<<<1, 32, (48 << 10) + 4, stream>>>(in, out);
   } else if (fault == kNothingWritten) {
     const Tensor unknown = torch::stable::empty({64}, ScalarType::Int, std::nullopt, x.device());
-    read_kernel<<<1, 64, 0, launch.stream>>>(
+    read_kernel<<<1, 64, 0, stream>>>(
         static_cast<const int32_t*>(unknown.const_data_ptr()), out);
   } else if (fault == kNoWait) {
     int32_t first = 0;
-    STD_CUDA_CHECK(cudaMemcpyAsync(&first, in, 4, cudaMemcpyDeviceToHost, launch.stream));
+    STD_CUDA_CHECK(cudaMemcpyAsync(&first, in, 4, cudaMemcpyDeviceToHost, stream));
     return y;
   } else {
-    reverse_with(fault, x, y, fault == kWrongStream ? nullptr : launch.stream);
+    reverse_with(fault, x, y, fault == kWrongStream ? nullptr : stream);
     return y;
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
