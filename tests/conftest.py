@@ -1,4 +1,7 @@
-"""Tests that need Triton run on a GPU or under its interpreter; elsewhere they say why not."""
+"""Tests that need Triton run on a GPU or under its interpreter; elsewhere they say why not.
+
+SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import pytest
 import torch
 
 from smis_kernels.runtime.backend import missing, triton_interpreted
+from smis_kernels.runtime.native import cuda_emulated
+
+if cuda_emulated():
+    from cuda_on_cpu.plugin import no_findings, pytest_terminal_summary  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -132,6 +132,8 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
         for kind in kinds:
             if (kind == "cpu") == (device == "cpu") and device in ("cpu", "cuda"):
                 problem = missing(kind)
+                if problem is None and kind == "cuda" and _native.cuda_emulated():
+                    problem = "the cuda library is emulated and takes CPU tensors"
                 if problem is None:
                     return kind
                 if not _selection.fallback:
@@ -143,7 +145,8 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
         raise BackendError(
             f"backend: {op} has {', '.join(('reference', *kinds))}; got {choice!r}"
         )
-    wanted = "cpu" if choice == "cpu" or (choice == "triton" and device == "cpu") else "cuda"
+    on_cpu = choice == "cpu" or (choice == "triton" and device == "cpu")
+    wanted = "cpu" if on_cpu or (choice == "cuda" and _native.cuda_emulated()) else "cuda"
     if device != wanted:
         raise BackendError(
             f"backend: {choice!r} of {op} needs a {wanted} tensor, got one on {tensor.device}"

@@ -2,6 +2,7 @@
 
 Under Triton's interpreter (``python -m benchmarks.gpu --dry-run``) the same tests run on CPU
 tensors: Triton kernels interpreted, CUDA ones replaced by the CPU's C++. That proves the tests.
+SMIS_CUDA_EMULATED=1 runs the CUDA kernels themselves (tests/cuda_on_cpu).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from smis_kernels.runtime.backend import missing, triton_interpreted
+from smis_kernels.runtime.native import cuda_emulated
 
-REHEARSED = triton_interpreted()
+REHEARSED = triton_interpreted() or cuda_emulated()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

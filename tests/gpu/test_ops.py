@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases import CASES, HALF, OpCase, run
+from smis_kernels.runtime.native import cuda_emulated
 from smis_kernels.testing import assert_as_accurate, poisoned_empty, with_layout
 
 LAYOUTS = ("contiguous", "channels_last", "sliced")
@@ -19,7 +20,10 @@ def _usable(case: OpCase, device: str, dtype: torch.dtype = torch.float32,
             layout: str = "channels_last") -> str:
     if dtype not in case.dtypes:
         pytest.skip(f"{case.name} takes no {dtype}")
-    if device == "cpu" and (dtype, layout) != (torch.float32, "channels_last"):
+    if cuda_emulated() and case.kind != "cuda":
+        pytest.skip("only CUDA kernels are emulated")
+    if (device == "cpu" and not cuda_emulated()
+            and (dtype, layout) != (torch.float32, "channels_last")):
         pytest.skip("rehearsed in float32, channels-last")
     problem = case.problem(device)
     if problem is not None:
