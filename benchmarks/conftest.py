@@ -10,7 +10,7 @@ import torch
 
 from smis_models import benchmark as harness
 from smis_models.benchmark.records import Record
-from smis_models.memory import reuse_freed_memory
+from smis_models.io.allocator import reuse_freed_memory
 
 
 class ReplayClock:

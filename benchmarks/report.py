@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from smis_models.benchmark.records import load, markdown, plots
-from smis_models.images import write_atomically
+from smis_models.io.images import write_atomically
 
 
 def main() -> int:

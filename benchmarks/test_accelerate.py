@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import accelerate, instance_edges
-from smis_models import labels as label_maps
 from smis_models.benchmark.case import Case, Inputs, Provider, Setting, channels_last
 from smis_models.benchmark.networks import COCO_CLASSES, class_map
 from smis_models.benchmark.training import settle
-from smis_models.blocks import init_weights
+from smis_models.networks import semantics as label_maps
+from smis_models.networks.blocks import init_weights
 from tests import foreign
 
 SIZE = (256, 256)

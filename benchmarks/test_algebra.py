@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from smis_kernels import CGNorm, LabelLayout, use_path
-from smis_kernels.modulation.choice import costs
+from smis_kernels.layout.planner import costs
 from smis_models.benchmark.timing import interleave
-from smis_models.scenes import sample_scene
+from smis_models.data.scenes import sample_scene
 
 SET = "algebra"
 # (channels, label channels, hidden, groups, shared groups, size): one norm of each kind of network.

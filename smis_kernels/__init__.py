@@ -9,34 +9,34 @@ except ModuleNotFoundError:
         name="smis_kernels",
     ) from None
 
-from ._backend import BackendError, use_backend
-from ._explain import Explanation, explain
-from ._library import note_absent_kernels
-from ._path import use_path
 from .accelerate.model import accelerate, restore
 from .accelerate.report import Report
-from .class_crops.module import ClassCrops
-from .class_crops.op import class_boxes, class_crops
-from .conditional_attention.op import conditional_attention
-from .conditional_conv.module import ConditionalConv2d
-from .conditional_conv.op import conditional_conv2d
-from .instance_edges.module import InstanceEdges
-from .instance_edges.op import instance_edges
-from .instance_pool.module import InstanceAvgPool2d
-from .instance_pool.op import InstanceMeans, instance_avg_pool2d, instance_mean_table
-from .layout import LabelLayout, layout_scope, share_layouts
-from .modulation.invariant import ConditionalNorm2d, adain
-from .modulation.module import SPADE, CGNorm, modulate_pair
-from .modulation.multi import MultiSPADE
-from .modulation.op import modulation, modulation_pair
-from .norm_act.module import InstanceNormAct2d
-from .norm_act.op import norm_act
-from .spatially_varying_conv.module import SpatiallyVaryingConv2d
-from .spatially_varying_conv.op import spatially_varying_conv2d
-from .spectral_weight.hook import spectral_norm
-from .spectral_weight.op import spectral_weight
-from .winograd_conv.module import WinogradConv2d
-from .winograd_conv.op import winograd_conv2d
+from .layout.label_layout import LabelLayout, layout_scope, share_layouts
+from .modules.conditional_conv import ConditionalConv2d
+from .modules.conditional_norm import ConditionalNorm2d, adain
+from .modules.crops import ClassCrops
+from .modules.edges import InstanceEdges
+from .modules.multi_spade import MultiSPADE
+from .modules.norm_act import InstanceNormAct2d
+from .modules.pooling import InstanceAvgPool2d
+from .modules.spade import SPADE, CGNorm, modulate_pair
+from .modules.spatially_varying_conv import SpatiallyVaryingConv2d
+from .modules.spectral_norm import spectral_norm
+from .modules.winograd_conv import WinogradConv2d
+from .ops.class_crops.op import class_boxes, class_crops
+from .ops.conditional_attention.op import conditional_attention
+from .ops.conditional_conv.op import conditional_conv2d
+from .ops.instance_edges.op import instance_edges
+from .ops.instance_pool.op import InstanceMeans, instance_avg_pool2d, instance_mean_table
+from .ops.modulation.op import modulation, modulation_pair
+from .ops.norm_act.op import norm_act
+from .ops.spatially_varying_conv.op import spatially_varying_conv2d
+from .ops.spectral_weight.op import spectral_weight
+from .ops.winograd_conv.op import winograd_conv2d
+from .runtime.backend import BackendError, use_backend
+from .runtime.explain import Explanation, explain
+from .runtime.library import note_absent_kernels
+from .runtime.path import use_path
 
 note_absent_kernels()
 

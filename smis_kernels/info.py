@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
-from . import _backend, _native, build
+from . import build
+from .runtime import backend as _backend
+from .runtime import native as _native
 
 ENVIRONMENT = (
     _backend.ENVIRONMENT, "SMIS_PATH", build.SELECTION, "TRITON_INTERPRET", "CXX", "CUDACXX",
     "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
 )
 # The file that holds an op's implementation of each kind.
-_FILES = {"cpu": "csrc/{op}/cpu.cpp", "cuda": "csrc/{op}/cuda.cu", "triton": "{op}/triton.py"}
+_FILES = {"cpu": "csrc/{op}/cpu.cpp", "cuda": "csrc/{op}/cuda.cu", "triton": "ops/{op}/triton.py"}
 
 
 def _version(distribution: str) -> str:
@@ -69,7 +71,7 @@ def _ops() -> dict[str, dict[str, str]]:
     roots = {"cpu": source.parent, "cuda": source.parent, "triton": package}
     why_not = {kind: _why_not(kind) for kind in _FILES}
     ops = {}
-    for path in sorted(package.glob("*/op.py")):
+    for path in sorted(package.glob("ops/*/op.py")):
         op = path.parent.name
         kinds = [k for k, name in _FILES.items() if (roots[k] / name.format(op=op)).exists()]
         ops[op] = {"reference": "", **{kind: why_not[kind] for kind in kinds}}

@@ -1,10 +1,10 @@
 """Semantic image synthesis models on the kernels of ``smis_kernels``."""
 
-from .checkpoint import CheckpointError, read_checkpoint, save_checkpoint
-from .encoder import reparameterize
-from .registry import ModelInfo, SynthesisModel, create_model, list_models
-from .shipped import shipped_weights
-from .synthesizer import Synthesizer, frozen_copy
+from .families.registry import ModelInfo, SynthesisModel, create_model, list_models
+from .families.shipped import shipped_weights
+from .io.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from .networks.encoder import reparameterize
+from .synthesis.synthesizer import Synthesizer, frozen_copy
 
 __all__ = [
     "CheckpointError",

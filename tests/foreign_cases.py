@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import accelerate
-from smis_models.blocks import init_weights
+from smis_models.networks.blocks import init_weights
 
 LABELS = 7
 

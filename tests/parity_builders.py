@@ -9,18 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smis_kernels import (
-    class_crops,
-    instance_avg_pool2d,
-    instance_edges,
-    spatially_varying_conv2d,
-)
-from smis_models.ccfpse import discriminate_pairs, pyramid_matching_loss
-from smis_models.discriminator import discriminate
-from smis_models.labels import semantics
-from smis_models.losses import feature_matching_loss, gan_loss, kl_loss
-from smis_models.pix2pixhd import pix2pixhd_losses
-from smis_models.presets import (
+from smis_kernels import class_crops, instance_avg_pool2d, instance_edges, spatially_varying_conv2d
+from smis_models.families.ccfpse import discriminate_pairs, pyramid_matching_loss
+from smis_models.families.pix2pixhd import pix2pixhd_losses
+from smis_models.families.presets import (
     ADE20K,
     CCFPSE_ADE20K,
     CCFPSE_CITYSCAPES,
@@ -36,7 +28,10 @@ from smis_models.presets import (
     Preset,
     with_options,
 )
-from smis_models.registry import network_parts
+from smis_models.families.registry import network_parts
+from smis_models.networks.discriminator import discriminate
+from smis_models.networks.losses import feature_matching_loss, gan_loss, kl_loss
+from smis_models.networks.semantics import semantics
 
 _PRESETS: dict[str, Preset] = {
     "smis_deepfashion": DEEPFASHION, "smis_cityscapes": CITYSCAPES, "smis_ade20k": ADE20K,

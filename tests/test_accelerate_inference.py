@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from smis_kernels import accelerate, restore
-from smis_kernels.spectral_weight.hook import FusedSpectralNorm
+from smis_kernels.modules.spectral_norm import FusedSpectralNorm
 from smis_kernels.testing import max_error
 
 

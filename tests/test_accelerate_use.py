@@ -26,11 +26,11 @@ from foreign_cases import (
 )
 from torch import Tensor, nn
 
-import smis_kernels.layout as layout_module
+import smis_kernels.layout.label_layout as layout_module
 from smis_kernels import accelerate, explain, restore, use_backend
-from smis_kernels._backend import missing
 from smis_kernels.accelerate import swap
 from smis_kernels.accelerate.swap import Accelerated
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason="no native CPU library")

@@ -9,14 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from smis_models import applications, cli, create_model, images
-from smis_models.animation import write_animation
-from smis_models.checkpoint import save_checkpoint
+from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes
-from smis_models.edits import painted, parse_takes, relabelled
-from smis_models.features import FeatureClusters
-from smis_models.shapes import ShapeLibrary, exchange_shape, regions
-from smis_models.synthesis import Layout, calibrate, draw_code, sample_layouts, semantics
+from smis_models.io import images
+from smis_models.io.animation import write_animation
+from smis_models.io.checkpoint import save_checkpoint
+from smis_models.synthesis import applications
+from smis_models.synthesis.edits import painted, parse_takes, relabelled
+from smis_models.synthesis.features import FeatureClusters
+from smis_models.synthesis.scene import (
+    Layout,
+    calibrate,
+    draw_code,
+    sample_layouts,
+    semantics,
+)
+from smis_models.synthesis.shapes import ShapeLibrary, exchange_shape, regions
 
 TINY = {"ngf": 8, "nef": 16, "image_size": (64, 64), "upsampling": "normal", "init_gain": 1.0}
 PIX2PIXHD = {"ngf": 4, "nef": 4, "blocks": 1, "image_size": (64, 128), "init_gain": 1.0}

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from smis_models import benchmark as harness
-from smis_models import create_model, images
+from smis_models import create_model
 from smis_models.benchmark import evaluation, records, timing, training
 from smis_models.benchmark.case import Case, Setting, channels_last, convert, nbytes, providers
 from smis_models.benchmark.measure import bind
+from smis_models.data.scenes import sample_scene
+from smis_models.families.presets import with_options
+from smis_models.io import images
 from smis_models.metrics import PixelDistance
-from smis_models.presets import with_options
-from smis_models.scenes import sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

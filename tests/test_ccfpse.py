@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, explain, use_backend
-from smis_kernels._backend import missing
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model
-from smis_models.ccfpse import discriminate_pairs, pyramid_matching_loss
+from smis_models.families.ccfpse import discriminate_pairs, pyramid_matching_loss
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 SMALL = {"ngf": 4, "ndf": 8, "hidden": 16, "image_size": (64, 64), "latent_channels": 8}

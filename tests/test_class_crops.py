@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import BackendError, explain
-from smis_kernels._backend import missing
-from smis_kernels._check import FLOATS, INTEGERS
-from smis_kernels.class_crops import reference
-from smis_kernels.class_crops.module import ClassCrops
-from smis_kernels.class_crops.op import (
+from smis_kernels.modules.crops import ClassCrops
+from smis_kernels.ops.class_crops import reference
+from smis_kernels.ops.class_crops.op import (
     class_boxes,
     class_boxes_op,
     class_boxes_sums,
@@ -22,13 +20,9 @@ from smis_kernels.class_crops.op import (
     class_crops_backward,
     class_crops_op,
 )
-from smis_kernels.testing import (
-    LAYOUTS,
-    assert_as_accurate,
-    gradients,
-    poisoned_empty,
-    with_layout,
-)
+from smis_kernels.runtime.backend import missing
+from smis_kernels.runtime.check import FLOATS, INTEGERS
+from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_cpu))

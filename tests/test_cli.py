@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from smis_models import cli, create_model, images, synthesis
-from smis_models.scenes import sample_scene
+from smis_models import cli, create_model
+from smis_models.data.scenes import sample_scene
+from smis_models.io import images
+from smis_models.synthesis import scene as synthesis
 
 SMALL = {
     "groupdnet_deepfashion": {"ngf": 8, "nef": 8, "image_size": (64, 64), "upsampling": "normal"},

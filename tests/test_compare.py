@@ -7,10 +7,11 @@ import re
 
 import pytest
 
+from examples.compare import SYSTEMS, Settings, compare, found_order, markdown, small_preset
+from examples.compare.__main__ import app
+from examples.compare.systems import parameters
+from examples.compare.train import train_system
 from smis_models import cli
-from smis_models.compare import SYSTEMS, Settings, compare, found_order, markdown, small_preset
-from smis_models.compare.systems import parameters
-from smis_models.compare.train import train_system
 from smis_models.metrics import PixelDistance
 from smis_models.training import NonFiniteLoss, Trainer
 
@@ -104,10 +105,10 @@ def test_the_command_prints_what_it_found(compared, monkeypatch, capsys):
     options = {name: value for name, value in TINY.items() if name != "seconds"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", [
-        "smis", "compare", "--minutes-per-model", "0", "--only", "GroupDNet", "--distance", "pixel",
+        "compare", "--minutes-per-model", "0", "--only", "GroupDNet", "--distance", "pixel",
         "--speed-seconds", "0", "--out", str(folder), *words])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        cli.main(app)
     out = capsys.readouterr().out
     assert not end.value.code
     assert "mCSD, best first: GroupDNet (published: GroupDNet)" in out
@@ -139,9 +140,9 @@ def test_parameters_keep_the_published_ratio(name):
 )
 def test_a_mistake_is_named_before_any_work(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
-    monkeypatch.setattr("sys.argv", ["smis", "compare", "--out", str(tmp_path / "out"), *arguments])
+    monkeypatch.setattr("sys.argv", ["compare", "--out", str(tmp_path / "out"), *arguments])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        cli.main(app)
     assert end.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, use_backend
 from smis_models import create_model, list_models, reparameterize
-from smis_models.discriminator import discriminate
-from smis_models.losses import (
+from smis_models.networks.discriminator import discriminate
+from smis_models.networks.losses import (
     diversity_loss,
     feature_matching_loss,
     gan_loss,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import conditional_attention
-from smis_kernels._backend import missing
-from smis_kernels.conditional_attention import op
+from smis_kernels.ops.conditional_attention import op
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     LAYOUTS,
     assert_as_accurate,

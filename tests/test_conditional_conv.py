@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smis_kernels import ConditionalConv2d, conditional_conv2d
-from smis_kernels._backend import missing
-from smis_kernels.conditional_conv import op
+from smis_kernels.ops.conditional_conv import op
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     LAYOUTS,
     assert_as_accurate,

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from smis_models import cli, create_model, images
+from smis_models import cli, create_model
 from smis_models.data import (
     Collate,
     Draw,
@@ -26,9 +26,7 @@ from smis_models.data import (
     write_scenes,
 )
 from smis_models.data.preprocess import MODES
-from smis_models.images import ImageError
-from smis_models.labels import layout
-from smis_models.presets import (
+from smis_models.families.presets import (
     ADE20K,
     CITYSCAPES,
     DEEPFASHION,
@@ -36,6 +34,9 @@ from smis_models.presets import (
     SPADE_CITYSCAPES,
     SPADE_COCO,
 )
+from smis_models.io import images
+from smis_models.io.images import ImageError
+from smis_models.networks.semantics import layout
 
 SIZE = (64, 64)
 SMALL = replace(DEEPFASHION, image_size=SIZE, upsampling="normal")

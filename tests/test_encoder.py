@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import smis_models.encoder
+import smis_models.networks.encoder
 from smis_kernels import class_crops, use_backend
-from smis_kernels._backend import missing
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import assert_as_accurate, max_error
-from smis_models.encoder import GroupDNetEncoder
-from smis_models.presets import ADE20K
+from smis_models.families.presets import ADE20K
+from smis_models.networks.encoder import GroupDNetEncoder
 
 CLASSES, SIZE = 9, (64, 64)
 Codes = tuple[Tensor, Tensor]
@@ -81,7 +81,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(kwargs["groups"] if kwargs else args[6])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(smis_models.encoder.F, "conv2d", spy)
+    monkeypatch.setattr(smis_models.networks.encoder.F, "conv2d", spy)
     return seen
 
 

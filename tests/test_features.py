@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smis_models import create_model
-from smis_models.features import (
+from smis_models.synthesis.features import (
     FeatureClusters,
     FeatureError,
     class_of,

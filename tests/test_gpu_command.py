@@ -253,7 +253,7 @@ def test_every_case_is_in_one_shard(case: OpCase) -> None:
 
 
 def test_every_op_has_a_case() -> None:
-    folders = {path.parent.name for path in ROOT.glob("smis_kernels/*/op.py")}
+    folders = {path.parent.name for path in ROOT.glob("smis_kernels/ops/*/op.py")}
     cpu_only = {path for path in folders
                 if not (ROOT / "csrc" / path / "cuda.cu").exists()
                 and not (ROOT / "smis_kernels" / path / "triton.py").exists()}

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from smis_kernels import LabelLayout, use_path
-from smis_kernels._backend import missing
-from smis_kernels.layout import nearest_source
+from smis_kernels.layout.label_layout import nearest_source
+from smis_kernels.runtime.backend import missing
 from smis_models import Synthesizer, create_model
-from smis_models.graphs import GraphedGenerator, HeldLayout, capacity
-from smis_models.scenes import sample_scene
+from smis_models.data.scenes import sample_scene
+from smis_models.synthesis.graphs import GraphedGenerator, HeldLayout, capacity
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 MODELS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class Recorder:
-    """Stands for :func:`smis_models.graphs.capture`; counts what it was asked to record."""
+    """Stands for :func:`~smis_models.synthesis.graphs.capture`; counts what it records."""
 
     def __init__(self) -> None:
         self.recorded = 0

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import smis_kernels
 from smis_kernels import BackendError, modulation
-from smis_kernels._backend import missing
-from smis_kernels.indexed_modulation import op
-from smis_kernels.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
-from smis_kernels.indexed_modulation.reference import gamma_beta
+from smis_kernels.ops.indexed_modulation import op
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from smis_kernels.ops.indexed_modulation.reference import gamma_beta
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     LAYOUTS,
     assert_as_accurate,

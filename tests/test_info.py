@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from smis_kernels import _backend, _native, build, info
+from smis_kernels import build, info
+from smis_kernels.runtime import backend as _backend
+from smis_kernels.runtime import native as _native
 
 
 def test_command_prints_the_dict_and_the_table():
@@ -24,12 +26,12 @@ def test_command_prints_the_dict_and_the_table():
 def test_every_op_is_listed_with_the_kinds_it_has_files_for():
     ops = info.info()["ops"]
     package, source, _ = build.locate()
-    assert set(ops) == {path.parent.name for path in package.glob("*/op.py")}
+    assert set(ops) == {path.parent.name for path in package.glob("ops/*/op.py")}
     for op, kinds in ops.items():
         assert kinds["reference"] == ""
         assert ("cpu" in kinds) == (source / op / "cpu.cpp").exists()
         assert ("cuda" in kinds) == (source / op / "cuda.cu").exists()
-        assert ("triton" in kinds) == (package / op / "triton.py").exists()
+        assert ("triton" in kinds) == (package / "ops" / op / "triton.py").exists()
         for kind in set(kinds) - {"reference"}:
             assert kinds[kind] or _backend.missing(kind) is None
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import explain
-from smis_kernels._backend import missing
-from smis_kernels._check import INTEGERS
-from smis_kernels.instance_edges.module import InstanceEdges
-from smis_kernels.instance_edges.op import instance_edges, instance_edges_op
+from smis_kernels.modules.edges import InstanceEdges
+from smis_kernels.ops.instance_edges.op import instance_edges, instance_edges_op
+from smis_kernels.runtime.backend import missing
+from smis_kernels.runtime.check import INTEGERS
 from smis_kernels.testing import LAYOUTS, poisoned_empty, with_layout
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))

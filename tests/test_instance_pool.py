@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import explain
-from smis_kernels._backend import missing
-from smis_kernels._check import FLOATS, INTEGERS
-from smis_kernels.instance_pool.module import InstanceAvgPool2d
-from smis_kernels.instance_pool.op import (
+from smis_kernels.modules.pooling import InstanceAvgPool2d
+from smis_kernels.ops.instance_pool.op import (
     MAX_ID,
     _pooled_by_sorting,
     instance_avg_pool2d,
@@ -21,13 +19,9 @@ from smis_kernels.instance_pool.op import (
     instance_means_op,
     instance_pool_op,
 )
-from smis_kernels.testing import (
-    LAYOUTS,
-    assert_as_accurate,
-    gradients,
-    poisoned_empty,
-    with_layout,
-)
+from smis_kernels.runtime.backend import missing
+from smis_kernels.runtime.check import FLOATS, INTEGERS
+from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_cpu))

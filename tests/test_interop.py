@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout
-from smis_kernels._backend import missing
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
-from smis_models import create_model, frozen_copy, labels, list_models
-from smis_models import registry as registry_module
+from smis_models import create_model, frozen_copy, list_models
+from smis_models.families import registry as registry_module
+from smis_models.networks import semantics as labels
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 NAMES = [info.name for info in list_models()]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from smis_kernels._backend import BackendError, missing, triton_interpreted
-from smis_kernels.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
-from smis_kernels.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.window_table.op import window_embedding, window_table
+from smis_kernels.runtime.backend import BackendError, missing, triton_interpreted
 from smis_kernels.testing import (
     assert_as_accurate,
     gradients,
@@ -18,7 +19,6 @@ from smis_kernels.testing import (
     poisoned_empty,
     with_layout,
 )
-from smis_kernels.window_table.op import window_embedding, window_table
 
 DEVICE = "cpu" if triton_interpreted() else "cuda"
 needs_cuda = pytest.mark.skipif(

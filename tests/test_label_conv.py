@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import LabelLayout
-from smis_kernels._backend import missing
-from smis_kernels._check import FLOATS
-from smis_kernels.label_conv import reference
-from smis_kernels.label_conv.op import LabelConv2d, label_conv_op
+from smis_kernels.ops.label_conv import reference
+from smis_kernels.ops.label_conv.op import LabelConv2d, label_conv_op
+from smis_kernels.runtime.backend import missing
+from smis_kernels.runtime.check import FLOATS
 from smis_kernels.testing import assert_as_accurate, poisoned_empty
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))

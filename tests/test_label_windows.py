@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import BackendError
-from smis_kernels._backend import missing
-from smis_kernels.label_windows import op
-from smis_kernels.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.label_windows import op
+from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import LAYOUTS, poisoned_empty, with_layout
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))

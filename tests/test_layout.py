@@ -24,8 +24,8 @@ from smis_kernels import (
     use_path,
 )
 from smis_kernels import layout as layout_module
-from smis_kernels._backend import missing
-from smis_kernels.layout import layout_of, match_windows
+from smis_kernels.layout.label_layout import layout_of, match_windows
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from smis_kernels import use_backend
-from smis_models import cli, create_model, images
-from smis_models.checkpoint import save_checkpoint
+from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes
+from smis_models.families.presets import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
+from smis_models.io import images
+from smis_models.io.checkpoint import save_checkpoint
 from smis_models.metrics import (
     LPIPS,
     DiversityProtocol,
@@ -39,8 +41,7 @@ from smis_models.metrics.diversity import area_distances, layout_diversity
 from smis_models.metrics.lpips import TRUNKS
 from smis_models.metrics.sampling import LayoutSampler, sample_codes
 from smis_models.metrics.segmentation import predict
-from smis_models.presets import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
-from smis_models.synthesis import sample_layouts, semantics
+from smis_models.synthesis.scene import sample_layouts, semantics
 
 TINY = {"ngf": 8, "nef": 16, "image_size": (64, 64), "upsampling": "normal", "init_gain": 1.0}
 QUICK = DiversityProtocol(layouts=2, samples=3, pairs=2)

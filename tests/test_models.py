@@ -11,11 +11,11 @@ from torch import Tensor
 
 from smis_kernels import SPADE, class_crops
 from smis_models import SynthesisModel, create_model, list_models, reparameterize
-from smis_models.blocks import SPADEResBlock
-from smis_models.discriminator import MultiscaleDiscriminator, discriminate
-from smis_models.labels import prepare_labels, semantics
-from smis_models.losses import class_l1_loss, feature_matching_loss, gan_loss, kl_loss
-from smis_models.presets import ADE20K, CITYSCAPES, DEEPFASHION
+from smis_models.families.presets import ADE20K, CITYSCAPES, DEEPFASHION
+from smis_models.networks.blocks import SPADEResBlock
+from smis_models.networks.discriminator import MultiscaleDiscriminator, discriminate
+from smis_models.networks.losses import class_l1_loss, feature_matching_loss, gan_loss, kl_loss
+from smis_models.networks.semantics import prepare_labels, semantics
 
 TINY: dict[str, dict[str, Any]] = {
     "groupdnet_deepfashion": {"ngf": 8, "nef": 16, "ndf": 8, "image_size": (64, 64)},

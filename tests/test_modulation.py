@@ -15,8 +15,8 @@ from torch import Tensor
 
 import smis_kernels
 from smis_kernels import SPADE, BackendError, CGNorm, modulate_pair, modulation, modulation_pair
-from smis_kernels._backend import missing
-from smis_kernels.modulation import op
+from smis_kernels.ops.modulation import op
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     LAYOUTS,
     assert_as_accurate,
@@ -277,7 +277,7 @@ def test_triton_equals_reference(layout: str, upsample: bool) -> None:
 
 @pytest.mark.triton
 def test_triton_combines_the_moments_of_several_tiles() -> None:
-    from smis_kernels.modulation import triton as kernels
+    from smis_kernels.ops.modulation import triton as kernels
 
     for layout in ("contiguous", "channels_last"):
         x = with_layout(torch.randn(2, 2, 91, 97, dtype=torch.float64) + 50, layout)

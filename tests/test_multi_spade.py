@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import LabelLayout, MultiSPADE, explain, use_backend, use_path
-from smis_kernels._backend import missing
-from smis_kernels.modulation.multi import compose
+from smis_kernels.modules.multi_spade import compose
+from smis_kernels.runtime.backend import missing
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 LABELS, OTHERS, PICTURE = 5, 3, 4

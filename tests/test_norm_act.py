@@ -9,18 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import explain
-from smis_kernels._backend import missing, triton_interpreted
-from smis_kernels._check import FLOATS
-from smis_kernels.norm_act import reference
-from smis_kernels.norm_act.module import InstanceNormAct2d
-from smis_kernels.norm_act.op import norm_act, norm_act_backward, norm_act_op
-from smis_kernels.testing import (
-    LAYOUTS,
-    assert_as_accurate,
-    gradients,
-    poisoned_empty,
-    with_layout,
-)
+from smis_kernels.modules.norm_act import InstanceNormAct2d
+from smis_kernels.ops.norm_act import reference
+from smis_kernels.ops.norm_act.op import norm_act, norm_act_backward, norm_act_op
+from smis_kernels.runtime.backend import missing, triton_interpreted
+from smis_kernels.runtime.check import FLOATS
+from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = (pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=pytest.mark.triton))

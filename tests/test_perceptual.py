@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smis_models.perceptual import PerceptualLoss
+from smis_models.networks.perceptual import PerceptualLoss
 
 # torchvision's numbers of the convs, a pooling between the rows, and the published weights.
 CONVS = ((0, 2), (5, 7), (10, 12, 14, 16), (19, 21, 23, 25), (28,))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from smis_models import images
 from smis_models.data import Draw, GeneratedScenes, SceneClassifier
-from smis_models.scenes import KINDS, LANDSCAPE, draw_modes, paint, palette, sample_scene
+from smis_models.data.scenes import KINDS, LANDSCAPE, draw_modes, paint, palette, sample_scene
+from smis_models.io import images
 
 
 @pytest.mark.parametrize("kind", KINDS)

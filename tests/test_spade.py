@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smis_kernels import LabelLayout, use_backend, use_path
 from smis_models import Synthesizer, create_model, list_models, reparameterize
-from smis_models.scenes import sample_scene
+from smis_models.data.scenes import sample_scene
 
 _WIDTHS: dict[str, Any] = {"ngf": 4, "hidden": 16, "ndf": 8}
 _CLASSES = {**_WIDTHS, "classes": 13, "dont_care": 12}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import SpatiallyVaryingConv2d, spatially_varying_conv2d
-from smis_kernels._backend import missing
-from smis_kernels.spatially_varying_conv import op
+from smis_kernels.ops.spatially_varying_conv import op
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     LAYOUTS,
     assert_as_accurate,

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, explain, spectral_norm, spectral_weight, use_backend
-from smis_kernels._backend import missing
-from smis_kernels.spectral_weight.hook import FusedSpectralNorm
-from smis_kernels.spectral_weight.op import _backward, _divide
-from smis_kernels.testing import (
-    LAYOUTS,
-    assert_as_accurate,
-    gradients,
-    poisoned_empty,
-    with_layout,
-)
+from smis_kernels.modules.spectral_norm import FusedSpectralNorm
+from smis_kernels.ops.spectral_weight.op import _backward, _divide
+from smis_kernels.runtime.backend import missing
+from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 SHAPES = ((2, 1, 1, 1), (5, 7, 3, 3), (16, 65, 3, 3), (3, 130, 4, 4), (7, 6, 5, 2), (4, 1, 3, 3),

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, use_backend
-from smis_kernels._backend import missing
-from smis_kernels.modulation.module import CGNorm
+from smis_kernels.modules.spade import CGNorm
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model
-from smis_models.scenes import sample_scene
-from smis_models.synthesizer import Synthesizer, frozen_copy
+from smis_models.data.scenes import sample_scene
+from smis_models.synthesis.synthesizer import Synthesizer, frozen_copy
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 MODELS = {

@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from smis_models import create_model, losses
-from smis_models.checkpoint import CheckpointError
+from smis_models import create_model
 from smis_models.data import Collate, Draw, GeneratedScenes
-from smis_models.presets import GroupDNetPreset, Pix2pixHDPreset
-from smis_models.registry import SynthesisModel
+from smis_models.families.presets import GroupDNetPreset, Pix2pixHDPreset
+from smis_models.families.registry import SynthesisModel
+from smis_models.io.checkpoint import CheckpointError
+from smis_models.networks import losses
 from smis_models.training import (
     RECIPES,
     NonFiniteLoss,
@@ -541,7 +542,7 @@ def test_losses_are_the_published_ones(tmp_path: Path) -> None:
 def test_a_bad_picture_is_named_in_one_line(workers: str, tmp_path: Path) -> None:
     import numpy as np
 
-    from smis_models.images import write_indices, write_png
+    from smis_models.io.images import write_indices, write_png
 
     for name in "abcd":
         write_png(tmp_path / "data/images" / f"{name}.png", np.zeros((64, 64, 3), np.uint8))
@@ -567,7 +568,7 @@ def test_the_perceptual_term_is_off_without_weights(
 
 
 def test_the_perceptual_term_is_weighed(tmp_path: Path) -> None:
-    from smis_models.perceptual import _layers
+    from smis_models.networks.perceptual import _layers
 
     torch.manual_seed(0)
     torch.save({f"features.{k}": v for k, v in _layers().state_dict().items()},

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import SPADE, BackendError, LabelLayout, use_path
-from smis_kernels._backend import missing
-from smis_kernels.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.window_table import op
+from smis_kernels.ops.window_table.op import window_embedding, window_table
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import assert_as_accurate, gradients, max_error, poisoned_empty
-from smis_kernels.window_table import op
-from smis_kernels.window_table.op import window_embedding, window_table
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 

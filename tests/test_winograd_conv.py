@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, explain, use_backend, winograd_conv2d
-from smis_kernels._backend import missing
-from smis_kernels.testing import (
-    LAYOUTS,
-    assert_as_accurate,
-    gradients,
-    poisoned_empty,
-    with_layout,
-)
-from smis_kernels.winograd_conv import reference
+from smis_kernels.ops.winograd_conv import reference
+from smis_kernels.runtime.backend import missing
+from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 # (N, C, H, W), outputs, groups

@@ -126,9 +126,9 @@ def _compile_triton(case: tuple[Any, ...], arch: int) -> Any:
 
 
 def _triton_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for path in sorted(Path(build.__file__).parent.glob("*/triton.py")):
+    for path in sorted(Path(build.__file__).parent.glob("ops/*/triton.py")):
         op = path.parent.name
-        for case in importlib.import_module(f"smis_kernels.{op}.triton").COMPILE_CASES:
+        for case in importlib.import_module(f"smis_kernels.ops.{op}.triton").COMPILE_CASES:
             yield op, case
 
 

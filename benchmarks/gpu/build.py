@@ -41,8 +41,8 @@ def load(settings: Settings) -> Row:
 
     import torch
 
-    from smis_kernels import _native
-    from smis_kernels._library import NAMESPACE, _names
+    from smis_kernels.runtime import native as _native
+    from smis_kernels.runtime.library import NAMESPACE, _names
 
     for name, status in _native.STATUS.items():
         if not status.loaded and not (settings.dry_run and name == "cuda"):
@@ -51,10 +51,10 @@ def load(settings: Settings) -> Row:
     counts = {key: sum(has(f"{NAMESPACE}::{name}", key) for name in _names)
               for key in ("CPU", "CUDA")}
     missing = []
-    for path in sorted(Path(_native.__file__).parent.glob("*/op.py")):
-        op = importlib.import_module(f"smis_kernels.{path.parent.name}.op")
+    for path in sorted(Path(_native.__file__).parent.parent.glob("ops/*/op.py")):
+        op = importlib.import_module(f"smis_kernels.ops.{path.parent.name}.op")
         if "triton" in op.KINDS:
-            importlib.import_module(f"smis_kernels.{path.parent.name}.triton")
+            importlib.import_module(f"smis_kernels.ops.{path.parent.name}.triton")
         raw = [value for value in vars(op).values() if type(value).__name__ == "RawOp"]
         needed = ["CPU"] + ["CUDA"] * bool({"cuda", "triton"} & set(op.KINDS))
         if settings.dry_run and not _native.STATUS["cuda"].loaded and "cuda" in op.KINDS:

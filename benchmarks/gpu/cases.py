@@ -22,11 +22,11 @@ from smis_kernels import (
     norm_act,
     spatially_varying_conv2d,
 )
-from smis_kernels._backend import missing, triton_interpreted
-from smis_kernels.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
-from smis_kernels.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.window_table.op import window_embedding, window_table
+from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.testing import with_layout
-from smis_kernels.window_table.op import window_embedding, window_table
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64, *HALF)

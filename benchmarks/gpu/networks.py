@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, use_backend
-from smis_models.labels import layout as compile_layout
-from smis_models.labels import semantics
-from smis_models.registry import create_model
-from smis_models.synthesizer import Synthesizer, frozen_copy
+from smis_models.families.registry import create_model
+from smis_models.networks.semantics import layout as compile_layout
+from smis_models.networks.semantics import semantics
+from smis_models.synthesis.synthesizer import Synthesizer, frozen_copy
 
 from .inputs import Scene
 from .journal import Journal, Row, Skip

@@ -25,19 +25,19 @@ from smis_kernels import (
     spatially_varying_conv2d,
     use_backend,
 )
-from smis_kernels.class_crops import reference as crops_reference
-from smis_kernels.conditional_attention import reference as attention_reference
-from smis_kernels.conditional_conv import reference as conditional_reference
-from smis_kernels.indexed_modulation.op import indexed_modulation
-from smis_kernels.instance_edges import reference as edges_reference
-from smis_kernels.instance_pool import reference as pool_reference
-from smis_kernels.layout import TableCache
-from smis_kernels.modulation import reference as modulation_reference
-from smis_kernels.norm_act import reference as norm_act_reference
-from smis_kernels.spatially_varying_conv import reference as varying_reference
+from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.ops.class_crops import reference as crops_reference
+from smis_kernels.ops.conditional_attention import reference as attention_reference
+from smis_kernels.ops.conditional_conv import reference as conditional_reference
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation
+from smis_kernels.ops.instance_edges import reference as edges_reference
+from smis_kernels.ops.instance_pool import reference as pool_reference
+from smis_kernels.ops.modulation import reference as modulation_reference
+from smis_kernels.ops.norm_act import reference as norm_act_reference
+from smis_kernels.ops.spatially_varying_conv import reference as varying_reference
 from smis_models.benchmark.case import nbytes
 from smis_models.benchmark.pix2pixhd import index_add_pool
-from smis_models.labels import one_hot
+from smis_models.networks.semantics import one_hot
 
 from .inputs import COCO, Scene
 from .journal import Journal, Row

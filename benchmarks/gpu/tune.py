@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smis_kernels import _tuned, conditional_conv2d, modulation, norm_act
-from smis_kernels._tuned import Setting
-from smis_kernels.conditional_conv.triton import USUAL as CONDITIONAL
-from smis_kernels.indexed_modulation.op import indexed_modulation
-from smis_kernels.modulation.op import channel_moments
-from smis_kernels.modulation.triton import APPLY, BACKWARD, MOMENTS
+from smis_kernels import conditional_conv2d, modulation, norm_act
+from smis_kernels.ops.conditional_conv.triton import USUAL as CONDITIONAL
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation
+from smis_kernels.ops.modulation.op import channel_moments
+from smis_kernels.ops.modulation.triton import APPLY, BACKWARD, MOMENTS
+from smis_kernels.ops.window_table.op import window_table
+from smis_kernels.ops.window_table.triton import PRODUCT
+from smis_kernels.runtime import tuned as _tuned
+from smis_kernels.runtime.tuned import Setting
 from smis_kernels.testing import max_error
-from smis_kernels.window_table.op import window_table
-from smis_kernels.window_table.triton import PRODUCT
 from smis_models.benchmark import timing
 
 from .inputs import COCO, Scene

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, use_backend
-from smis_kernels.winograd_conv.grouped import FORMS, conv_in_form, shape_key
+from smis_kernels.ops.winograd_conv.grouped import FORMS, conv_in_form, shape_key
 from smis_models.benchmark import timing
-from smis_models.registry import create_model
+from smis_models.families.registry import create_model
 
 from .inputs import Scene
 from .journal import Row

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from smis_kernels import SPADE
-from smis_kernels.window_table.op import window_embedding, window_table
+from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_models.benchmark import timing
-from smis_models.labels import one_hot
+from smis_models.networks.semantics import one_hot
 
 from .inputs import COCO, Scene
 from .journal import Row

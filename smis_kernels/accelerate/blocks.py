@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._layout import is_channels_last
-from ..modulation.module import modulate_pair
-from ..winograd_conv.module import WinogradConv2d
+from ..modules.spade import modulate_pair
+from ..modules.winograd_conv import WinogradConv2d
+from ..runtime.tensors import is_channels_last
 from .formats import channels_last, in_format_of, network_call
 from .norms import ForeignNorm, FusedNorm, NormPlan, is_plain_conv, probe_inputs
 from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..spectral_weight.hook import FusedSpectralNorm
+from ..modules.spectral_norm import FusedSpectralNorm
 from .swap import FOLDED, Accelerated
 
 _BEFORE = "_smis_before"  # the class that a hook had before it was swapped

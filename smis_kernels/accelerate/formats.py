@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..layout import layout_scope
+from ..layout.label_layout import layout_scope
 from .swap import Accelerated
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..instance_pool.op import MAX_ID, instance_avg_pool2d
-from ..spatially_varying_conv.op import KERNEL_SIZES, spatially_varying_conv2d
+from ..ops.instance_pool.op import MAX_ID, instance_avg_pool2d
+from ..ops.spatially_varying_conv.op import KERNEL_SIZES, spatially_varying_conv2d
 from .probe import SEED, CannotRun, Trial, Verdict, agreeing, shadow
 from .swap import Change, Fused, Plan, arguments_of, serves, watched
 

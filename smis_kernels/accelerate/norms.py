@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..layout import LabelLayout
-from ..modulation.module import CGNorm
+from ..layout.label_layout import LabelLayout
+from ..modules.spade import CGNorm
 from .probe import PROBE_SIZE, SEED, CannotRun, Trial, Verdict, agreeing, shadow
 from .swap import PLAN, Change, Fused, Plan, arguments_of, serves, watched
 

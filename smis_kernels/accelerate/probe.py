@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .._backend import use_backend
+from ..runtime.backend import use_backend
 from .swap import Change, Plan
 
 SEED = 3

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spectral_weight.hook import FusedSpectralNorm
+from ..modules.spectral_norm import FusedSpectralNorm
 from . import blocks, folding, layers, norms, sequences
 from .formats import Network
 from .probe import Verdict, aside, weight_hooks

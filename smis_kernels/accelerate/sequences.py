@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..norm_act.op import norm_act
+from ..ops.norm_act.op import norm_act
 from .folding import Folded, constant
 from .formats import channels_last
 from .norms import is_plain_conv

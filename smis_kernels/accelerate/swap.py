@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from .._backend import requested
-from .._explain import record
+from ..runtime.backend import requested
+from ..runtime.explain import record
 
 PLAN = "_smis_plan"
 FOLDED = "_smis_folded"  # constants made from weights: neither saved nor copied

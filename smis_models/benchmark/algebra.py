@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import SPADE, LabelLayout, instance_edges, use_backend, use_path
-from smis_kernels.layout import TableCache
+from smis_kernels.layout.label_layout import TableCache
 
-from .. import labels as label_maps
-from ..synthesizer import Synthesizer
+from ..networks import semantics as label_maps
+from ..synthesis.synthesizer import Synthesizer
 from .case import Case, Inputs, Provider, Remaining, Setting, channels_last, contiguous, unchanged
 from .modulation import conv_macs
 from .networks import COCO_CLASSES, class_map, model_and_generator, semantics_of

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import images
-from ..scenes import sample_scene
+from ..data.scenes import sample_scene
+from ..io import images
 
 Inputs = tuple[Any, ...]
 DIRECTIONS = ("forward", "backward", "step")

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from smis_kernels import use_backend
 
+from ..families.registry import create_model
 from ..metrics import Distance, DiversityProtocol, LayoutSampler, create_distance
 from ..metrics.diversity import layout_diversity
 from ..metrics.sampling import Draw
-from ..registry import create_model
-from ..synthesis import Layout, semantics
-from ..synthesizer import frozen_copy
+from ..synthesis.scene import Layout, semantics
+from ..synthesis.synthesizer import frozen_copy
 from .case import Case, Inputs, Provider, Setting, channels_last
 
 SAMPLES, BATCH = 20, 4

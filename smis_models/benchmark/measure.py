@@ -18,7 +18,7 @@ import torch
 
 from smis_kernels.testing import max_error
 
-from ..memory import ENVIRONMENT
+from ..io.allocator import ENVIRONMENT
 from . import timing
 from .case import Case, Inputs, Maps, Provider, Setting, convert, nbytes, tensors
 from .records import Record

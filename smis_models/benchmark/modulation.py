@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from smis_kernels import use_backend
-from smis_kernels.class_crops import reference as class_crops_reference
-from smis_kernels.class_crops.op import class_crops
-from smis_kernels.instance_edges import reference as instance_edges_reference
-from smis_kernels.instance_edges.op import instance_edges
-from smis_kernels.modulation import reference as modulation_reference
-from smis_kernels.modulation.op import modulation
+from smis_kernels.ops.class_crops import reference as class_crops_reference
+from smis_kernels.ops.class_crops.op import class_crops
+from smis_kernels.ops.instance_edges import reference as instance_edges_reference
+from smis_kernels.ops.instance_edges.op import instance_edges
+from smis_kernels.ops.modulation import reference as modulation_reference
+from smis_kernels.ops.modulation.op import modulation
 
 from .case import Case, Inputs, Setting, channels_last, nbytes, providers, unchanged
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from smis_kernels import instance_edges
 
-from .. import labels as label_maps
-from ..registry import create_model
-from ..synthesizer import frozen_copy
+from ..families.registry import create_model
+from ..networks import semantics as label_maps
+from ..synthesis.synthesizer import frozen_copy
 from .case import Inputs, Setting
 
 COCO_CLASSES = 183

@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from smis_kernels.instance_pool import reference as instance_pool_reference
-from smis_kernels.instance_pool.op import instance_avg_pool2d
-from smis_kernels.norm_act import reference as norm_act_reference
-from smis_kernels.norm_act.op import norm_act
+from smis_kernels.ops.instance_pool import reference as instance_pool_reference
+from smis_kernels.ops.instance_pool.op import instance_avg_pool2d
+from smis_kernels.ops.norm_act import reference as norm_act_reference
+from smis_kernels.ops.norm_act.op import norm_act
 
-from ..labels import semantics
-from ..registry import create_model
+from ..families.registry import create_model
+from ..networks.semantics import semantics
 from .case import Case, Inputs, Setting, channels_last, nbytes, providers, unchanged
 from .modulation import conv_macs, on_backend
 

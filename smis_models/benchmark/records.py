@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..images import write_atomically
+from ..io.images import write_atomically
 
 PROVIDERS = ("reference", "channels_last", "compiled", "fused")
 _BASELINES = PROVIDERS[:3]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from smis_kernels import spectral_weight, use_backend
-from smis_kernels.spectral_weight import reference
+from smis_kernels.ops.spectral_weight import reference
 
 from ..data import Batch, Collate, Sample, SceneDataset
-from ..labels import semantics
-from ..presets import with_options
+from ..families.presets import with_options
+from ..networks.semantics import semantics
 from ..training import TrainConfig, Trainer, recipe
 from ..training.batches import MicroBatch
 from .case import Case, Inputs, Provider, Setting, nbytes

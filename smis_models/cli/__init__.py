@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ..memory import reuse_freed_memory
-from . import apply, common, compare, convert, data, evaluate, measure, synthesis, train
+from ..io.allocator import reuse_freed_memory
+from . import apply, common, convert, data, evaluate, measure, synthesis, train
 from .common import USER_ERRORS, app
 
-__all__ = ["app", "apply", "common", "compare", "convert", "data", "evaluate",
+__all__ = ["app", "apply", "common", "convert", "data", "evaluate",
            "main", "measure", "synthesis", "train"]
 
 
@@ -22,11 +22,11 @@ def options(
     """Read by :func:`main`, which sees every error."""
 
 
-def main() -> None:
+def main(commands: typer.Typer = app) -> None:
     """Run the command line: a user's mistake is one line and exit code 2."""
     reuse_freed_memory()
     try:
-        app()
+        commands()
     except USER_ERRORS as error:
         if "--debug" in sys.argv[1:]:
             raise

@@ -11,14 +11,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import applications, synthesis
-from ..animation import check_format, write_animation
-from ..applications import Frame
-from ..edits import painted, parse_takes, relabelled
-from ..images import grid, write_png
-from ..pictures import read_pictures
-from ..shapes import ShapeLibrary
-from ..synthesis import Layout
+from ..io.animation import check_format, write_animation
+from ..io.images import grid, write_png
+from ..synthesis import applications
+from ..synthesis import scene as synthesis
+from ..synthesis.applications import Frame
+from ..synthesis.edits import painted, parse_takes, relabelled
+from ..synthesis.pictures import read_pictures
+from ..synthesis.scene import Layout
+from ..synthesis.shapes import ShapeLibrary
 from .common import (
     Backend,
     Checkpoint,

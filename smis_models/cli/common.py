@@ -21,9 +21,9 @@ from rich.progress import (
 
 from smis_kernels import BackendError, use_backend
 
-from ..presets import Preset
-from ..registry import create_model, stored_configuration
-from ..shipped import shipped_weights
+from ..families.presets import Preset
+from ..families.registry import create_model, stored_configuration
+from ..families.shipped import shipped_weights
 
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 

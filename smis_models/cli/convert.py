@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..checkpoint import save_checkpoint
-from ..presets import Preset
-from ..registry import PARTS, configured_preset, create_model, stored_configuration
+from ..families.presets import Preset
+from ..families.registry import PARTS, configured_preset, create_model, stored_configuration
+from ..io.checkpoint import save_checkpoint
 from .common import app, console
 
 

@@ -10,10 +10,11 @@ import torch
 import typer
 from rich.table import Table
 
-from .. import metrics, synthesis
+from .. import metrics
 from ..data import build_dataset
-from ..images import write_atomically
+from ..io.images import write_atomically
 from ..metrics import DISTANCES, PROTOCOLS, Distance, Judges, Scenes
+from ..synthesis import scene as synthesis
 from .common import (
     Backend,
     Checkpoint,

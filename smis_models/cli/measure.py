@@ -19,7 +19,7 @@ from ..benchmark.family import COLUMNS as FAMILY
 from ..benchmark.family import family_table
 from ..benchmark.measure import resident_peak, under_default_allocator
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
-from ..images import write_atomically
+from ..io.images import write_atomically
 from .common import Device, Out, app, console, progress, resolve_device
 
 _FAMILY_WIDTH = 144

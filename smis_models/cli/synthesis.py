@@ -11,12 +11,12 @@ from rich.table import Table
 
 from smis_kernels import info as kernels_info
 
-from .. import demo as demonstration
-from .. import synthesis
-from ..features import CLUSTERS, FeatureClusters, encode_features
-from ..images import grid, write_png
-from ..presets import GroupDNetPreset, Pix2pixHDPreset
-from ..registry import create_model, list_models
+from ..demo import page as demonstration
+from ..families.presets import GroupDNetPreset, Pix2pixHDPreset
+from ..families.registry import create_model, list_models
+from ..io.images import grid, write_png
+from ..synthesis import scene as synthesis
+from ..synthesis.features import CLUSTERS, FeatureClusters, encode_features
 from .common import (
     Backend,
     Checkpoint,

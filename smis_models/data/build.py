@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..presets import Preset
-from ..scenes import LANDSCAPE
+from ..families.presets import Preset
 from .files import FileScenes
 from .generated import GeneratedScenes
 from .listing import LAYOUTS, list_scenes
 from .preprocess import Mode, Preprocess
 from .sample import SceneDataset
+from .scenes import LANDSCAPE
 
 DATASETS = ("scenes", *LAYOUTS)
 _ENLARGED = 286 / 256  # load size over crop size, where the published scripts crop

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from smis_kernels import LabelLayout
 
-from ..labels import layout
-from ..presets import LatentPreset, Preset
+from ..families.presets import LatentPreset, Preset
+from ..networks.semantics import layout
 from . import transport  # noqa: F401  (registers how workers send layouts)
 from .sample import Sample
 

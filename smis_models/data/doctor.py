@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..images import ImageError, read_instances, read_labels, read_picture
+from ..io.images import ImageError, read_instances, read_labels, read_picture
 from .files import same_shape
 from .listing import WITHOUT_INSTANCES, Listing, Problem, Record, list_scenes
 

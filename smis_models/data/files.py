@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..images import ImageError, read_instances, read_labels, read_picture
+from ..io.images import ImageError, read_instances, read_labels, read_picture
 from .listing import Problem, Record
 from .preprocess import Preprocess
 from .sample import Sample, SceneDataset, image_tensor, label_tensor

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..scenes import LANDSCAPE, draw_modes, paint, sample_scene
 from .sample import Sample, SceneDataset, image_tensor, label_tensor
+from .scenes import LANDSCAPE, draw_modes, paint, sample_scene
 
 SPLITS = ("train", "val", "test")
 
 
 class GeneratedScenes(SceneDataset):
-    """Landscapes of 8 classes (``smis_models.scenes.LANDSCAPE``), each in 4 appearance modes.
+    """Landscapes of 8 classes (``smis_models.data.scenes.LANDSCAPE``), each in 4 appearance modes.
 
     The layout, the mode of each class (independent and uniform) and all jitter depend on (seed,
     split, index) alone; the splits share no scene. Samples have ``instances`` and ``modes``.

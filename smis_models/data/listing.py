@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..images import PICTURE_SUFFIXES, SUFFIXES, scene_name
+from ..io.images import PICTURE_SUFFIXES, SUFFIXES, scene_name
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..images import write_atomically
-from ..scenes import LANDSCAPE, MODE_NAMES
+from ..io.images import write_atomically
 from .generated import GeneratedScenes
+from .scenes import LANDSCAPE, MODE_NAMES
 
 _FILE = Path(__file__).with_name("scene_classifier.npz")
 _MODES = len(MODE_NAMES[0])  # every class has as many

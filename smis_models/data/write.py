@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..images import to_pictures, write_atomically, write_indices, write_png
-from ..scenes import LANDSCAPE, MODE_NAMES
+from ..io.images import to_pictures, write_atomically, write_indices, write_png
 from .generated import GeneratedScenes
+from .scenes import LANDSCAPE, MODE_NAMES
 
 
 def write_scenes(out: str | Path, counts: Mapping[str, int], size: int | tuple[int, int] = 128,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..synthesis import Layout
+from ..synthesis.scene import Layout
 from .distance import Distance, Features
 from .protocols import DiversityProtocol
 from .sampling import BATCH, Draw, LayoutSampler, derived_seed, has_class_codes, sample_codes

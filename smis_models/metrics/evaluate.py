@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..benchmark.records import commit, versions
 from ..data import SceneClassifier, SceneDataset
-from ..features import FeatureClusters
-from ..images import read_labels, scene_name
-from ..synthesis import Layout, draw_input
+from ..io.images import read_labels, scene_name
+from ..synthesis.features import FeatureClusters
+from ..synthesis.scene import Layout, draw_input
 from .distance import Distance
 from .diversity import diversities
 from .fid import Extractor, as_bytes, fid_of_features

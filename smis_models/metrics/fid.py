@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, read_checkpoint
+from ..io.checkpoint import CheckpointError, read_checkpoint
 from .lpips import file_hash
 
 Extractor = Callable[[Tensor], Tensor]

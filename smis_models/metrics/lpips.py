@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, read_checkpoint
+from ..io.checkpoint import CheckpointError, read_checkpoint
 from .distance import Distance, Features, PixelDistance, check_pictures
 
 # A conv (channels, kernel, stride, padding) and its ReLU, or a max pooling (kernel, stride).

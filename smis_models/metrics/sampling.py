@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..synthesis import Layout, drawn_code
-from ..synthesizer import Synthesizer
+from ..synthesis.scene import Layout, drawn_code
+from ..synthesis.synthesizer import Synthesizer
 
 Draw = Callable[[Tensor], Tensor]
 """Codes (N, ...) of one layout -> pictures (N, 3, H, W)."""

@@ -1,13 +1,6 @@
 """Training: one loop for all models, with configurations, checkpoints and logs."""
 
-from .config import (
-    DataConfig,
-    LogConfig,
-    LossConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from .config import DataConfig, LogConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from .options import from_dict, load_config, recipe, to_json
 from .recipes import RECIPES
 from .run import Outcome, Progress, Run, train

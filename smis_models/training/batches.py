@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smis_kernels import LabelLayout
-from smis_kernels._backend import requested
+from smis_kernels.runtime.backend import requested
 
 from ..data import Batch, Collate, Draw, Sample, SceneDataset
 from ..data.build import build_dataset
-from ..presets import Preset
+from ..families.presets import Preset
 from .config import TrainConfig
 from .processes import Processes
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError
-from ..files import replacing
+from ..io.checkpoint import CheckpointError
+from ..io.files import replacing
 from .config import TrainConfig
 from .options import to_dict
 

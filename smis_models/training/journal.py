@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..images import Picture, write_atomically
+from ..io.images import Picture, write_atomically
 
 
 class Clock:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ccfpse import discriminate_pairs, pyramid_matching_loss
-from ..discriminator import discriminate
-from ..encoder import reparameterize
-from ..losses import (
+from ..families.ccfpse import discriminate_pairs, pyramid_matching_loss
+from ..families.presets import CCFPSEPreset, Pix2pixHDPreset
+from ..families.registry import SynthesisModel
+from ..networks.discriminator import discriminate
+from ..networks.encoder import reparameterize
+from ..networks.losses import (
     class_l1_loss,
     diversity_loss,
     feature_matching_loss,
@@ -22,9 +24,7 @@ from ..losses import (
     kl_loss,
     latent_regression_loss,
 )
-from ..perceptual import PerceptualLoss
-from ..presets import CCFPSEPreset, Pix2pixHDPreset
-from ..registry import SynthesisModel
+from ..networks.perceptual import PerceptualLoss
 from .batches import MicroBatch
 from .config import TrainConfig
 

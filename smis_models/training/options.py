@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..presets import Preset
-from ..registry import create_model
+from ..families.presets import Preset
+from ..families.registry import create_model
 from .config import TrainConfig
 from .recipes import RECIPES
 

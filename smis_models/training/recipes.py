@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..presets import (
+from ..families.presets import (
     ADE20K,
     BICYCLEGAN,
     CCFPSE_ADE20K,
@@ -29,14 +29,7 @@ from ..presets import (
     Pix2pixHDPreset,
     Preset,
 )
-from .config import (
-    DataConfig,
-    LogConfig,
-    LossConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from .config import DataConfig, LogConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def _kl(devices: int) -> float:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import save_checkpoint
 from ..data import Collate
-from ..images import grid, to_pictures, write_atomically, write_png
-from ..scenes import palette
+from ..data.scenes import palette
+from ..io.checkpoint import save_checkpoint
+from ..io.images import grid, to_pictures, write_atomically, write_png
 from .batches import Batches, MicroBatch, dataset
 from .checkpoints import CONFIG, STATE, WEIGHTS, load_state, save_state
 from .config import TrainConfig

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import read_checkpoint
 from ..data import Collate
-from ..perceptual import load_perceptual_loss
-from ..pix2pixhd import LocalEnhancer
-from ..registry import SynthesisModel, create_model
+from ..families.pix2pixhd import LocalEnhancer
+from ..families.registry import SynthesisModel, create_model
+from ..io.checkpoint import read_checkpoint
+from ..networks.perceptual import load_perceptual_loss
 from .batches import MicroBatch, dataset, seed_of
 from .config import TrainConfig
 from .objective import DiscriminatorStep, GeneratorStep, Losses, held, objective

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..presets import GroupDNetPreset
-from ..registry import SynthesisModel
+from ..families.presets import GroupDNetPreset
+from ..families.registry import SynthesisModel
 from .batches import MicroBatch
 
 _SMALLEST = 1e-2  # variance along a direction, of the largest: below it there is only noise

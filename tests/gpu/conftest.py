@@ -11,7 +11,7 @@ import importlib.util
 import pytest
 import torch
 
-from smis_kernels._backend import triton_interpreted
+from smis_kernels.runtime.backend import triton_interpreted
 
 REHEARSED = triton_interpreted()
 

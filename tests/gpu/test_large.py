@@ -18,11 +18,11 @@ from smis_kernels import (
     norm_act,
     spatially_varying_conv2d,
 )
-from smis_kernels._backend import missing
-from smis_kernels.indexed_modulation.op import indexed_modulation
-from smis_kernels.label_windows.op import number_vectors
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation
+from smis_kernels.ops.label_windows.op import number_vectors
+from smis_kernels.ops.window_table.op import window_table
+from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
-from smis_kernels.window_table.op import window_table
 
 LOW = torch.float16
 TOLERANCE = 4e-3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smis_kernels import SPADE, LabelLayout, use_backend, use_path
 from smis_kernels.testing import max_error
 from smis_models import create_model
-from smis_models.labels import semantics
+from smis_models.networks.semantics import semantics
 
 NAMES = ("groupdnet_deepfashion", "groupdnet_cityscapes", "spade_coco", "ccfpse_coco",
          "pix2pixhd_cityscapes")

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.gpu.cases import CASES, OpCase, cotangents, outputs, run
 from smis_kernels import LabelLayout
 from smis_models import Synthesizer, create_model
-from smis_models.graphs import WARM_UPS
+from smis_models.synthesis.graphs import WARM_UPS
 
 # The size of what these return depends on the data, so they wait for the device once.
 WAITING = ("number_windows", "number_vectors", "instance_mean_table")

@@ -1,0 +1,1 @@
+"""Compiled label maps: windows, tables, and the choice of a path."""

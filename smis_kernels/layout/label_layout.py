@@ -1,0 +1,372 @@
+"""LabelLayout: a label map compiled once into the index maps that every norm shares."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.instance_edges.op import instance_edges
+from ..ops.label_windows.op import number_vectors, number_windows
+from ..runtime.check import INTEGERS, check_device, check_range, check_shape, check_tensor
+
+MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
+
+
+@dataclass
+class WindowLevel:
+    """The distinct windows of one resolution.
+
+    Attributes:
+        symbols: (N, h, w) int32 symbol of each pixel, from 1.
+        windows3, index3: (V + 1, 9) symbols of each distinct 3x3 window, and the window (N, h, w)
+            at each pixel. Row 0 is the outside.
+        windows5, index5: (U + 1, 9) 3x3-window ids of each distinct 5x5 window, and the window at
+            each pixel.
+    """
+
+    symbols: Tensor
+    windows3: Tensor
+    index3: Tensor
+    windows5: Tensor
+    index5: Tensor
+
+    @property
+    def repeats(self) -> bool:
+        """Whether windows repeat enough for the tables to exist."""
+        return len(self.windows3) > 0 and len(self.windows5) > 0
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(V, U), the numbers of distinct 3x3 and 5x5 windows."""
+        return len(self.windows3) - 1, len(self.windows5) - 1
+
+
+def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
+    # With more rows than half the pixels dense convs win anyway; small maps are always cheap.
+    limit = symbols.numel() if unlimited else max(symbols.numel() // 2, 4096)
+    # Numbering is exact on every implementation: it follows the device, whatever norms run on.
+    index3, windows3 = number_windows(symbols, limit, backend="auto")
+    if len(windows3) == 0:
+        return WindowLevel(symbols, windows3, index3, windows3, index3)
+    index5, windows5 = number_windows(index3, limit, backend="auto")
+    return WindowLevel(symbols, windows3, index3, windows5, index5)
+
+
+def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
+    """Source index of each target index, exactly as F.interpolate: floor(fp32 dst * fp32 scale)."""
+    scale = torch.tensor(source, dtype=torch.float32) / torch.tensor(size, dtype=torch.float32)
+    # made on the device: a copy from the host could not be captured in a CUDA graph
+    index = torch.arange(size, dtype=torch.float32, device=device) * scale.item()
+    return index.floor().long().clamp_(max=source - 1)
+
+
+class LabelLayout:
+    """A batch of label maps compiled for modulation: gamma and beta depend on windows of it alone.
+
+    Make it with :meth:`from_labels` or :meth:`from_tensor`, and pass it to a norm or a generator
+    of the zoo in place of the segmentation map. Resolutions are compiled when first asked for and
+    kept; the object can be pickled, moved with :meth:`to`, and shared by any number of networks.
+
+    Attributes:
+        symbols: (N, H, W) int32, from 1.
+        vectors: (S + 1, K), the conditioning vector of each symbol; row 0 (outside) is zero.
+
+    Example:
+        >>> layout = LabelLayout.from_labels(labels, num_classes=35, instances=instances)
+        >>> y = norm(x, layout)
+        >>> print(layout.summary())
+    """
+
+    def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
+        self.symbols, self.vectors = symbols, vectors
+        self._levels: dict[tuple[int, int], WindowLevel] = {}
+        self.tables: TableCache | None = None
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, num_classes: int, *, instances: Tensor | None = None,
+                    edges: Tensor | None = None) -> LabelLayout:
+        """Compile integer labels, with an edge channel where instances or edges are given.
+
+        Args:
+            labels: (N, H, W) or (N, 1, H, W) integers in 0..num_classes-1.
+            num_classes: K; the conditioning vector of class c is the c-th unit vector.
+            instances: instance ids of the labels' shape; their edges become channel K.
+            edges: or the edge map itself, bool or 0/1.
+
+        Raises:
+            ValueError, TypeError: a label out of range, another shape; the message names it.
+        """
+        check_tensor("labels", labels, (3, 4), "(N, H, W) or (N, 1, H, W)", INTEGERS)
+        if instances is not None and edges is not None:
+            raise ValueError("edges: expected instances or edges, got both")
+        check_range("labels", labels, num_classes)
+        flat = labels.reshape(labels.shape[0], *labels.shape[-2:]).long()
+        if instances is not None:
+            check_shape("instances", instances, tuple(labels.shape), "to match labels")
+            edges = instance_edges(instances, dtype=torch.bool)
+        elif edges is not None:
+            check_shape("edges", edges, tuple(labels.shape), "to match labels")
+        channels = num_classes
+        if edges is not None:
+            check_device("edges", edges, labels, "labels")
+            flat = 2 * flat + edges.reshape(flat.shape).long()
+            channels += 1
+        kinds = num_classes * (2 if edges is not None else 1)
+        present = torch.bincount(flat.flatten(), minlength=kinds) > 0
+        rank = present.cumsum(0)  # symbols count from 1 in the order of their labels
+        values = present.nonzero().flatten()
+        vectors = torch.zeros((len(values) + 1, channels), device=labels.device)
+        rows = torch.arange(1, len(values) + 1, device=labels.device)
+        if edges is None:
+            vectors[rows, values] = 1
+        else:
+            vectors[rows, values // 2] = 1
+            vectors[rows, num_classes] = (values % 2).to(vectors.dtype)
+        return cls(rank[flat].int(), vectors)
+
+    @classmethod
+    def from_tensor(cls, conditioning: Tensor, *, limit: int = MAX_VECTORS) -> LabelLayout | None:
+        """Compile any conditioning tensor (N, K, H, W) whose per-pixel vectors repeat.
+
+        One-hot, one-hot with edges, multi-hot: one mechanism. None where there are more than
+        ``limit`` distinct vectors, or a NaN.
+        """
+        symbols, vectors = number_vectors(conditioning.detach(), limit, backend="auto")
+        return cls(symbols, vectors) if len(vectors) else None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, K, H, W) of the conditioning tensor it stands for."""
+        n, h, w = self.symbols.shape
+        return n, self.vectors.shape[1], h, w
+
+    def level(self, size: tuple[int, int], *, unlimited: bool = False) -> WindowLevel:
+        """The windows at (h, w), the map resized by nearest as ``F.interpolate`` does.
+
+        Numbering stops where windows hardly repeat, unless ``unlimited``: for a forced path.
+        """
+        found = self._levels.get(size)
+        if found is None or (unlimited and not found.repeats):
+            found = self._levels[size] = _compile_level(self.resized(size), unlimited)
+        return found
+
+    def resized(self, size: tuple[int, int]) -> Tensor:
+        """Symbols (N, h, w) at another size, by nearest."""
+        _, h, w = self.symbols.shape
+        if size == (h, w):
+            return self.symbols
+        device = self.symbols.device
+        rows, columns = nearest_source(size[0], h, device), nearest_source(size[1], w, device)
+        return self.symbols[:, rows[:, None], columns[None, :]].contiguous()
+
+    def dense(self, size: tuple[int, int] | None = None,
+              dtype: torch.dtype | None = None) -> Tensor:
+        """The conditioning tensor (N, K, h, w) itself, for code that needs it."""
+        symbols = self.symbols if size is None else self.resized(size)
+        vectors = self.vectors if dtype is None else self.vectors.to(dtype)
+        return vectors[symbols.long()].permute(0, 3, 1, 2).contiguous()
+
+    def patches(self, size: tuple[int, int]) -> Tensor:
+        """(U + 1, 25) symbols of each distinct 5x5 window, row-major, 0 outside the image."""
+        level = self.level(size)
+        rows, columns = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+        # Position (y, x) of the 5x5 window lies in the 3x3 window of the nearest inner tap.
+        tap_y, tap_x = rows.clamp(1, 3) - 1, columns.clamp(1, 3) - 1
+        tap = (3 * tap_y + tap_x).flatten().to(level.windows5.device)
+        inner = (3 * (rows - tap_y) + columns - tap_x).flatten().to(level.windows5.device)
+        return level.windows3[level.windows5.long()[:, tap], inner]
+
+    def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
+        """The layout of ``function`` applied to every pixel's vector: (S, K) -> (S, K').
+
+        Windows depend on the symbols alone, so the compiled resolutions are shared.
+        """
+        mapped = LabelLayout(self.symbols, function(self.vectors))
+        mapped.vectors[0] = 0
+        mapped._levels, mapped.tables = self._levels, self.tables
+        return mapped
+
+    def to(self, device: torch.device | str) -> LabelLayout:
+        """A copy on another device, compiled resolutions included."""
+        moved = LabelLayout(self.symbols.to(device), self.vectors.to(device))
+        for size, level in self._levels.items():
+            moved._levels[size] = WindowLevel(**{k: v.to(device) for k, v in vars(level).items()})
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tables": None}
+
+    def __repr__(self) -> str:
+        n, k, h, w = self.shape
+        return f"LabelLayout({n}x{k}x{h}x{w}, {len(self.vectors) - 1} symbols)"
+
+    def summary(self) -> str:
+        """A table of the compiled resolutions: distinct windows and their share of the pixels."""
+        lines = [repr(self), "   size      pixels  3x3 windows          5x5 windows"]
+        for (h, w), level in sorted(self._levels.items(), reverse=True):
+            pixels = level.symbols.numel()
+            if not level.repeats:
+                lines.append(f"{h:>5}x{w:<5}{pixels:>9}  nothing repeats")
+                continue
+            v, u = level.counts
+            lines.append(
+                f"{h:>5}x{w:<5}{pixels:>9}  {v:>7} ({v / pixels:6.1%})    "
+                f"{u:>7} ({u / pixels:6.1%})"
+            )
+        return "\n".join(lines)
+
+
+def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *,
+                  reach: int) -> Tensor:
+    """For each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
+
+    Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
+    for 5x5 windows.
+    """
+    marked = [
+        torch.cat([x.vectors.double(), torch.zeros((len(x.vectors), 1))
+                   .to(x.vectors.device, torch.double).index_fill_(0, _first(x.vectors), 1)], 1)
+        for x in (old, new)
+    ]  # the outside differs from a pixel whose vector is zero
+    _, common = torch.unique(torch.cat(marked), dim=0, return_inverse=True)
+    names = common.split([len(old.vectors), len(new.vectors)])
+    rows = []
+    for layout, name in zip((old, new), names, strict=True):
+        windows = layout.patches(size) if reach == 2 else layout.level(size).windows3
+        rows.append(name[windows.long()])
+    _, keys = torch.unique(torch.cat(rows), dim=0, return_inverse=True)
+    old_keys, new_keys = keys.split([len(rows[0]), len(rows[1])])
+    place = torch.full((int(keys.max()) + 1,), -1, device=keys.device)
+    place[old_keys] = torch.arange(len(old_keys), device=keys.device)
+    return place[new_keys]
+
+
+def _first(rows: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.long, device=rows.device)
+
+
+class TableCache:
+    """Finished tables of frozen norms on one layout: further samples skip building them.
+
+    Where an edited layout follows another, rows of windows that both have are taken over.
+    """
+
+    def __init__(self, earlier: TableCache | None = None) -> None:
+        self._kept: dict[tuple[nn.Module, tuple[int, int]], tuple[LabelLayout, Tensor]] = {}
+        self._matches: dict[tuple[int, int], Tensor] = {}
+        self._earlier = None if earlier is None else earlier._kept
+        if earlier is not None:
+            earlier._earlier = None  # one step back serves; a chain would keep every edit's tables
+
+    def get(self, owner: nn.Module, size: tuple[int, int]) -> Tensor | None:
+        found = self._kept.get((owner, size))
+        return None if found is None else found[1]
+
+    def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
+            table: Tensor) -> None:
+        self._kept[owner, size] = (layout, table)
+
+    def items(self) -> Iterator[tuple[tuple[nn.Module, tuple[int, int]], Tensor]]:
+        """((owner, size), table) of all tables kept."""
+        for key, (_, table) in self._kept.items():
+            yield key, table
+
+    def earlier(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
+                reach: int) -> tuple[Tensor, Tensor] | None:
+        """The owner's table before the edit, and the row in it of each window (-1: new)."""
+        found = None if self._earlier is None else self._earlier.get((owner, size))
+        if found is None:
+            return None
+        before, table = found
+        if size not in self._matches:  # the same for all norms of a resolution
+            self._matches[size] = match_windows(before, layout, size, reach=reach)
+        return table, self._matches[size]
+
+
+class _Known(threading.local):
+    """Layouts that this thread has compiled from tensors."""
+
+    depth = 0  # of layout scopes
+
+    def __init__(self) -> None:
+        self.scope: list[tuple[weakref.ref[Tensor], int, LabelLayout | None]] = []
+        self.last: LabelLayout | None = None
+
+
+_known = _Known()
+
+
+@contextmanager
+def layout_scope() -> Iterator[None]:
+    """Compile each conditioning tensor once inside the block: one forward of a whole network."""
+    _known.depth += 1
+    try:
+        yield
+    finally:
+        _known.depth -= 1
+        if _known.depth == 0:
+            _known.scope.clear()
+
+
+def _same(a: LabelLayout, b: LabelLayout) -> bool:
+    return (
+        a.symbols.shape == b.symbols.shape and a.symbols.device == b.symbols.device
+        and a.vectors.dtype == b.vectors.dtype
+        and torch.equal(a.vectors, b.vectors) and torch.equal(a.symbols, b.symbols)
+    )
+
+
+def layout_of(conditioning: Tensor) -> LabelLayout | None:
+    """The layout of a conditioning tensor, or None where it is no label map.
+
+    Inside a :func:`layout_scope` a tensor met before (the same object, at the same version) is not
+    compiled again. Elsewhere its pixels are always numbered anew, so no edit can be missed (writes
+    through ``.data`` or numpy leave no trace), and only what follows, the windows, is kept from the
+    last layout where the numbering came out the same.
+    """
+    tracked = _known.depth > 0 and not conditioning.is_inference()
+    if tracked:
+        for reference, version, layout in _known.scope:
+            if reference() is conditioning and version == conditioning._version:
+                return layout
+    layout = LabelLayout.from_tensor(conditioning)
+    if layout is not None:
+        if _known.last is not None and _same(layout, _known.last):
+            layout = _known.last
+        _known.last = layout
+    if tracked:
+        _known.scope.append((weakref.ref(conditioning), conditioning._version, layout))
+    return layout
+
+
+def share_layouts(module: nn.Module) -> Callable[[], None]:
+    """Let a published network compile each map once per forward; returns a function that undoes it.
+
+    A pre-hook of ``module``, the outermost one, opens a :func:`layout_scope` and a post-hook closes
+    it, so code that hands its float map to every norm needs no change.
+    """
+    scopes: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        scope = layout_scope()
+        scope.__enter__()
+        scopes.append(scope)
+
+    def leave(*_: Any) -> None:
+        scopes.pop().__exit__(None, None, None)
+
+    handles = (module.register_forward_pre_hook(enter),
+               module.register_forward_hook(leave, always_call=True))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo

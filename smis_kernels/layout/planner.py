@@ -1,0 +1,178 @@
+"""Which path a norm takes: dense convs or window tables, by measured costs; never a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.indexed_modulation import op as indexed
+from ..runtime.backend import resolve
+from ..runtime.explain import record
+from ..runtime.path import requested_path
+from ..runtime.tuned import measured
+from .label_layout import LabelLayout, WindowLevel, layout_of
+
+if TYPE_CHECKING:
+    from ..modules.spade import CGNorm
+
+
+class Rates(NamedTuple):
+    """Multiply-adds a nanosecond of dense convs and of tables, and sums of table rows.
+
+    Only their ratios matter, and those hold from machine to machine better than the figures.
+    """
+
+    dense: float
+    two_level: float
+    one_level: float
+    sums: float
+
+
+CPU_RATES = Rates(130.0, 170.0, 175.0, 16.0)  # two threads (benchmarks/NOTES.md)
+# Not measured: tables multiply in TF32 and gather their operands, convs in 16 bits (the tensor
+# cores' rates are 1 : 2) or in TF32 too; sums read float32 rows from the cache.
+GPU_RATES = {2: Rates(4.0, 1.0, 1.0, 0.02), 4: Rates(2.0, 1.0, 1.0, 0.02)}
+
+
+def rates_of(input: Tensor) -> Rates:
+    """The rates of the input's device and dtype: measured on this GPU, else the above."""
+    if input.device.type == "cpu":
+        return CPU_RATES
+    found = measured("rates", input.device) or {}
+    known = found.get(str(input.dtype).removeprefix("torch."))
+    return Rates(**known) if known else GPU_RATES.get(input.element_size(), CPU_RATES)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen: a layout and a table path, or a dense map (``fused``: not the reference)."""
+
+    path: str
+    fused: bool
+    layout: LabelLayout | None
+    segmap: Tensor | LabelLayout
+    dtype: torch.dtype
+
+    def dense(self, size: tuple[int, int]) -> Tensor:
+        """The map as a tensor, for the dense path: a layout's is made at ``size`` at once."""
+        if isinstance(self.segmap, LabelLayout):
+            return self.segmap.dense(size, self.dtype)
+        return self.segmap
+
+
+def costs(norm: CGNorm, level: WindowLevel, pixels: int,
+          rates: Rates = CPU_RATES) -> dict[str, float]:
+    """Nanoseconds of each path's convs or tables for one norm."""
+    gamma = norm.mlp_gamma
+    per_output = 2 * gamma.weight.numel()  # multiply-adds of gamma and beta at one pixel
+    shared = norm.shared_conv
+    embedded = 0 if shared is None else shared.weight.numel()
+    dense = pixels * (per_output + embedded) / rates.dense
+    if not level.repeats:
+        return {"dense": dense}
+    v, u = level.counts
+    if not norm.hidden:
+        return {"dense": dense, "one_level": v * 18 * norm.channels / rates.sums}
+    embedding = v * 9 * norm.hidden / rates.sums
+    return {
+        "dense": dense,
+        "one_level": embedding + u * per_output / rates.one_level,
+        "two_level": embedding + v * per_output / rates.two_level
+        + u * 18 * norm.channels / rates.sums,
+    }
+
+
+def _check_map(norm: CGNorm, segmap: Tensor | LabelLayout, input: Tensor) -> None:
+    shape = tuple(segmap.shape)
+    if len(shape) != 4 or shape[1] != norm.label_channels:
+        raise ValueError(f"segmap: expected (N, {norm.label_channels}, H, W), got {shape}")
+    if shape[0] != input.shape[0]:
+        raise ValueError(
+            f"segmap: expected the batch size {input.shape[0]} of the input, got {shape[0]}"
+        )
+
+
+def choose(norms: Sequence[CGNorm], input: Tensor, segmap: Tensor | LabelLayout,
+           size: tuple[int, int]) -> Plan:
+    """Choose for one norm, or for the two that share a read of the input.
+
+    Raises:
+        ValueError: the map does not fit, or a forced path cannot run; the message says why.
+    """
+    first = norms[0]
+    for norm in norms:
+        _check_map(norm, segmap, input)
+    kind = resolve("modulation", input, first.backend, ("cpu", "triton"))
+    name = type(first).__name__ + (" pair" if len(norms) > 1 else "")
+
+    def plan(path: str, layout: LabelLayout | None, reason: str, **numbers: Any) -> Plan:
+        record(name, kind, input, path, reason, **numbers)
+        return Plan(path, kind != "reference", layout, segmap, input.dtype)
+
+    if kind == "reference":
+        return plan("dense", None, "the reference is dense")
+    wanted = requested_path()
+    if wanted == "dense":
+        return plan("dense", None, "asked for")
+    problem = _why_dense(norms, segmap, kind)
+    layout: LabelLayout | None = None
+    if problem is None:
+        layout = segmap if isinstance(segmap, LabelLayout) else layout_of(segmap)
+        if layout is None:
+            problem = "the map's vectors do not repeat (or hold NaN)"
+    if layout is not None:
+        level = layout.level(size, unlimited=wanted != "auto")
+        if not level.repeats:
+            problem = "the map's windows do not repeat"
+    if problem is not None or layout is None:
+        if wanted != "auto":
+            raise ValueError(f"path: {wanted!r} cannot run: {problem}; use 'auto' or 'dense'")
+        return plan("dense", None, str(problem))
+    v, u = level.counts
+    pixels = input.shape[0] * size[0] * size[1]
+    if wanted != "auto":
+        return plan(wanted, layout, "asked for", V=v, U=u, pixels=pixels)
+    total: dict[str, float] = {}
+    for norm in norms:
+        for path, cost in costs(norm, level, pixels, rates_of(input)).items():
+            total[path] = total.get(path, 0.0) + cost
+    best = min(total, key=lambda path: total[path])
+    gain = round(total["dense"] / total[best], 1)
+    return plan(best, None if best == "dense" else layout, "least expected cost",
+                V=v, U=u, pixels=pixels, expected_gain=f"{gain}x")
+
+
+def prepare_map(segmap: Tensor | LabelLayout, like: Tensor,
+                backend: str | None = None) -> Tensor | LabelLayout:
+    """The layout of ``segmap``, compiled once for all norms of a network, where tables may serve.
+
+    ``like`` is a feature tensor or weight: its device decides. The map itself is returned where
+    only the dense path can run (the reference, a map that requires a gradient, torch.compile).
+    """
+    kind = resolve("modulation", like, backend, ("cpu", "triton"))
+    if kind == "reference" or requested_path() == "dense" or isinstance(segmap, LabelLayout):
+        return segmap
+    if _why_dense((), segmap, kind) is not None:
+        return segmap
+    layout = layout_of(segmap)
+    return segmap if layout is None else layout
+
+
+def _why_dense(norms: Sequence[CGNorm], segmap: Tensor | LabelLayout, kind: str) -> str | None:
+    """Why tables cannot serve, before any pixel is looked at; None where they can."""
+    if kind not in indexed.KINDS:
+        return f"tables have no {kind} kernel"
+    for norm in norms:
+        if norm.mlp_gamma.kernel_size != (3, 3):
+            return f"kernel_size is {norm.mlp_gamma.kernel_size[0]}, tables are for 3"
+    if isinstance(segmap, LabelLayout):
+        return None
+    if segmap.requires_grad:
+        return "the map requires a gradient"
+    if torch.compiler.is_compiling():
+        return "a map is not compiled inside torch.compile; pass a LabelLayout"
+    return None

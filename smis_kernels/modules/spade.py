@@ -1,0 +1,263 @@
+"""SPADE and CG-Norm as drop-in modules with the published state-dict keys."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layout.label_layout import LabelLayout
+from ..layout.planner import choose
+from ..ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from ..ops.modulation.op import modulation, modulation_pair
+from ..ops.window_table.op import window_embedding, window_table
+from ..ops.winograd_conv.choice import conv3x3
+from ..runtime.tensors import acc_dtype
+from .normalizing import Normalizing
+
+_CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
+
+
+class CGNorm(Normalizing):
+    r"""GroupDNet's conditional group normalisation: SPADE whose gamma and beta convs are grouped.
+
+    Groups are of the **convolutions** that predict gamma and beta from the segmentation; the
+    statistics are those of ``norm``, not of channel groups as in ``torch.nn.GroupNorm``.
+
+    .. math:: y = \hat x (1 + \gamma(m)) + \beta(m), \quad h = \mathrm{ReLU}(W_s * m + b_s)
+
+    Args:
+        channels: C of the features.
+        label_channels: channels of the segmentation map.
+        hidden: channels of ``mlp_shared``; 0 for single convs from the map (Multi-SPADE).
+        groups: groups of ``mlp_gamma`` and ``mlp_beta``.
+        shared_groups: groups of ``mlp_shared``; ``groups`` by default.
+        norm: "batch", "syncbatch" (all-reduced in training under torch.distributed), "instance" or
+            "none".
+        kernel_size: of the three convs, odd.
+        backend: "auto", "reference", "cpu" or "triton"; default: what ``use_backend`` says.
+
+    State dict: ``param_free_norm.*``, ``mlp_shared.0.*``, ``mlp_gamma.*``, ``mlp_beta.*``.
+
+    Source: Zhu et al., "Semantically Multi-modal Image Synthesis", 2020.
+
+    Example:
+        >>> norm = CGNorm(64, 8, 128, groups=4)
+        >>> y = norm(torch.randn(1, 64, 32, 32), torch.randn(1, 8, 256, 256))
+    """
+
+    def __init__(
+        self, channels: int, label_channels: int, hidden: int, *, groups: int,
+        shared_groups: int | None = None, norm: str = "batch", kernel_size: int = 3,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(channels, norm)
+        shared = groups if shared_groups is None else shared_groups
+        source = hidden or label_channels
+        for name, divisor, total in (
+            ("groups", groups, channels), ("groups", groups, source),
+            ("shared_groups", shared, source), ("shared_groups", shared, label_channels),
+        ):
+            if divisor < 1 or total % divisor:
+                raise ValueError(f"{name}: expected a divisor of {total}, got {divisor}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+        self.label_channels, self.hidden, self.backend = label_channels, hidden, backend
+        pad = kernel_size // 2
+        if hidden:
+            self.mlp_shared = nn.Sequential(
+                nn.Conv2d(label_channels, hidden, kernel_size, padding=pad, groups=shared),
+                nn.ReLU(),
+            )
+        self.mlp_gamma = nn.Conv2d(source, channels, kernel_size, padding=pad, groups=groups)
+        self.mlp_beta = nn.Conv2d(source, channels, kernel_size, padding=pad, groups=groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, label_channels={self.label_channels}"
+
+    def gamma_beta(
+        self, segmap: Tensor, size: tuple[int, int], fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gamma and beta (N, C, *size) by dense convs; ``fused``: one conv with 2C outputs."""
+        resized = F.interpolate(segmap, size=size, mode="nearest")
+        return self.convolved(self.mlp_shared(resized) if self.hidden else resized, fused)
+
+    def convolved(self, hidden: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+        """Gamma and beta from what their convs read; ``fused``: one conv with 2C outputs."""
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        if not fused or gamma.groups > 1:  # grouped outputs would interleave
+            return gamma(hidden), beta(hidden)
+        assert gamma.bias is not None and beta.bias is not None
+        weight = torch.cat([gamma.weight, beta.weight])
+        bias = torch.cat([gamma.bias, beta.bias])
+        if gamma.kernel_size == (3, 3):
+            both = conv3x3(hidden, weight, bias)
+        else:
+            both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
+        return both[:, : self.channels], both[:, self.channels :]
+
+    def table(self, layout: LabelLayout, size: tuple[int, int], path: str) -> Tensor:
+        """Gamma and beta of every distinct window at ``size``: (U + 1, 2C), rows [gamma | beta]."""
+        level = layout.level(size)
+        windows = level.windows5 if self.hidden else level.windows3
+        kept = layout.tables
+        if kept is None:
+            return self._build_table(layout, level.windows3, windows, path)
+        table = kept.get(self, size)
+        if table is not None:
+            return table
+        earlier = kept.earlier(self, size, layout, reach=2 if self.hidden else 1)
+        if earlier is None:
+            table = self._build_table(layout, level.windows3, windows, path)
+        else:
+            before, row = earlier
+            fresh = row < 0
+            table = before[row.clamp_min(0)]
+            if bool(fresh.any()):
+                wanted = torch.cat([torch.zeros_like(windows[:1]), windows[fresh]])
+                table[fresh] = self._build_table(layout, level.windows3, wanted, path)[1:]
+        kept.put(self, size, layout, table)
+        return table
+
+    def _build_table(self, layout: LabelLayout, windows3: Tensor, windows: Tensor,
+                     path: str) -> Tensor:
+        """Rows for ``windows``: of 3x3-window ids, or of symbols with hidden=0."""
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        dtype = acc_dtype(gamma.weight)
+
+        def wide(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+            assert conv.bias is not None
+            return conv.weight.to(dtype), conv.bias.to(dtype)
+
+        vectors = layout.vectors.to(dtype)
+        shared = self.shared_conv
+        if shared is None:
+            return torch.cat([
+                window_embedding(vectors, *wide(conv), windows, groups=conv.groups, relu=False)
+                for conv in (gamma, beta)
+            ], 1)
+        if len(windows) < len(windows3) // 4:
+            # A few windows after an edit: only the 3x3 windows that they hold.
+            used, renamed = torch.unique(
+                torch.cat([windows.new_zeros(1), windows.flatten()]), return_inverse=True
+            )
+            windows3 = windows3[used.long()]
+            windows = renamed[1:].view_as(windows).int()
+        hidden = window_embedding(vectors, *wide(shared), windows3, groups=shared.groups)
+        assert gamma.bias is not None and beta.bias is not None
+        table = window_table(
+            hidden, gamma.weight, gamma.bias, beta.weight, beta.bias, windows,
+            groups=gamma.groups, one_level=path == "one_level",
+        )
+        low = table.is_cuda and not table.requires_grad and gamma.weight.element_size() == 2
+        return table.to(gamma.weight.dtype) if low else table
+
+    @property
+    def shared_conv(self) -> nn.Conv2d | None:
+        """The conv of ``mlp_shared``; None with hidden=0."""
+        if not self.hidden:
+            return None
+        conv = self.mlp_shared[0]
+        assert isinstance(conv, nn.Conv2d)
+        return conv
+
+    def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
+        """The row of :meth:`table` at each pixel of ``size``."""
+        level = layout.level(size)
+        return level.index5 if self.hidden else level.index3
+
+    def output_size(self, input: Tensor, upsample: bool) -> tuple[int, int]:
+        """(H, W) of the output."""
+        scale = 2 if upsample else 1
+        return input.shape[2] * scale, input.shape[3] * scale
+
+    def forward(
+        self, input: Tensor, segmap: Tensor | LabelLayout, *, activation: str | None = None,
+        negative_slope: float = 0.2, upsample: bool = False,
+    ) -> Tensor:
+        """Modulate (N, C, H, W) features by a (N, label_channels, any, any) map or its layout.
+
+        The map is resized by nearest to the output; ``upsample`` folds a nearest x2 upsampling
+        of the features into the read, ``activation`` a ReLU or LeakyReLU into the write.
+        """
+        size = self.output_size(input, upsample)
+        plan = choose((self,), input, segmap, size)
+        options = {"activation": activation, "negative_slope": negative_slope,
+                   "upsample": upsample, "backend": self.backend,
+                   **self.norm_arguments(), **self.shared_arguments()}
+        self.count_batch()
+        if plan.layout is None:
+            gamma, beta = self.gamma_beta(plan.dense(size), size, plan.fused)
+            return modulation(input, gamma, beta, **options)
+        index, table = self.index(plan.layout, size), self.table(plan.layout, size, plan.path)
+        return indexed_modulation(input, index, table, **options)
+
+
+class SPADE(CGNorm):
+    """Spatially-adaptive normalisation: x-hat * (1 + gamma(m)) + beta(m).
+
+    :class:`CGNorm` with one group; arguments and state-dict keys as there.
+
+    Source: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", 2019.
+
+    Example:
+        >>> norm = SPADE(64, 183)
+        >>> y = norm(torch.randn(1, 64, 32, 32), torch.randn(1, 183, 256, 256))
+    """
+
+    def __init__(
+        self, channels: int, label_channels: int, hidden: int = 128, *, norm: str = "batch",
+        kernel_size: int = 3, backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            channels, label_channels, hidden, groups=1, norm=norm, kernel_size=kernel_size,
+            backend=backend,
+        )
+
+    @classmethod
+    def from_config(cls, config_text: str, norm_nc: int, label_nc: int) -> SPADE:
+        """Build from the published arguments, e.g. ``("spadesyncbatch3x3", 64, 183)``.
+
+        Raises:
+            ValueError: the text is not spade{batch,syncbatch,instance}{k}x{k}.
+        """
+        match = _CONFIG.search(config_text)
+        if match is None or match[2] != match[3]:
+            raise ValueError(
+                "config_text: expected spade{batch,syncbatch,instance}{k}x{k}, got "
+                f"{config_text!r}"
+            )
+        return cls(norm_nc, label_nc, norm=match[1], kernel_size=int(match[2]))
+
+
+def modulate_pair(
+    norm_0: CGNorm, norm_s: CGNorm, input: Tensor, segmap: Tensor | LabelLayout, *,
+    activation: str | None = "leaky_relu", negative_slope: float = 0.2, upsample: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``norm_0`` (activated) and the shortcut's ``norm_s`` (not) from one read of ``input``.
+
+    Equals ``norm_0(input, segmap, activation=...), norm_s(input, segmap)``; both have the same
+    kind of norm.
+
+    Example:
+        >>> x, seg = torch.randn(1, 64, 32, 32), torch.randn(1, 8, 64, 64)
+        >>> y, y_s = modulate_pair(SPADE(64, 8), SPADE(64, 8), x, seg, upsample=True)
+    """
+    shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
+    if shared != shared_s:
+        raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
+    size = norm_0.output_size(input, upsample)
+    plan = choose((norm_0, norm_s), input, segmap, size)
+    options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,
+               "backend": norm_0.backend, **norm_0.norm_arguments(),
+               **norm_s.norm_arguments("_s"), **shared}
+    norm_0.count_batch()
+    norm_s.count_batch()
+    if plan.layout is None:
+        affine = (*norm_0.gamma_beta(plan.dense(size), size, plan.fused),
+                  *norm_s.gamma_beta(plan.dense(size), size, plan.fused))
+        return modulation_pair(input, *affine, **options)
+    tables = (norm.table(plan.layout, size, plan.path) for norm in (norm_0, norm_s))
+    return indexed_modulation_pair(input, norm_0.index(plan.layout, size), *tables, **options)

@@ -1,0 +1,1 @@
+"""The operations, a folder each: op.py (read first), reference.py, triton.py."""

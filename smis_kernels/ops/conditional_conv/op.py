@@ -1,0 +1,128 @@
+"""Conditional convolution: per-pixel kernels are predicted tile by tile and consumed at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...runtime.backend import resolve
+from ...runtime.check import FLOATS, autocast_as_conv, check_device, check_shape, check_tensor
+from ...runtime.explain import record
+from ...runtime.library import RawOp
+from ...runtime.tensors import empty_nchw, memory_format
+from . import reference
+
+KINDS = ("cpu", "triton")
+_TRITON = "smis_kernels.ops.conditional_conv.triton"
+
+
+def _conv_fake(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return empty_nchw(tuple(input.shape), input)
+
+
+def _backward_fake(
+    grad: Tensor, input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
+    need_input: bool, need_condition: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = input.new_empty(0)
+    return (
+        empty_nchw(tuple(input.shape), input) if need_input else none,
+        empty_nchw(tuple(condition.shape), condition) if need_condition else input.new_empty(0),
+        input.new_empty(weight.shape) if need_weight else input.new_empty(0),
+        input.new_empty(weight.shape[0]) if need_weight else input.new_empty(0),
+    )
+
+
+_conv = RawOp(
+    "conditional_conv(Tensor input, Tensor condition, Tensor weight, Tensor? bias) -> Tensor",
+    _conv_fake, triton=f"{_TRITON}:conditional_conv",
+)
+# -> gradients of input, condition, weight and bias; those not needed are empty. The predicted
+# kernels are computed anew.
+_backward = RawOp(
+    "conditional_conv_backward(Tensor grad, Tensor input, Tensor condition, Tensor weight, "
+    "Tensor? bias, bool need_input, bool need_condition, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake, triton=f"{_TRITON}:conditional_conv_backward",
+)
+
+
+class _ConditionalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
+                kind: str) -> Tensor:
+        ctx.save_for_backward(input, condition, weight, bias)
+        ctx.kind = kind
+        out: Tensor = _conv(kind, input, condition, weight, bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        need_input, need_condition, need_weight, need_bias = ctx.needs_input_grad[:4]
+        need_weight = need_weight or need_bias
+        needs = (need_input, need_condition, need_weight, need_bias)
+        found = _backward(ctx.kind, grad, *ctx.saved_tensors, need_input, need_condition,
+                          need_weight)
+        return (*(t if need else None for t, need in zip(found, needs, strict=True)), None)
+
+
+def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None = None,
+                       *, backend: str | None = None) -> Tensor:
+    r"""A depthwise 3x3 convolution whose kernels another 3x3 convolution predicts, in one pass.
+
+    .. math:: y_c(p) = \sum_k w_{c,k}(p)\, x_c(p + k), \quad
+              w = \mathrm{conv2d}(\mathrm{condition}, \mathrm{weight}, \mathrm{bias})
+
+    The predicted kernels (N, 9C, H, W) never exist in memory, forward or backward.
+
+    Args:
+        input: x, (N, C, H, W); float32, float64, float16 or bfloat16. Zeros lie outside. Under
+            autocast all four are cast to its dtype, as conv2d casts them.
+        condition: (N, D, H, W), what the kernels are predicted from.
+        weight: (9C, D, 3, 3), channel-major then kernel tap. bias: (9C,) or None.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (N, C, H, W) in the input's dtype and memory format; differentiable once in all four.
+        The native kernels predict with F(2x2, 3x3) Winograd sums, as accurate in fp32 as direct
+        ones; 16-bit inputs are summed in fp32.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not belong together.
+        BackendError: the backend asked for cannot run here.
+
+    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
+    Image Synthesis", 2019.
+
+    Example:
+        >>> x, h = torch.randn(1, 8, 16, 16), torch.randn(1, 4, 16, 16)
+        >>> y = conditional_conv2d(x, h, torch.randn(72, 4, 3, 3))
+    """
+    input, condition, weight, bias = autocast_as_conv(  # type: ignore[assignment]
+        input, condition, weight, bias)
+    check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
+    check_tensor("condition", condition, 4, "(N, D, H, W)", (input.dtype,))
+    check_tensor("weight", weight, 4, "(9C, D, 3, 3)", (input.dtype,))
+    n, c, h, w = input.shape
+    depth = condition.shape[1]
+    check_shape("condition", condition, (n, depth, h, w),
+                f"to match input {tuple(input.shape)}")
+    check_shape("weight", weight, (9 * c, depth, 3, 3),
+                f"for input {tuple(input.shape)} and condition {tuple(condition.shape)}")
+    check_device("condition", condition, input, "input")
+    check_device("weight", weight, input, "input")
+    if bias is not None:
+        check_tensor("bias", bias, 1, "(9C,)", (input.dtype,))
+        check_shape("bias", bias, (9 * c,), f"to match weight {tuple(weight.shape)}")
+        check_device("bias", bias, input, "input")
+    kind = resolve("conditional_conv2d", input, backend, KINDS)
+    record("conditional_conv2d", kind, input, condition=depth)
+    if kind == "reference":
+        y = reference.conditional_conv2d(input, condition, weight, bias)
+        return y.contiguous(memory_format=memory_format(input))
+    out: Tensor = _ConditionalConv.apply(input, condition, weight, bias, kind)
+    return out

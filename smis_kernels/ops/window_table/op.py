@@ -1,0 +1,221 @@
+"""Window tables: gamma and beta of every distinct label window, instead of every pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...runtime.backend import resolve
+from ...runtime.check import check_device, check_shape, check_tensor
+from ...runtime.library import RawOp
+from . import reference
+
+KINDS = ("cpu", "triton")
+_TRITON = "smis_kernels.ops.window_table.triton:"
+_WIDE = (torch.float32, torch.float64)
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def _table_fake(
+    hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
+    bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
+) -> Tensor:
+    return hidden.new_empty((windows.shape[0], 2 * weight_gamma.shape[0]))
+
+
+def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return rows.new_empty((windows.shape[0], rows.shape[2]))
+
+
+def _scatter_fake(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
+    return grad.new_empty((rows, 9, grad.shape[1]))
+
+
+# Row 0 of every table stands for the outside of the image and is zero.
+_window_table = RawOp(
+    "window_table(Tensor hidden, Tensor weight_gamma, Tensor bias_gamma, Tensor weight_beta, "
+    "Tensor bias_beta, Tensor windows, int groups, bool one_level) -> Tensor",
+    _table_fake, _TRITON + "window_table",
+)
+# (R, 9, C) rows -> (V, C): the sum of row windows[v, t] at tap t, plus bias.
+_window_sum = RawOp(
+    "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu) -> Tensor", _sum_fake,
+    _TRITON + "window_sum",
+)
+# Its transpose: (V, C) -> (R, 9, C).
+_window_scatter = RawOp("window_scatter(Tensor grad, Tensor windows, int rows) -> Tensor",
+                        _scatter_fake, _TRITON + "window_scatter")
+
+
+class _WindowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
+                kind: str) -> Tensor:
+        out: Tensor = _window_sum(kind, rows, windows, bias, relu)
+        ctx.save_for_backward(windows, out if relu else None)
+        ctx.settings = (rows.shape[0], kind)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        windows, out = ctx.saved_tensors
+        count, kind = ctx.settings
+        if out is not None:
+            grad = torch.where(out > 0, grad, 0)
+        rows = _window_scatter(kind, grad, windows, count)
+        bias = grad[1:].sum(0) if ctx.needs_input_grad[2] else None
+        return rows, None, bias, None, None
+
+
+class _WindowTable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
+        bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool, kind: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight_gamma, weight_beta, windows)
+        ctx.settings = (groups, kind)
+        table: Tensor = _window_table(
+            kind, hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups,
+            one_level,
+        )
+        return table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, weight_gamma, weight_beta, windows = ctx.saved_tensors
+        groups, kind = ctx.settings
+        rows, depth = hidden.shape
+        channels = weight_gamma.shape[0]
+        # T[v, j, tsc] = H[v, j, k] W[j, tsc, k]: groups j, taps t, halves s, channels c
+        wide, deep = channels // groups, depth // groups
+        scattered = _window_scatter(kind, grad, windows, rows).view(rows, 9, 2, groups, wide)
+        # One group: a view, so that the large (V, 18C) is never copied.
+        scattered = scattered.permute(3, 0, 1, 2, 4).reshape(groups, rows, 18 * wide)
+        weight = torch.stack([weight_gamma, weight_beta]).view(2, groups, wide, deep, 9)
+        weight = weight.permute(1, 4, 0, 2, 3).reshape(groups, 18 * wide, deep)
+        grouped = hidden.view(rows, groups, deep).transpose(0, 1)
+        with torch.autocast(hidden.device.type, enabled=False):  # as forward's products
+            dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
+            dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
+        dgamma, dbeta = dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
+        bias_gamma, bias_beta = grad[1:].sum(0).split(channels)
+        return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
+
+
+def _check_windows(windows: Tensor, like: Tensor, other: str) -> None:
+    check_tensor("windows", windows, 2, "(V, 9)", (torch.int32,))
+    check_shape("windows", windows, (windows.shape[0], 9), "(nine taps)")
+    check_device("windows", windows, like, other)
+
+
+def _check_groups(groups: int, *counts: int) -> None:
+    if groups < 1 or any(count % groups for count in counts):
+        raise ValueError(
+            f"groups: expected a divisor of {' and '.join(map(str, counts))}, got {groups}"
+        )
+
+
+def _check_conv(suffix: str, weight: Tensor, bias: Tensor | None, like: Tensor,
+                shape: tuple[int, ...], low: tuple[torch.dtype, ...] = ()) -> None:
+    tensors = {"weight" + suffix: (weight, shape)}
+    if bias is not None:
+        tensors["bias" + suffix] = (bias, shape[:1])
+    for name, (tensor, expected) in tensors.items():
+        check_shape(name, tensor, expected, "for the rows and groups given")
+        check_tensor(name, tensor, len(expected), str(expected), (like.dtype, *low))
+        check_device(name, tensor, like, "the rows")
+
+
+def window_embedding(
+    vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, *, groups: int = 1,
+    relu: bool = True, backend: str | None = None,
+) -> Tensor:
+    r"""A 3x3 conv on label windows: an embedding bag, the one-hot map is never built.
+
+    .. math:: h_v = \mathrm{ReLU}(b + \sum_t W_t E[s_{v,t}])
+
+    Args:
+        vectors: E, (S + 1, K), float32 or float64; row 0 zero.
+        weight: (D, K / groups, 3, 3). bias: (D,) or None.
+        windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range.
+        relu: apply it.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (V + 1, D); row 0 is zero. Differentiable in vectors, weight and bias.
+
+    Example:
+        >>> hidden = window_embedding(level.vectors, conv.weight, conv.bias, level.windows)
+    """
+    check_tensor("vectors", vectors, 2, "(S, K)", _WIDE)
+    _check_windows(windows, vectors, "vectors")
+    _check_groups(groups, vectors.shape[1], weight.shape[0])
+    _check_conv("", weight, bias, vectors,
+                (weight.shape[0], vectors.shape[1] // groups, 3, 3))
+    kind = resolve("window_embedding", vectors, backend, KINDS)
+    if kind == "reference":
+        return reference.window_embedding(
+            vectors, weight, bias, windows, groups=groups, relu=relu
+        )
+    count, channels = vectors.shape[0], weight.shape[0]
+    grouped = vectors.view(count, groups, -1)
+    taps = weight.view(groups, channels // groups, -1, 9)
+    with torch.autocast(vectors.device.type, enabled=False):  # tables stay in fp32
+        rows = torch.einsum("rgk,gdkt->rtgd", grouped, taps).reshape(count, 9, channels)
+    out: Tensor = _WindowSum.apply(rows, windows, bias, relu, kind)
+    return out
+
+
+def window_table(
+    hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
+    bias_beta: Tensor, windows: Tensor, *, groups: int = 1, one_level: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Gamma and beta of every distinct window: two 3x3 convs as one blocked product.
+
+    .. math:: G_u = b + \sum_t H[v_{u,t}] W_t^T
+
+    Args:
+        hidden: H, (V + 1, D), float32 or float64; row 0 zero.
+        weight_gamma, weight_beta: (C, D / groups, 3, 3). bias_gamma, bias_beta: (C,). Of hidden's
+            dtype, or of 16 bits: then a GPU makes single TF32 products, in which such weights are
+            exact, and hidden rounds to 10 bits; elsewhere, and with gradients, they are cast.
+        windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
+        groups: of the two convs.
+        one_level: multiply the nine rows of each window directly, U x 9D; else the products of
+            the V rows with every tap are made once (kept in cache a block of channels at a time)
+            and summed nine at a time, V x D. Same result up to the order of sums.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (U + 1, 2C), rows [gamma | beta]; row 0 is zero. Differentiable in all but windows.
+
+    Example:
+        >>> table = window_table(hidden, g.weight, g.bias, b.weight, b.bias, level.windows)
+    """
+    check_tensor("hidden", hidden, 2, "(V, D)", _WIDE)
+    _check_windows(windows, hidden, "hidden")
+    channels, depth = weight_gamma.shape[0], hidden.shape[1]
+    _check_groups(groups, depth, channels)
+    shape = (channels, depth // groups, 3, 3)
+    _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape, _LOW)
+    _check_conv("_beta", weight_beta, bias_beta, hidden, shape, _LOW)
+    kind = resolve("window_table", hidden, backend, KINDS)
+    bias_gamma, bias_beta = bias_gamma.to(hidden.dtype), bias_beta.to(hidden.dtype)
+    trained = torch.is_grad_enabled() and (weight_gamma.requires_grad or weight_beta.requires_grad)
+    if kind != "triton" or trained or hidden.dtype == torch.float64:
+        weight_gamma, weight_beta = weight_gamma.to(hidden.dtype), weight_beta.to(hidden.dtype)
+    if kind == "reference":
+        return reference.window_table(
+            hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups=groups
+        )
+    out: Tensor = _WindowTable.apply(
+        hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups, one_level, kind
+    )
+    return out

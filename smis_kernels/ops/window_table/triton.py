@@ -1,0 +1,239 @@
+"""GPU kernels of window tables: products with gathered rows, sums of nine rows and segment sums."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...runtime.triton_support import CompileCase, acc_type, on_device, product_precision, signature
+from ...runtime.tuned import setting
+
+# Of a product's tile, by how it is made. A weight of 16 bits is exact in TF32.
+PRODUCT = {
+    "tf32": {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3},
+    "tf32x3": {"rows": 64, "columns": 64, "depth": 32, "warps": 8, "stages": 3},
+    "ieee": {"rows": 64, "columns": 64, "depth": 16, "warps": 8, "stages": 3},
+}
+TILE = 2048
+
+
+@triton.jit
+def _wide_offsets(block, SIZE: tl.constexpr):
+    # 64-bit: rows x nine taps x channels exceeds 2^31 on large maps
+    return block.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
+def window_product_kernel(
+    hidden, weight, bias, windows, out, rows, depth, width, sections, groups,
+    ONE_LEVEL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Tiles of H W_t: one tap for each row of H, or the sum over the taps of each window.
+
+    hidden (V, groups * depth); weight (9, depth, sections * width), where section i reads group
+    i % groups of hidden. out is (V, 9, columns), or (U, columns) with ONE_LEVEL.
+    """
+    blocks = tl.cdiv(width, BLOCK_C)
+    section = tl.program_id(1) // blocks
+    columns = sections * width
+    r = _wide_offsets(tl.program_id(0), BLOCK_R)
+    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = section * width + c
+    base = hidden + section % groups * depth
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    steps = tl.cdiv(depth, BLOCK_K)
+    # one loop over taps and depth: the loads of the next step overlap across taps too
+    for step in range(9 * steps if ONE_LEVEL else steps):
+        k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        if ONE_LEVEL:
+            tap = step // steps
+            row = tl.load(windows + r * 9 + tap, mask=r < rows, other=0).to(tl.int64)
+        else:
+            tap = tl.program_id(2)
+            row = r
+        a = tl.load(base + row[:, None] * (groups * depth) + k[None, :],
+                    mask=(r < rows)[:, None] & (k < depth)[None, :], other=0.0)
+        b = tl.load(weight + (tap * depth + k)[:, None] * columns + column[None, :],
+                    mask=(k < depth)[:, None] & (c < width)[None, :], other=0.0)
+        total = tl.dot(a, b.to(ACC), total, input_precision=PRECISION, out_dtype=ACC)
+    mask = (r < rows)[:, None] & (c < width)[None, :]
+    if ONE_LEVEL:
+        total += tl.load(bias + column, mask=c < width, other=0.0)[None, :]
+        total = tl.where((r > 0)[:, None], total, 0.0)
+        at = r[:, None] * columns + column[None, :]
+    else:
+        at = (r * 9 + tl.program_id(2))[:, None] * columns + column[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def window_sum_kernel(
+    source, windows, bias, out, rows, channels,
+    BIAS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # source (R, 9, C) -> out (V, C)
+    r = _wide_offsets(tl.program_id(0), BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = ((r > 0) & (r < rows))[:, None] & (c < channels)[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    if BIAS:
+        total += tl.load(bias + c, mask=c < channels, other=0.0)[None, :]
+    for tap in tl.static_range(9):
+        row = tl.load(windows + r * 9 + tap, mask=r < rows, other=0).to(tl.int64)
+        at = (row * 9 + tap)[:, None] * channels + c[None, :]
+        total += tl.load(source + at, mask=mask, other=0.0).to(ACC)
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)  # NaN passes
+    total = tl.where((r > 0)[:, None], total, 0.0)
+    tl.store(out + r[:, None] * channels + c[None, :], total.to(out.dtype.element_ty),
+             mask=(r < rows)[:, None] & (c < channels)[None, :])
+
+
+@triton.jit
+def segment_sum_kernel(
+    source, order, bounds, out, channels,
+    GATHER: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """out[s] = the sum of source[order[i]] over bounds[s] <= i < bounds[s + 1], in this order."""
+    segment = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, last = tl.load(bounds + segment), tl.load(bounds + segment + 1)
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for start in range(first, last, BLOCK_R):
+        i = start + tl.arange(0, BLOCK_R)
+        row = tl.load(order + i, mask=i < last, other=0) if GATHER else i
+        total += tl.load(source + row[:, None] * channels + c[None, :],
+                         mask=(i < last)[:, None] & (c < channels)[None, :], other=0.0).to(ACC)
+    tl.store(out + segment * channels + c, tl.sum(total, 0).to(out.dtype.element_ty),
+             mask=c < channels)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_C): channels are dense, rows fill the tile."""
+    block_c = min(triton.next_power_of_2(channels), 128)
+    return TILE // block_c, block_c
+
+
+def segment_sum(source: Tensor, order: Tensor | None, bounds: Tensor) -> Tensor:
+    """Sums of rows of ``source`` (R, C) over segments of ``order`` (of all rows where None)."""
+    segments, channels = bounds.numel() - 1, source.shape[1]
+    out = source.new_empty((segments, channels))
+    # short segments abound: fewer rows at a time than the other kernels
+    block_r, block_c = 8, _tile(channels)[1]
+    with on_device(source):
+        segment_sum_kernel[(segments, triton.cdiv(channels, block_c))](
+            source, bounds if order is None else order, bounds, out, channels,
+            GATHER=order is not None, ACC=acc_type(source), BLOCK_R=block_r, BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return out
+
+
+def sorted_segments(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions of the keys (below ``count``) in order, and the (count + 1,) bounds of each key.
+
+    The sort is stable, so sums over segments have a fixed order: no atomics.
+    """
+    ordered, order = torch.sort(keys, stable=True)
+    every = torch.arange(count + 1, dtype=keys.dtype, device=keys.device)
+    return order, torch.searchsorted(ordered, every)
+
+
+def _product(
+    hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, groups: int, one_level: bool
+) -> Tensor:
+    depth, columns = weight.shape[1:]
+    # the two halves read the same hidden rows: without groups they are one section
+    sections = 1 if groups == 1 else 2 * groups
+    width = columns // sections
+    rows = windows.shape[0] if one_level else hidden.shape[0]
+    out = hidden.new_empty((rows, columns) if one_level else (rows, 9, columns))
+    precision = "tf32" if weight.dtype != hidden.dtype else product_precision(hidden)
+    key = f"{precision} {'one level' if one_level else 'two levels'}"
+    chosen = setting("window_product", key, PRODUCT[precision], hidden.device)
+    block_c = min(max(triton.next_power_of_2(width), 16), chosen["columns"])
+    grid = (triton.cdiv(rows, chosen["rows"]), sections * triton.cdiv(width, block_c),
+            1 if one_level else 9)
+    with on_device(hidden):
+        window_product_kernel[grid](
+            hidden, weight, bias, windows, out, rows, depth, width, sections, groups,
+            ONE_LEVEL=one_level, PRECISION=precision, ACC=acc_type(hidden), BLOCK_R=chosen["rows"],
+            BLOCK_C=block_c, BLOCK_K=chosen["depth"], num_warps=chosen["warps"],
+            num_stages=chosen["stages"],
+        )
+    return out
+
+
+def _packed(weights: tuple[Tensor, Tensor]) -> Tensor:
+    """Two (C, K, 3, 3) weights as (9, K, 2C): read in place, a line would serve one float."""
+    channels, depth = weights[0].shape[:2]
+    packed = weights[0].new_empty((9, depth, 2, channels))
+    for half, weight in enumerate(weights):
+        packed[:, :, half].copy_(weight.reshape(channels, depth, 9).permute(2, 1, 0))
+    return packed.view(9, depth, 2 * channels)
+
+
+def window_table(
+    hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
+    bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
+) -> Tensor:
+    hidden, windows = hidden.contiguous(), windows.contiguous()
+    weight = _packed((weight_gamma, weight_beta))
+    bias = torch.cat([bias_gamma, bias_beta])
+    product = _product(hidden, weight, bias, windows, groups, one_level)
+    return product if one_level else window_sum(product, windows, bias, False)
+
+
+def window_sum(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    rows, windows = rows.contiguous(), windows.contiguous()
+    count, channels = windows.shape[0], rows.shape[2]
+    out = rows.new_empty((count, channels))
+    block_r, block_c = _tile(channels)
+    with on_device(rows):
+        window_sum_kernel[(triton.cdiv(count, block_r), triton.cdiv(channels, block_c))](
+            rows, windows, rows if bias is None else bias.contiguous(), out, count, channels,
+            BIAS=bias is not None, RELU=relu, ACC=acc_type(rows), BLOCK_R=block_r,
+            BLOCK_C=block_c, num_warps=4,
+        )
+    return out
+
+
+def window_scatter(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
+    # row 0 of the windows is the outside: it receives no gradient
+    taps = torch.arange(9, dtype=torch.int32, device=windows.device)
+    order, bounds = sorted_segments((windows[1:] * 9 + taps).flatten(), rows * 9)
+    return segment_sum(grad.contiguous(), order // 9 + 1, bounds).view(rows, 9, -1)
+
+
+def _compile_cases() -> list[CompileCase]:
+    """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
+    integers = {"windows": "*i32", "order": "*i64", "bounds": "*i64"} | dict.fromkeys(
+        ("rows", "depth", "width", "sections", "groups", "channels"), "i32")
+    cases: list[CompileCase] = []
+    for element, acc in (("fp32", tl.float32), ("fp64", tl.float64)):
+        tile: dict[str, object] = {"ACC": acc, "BLOCK_R": 16, "BLOCK_C": 128}
+        sums = (
+            ("window_sum", window_sum_kernel, {**tile, "BIAS": True, "RELU": True}),
+            ("segment_sum", segment_sum_kernel, {**tile, "BLOCK_R": 8, "GATHER": True}),
+        )
+        cases += [(f"{name} {element}", kernel, signature(kernel, element, integers), constants, 4)
+                  for name, kernel, constants in sums]
+    variants = (("one level", True, 64), ("two levels", False, 64), ("small groups", False, 16))
+    for precision, element in (("tf32", "fp32"), ("tf32x3", "fp32"), ("ieee", "fp64")):
+        usual = PRODUCT[precision]
+        pointers = {**integers, "weight": "*bf16" if precision == "tf32" else f"*{element}"}
+        for name, one_level, columns in variants:
+            cases.append((
+                f"window_table {name} {precision} {element}", window_product_kernel,
+                signature(window_product_kernel, element, pointers),
+                {"ONE_LEVEL": one_level, "PRECISION": precision, "BLOCK_R": usual["rows"],
+                 "BLOCK_C": columns, "BLOCK_K": usual["depth"],
+                 "ACC": tl.float64 if element == "fp64" else tl.float32}, usual["warps"]))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

@@ -1,0 +1,139 @@
+"""3x3 convolution with 2.25 times fewer multiplications, any number of groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...runtime.backend import resolve
+from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
+from ...runtime.explain import record
+from ...runtime.library import RawOp
+from . import reference
+
+KINDS = ("cpu",)
+WIDE = (torch.float32, torch.float64)
+
+
+def _shape(input: Tensor, weight: Tensor, padding: int) -> tuple[int, int, int, int]:
+    n, _, h, w = input.shape
+    return n, weight.shape[0], h + 2 * padding - 2, w + 2 * padding - 2
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+          groups: int, padding: int) -> Tensor:
+    return torch.empty(_shape(input, weight, padding), dtype=input.dtype, device=input.device,
+                       memory_format=torch.channels_last)
+
+
+_conv = RawOp(
+    "winograd_conv(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt groups, "
+    "SymInt padding) -> Tensor",
+    _fake,
+)
+
+
+def _transposed(weight: Tensor, groups: int) -> Tensor:
+    """The kernels of the convolution that computes the input's gradient."""
+    out, channels = weight.shape[:2]
+    each = weight.flip(2, 3).view(groups, out // groups, channels, 3, 3)
+    return each.transpose(1, 2).reshape(groups * channels, out // groups, 3, 3)
+
+
+class _WinogradConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None,
+                residual: Tensor | None, groups: int, padding: int, kind: str) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.options = groups, padding, kind
+        out: Tensor = _conv(kind, input, weight, bias, residual, groups, padding)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        input, weight = ctx.saved_tensors
+        groups, padding, kind = ctx.options
+        need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        d_input = None
+        if need_input:
+            flipped = _transposed(weight, groups)
+            d_input = _conv(kind, grad, flipped, None, None, groups, 2 - padding)
+        d_weight = d_bias = None
+        if need_weight or need_bias:
+            _, d_weight, d_bias = torch.ops.aten.convolution_backward(
+                grad, input, weight, ctx.bias_sizes, [1, 1], [padding, padding], [1, 1], False,
+                [0, 0], groups, [False, need_weight, need_bias])
+        return (d_input, d_weight, d_bias, grad if need_residual else None, None, None, None)
+
+
+def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+                    residual: Tensor | None = None, padding: int = 1, groups: int = 1,
+                    backend: str | None = None) -> Tensor:
+    r"""A 3x3 convolution by Winograd's F(2x2, 3x3), a tensor added in the same pass.
+
+    .. math:: y = \mathrm{residual} + A^T [(G W G^T) \odot (B^T x B)] A + b
+
+    equal to ``residual + F.conv2d(input, weight, bias, padding=padding, groups=groups)`` up to
+    rounding: 16 products for 2x2 pixels in place of 36, on the CPU. NaN and infinity reach the
+    other pixels of their 2x2 tile. :class:`WinogradConv2d` knows where this is the faster form.
+
+    Args:
+        input: (N, C, H, W); float32 or float64, and 16-bit types, which take ``F.conv2d``.
+        weight: (C', C / groups, 3, 3). bias: (C',) or None.
+        residual: as the output, or None.
+        padding: rows and columns of zeros around the input, 0 or 1.
+        groups: blocked connections, as ``F.conv2d``.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        (N, C', H + 2·padding - 2, W + 2·padding - 2), channels-last from the native kernel.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not belong together.
+        BackendError: the backend asked for cannot run here.
+
+    Paper: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
+
+    Example:
+        >>> x, weight = torch.randn(1, 8, 32, 32), torch.randn(4, 8, 3, 3)
+        >>> winograd_conv2d(x, weight).shape
+        torch.Size([1, 4, 32, 32])
+    """
+    check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
+    check_tensor("weight", weight, 4, "(C', C / groups, 3, 3)", (input.dtype,))
+    _, channels, h, w = input.shape
+    out = weight.shape[0]
+    if groups < 1 or channels % groups or out % groups:
+        raise ValueError(f"groups: expected a divisor of {channels} channels and {out} outputs, "
+                         f"got {groups}")
+    check_shape("weight", weight, (out, channels // groups, 3, 3),
+                f"for input {tuple(input.shape)} and {groups} groups")
+    check_device("weight", weight, input, "input")
+    if padding not in (0, 1):
+        raise ValueError(f"padding: expected 0 or 1, got {padding}")
+    shape = _shape(input, weight, padding)
+    if min(shape[2:]) < 0 or (not padding and min(h, w) < 3):
+        raise ValueError(f"input: expected at least 3x3 pixels without padding, got ({h}, {w})")
+    if bias is not None:
+        check_tensor("bias", bias, 1, "(C',)", (input.dtype,))
+        check_shape("bias", bias, (out,), f"to match weight {tuple(weight.shape)}")
+        check_device("bias", bias, input, "input")
+    if residual is not None:
+        check_tensor("residual", residual, 4, "(N, C', H', W')", (input.dtype,))
+        check_shape("residual", residual, shape, "as the output")
+        check_device("residual", residual, input, "input")
+    kind = resolve("winograd_conv2d", input, backend, KINDS)
+    if kind != "reference" and input.dtype not in WIDE:
+        record("winograd_conv2d", "reference", input, reason="16-bit convs have matrix units")
+        kind = "reference"
+    else:
+        record("winograd_conv2d", kind, input, groups=groups)
+    if kind == "reference":
+        return reference.winograd_conv2d(input, weight, bias, residual, groups, padding)
+    y: Tensor = _WinogradConv.apply(input, weight, bias, residual, groups, padding, kind)
+    return y

@@ -1,0 +1,129 @@
+"""Which implementation runs: one selector word for every op."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import native as _native
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+ENVIRONMENT = "SMIS_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why and what to do."""
+
+
+def _validated(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+class _Selection:
+    # Process-wide on purpose: torch.compile guards a plain attribute, and neither a
+    # ContextVar (cannot be traced) nor a thread-local (not guarded, so stale after a change).
+    backend: str | None = None
+
+
+_selection = _Selection()
+_environment = os.environ.get(ENVIRONMENT, "auto")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every op inside the block on ``backend`` (process-wide, as torch.backends flags are).
+
+    Example:
+        >>> with smis_kernels.use_backend("reference"):
+        ...     y = model(x)
+    """
+    previous = _selection.backend
+    _selection.backend = _validated(backend, "backend")
+    try:
+        yield
+    finally:
+        _selection.backend = previous
+
+
+def requested(backend: str | None = None) -> str:
+    """The backend asked for: the argument, else ``use_backend``, else ``SMIS_BACKEND``."""
+    if backend is not None:
+        return _validated(backend, "backend")
+    return _selection.backend or _validated(_environment, ENVIRONMENT)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def missing(kind: str) -> str | None:
+    """Why the implementation ``kind`` cannot run in this process, with the cure; else None."""
+    if kind in ("cpu", "cuda"):
+        status = _native.STATUS[kind]
+        if status.loaded and not (kind == "cpu" and _native.absent_kernels):
+            return None
+        if status.loaded:
+            return (
+                f"the native cpu library is older than the package: it lacks "
+                f"{', '.join(_native.absent_kernels)}; cure: {_native.BUILD_COMMAND}"
+            )
+        return f"the native {kind} library is not loaded: {status.reason}; cure: {status.cure}"
+    if kind == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed; cure: pip install triton"
+    return None
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]) -> str:
+    """The implementation of ``op`` that runs on ``tensor``: one of ``kinds`` or ``"reference"``.
+
+    ``auto`` takes the op's kernel for the tensor's device, or the reference (with one warning
+    that says what is missing); an explicit choice runs or raises :class:`BackendError`.
+    """
+    choice = requested(backend)
+    device = tensor.device.type
+    if choice == "reference":
+        return choice
+    if choice == "auto":
+        for kind in kinds:
+            if (kind == "cpu") == (device == "cpu") and device in ("cpu", "cuda"):
+                problem = missing(kind)
+                if problem is None:
+                    return kind
+                if not torch.compiler.is_compiling():
+                    _warn_once(f"smis_kernels.{op} runs on the reference path: {problem}")
+        return "reference"
+    if choice not in kinds:
+        raise BackendError(
+            f"backend: {op} has {', '.join(('reference', *kinds))}; got {choice!r}"
+        )
+    wanted = "cpu" if choice == "cpu" or (choice == "triton" and device == "cpu") else "cuda"
+    if device != wanted:
+        raise BackendError(
+            f"backend: {choice!r} of {op} needs a {wanted} tensor, got one on {tensor.device}"
+        )
+    if choice == "triton" and device == "cpu" and not triton_interpreted():
+        raise BackendError(
+            f"backend: 'triton' of {op} needs a CUDA tensor (or TRITON_INTERPRET=1), got a CPU one"
+        )
+    problem = missing(choice)
+    if problem is not None:
+        raise BackendError(f"backend: {choice!r} of {op} cannot run: {problem}")
+    return choice

@@ -1,0 +1,60 @@
+"""The one operator library: each op's ``op.py`` defines its schemas here, once."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import native as _native
+
+NAMESPACE = "smis_kernels"
+
+# The Library object owns the registrations: it must outlive every call.
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+_names: list[str] = []
+
+
+def note_absent_kernels() -> None:
+    """Note the ops without a CPU kernel in a loaded library; called once all ops are defined."""
+    if _native.STATUS["cpu"].loaded:
+        has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+        _native.absent_kernels[:] = [
+            name for name in _names if not has_kernel(f"{NAMESPACE}::{name}", "CPU")
+        ]
+
+
+class RawOp:
+    """A registered operator without autograd, called with the backend that was chosen.
+
+    C++ files register the ``CPU`` (and, where the GPU kernel is CUDA C++, the ``CUDA``)
+    implementation of the same name; ``triton`` names a Python launcher ``"module:function"``
+    that is imported at the first call.
+    """
+
+    def __init__(self, schema: str, fake: Callable[..., Any], triton: str | None = None) -> None:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=_TAGS)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        self.name = name
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _names.append(name)
+        self._triton = triton
+        if triton is not None:
+            _LIBRARY.impl(name, self._launch, "CUDA")
+
+    def _launch(self, *args: Any) -> Any:
+        assert self._triton is not None
+        module, _, function = self._triton.partition(":")
+        return getattr(importlib.import_module(module), function)(*args)
+
+    def __call__(self, backend: str, *args: Any) -> Any:
+        # Triton's interpreter runs on CPU tensors, where the dispatcher would pick the C++ kernel.
+        if backend == "triton" and args[0].device.type == "cpu":
+            return self._launch(*args)
+        return self.overload(*args)

@@ -1,0 +1,245 @@
+"""The demo: GroupDNet's three tricks on a few layouts, and this machine's speed, on one page."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor, nn
+
+import smis_kernels
+from smis_kernels import class_crops, explain, instance_edges, use_backend
+
+from ..benchmark.records import processor
+from ..benchmark.timing import interleave
+from ..io.images import Picture, data_uri, grid, to_pictures, write_atomically, write_png
+from ..synthesis.scene import Layout, draw_code, morph, resample_class, semantics
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the speed table: median seconds by the reference and fused."""
+
+    name: str
+    reference: float
+    fused: float
+
+    @property
+    def speedup(self) -> float:
+        """Times faster than the reference."""
+        return self.reference / self.fused
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One experiment on one layout: a title and captioned pictures."""
+
+    title: str
+    pictures: tuple[tuple[str, Picture], ...]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What was made: pictures by layout, speed, and where the files are."""
+
+    strips: tuple[tuple[Layout, tuple[Strip, ...]], ...]
+    stages: tuple[Stage, ...]
+    backend: str
+    files: tuple[Path, ...]
+
+
+class _ConvClock:
+    """Sums the time that chosen convs take during a network's forward."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = 0.0
+        self.seconds = 0.0
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _before(self, *_: Any) -> None:
+        self._start = self._now()
+
+    def _after(self, *_: Any) -> None:
+        self.seconds += self._now() - self._start
+
+    @contextmanager
+    def on(self, convs: Sequence[nn.Module]) -> Iterator[None]:
+        handles = [c.register_forward_pre_hook(self._before) for c in convs]
+        handles += [c.register_forward_hook(self._after) for c in convs]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _main_convs(generator: nn.Module) -> list[nn.Module]:
+    return [
+        module for name, module in generator.named_modules()
+        if isinstance(module, nn.Conv2d) and ".mlp_" not in name
+    ]
+
+
+@torch.no_grad()
+def speed(model: Any, layout: Layout, z: Tensor, seconds: float = 8.0,
+          step: Step = lambda what: None) -> list[Stage]:
+    """Time each stage by the reference and fused, interleaved in one run; medians.
+
+    The generator's main convs are timed inside its forward; "modulation" is the remainder:
+    the convs that predict gamma and beta, the modulation, and the upsampling folded into it.
+    """
+    planes = semantics(model, layout)
+    labels = torch.from_numpy(layout.labels)[None].to(planes.device)
+    device = planes.device
+    image = model.generator(planes, z)
+    crops = class_crops(image, labels, model.preset.classes, size=model.preset.image_size)
+    clock = _ConvClock(device)
+    convs: dict[str, list[float]] = {"reference": [], "auto": []}
+
+    def generate(backend: str) -> Tensor:
+        clock.seconds = 0.0
+        out: Tensor = model.generator(planes, z)
+        convs[backend].append(clock.seconds)
+        return out
+
+    parts: dict[str, Callable[[str], Any]] = {
+        "class crops": lambda backend: class_crops(
+            image, labels, model.preset.classes, size=model.preset.image_size),
+        "encoder": lambda backend: model.encoder(crops),
+        "generator": generate,
+    }
+
+    def call(part: str, backend: str) -> Callable[[], Any]:
+        def run() -> Any:
+            with use_backend(backend):
+                return parts[part](backend)
+
+        return run
+
+    medians: dict[tuple[str, str], float] = {}
+    for part in parts:
+        step(f"timing: {part}")
+        calls = {backend: call(part, backend) for backend in ("reference", "auto")}
+        with clock.on(_main_convs(model.generator)):
+            times = interleave(calls, seconds / len(parts), device=device)
+        medians.update({(part, b): statistics.median(t) for b, t in times.items()})
+    for backend, spent in convs.items():
+        main = statistics.median(spent)
+        medians["main convs", backend] = main
+        medians["modulation", backend] = max(medians["generator", backend] - main, 1e-9)
+    named = {
+        "class crops": "class crops (encoder input)", "encoder": "encoder convs",
+        "modulation": "modulation (with its convs)", "main convs": "main convs",
+        "generator": "generator, whole",
+    }
+    return [
+        Stage(title, medians[part, "reference"], medians[part, "auto"])
+        for part, title in named.items()
+    ]
+
+
+@torch.no_grad()
+def strips(model: Any, layout: Layout, samples: int, seed: int,
+           step: Step = lambda what: None) -> tuple[Strip, ...]:
+    """Samples of the layout, one class resampled, and a morph between two codes."""
+    planes = semantics(model, layout)
+
+    def draw(what: str, z: Tensor) -> tuple[str, Picture]:
+        step(f"{layout.name}: {what}")
+        (picture,) = to_pictures(model.generator(planes, z))
+        return what, picture
+
+    map_picture = ("layout", layout.picture(model.preset.classes))
+    codes = [draw_code(model, seed + i) for i in range(max(2, samples))]
+    drawn = [draw(f"sample {i + 1}", z) for i, z in enumerate(codes[:samples])]
+    # The largest class is background as a rule; the next one shows more.
+    index = layout.present[min(1, len(layout.present) - 1)]
+    name = layout.class_name(index)
+    changed = [
+        draw(f"{name}, code {i + 1}", resample_class(model, codes[0], index, seed + 100 + i))
+        for i in range(max(1, samples - 1))
+    ]
+    ends = [drawn[0][1], drawn[1][1] if samples > 1 else draw("end", codes[1])[1]]
+    between = [
+        draw(f"morph {i}/{samples}", morph(codes[0], codes[1], i / samples))
+        for i in range(1, samples)
+    ]
+    return (
+        Strip("Samples: one layout, a new code for every class", (map_picture, *drawn)),
+        Strip(f"One class: only {name} gets a new code", (map_picture, drawn[0], *changed)),
+        Strip("Morphing: from the first code to the second",
+              (map_picture, ("start", ends[0]), *between, ("end", ends[1]))),
+    )
+
+
+def forwards(layouts: int, samples: int) -> int:
+    """How many pictures :func:`strips` draws."""
+    return layouts * (samples + max(1, samples - 1) + samples - 1 + (samples == 1))
+
+
+def page(demo_strips: Sequence[tuple[Layout, tuple[Strip, ...]]], stages: Sequence[Stage],
+         facts: dict[str, str], random_weights: bool, unfused: bool) -> str:
+    """The self-contained HTML page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("smis_models.demo", ""), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = data_uri
+    return environment.get_template("page.html").render(
+        layouts=demo_strips, stages=stages, facts=facts, random_weights=random_weights,
+        unfused=unfused,
+        longest=max((max(s.reference, s.fused) for s in stages), default=1.0),
+    )
+
+
+def run(model: Any, layouts: Sequence[Layout], out: str | Path, *, samples: int = 3, seed: int = 0,
+        random_weights: bool = True, width: str = "", seconds: float = 8.0,
+        step: Step = lambda what: None) -> Demo:
+    """Draw, time and write ``<layout>.png`` grids and ``index.html`` into ``out``.
+
+    Args:
+        model: from :func:`create_model`, in eval mode.
+        layouts: what to draw.
+        out: a folder, made if need be.
+        samples: pictures of each layout.
+        seed: of the codes.
+        random_weights: said on the page.
+        width: how wide the network is, in words, for the page.
+        seconds: time for the speed table.
+        step: called with what is done next: :func:`forwards` pictures and three timings.
+    """
+    folder = Path(out)
+    made = [(layout, strips(model, layout, samples, seed, step)) for layout in layouts]
+    stages = speed(model, layouts[0], draw_code(model, seed), seconds, step)
+    device = next(model.parameters()).device
+    backend = explain(instance_edges, torch.zeros(1, 2, 2, dtype=torch.int64, device=device))
+    fused = backend.choices[0].backend
+    files = [
+        write_png(folder / f"{layout.name}.png",
+                  grid([[picture for _, picture in strip.pictures] for strip in of_layout]))
+        for layout, of_layout in made
+    ]
+    height, columns = model.preset.image_size
+    facts = {
+        "model": f"{model.name}, {width}, {height} x {columns}",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads"
+        if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "versions": f"smis_kernels {smis_kernels.__version__}, torch {torch.__version__}",
+    }
+    html = page(made, stages, facts, random_weights, fused == "reference")
+    files.insert(0, write_atomically(folder / "index.html", html.encode()))
+    return Demo(tuple(made), tuple(stages), fused, tuple(files))

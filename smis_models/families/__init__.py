@@ -1,0 +1,1 @@
+"""The zoo: networks, published options and names of every family."""

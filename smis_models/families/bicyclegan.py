@@ -1,0 +1,150 @@
+"""BicycleGAN's U-Net and residual encoder, which DSCGAN shares."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smis_kernels import LabelLayout, norm_act
+
+from ..networks.blocks import check_maps, fast_format
+from ..networks.generator import check_code, resized
+from .presets import UNetPreset
+
+_WIDEST = 8  # times ngf
+_ENCODER_WIDEST = 4  # times nef
+_SLOPE = 0.2
+
+
+def _halving(channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, 4, stride=2, padding=1)
+
+
+class UNetGenerator(nn.Module):
+    """U-Net of 4x4 convs, stride 2, that reads the latent code at every halving.
+
+    Down: LeakyReLU(0.2) -> conv -> instance norm; up: ReLU -> transposed conv -> instance norm,
+    concatenated with the features of the same size on the way down; tanh. The first conv has
+    neither norm nor activation before it, the innermost no norm. The code is repeated over the
+    pixels and concatenated with every conv's input ("U-Net-256, nz added to all layers").
+
+    Args:
+        preset: classes, image size, ``ngf``, ``latent_channels``.
+
+    Shapes: semantics (N, classes [+ edge], any, any) or its layout, z (N, latent_channels) ->
+        image (N, 3, *image_size) in [-1, 1].
+
+    Raises:
+        ValueError: semantics or z of another rank, channel count or batch size.
+
+    Paper: Zhu et al., "Toward Multimodal Image-to-Image Translation", NeurIPS 2017.
+
+    Example:
+        >>> generator = create_model("bicyclegan_deepfashion", part="generator")
+        >>> image = generator(semantics, generator.sample_latent(len(semantics)))
+    """
+
+    def __init__(self, preset: UNetPreset) -> None:
+        super().__init__()
+        self.preset = preset
+        widths = [preset.ngf * min(2**i, _WIDEST) for i in range(preset.depth)]
+        channels = preset.semantic_channels
+        for i, width in enumerate(widths):
+            self.add_module(f"down{i}", _halving(channels + preset.latent_channels, width))
+            channels = width
+        for i in reversed(range(preset.depth)):
+            out = widths[i - 1] if i else 3
+            self.add_module(f"up{i}", nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1))
+            channels = 2 * out
+
+    def sample_latent(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """``batch`` codes from N(0, 1), drawn on the CPU: one seed, one picture on every device."""
+        z = torch.randn((batch, self.preset.latent_channels), generator=generator)
+        return z.to(next(self.parameters()))
+
+    def _conv(self, name: str, x: Tensor) -> Tensor:
+        out: Tensor = self.get_submodule(name)(x)
+        return out
+
+    def forward(self, semantics: Tensor | LabelLayout, z: Tensor) -> Tensor:
+        preset, last = self.preset, self.preset.depth - 1
+        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
+                   + (" and the edge plane" if preset.instance_edge else ""))
+        check_code(z, semantics.shape[0], preset.latent_channels)
+        x = fast_format(resized(semantics, preset.image_size, z))
+        code, kept = z[:, :, None, None], []
+        for i in range(preset.depth):
+            x = self._conv(f"down{i}", torch.cat([x, code.expand(-1, -1, *x.shape[2:])], 1))
+            if i == 0:
+                x, code = F.leaky_relu(x, _SLOPE), F.leaky_relu(code, _SLOPE)
+            elif i < last:
+                x = norm_act(x, activation="leaky_relu", negative_slope=_SLOPE)
+            kept.append(F.relu(x))  # which of a LeakyReLU's output is that of its input
+        x = kept.pop()
+        for i in range(last, 0, -1):
+            x = norm_act(self._conv(f"up{i}", x), activation="relu")
+            x = torch.cat([x, kept.pop()], 1)
+        return torch.tanh(self._conv("up0", x))
+
+
+class _ResidualBlock(nn.Module):
+    """Instance norm -> LeakyReLU -> conv 3x3, twice, halved by averaging; plus a halved 1x1."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv_0 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for layer in (self.conv_0, self.conv_1):
+            h = layer(norm_act(h, activation="leaky_relu", negative_slope=_SLOPE))
+        shortcut: Tensor = self.shortcut(F.avg_pool2d(x, 2))
+        return F.avg_pool2d(h, 2) + shortcut
+
+
+class ResNetEncoder(nn.Module):
+    """Residual image encoder: mean and log variance of the latent code of a whole image.
+
+    Conv 4x4, stride 2; residual blocks that halve down to 8x8; LeakyReLU(0.2); the mean over the
+    image; two linear heads.
+
+    Args:
+        preset: ``nef``, ``latent_channels``, and the image size, which sets the number of blocks:
+            four at 256x256, as the published resnet_256.
+
+    Shapes: x (N, 3, H, W) in [-1, 1] -> mu, logvar (N, latent_channels) each.
+
+    Raises:
+        ValueError: another number of channels.
+
+    Paper: Zhu et al., "Toward Multimodal Image-to-Image Translation", NeurIPS 2017.
+
+    Example:
+        >>> encoder = create_model("bicyclegan_deepfashion", part="encoder")
+        >>> z = reparameterize(*encoder(image))
+    """
+
+    def __init__(self, preset: UNetPreset) -> None:
+        super().__init__()
+        width = preset.nef
+        layers: list[nn.Module] = [_halving(3, width)]
+        for n in range(1, preset.depth - 3):
+            out = preset.nef * min(n + 1, _ENCODER_WIDEST)
+            layers.append(_ResidualBlock(width, out))
+            width = out
+        self.layers = nn.Sequential(*layers)
+        self.fc_mu = nn.Linear(width, preset.latent_channels)
+        self.fc_var = nn.Linear(width, preset.latent_channels)
+
+    def encode(self, image: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu, logvar) of ``image``; labels, which other systems' encoders read, are not read."""
+        codes: tuple[Tensor, Tensor] = self(image)
+        return codes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_maps("x", x, 3, "an image")
+        x = F.leaky_relu(self.layers(fast_format(x)), _SLOPE).mean((2, 3))
+        return self.fc_mu(x), self.fc_var(x)

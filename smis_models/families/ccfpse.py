@@ -1,0 +1,391 @@
+"""CC-FPSE: conditional convolutions predicted from the layout, and its pyramid discriminator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smis_kernels import (
+    SPADE,
+    ConditionalConv2d,
+    LabelLayout,
+    SpatiallyVaryingConv2d,
+    conditional_attention,
+    modulation,
+)
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation
+from smis_kernels.ops.window_table.op import window_embedding
+from smis_kernels.ops.winograd_conv.choice import conv3x3
+from smis_kernels.runtime.backend import requested
+
+from ..networks.blocks import check_maps, conv, fast_format
+from ..networks.generator import WIDTHS, CodeGenerator
+from ..networks.losses import feature_matching_loss
+from .presets import CCFPSEPreset
+
+
+def _weight(layer: nn.Conv2d) -> Tensor:
+    """The weight that a call of the layer would use: spectral norm sets it in a hook."""
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, ())
+    return layer.weight
+
+
+def _normalized_conv(channels: int, out_channels: int, **options: Any) -> nn.Sequential:
+    layer = conv(channels, out_channels, bias=False, spectral=True, **options)
+    return nn.Sequential(nn.Sequential(layer, nn.BatchNorm2d(out_channels)), nn.LeakyReLU(0.2))
+
+
+class Condition:
+    """What a block is conditioned on: the label map and, at the block's size, pyramid features.
+
+    Called with 3x3 convs that read both, concatenated, it gives each one's ReLU. Where the map is
+    compiled, its part comes from a table over label windows: one embedding bag for all the convs
+    of a block. The features' part is a dense conv.
+    """
+
+    def __init__(self, segmap: Tensor | LabelLayout, features: Tensor, convs: list[nn.Conv2d],
+                 ) -> None:
+        self.features, self.convs = features, convs
+        size = (features.shape[2], features.shape[3])
+        self.layout = None
+        if isinstance(segmap, LabelLayout):
+            level = segmap.level(size)
+            if level.repeats:
+                self.layout, self.index = segmap, level.index3
+                self.tables = self._tables(segmap, level.windows3)
+                return
+            segmap = segmap.dense(size, features.dtype)
+        resized = F.interpolate(segmap, size=size, mode="nearest")
+        self.both = torch.cat([fast_format(resized), features], 1)
+
+    def _tables(self, layout: LabelLayout, windows: Tensor) -> tuple[Tensor, ...]:
+        """The label part of every conv for each distinct window: (V + 1, D) each."""
+        labels = layout.shape[1]
+        dtype = torch.float64 if self.features.dtype == torch.float64 else torch.float32
+        weight = torch.cat([c.weight[:, :labels] for c in self.convs]).to(dtype)
+        bias = torch.cat([c.bias for c in self.convs if c.bias is not None]).to(dtype)
+        table = window_embedding(layout.vectors.to(dtype), weight, bias, windows, relu=False)
+        return table.split([c.out_channels for c in self.convs], 1)
+
+    def __call__(self, layer: nn.Conv2d) -> Tensor:
+        if self.layout is None:
+            return F.relu(layer(self.both))
+        part = self.tables[self.convs.index(layer)]
+        weight = layer.weight[:, self.layout.shape[1]:]
+        x = conv3x3(self.features, weight)
+        # x + table[index], ReLU: a modulation whose gamma is zero.
+        table = torch.cat([torch.zeros_like(part), part], 1)
+        return indexed_modulation(x, self.index, table, norm="none", activation="relu")
+
+
+def _first(norm: SPADE) -> nn.Conv2d:
+    layer = norm.shared_conv
+    assert layer is not None
+    return layer
+
+
+class Predictor(nn.ModuleDict):
+    """Two convs with a ReLU between, under the keys that they have in the published Sequential."""
+
+    def __init__(self, first: nn.Conv2d, last: nn.Conv2d) -> None:
+        super().__init__({"0": first, "2": last})
+
+    @property
+    def first(self) -> nn.Conv2d:
+        """The conv that reads the condition."""
+        layer = self["0"]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    @property
+    def last(self) -> nn.Module:
+        """The conv that reads the hidden features."""
+        return self["2"]
+
+
+class ConditionalBlock(nn.Module):
+    """CC-FPSE's residual block: norm, conditional conv, 1x1 conv, conditional attention; twice.
+
+    ``h = attend(conv_1(condconv(norm_1(x))))``, then
+    ``y = shortcut + attend(conv_3(condconv(norm_2(h))))`` with the shortcut ``conv_s(norm_s(x))``
+    where the width changes, else x itself. Kernels and gates are predicted
+    from the label map and the pyramid's features. ``norm_0`` and the norms inside ``conv_0`` and
+    ``conv_2`` are never called: they keep the published entries of the state dict.
+
+    Shapes: x (N, C, H, W), segmap (N, L, any, any), features (N, F, H, W) -> (N, C', H, W).
+
+    Paper: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
+    Image Synthesis", NeurIPS 2019.
+    """
+
+    def __init__(self, channels: int, out_channels: int, label_channels: int,
+                 feature_channels: int, hidden: int) -> None:
+        super().__init__()
+        middle = min(channels, out_channels)
+        source = label_channels + feature_channels
+
+        def predictor(last: nn.Conv2d) -> Predictor:
+            return Predictor(conv(source, hidden), last)
+
+        self.gen_weights1 = predictor(ConditionalConv2d(channels, hidden))
+        self.gen_weights2 = predictor(ConditionalConv2d(middle, hidden))
+        self.gen_se_weights1 = predictor(conv(hidden, middle))
+        self.gen_se_weights2 = predictor(conv(hidden, out_channels))
+        self.conv_0 = SpatiallyVaryingConv2d(channels)
+        self.norm_0 = nn.BatchNorm2d(middle)
+        self.conv_1 = conv(channels, middle, kernel_size=1)
+        self.norm_1 = nn.BatchNorm2d(channels)
+        self.conv_2 = SpatiallyVaryingConv2d(middle)
+        self.norm_2 = nn.BatchNorm2d(middle)
+        self.conv_3 = conv(middle, out_channels, kernel_size=1)
+        self.learned_shortcut = channels != out_channels
+        if self.learned_shortcut:
+            self.conv_s = conv(channels, out_channels, kernel_size=1, bias=False, spectral=True)
+            self.norm_s = SPADE(channels, source, hidden, norm="syncbatch")
+
+    def _shortcut(self, x: Tensor, condition: Condition) -> Tensor:
+        if not self.learned_shortcut:
+            return x
+        norm = self.norm_s
+        hidden = condition(_first(norm))
+        gamma, beta = norm.convolved(hidden, fused=requested() != "reference")
+        norm.count_batch()
+        out: Tensor = self.conv_s(modulation(
+            x, gamma, beta, **norm.norm_arguments(), **norm.shared_arguments()))
+        return out
+
+    def forward(self, x: Tensor, segmap: Tensor | LabelLayout, features: Tensor) -> Tensor:
+        weights1, weights2 = self.gen_weights1, self.gen_weights2
+        gates1, gates2 = self.gen_se_weights1, self.gen_se_weights2
+        convs = [part.first for part in (weights1, weights2, gates1, gates2)]
+        if self.learned_shortcut:
+            convs.append(_first(self.norm_s))
+        condition = Condition(segmap, features, convs)
+        shortcut = self._shortcut(x, condition)
+        h = weights1.last(self.norm_1(x), condition(weights1.first))
+        h = conditional_attention(self.conv_1(h), gates1.last(condition(gates1.first)))
+        h = weights2.last(self.norm_2(h), condition(weights2.first))
+        h = conditional_attention(self.conv_3(h), gates2.last(condition(gates2.first)))
+        return shortcut + h
+
+
+class CCFPSEGenerator(CodeGenerator):
+    """CC-FPSE's generator: a label map, and with ``vae`` a latent code, to an image.
+
+    A label encoder makes a feature pyramid of the map; residual blocks with nearest x2 upsampling
+    between them predict their kernels from map and pyramid -> LeakyReLU -> ``conv_img`` -> tanh.
+
+    Args:
+        preset: classes, widths, image size, upsampling ("normal" five times, "more" six), ``vae``.
+
+    Shapes: semantics (N, classes [+ edge], H, W), of the image's size, or its layout; z (N,
+        latent_channels) with ``vae``, else None -> image (N, 3, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: semantics or z of another shape; a missing z, or one there is no use for.
+
+    Paper: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
+    Image Synthesis", NeurIPS 2019.
+
+    Example:
+        >>> generator = create_model("ccfpse_coco", part="generator")
+        >>> image = generator(semantics, generator.sample_latent(len(semantics)))
+    """
+
+    preset: CCFPSEPreset
+
+    def __init__(self, preset: CCFPSEPreset) -> None:
+        super().__init__(preset)
+        labels, ngf = preset.semantic_channels, preset.ngf
+        channels = WIDTHS["head_0"] * ngf
+        self.levels = preset.upsamplings[preset.upsampling]
+        for i in range(1, self.levels + 2):
+            layer = _normalized_conv(labels if i == 1 else ngf, ngf, stride=1 if i == 1 else 2)
+            self.add_module(f"labelenc{i}", layer)
+        for i in range(1, self.levels + 1):
+            self.add_module(f"labellat{i}", _normalized_conv(ngf, ngf, kernel_size=1))
+            self.add_module(f"labeldec{i}", _normalized_conv(ngf, ngf))
+        for name, factor in WIDTHS.items():
+            block = ConditionalBlock(channels, factor * ngf, labels, ngf, preset.hidden)
+            self.add_module(name, block)
+            channels = factor * ngf
+        self.conv_img = conv(channels, 3)
+
+    def forward(self, semantics: Tensor | LabelLayout, z: Tensor | None = None) -> Tensor:
+        segmap, size = self._segmap(semantics), tuple(self.preset.image_size)
+        if tuple(semantics.shape[2:]) != size:
+            raise ValueError(
+                f"semantics: expected the image's size {size}, got {tuple(semantics.shape[2:])}"
+            )
+        pyramid = self._pyramid(segmap)
+        x = fast_format(self._start(semantics, z))
+        level = 0
+        for name in WIDTHS:
+            if self._upsamples(name):
+                x = F.interpolate(x, scale_factor=2, mode="nearest")
+                level += 1
+            x = self.get_submodule(name)(x, segmap, pyramid[level])
+        return self._picture(x)
+
+    def _pyramid(self, segmap: Tensor | LabelLayout) -> list[Tensor]:
+        """Features of the map at every size, (N, ngf, h, w), smallest first."""
+        x = self._first_features(segmap)
+        encoded = [x]
+        for i in range(2, self.levels + 2):
+            x = self.get_submodule(f"labelenc{i}")(x)
+            encoded.append(x)
+        pyramid = [encoded.pop()]
+        for i in range(1, self.levels + 1):
+            lateral = self.get_submodule(f"labellat{i}")(encoded.pop())
+            lateral = lateral + F.interpolate(pyramid[-1], scale_factor=2, mode="nearest")
+            pyramid.append(self.get_submodule(f"labeldec{i}")(lateral))
+        return pyramid
+
+    def _first_features(self, segmap: Tensor | LabelLayout) -> Tensor:
+        first = self.get_submodule("labelenc1")
+        if not isinstance(segmap, LabelLayout):
+            features: Tensor = first(fast_format(segmap))
+            return features
+        dtype, size = self.conv_img.weight.dtype, (segmap.shape[2], segmap.shape[3])
+        level = segmap.level(size)
+        if not level.repeats:
+            return self._first_features(segmap.dense(size, dtype))
+        (layer, norm), activation = first[0], first[1]  # type: ignore[index]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        table = window_embedding(segmap.vectors.to(wide), _weight(layer).to(wide), None,
+                                 level.windows3, relu=False)
+        rows = F.embedding(level.index3, table.to(dtype))
+        out: Tensor = activation(norm(rows.permute(0, 3, 1, 2)))
+        return out
+
+
+def _pool(x: Tensor, size: int) -> Tensor:
+    """Average pooling as sums of slices, which vectorise: on a CPU ``avg_pool2d`` does not."""
+    rows = x[:, :, ::size]
+    for i in range(1, size):
+        rows = rows + x[:, :, i::size]
+    columns = rows[..., ::size]
+    for i in range(1, size):
+        columns = columns + rows[..., i::size]
+    return columns / size**2
+
+
+class FPSEDiscriminator(nn.Module):
+    """Feature-pyramid, semantics-embedding discriminator.
+
+    Five stride-2 convs, a top-down pyramid of three levels, and at each level the score
+    ``tf(f) + <seg(f), embedding(semantics)>``, f the level's features. The embedding is a 1x1
+    conv, so it commutes with average pooling: the semantics are pooled first, which is exact and
+    cheaper.
+
+    Args:
+        preset: ``ndf``, and the channels of the semantics.
+
+    Shapes: image (N, 3, H, W), semantics (N, classes [+ edge], H, W), H and W multiples of 16 ->
+        four features (1/4 .. 1/32) and three predictions (1/4, 1/8, 1/16), two lists.
+
+    Paper: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
+    Image Synthesis", NeurIPS 2019.
+
+    Example:
+        >>> discriminator = create_model("ccfpse_coco", part="discriminator")
+        >>> features, predictions = discriminator(image, semantics)
+    """
+
+    def __init__(self, preset: CCFPSEPreset) -> None:
+        super().__init__()
+        ndf, top = preset.ndf, 4 * preset.ndf
+        self.label_channels = preset.semantic_channels
+        widths = [3, ndf, 2 * ndf, 4 * ndf, 8 * ndf, 8 * ndf]
+        for i in range(1, 6):
+            self.add_module(f"enc{i}", self._layer(widths[i - 1], widths[i], stride=2))
+        for i in range(2, 6):
+            self.add_module(f"lat{i}", self._layer(widths[i], top, kernel_size=1))
+        for i in range(2, 5):
+            self.add_module(f"final{i}", self._layer(top, 2 * ndf))
+        self.tf = conv(2 * ndf, 1, kernel_size=1)
+        self.seg = conv(2 * ndf, 2 * ndf, kernel_size=1)
+        self.embedding = conv(preset.semantic_channels, 2 * ndf, kernel_size=1)
+
+    def _layer(self, channels: int, out_channels: int, **options: Any) -> nn.Sequential:
+        layer = conv(channels, out_channels, bias=False, spectral=True, **options)
+        normalised = nn.Sequential(layer, nn.InstanceNorm2d(out_channels))
+        return nn.Sequential(normalised, nn.LeakyReLU(0.2))
+
+    def _at(self, name: str, x: Tensor) -> Tensor:
+        out: Tensor = self.get_submodule(name)(x)
+        return out
+
+    def forward(self, image: Tensor, semantics: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        check_maps("image", image, 3, "an image")
+        check_maps("semantics", semantics, self.label_channels, "the generator's semantics")
+        if semantics.shape[2:] != image.shape[2:] or any(s % 32 for s in image.shape[2:]):
+            raise ValueError(
+                f"semantics: expected the image's size, multiples of 32; got "
+                f"{tuple(semantics.shape)} with {tuple(image.shape)}"
+            )
+        x, features = image, []
+        for i in range(1, 6):
+            x = self._at(f"enc{i}", x)
+            features.append(x)
+        top = self._at("lat5", features[4])
+        pyramid = {}
+        for i in (4, 3, 2):
+            top = F.interpolate(top, scale_factor=2, mode="bilinear", align_corners=False)
+            pyramid[i] = top = top + self._at(f"lat{i}", features[i - 1])
+        predictions = []
+        for i, embedded in zip((2, 3, 4), self._embedded(semantics), strict=True):
+            level = self._at(f"final{i}", pyramid[i])
+            agreement = (embedded * self.seg(level)).sum(1, keepdim=True)
+            predictions.append(self.tf(level) + agreement)
+        return features[1:], predictions
+
+    def _embedded(self, semantics: Tensor) -> Iterator[Tensor]:
+        """The embedding at 1/4, 1/8 and 1/16 of the size."""
+        if requested() == "reference":
+            x = F.avg_pool2d(self.embedding(semantics), 2)
+            for _ in range(3):
+                x = F.avg_pool2d(x, 2)
+                yield x
+            return
+        x = _pool(semantics, 4)
+        for _ in range(3):
+            yield self.embedding(x)
+            x = _pool(x, 2)
+
+
+def discriminate_pairs(
+    discriminator: Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor]]],
+    semantics: Tensor, fake: Tensor, real: Tensor,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Fake features and predictions, then real ones, from one pass over both images.
+
+    Shapes: semantics (N, L, H, W), fake and real (N, 3, H, W) -> four lists.
+    """
+    n = semantics.shape[0]
+    features, predictions = discriminator(torch.cat([fake, real]),
+                                          torch.cat([semantics, semantics]))
+    return ([x[:n] for x in features], [x[:n] for x in predictions],
+            [x[n:] for x in features], [x[n:] for x in predictions])
+
+
+def pyramid_matching_loss(fake: Sequence[Tensor], real: Sequence[Tensor],
+                          weight: float = 20.0) -> Tensor:
+    r"""Mean over the discriminator's features of their L1 distance, real ones detached.
+
+    .. math:: \frac{\lambda}{4} \sum_i \mathrm{mean} |f_i - r_i|
+
+    Args:
+        fake, real: the features that :class:`FPSEDiscriminator` returns.
+        weight: λ; 20 as published.
+
+    Example:
+        >>> loss = pyramid_matching_loss(fake_features, real_features)
+    """
+    # A scale's last entry is its prediction, which the loss leaves out; here all are features.
+    return feature_matching_loss([(f, f) for f in fake], [(r, r) for r in real], weight)

@@ -1,0 +1,105 @@
+"""SPADE's generator, and the image encoder that turns it into a VAE."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smis_kernels import SPADE, LabelLayout
+
+from ..networks.blocks import SPADEResBlock, check_maps, conv, fast_format
+from ..networks.encoder import StridedEncoder
+from ..networks.generator import WIDTHS, CodeGenerator
+from .presets import CodePreset, SPADEPreset
+
+_ENCODED = 256  # the encoder reads images of this height and width
+
+
+class SPADEGenerator(CodeGenerator):
+    """SPADE's generator: a label map, and with ``vae`` a latent code, to an image.
+
+    ``fc`` makes the first features: a 3x3 conv of the semantics resized by nearest, or with
+    ``vae`` a linear layer of the code. Then residual blocks with nearest x2 upsampling between
+    them -> LeakyReLU -> ``conv_img`` -> tanh.
+
+    Args:
+        preset: classes, widths, image size, upsampling ("normal" five times, "more" six, "most"
+            seven with one more block), ``vae``.
+
+    Shapes: semantics (N, classes [+ edge], any, any) or its layout; z (N, latent_channels) with
+        ``vae``, else None -> image (N, 3, *image_size) in [-1, 1].
+
+    Raises:
+        ValueError: semantics or z of another rank, channel count or batch size; a missing z, or
+            one that the generator has no use for.
+
+    Paper: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
+
+    Example:
+        >>> generator = create_model("spade_coco", part="generator")
+        >>> image = generator(semantics)
+    """
+
+    preset: SPADEPreset
+
+    def __init__(self, preset: SPADEPreset) -> None:
+        super().__init__(preset)
+        self._widths = {name: factor * preset.ngf for name, factor in WIDTHS.items()}
+        if preset.upsampling == "most":
+            self._widths["up_4"] = preset.ngf // 2
+        channels = self._widths["head_0"]
+        for name, out in self._widths.items():
+            self.add_module(name, SPADEResBlock(channels, out, self._norm, what=name))
+            channels = out
+        self.conv_img = conv(channels, 3)
+
+    def _norm(self, channels: int) -> SPADE:
+        preset = self.preset
+        return SPADE(channels, preset.semantic_channels, preset.hidden, norm=preset.norm)
+
+    def forward(self, semantics: Tensor | LabelLayout, z: Tensor | None = None) -> Tensor:
+        segmap = self._segmap(semantics)
+        x = fast_format(self._start(segmap, z))
+        for name in self._widths:
+            x = self.get_submodule(name)(x, segmap, upsample=self._upsamples(name))
+        return self._picture(x)
+
+
+class SPADEEncoder(StridedEncoder):
+    """SPADE's image encoder: mean and log variance of the latent code of a whole image.
+
+    The image is resized to 256x256 (bilinear); six convs 3x3, stride 2, spectral and instance
+    normalised, LeakyReLU(0.2); then two linear heads.
+
+    Args:
+        preset: options; ``ngf`` is the width of the first conv.
+
+    Shapes: x (N, 3, H, W) in [-1, 1] -> mu, logvar (N, latent_channels) each.
+
+    Raises:
+        ValueError: another number of channels.
+
+    Paper: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
+
+    Example:
+        >>> encoder = create_model("spade_coco_vae", part="encoder")
+        >>> z = reparameterize(*encoder(image))
+    """
+
+    def __init__(self, preset: CodePreset) -> None:
+        super().__init__(3, preset.ngf, depth=6)
+        flat = self.width * (_ENCODED // 64) ** 2
+        self.fc_mu = nn.Linear(flat, preset.latent_channels)
+        self.fc_var = nn.Linear(flat, preset.latent_channels)
+
+    def encode(self, image: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu, logvar) of ``image``; labels, which other systems' encoders read, are not read."""
+        codes: tuple[Tensor, Tensor] = self(image)
+        return codes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_maps("x", x, 3, "an image")
+        if tuple(x.shape[2:]) != (_ENCODED, _ENCODED):
+            x = F.interpolate(x, (_ENCODED, _ENCODED), mode="bilinear", align_corners=False)
+        x = self.strided(x).flatten(1)
+        return self.fc_mu(x), self.fc_var(x)

@@ -1,0 +1,1 @@
+"""Parts that the networks of several families share."""

@@ -1,0 +1,135 @@
+"""The VGG19 perceptual loss, from local or cached torchvision weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..io.checkpoint import CheckpointError, read_checkpoint
+
+FILE = "vgg19-dcbb9e9d.pth"
+_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512)  # 0: pooling
+_TAPS = (1, 6, 11, 20, 29)  # relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
+_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+_SMALLEST = 16  # four poolings
+
+
+def _layers() -> nn.Sequential:
+    """VGG19 up to relu5_1, numbered as in torchvision's ``features``."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in _WIDTHS:
+        if not width:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers)
+
+
+class PerceptualLoss(nn.Module):
+    r"""L1 between VGG19 features of two pictures, the second detached.
+
+    .. math:: \sum_{i=1}^{5} w_i \, \mathrm{mean} |\phi_i(x) - \phi_i(y)|, \quad
+              w = \tfrac{1}{32}, \tfrac{1}{16}, \tfrac{1}{8}, \tfrac{1}{4}, 1
+
+    with the features after relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1. As published, pictures
+    in [-1, 1] go in as they are, not normalised by ImageNet's mean and deviation. pix2pixHD, SPADE
+    and GroupDNet weigh the loss with 10. The network is frozen; it has no entry in a state dict.
+
+    Args:
+        state: tensors of torchvision's ``vgg19``, with or without its prefix ``features.``; what
+            lies behind relu5_1 is not read.
+
+    Shapes: fake and real (N, 3, H, W), H and W at least 16 -> a scalar, fp32 for 16-bit pictures.
+
+    Raises:
+        ValueError: tensors of another network; pictures of other or unequal shapes.
+
+    Papers: Johnson et al., "Perceptual Losses for Real-Time Style Transfer", ECCV 2016; Simonyan
+    and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2014.
+
+    Example:
+        >>> perceptual = load_perceptual_loss("vgg19-dcbb9e9d.pth")
+        >>> loss = 10 * perceptual(fake, real)
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            layers = _layers()
+        own = layers.state_dict()
+        prefix = "features." if any(key.startswith("features.") for key in state) else ""
+        found = {key: state[prefix + key] for key in own if prefix + key in state}
+        bad = next((k for k in own if k not in found or found[k].shape != own[k].shape), None)
+        if bad is not None:
+            got = tuple(found[bad].shape) if bad in found else "none"
+            raise ValueError(f"state: expected tensors of torchvision's vgg19 ({bad}: "
+                             f"{tuple(own[bad].shape)}), got {got}")
+        layers.load_state_dict(found, assign=True)
+        # Outside of the module's own children: a model's checkpoint holds no VGG.
+        self._network = [layers.eval().requires_grad_(False)]
+
+    def _apply(self, *args: object, **kwargs: object) -> PerceptualLoss:
+        self._network[0]._apply(*args, **kwargs)  # type: ignore[arg-type,unused-ignore]
+        return super()._apply(*args, **kwargs)  # type: ignore[arg-type,unused-ignore]
+
+    def features(self, picture: Tensor) -> list[Tensor]:
+        """The five feature maps, (N, 64..512, H..H/16, W..W/16)."""
+        found = []
+        x = picture
+        for i, layer in enumerate(self._network[0]):
+            x = layer(x)
+            if i in _TAPS:
+                found.append(x)
+        return found
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        if fake.dim() != 4 or fake.shape[1] != 3 or min(fake.shape[2:]) < _SMALLEST:
+            raise ValueError(f"fake: expected (N, 3, H, W), H and W at least {_SMALLEST}; got "
+                             f"{tuple(fake.shape)}")
+        if real.shape != fake.shape:
+            raise ValueError(f"real: expected fake's shape {tuple(fake.shape)}, got "
+                             f"{tuple(real.shape)}")
+        with torch.no_grad():
+            wanted = self.features(real)
+        terms = [
+            weight * F.l1_loss(f.float() if f.dtype.itemsize < 4 else f, r.to(f).float()
+                               if f.dtype.itemsize < 4 else r)
+            for weight, f, r in zip(_WEIGHTS, self.features(fake), wanted, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+
+def load_perceptual_loss(weights: str | Path | None = None) -> PerceptualLoss | None:
+    """The VGG19 loss, or None and one warning where no weights are at hand: the loss is then off.
+
+    Args:
+        weights: a file with torchvision's VGG19 weights (``.pth`` or ``.safetensors``); None for
+            the copy in torch's cache (``$TORCH_HOME/hub/checkpoints``). Nothing is downloaded.
+
+    Raises:
+        CheckpointError: ``weights`` is given, and is no such file.
+
+    Example:
+        >>> perceptual = load_perceptual_loss()
+        >>> loss = 0 if perceptual is None else 10 * perceptual(fake, real)
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE if weights is None else Path(weights)
+    if weights is None and not path.is_file():
+        warnings.warn(
+            f"perceptual loss: off, for {path} does not exist; give a file with torchvision's "
+            f"VGG19 weights ({FILE})", stacklevel=2,
+        )
+        return None
+    try:
+        return PerceptualLoss(read_checkpoint(path))
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        message = str(error).replace("state:", f"weights: {path}:", 1)
+        raise CheckpointError(message) from error

@@ -1,0 +1,1 @@
+"""From label maps to pictures: many of one layout, edits, applications."""

@@ -1,0 +1,96 @@
+"""Edits of label maps in words: another map, a painted box, one class for another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from .scene import Layout
+
+_PAINT = re.compile(r"(\d+):(\d+),(\d+),(\d+),(\d+)")
+_RELABEL = re.compile(r"(\d+)=(\d+)")
+
+
+def painted(layout: Layout, text: str, classes: int) -> Layout:
+    """A box filled with a class: "CLASS:TOP,LEFT,BOTTOM,RIGHT", in pixels, ends excluded.
+
+    Instance ids inside become the class, as of stuff.
+
+    Raises:
+        ValueError: another form, an unknown class, a box outside the map.
+
+    Example:
+        >>> painted(layout, "3:10,20,30,60", classes=8)
+    """
+    match = _PAINT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"paint: expected CLASS:TOP,LEFT,BOTTOM,RIGHT, got {text!r}")
+    index, top, left, bottom, right = map(int, match.groups())
+    _check_class("paint", index, classes)
+    height, width = layout.labels.shape
+    if not (top < bottom <= height and left < right <= width):
+        raise ValueError(f"paint: expected a box inside {height}x{width} (height, width), got "
+                         f"{text!r}")
+    mask = np.zeros((height, width), bool)
+    mask[top:bottom, left:right] = True
+    return _filled(layout, mask, index)
+
+
+def relabelled(layout: Layout, text: str, classes: int) -> Layout:
+    """All pixels of one class become another: "FROM=TO".
+
+    Raises:
+        ValueError: another form, an unknown class, no pixel of the first.
+
+    Example:
+        >>> relabelled(layout, "3=5", classes=8)
+    """
+    match = _RELABEL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"relabel: expected FROM=TO, got {text!r}")
+    old, new = map(int, match.groups())
+    _check_class("relabel", new, classes)
+    mask = layout.labels == old
+    if not mask.any():
+        raise ValueError(f"relabel: expected a class of {layout.name}, "
+                         f"{sorted(layout.present)}; got {old}")
+    return _filled(layout, mask, new)
+
+
+def parse_takes(texts: Sequence[str], names: Sequence[str]) -> dict[int, int]:
+    """"CLASS=PICTURE" -> {class: index of the picture}; a picture by number or name.
+
+    Raises:
+        ValueError: another form, or no such picture.
+
+    Example:
+        >>> parse_takes(["3=1", "5=beach"], ["forest", "beach"])
+        {3: 1, 5: 1}
+    """
+    found = {}
+    for text in texts:
+        index, separator, picture = text.partition("=")
+        if not index.isdigit() or not separator:
+            raise ValueError(f"take: expected CLASS=PICTURE, got {text!r}")
+        if picture in names:
+            found[int(index)] = list(names).index(picture)
+        elif picture.isdigit() and int(picture) < len(names):
+            found[int(index)] = int(picture)
+        else:
+            raise ValueError(f"take: expected a picture 0..{len(names) - 1} or one of "
+                             f"{', '.join(names)}; got {picture!r}")
+    return found
+
+
+def _check_class(name: str, index: int, classes: int) -> None:
+    if index >= classes:
+        raise ValueError(f"{name}: expected a class 0..{classes - 1}, got {index}")
+
+
+def _filled(layout: Layout, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+            index: int) -> Layout:
+    ids = layout.instances
+    return Layout(layout.name, np.where(mask, index, layout.labels),
+                  None if ids is None else np.where(mask, index, ids))

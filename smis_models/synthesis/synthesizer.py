@@ -1,0 +1,165 @@
+"""Synthesizer: many pictures of one layout, with all that depends on the layout done once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smis_kernels import LabelLayout
+from smis_kernels.layout.label_layout import TableCache
+
+from ..networks import semantics as label_maps
+from .graphs import GraphedGenerator, capture
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """The network in eval mode with spectral normalisation folded into the weights.
+
+    Folded weights are new tensors, stored channels-last: torch's convs then copy none of them.
+    Parameters that nothing folds are shared with the original, not copied.
+
+    Example:
+        >>> fast = frozen_copy(generator)
+    """
+    shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    frozen = copy.deepcopy(network, shared).eval()
+    for module in frozen.modules():
+        if folded := hasattr(module, "weight_orig"):
+            nn.utils.remove_spectral_norm(module)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # Wrapped anew, so that the original goes on asking for gradients.
+            value = parameter.detach()
+            if folded and value.dim() == 4:
+                value = value.contiguous(memory_format=torch.channels_last)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return frozen
+
+
+class Synthesizer:
+    """Pictures of one layout: label windows and modulation tables are computed once.
+
+    Each sample then costs the main convs and one pass over the features for each norm. The
+    weights are those at construction: spectral normalisation is folded.
+
+    Args:
+        model: a :class:`SynthesisModel` of the zoo (a generator with ``preset`` serves too).
+        labels: (N, H, W) integers, or a :class:`smis_kernels.LabelLayout`.
+        instances: ids of the labels' shape where the model reads edges.
+        cuda_graph: run each picture as one CUDA graph, captured at the first sample of a layout.
+            Edits stay in the graph's memory while their tables fit its capacity, and have it
+            captured anew where they do not. For a model on a GPU, from one stream at a time.
+
+    Raises:
+        ValueError: labels out of range or of another shape, or ``cuda_graph`` for a model that is
+            not on a GPU; the message names it.
+        RuntimeError: from any sample, once the model's weights have changed.
+
+    Example:
+        >>> s = Synthesizer(model, labels)
+        >>> first = s.sample(seed=0)
+        >>> again = s.resample(3, seed=1)     # class 3 drawn anew, all else held
+        >>> frames = s.morph(s.code(0), s.code(1), steps=8)
+    """
+
+    def __init__(self, model: Any, labels: Tensor | LabelLayout,
+                 instances: Tensor | None = None, *, cuda_graph: bool = False) -> None:
+        self._source: nn.Module = getattr(model, "generator", model)
+        self._preset = model.preset
+        self._stamp = self._weights()
+        self._generator: Any = frozen_copy(self._source)
+        self._layout = self._compile(labels, instances)
+        self._layout.tables = TableCache()
+        self._graphed: GraphedGenerator | None = None
+        self._record: Any = None
+        if cuda_graph:
+            device = next(self._source.parameters()).device
+            if device.type != "cuda":
+                raise ValueError(
+                    f"cuda_graph: expected a model on a GPU, got one on {device}; move it with "
+                    ".to('cuda') or leave cuda_graph out"
+                )
+            self._record = capture
+        self._loaded: LabelLayout | None = None  # the layout whose tables the graph holds
+        self.z: Tensor | None = None
+
+    def _weights(self) -> tuple[tuple[int, int], ...]:
+        tensors = (*self._source.parameters(), *self._source.buffers())
+        return tuple((t.data_ptr(), t._version) for t in tensors)
+
+    def _compile(self, labels: Tensor | LabelLayout, instances: Tensor | None) -> LabelLayout:
+        if isinstance(labels, LabelLayout):
+            return labels.map_vectors(torch.clone)
+        layout = label_maps.layout(labels, self._preset, instances)
+        return layout.to(next(self._source.parameters()).device)
+
+    @property
+    def layout(self) -> LabelLayout:
+        """The compiled layout; ``print(s.layout.summary())`` tells how much repeats."""
+        return self._layout
+
+    def code(self, seed: int) -> Tensor | None:
+        """A latent code for every image of the layout, from N(0, 1); None for a model without."""
+        generator = torch.Generator().manual_seed(seed)
+        z: Tensor | None = self._generator.sample_latent(self._layout.shape[0], generator)
+        return z
+
+    @torch.no_grad()
+    def sample(self, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
+        """The picture (N, 3, H, W) of code ``z``, or of a fresh one; kept as the current code."""
+        if self._weights() != self._stamp:
+            raise RuntimeError(
+                "model: its weights have changed since this Synthesizer was made; make a new one"
+            )
+        self.z = self.code(seed) if z is None else z
+        if self._record is not None:
+            return self._replayed(self.z)
+        image: Tensor = self._generator(self._layout, self.z)
+        return image
+
+    def _replayed(self, z: Tensor | None) -> Tensor:
+        """The picture from the graph; a layout's first one is made eagerly, and its tables."""
+        if self._loaded is self._layout:
+            assert self._graphed is not None
+            return self._graphed(z)
+        image: Tensor = self._generator(self._layout, z)
+        if self._graphed is not None and self._graphed.fits(self._layout):
+            self._graphed.load(self._layout)
+        else:
+            self._graphed = GraphedGenerator(self._generator, self._layout, z, self._record)
+        self._loaded = self._layout
+        return image
+
+    def resample(self, index: int, *, seed: int = 1, z: Tensor | None = None) -> Tensor:
+        """Draw class ``index`` anew and hold all others, from ``z`` or the current code.
+
+        Raises:
+            TypeError: the model has no code of its own for each class.
+        """
+        if not hasattr(self._generator, "class_channels"):
+            raise TypeError(
+                "model: expected one with a code for each class (GroupDNet), got "
+                f"{type(self._source).__name__}"
+            )
+        start = z if z is not None else self.z if self.z is not None else self.code(0)
+        fresh = self.code(seed)
+        assert start is not None and fresh is not None
+        channels = self._generator.class_channels(index)
+        changed = start.clone()
+        changed[:, channels] = fresh[:, channels]
+        return self.sample(changed)
+
+    def morph(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
+        """Pictures (steps, N, 3, H, W) on the line from ``z0`` to ``z1``, both ends included."""
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, got {steps}")
+        weights = torch.linspace(0, 1, steps).tolist()
+        return torch.stack([self.sample(torch.lerp(z0, z1, t)) for t in weights])
+
+    def update(self, labels: Tensor | LabelLayout, instances: Tensor | None = None) -> None:
+        """Go on with an edited map: table rows are computed only for windows not seen before."""
+        layout = self._compile(labels, instances)
+        layout.tables = TableCache(self._layout.tables)
+        self._layout = layout
