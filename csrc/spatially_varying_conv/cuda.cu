@@ -92,13 +92,12 @@ VaryingConvArgs arguments(const Tensor& x, const Tensor& w, const Tensor& y, int
 }
 
 // Calls fn(T{}, integral constant K).
-template <class F> void with_kernel(const Launch& launch, const VaryingConvArgs& a, const F& fn) {
+template <class F> void with_kernel(const VaryingConvArgs& a, const F& fn) {
   with_element(a.element, [&](auto t) {
     if (a.K == 1) fn(t, std::integral_constant<int, 1>{});
     else if (a.K == 3) fn(t, std::integral_constant<int, 3>{});
     else fn(t, std::integral_constant<int, 5>{});
   });
-  launch.check();
 }
 
 Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_size, int64_t stride,
@@ -108,9 +107,10 @@ Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_si
   Tensor y = empty_nchw(x.size(0), x.size(1), w.size(2), w.size(3), channels_last(input), x);
   if (y.numel() == 0) return y;
   const VaryingConvArgs a = arguments(x, w, y, kernel_size, stride, padding, dilation);
-  with_kernel(launch, a, [&](auto t, auto k) {
+  with_kernel(a, [&](auto t, auto k) {
     forward_kernel<decltype(t), k()>
         <<<grid(y.numel()), kThreads, 0, launch.stream>>>(a, channels_last(w));
+    launch.check();
   });
   return y;
 }
@@ -124,9 +124,10 @@ Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const T
                         channels_last(weight), x);
   if (w.numel() == 0) return w;
   const VaryingConvArgs a = arguments(x, w, y, kernel_size, stride, padding, dilation);
-  with_kernel(launch, a, [&](auto t, auto k) {
+  with_kernel(a, [&](auto t, auto k) {
     grad_weight_kernel<decltype(t), k()>
         <<<grid(w.numel() / (k() * k())), kThreads, 0, launch.stream>>>(a, channels_last(w));
+    launch.check();
   });
   return w;
 }
@@ -139,9 +140,10 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
   Tensor x = empty_nchw(grad.size(0), grad.size(1), height, width, last, y);
   if (x.numel() == 0) return x;
   const VaryingConvArgs a = arguments(x, w, y, kernel_size, stride, padding, dilation);
-  with_kernel(launch, a, [&](auto t, auto k) {
+  with_kernel(a, [&](auto t, auto k) {
     grad_input_kernel<decltype(t), k()>
         <<<grid(x.numel()), kThreads, 0, launch.stream>>>(a, channels_last(w));
+    launch.check();
   });
   return x;
 }
