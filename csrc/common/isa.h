@@ -3,6 +3,12 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define SMIS_HOST_DEVICE __host__ __device__
+#else
+#define SMIS_HOST_DEVICE
+#endif
+
 namespace smis {
 
 enum class Isa { baseline, avx2, avx512 };
