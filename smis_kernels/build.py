@@ -13,7 +13,7 @@ Environment: ``SMIS_BUILD`` = none | cpu | cuda | all, ``CXX``, ``CUDACXX``, ``C
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -26,10 +26,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 COMMAND = "python -m smis_kernels.build"
@@ -49,6 +47,19 @@ if platform.machine() in ("x86_64", "AMD64"):
         *AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
         "-mprefer-vector-width=512",
     )
+# What a compiler says is kept beside its object: ptxas lists registers and spills there. The
+# versions stand in the command, so that another compiler or another torch compiles anew.
+RULES = """\
+rule compile
+  command = $compiler -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 || {{ cat $out.log; exit 1; }} \
+# {versions}
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule link
+  command = $linker -o $out.partial && mv -f $out.partial $out
+  description = $out
+"""
 
 Record = dict[str, dict[str, str]]
 
@@ -63,10 +74,11 @@ class NotBuilt(Exception):
 
 @dataclass(frozen=True)
 class Torch:
-    """An installed torch, read from its files."""
+    """An installed torch, read from its files; ``cuda`` is the version it was built for, if any."""
 
     root: Path
     version: str
+    cuda: str = ""
 
     @property
     def includes(self) -> tuple[str, ...]:
@@ -75,38 +87,12 @@ class Torch:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One object file; ``log`` is what the compiler said, kept beside the object."""
-
-    name: str
-    source: Path
-    compiler: tuple[str, ...]
-    flags: tuple[str, ...]
-    includes: tuple[str, ...]
-    stamp: str
-
-    def object(self, directory: Path) -> Path:
-        """The object's path: its name carries a hash of all that goes into it."""
-        common = self.source.parent.parent / "common"
-        headers = [p for d in (common, self.source.parent) for p in sorted(d.glob("*.*h"))]
-        digest = hashlib.sha256("\0".join((self.stamp, *self.flags)).encode())
-        for path in (self.source, *headers):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        return directory / f"{self.name}.{digest.hexdigest()[:16]}.o"
-
-    def log(self, directory: Path) -> str:
-        return self.object(directory).with_suffix(".log").read_text()
-
-
-@dataclass(frozen=True)
 class Plan:
-    """How to make one library: its objects, the command that links them, facts for the record."""
+    """How to make one library: the text of build.ninja, and facts for the record."""
 
-    name: str
-    units: tuple[Unit, ...]
-    link: tuple[str, ...]
-    libraries: tuple[str, ...]
-    facts: dict[str, str] = field(default_factory=dict)
+    library: str
+    ninja: str
+    facts: dict[str, str]
 
 
 def find_torch() -> Torch | None:
@@ -118,11 +104,8 @@ def find_torch() -> Torch | None:
         roots += [sysconfig.get_path("purelib", vars=base), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         roots.append(site.getusersitepackages())
-    for root in (*roots, *sys.path):
-        torch = read_torch(Path(root) / "torch")
-        if torch is not None:
-            return torch
-    return None
+    found = (read_torch(Path(root) / "torch") for root in (*roots, *sys.path))
+    return next(filter(None, found), None)
 
 
 def read_torch(root: Path) -> Torch | None:
@@ -130,57 +113,58 @@ def read_torch(root: Path) -> Torch | None:
     version = root / "version.py"
     if not (version.exists() and (root / "include").is_dir()):
         return None
-    match = re.search(r"__version__ = '([^']+)'", version.read_text())
-    return Torch(root, match.group(1)) if match else None
+    found = dict(re.findall(r"^(__version__|cuda)\b.*= '([^']+)'", version.read_text(), re.M))
+    return Torch(root, found["__version__"], found.get("cuda", "")) if found else None
 
 
 def _checked_torch(torch: Torch | None) -> Torch:
     if not sys.platform.startswith("linux"):
         raise NotBuilt("the native libraries are made for Linux", "run on Linux")
     if torch is None:
-        raise NotBuilt(
-            "torch is not installed in this environment", f"pip install torch && {COMMAND}"
-        )
-    numbers = tuple(int(n) for n in re.findall(r"\d+", torch.version)[:2])
-    if numbers < MINIMUM_TORCH:
-        raise NotBuilt(
-            f"torch {torch.version} is older than 2.10", f"pip install -U torch && {COMMAND}"
-        )
+        reason = "torch is not installed in this environment"
+        raise NotBuilt(reason, f"pip install torch && {COMMAND}")
+    if tuple(int(n) for n in re.findall(r"\d+", torch.version)[:2]) < MINIMUM_TORCH:
+        reason = f"torch {torch.version} is older than 2.10"
+        raise NotBuilt(reason, f"pip install -U torch && {COMMAND}")
     return torch
 
 
-def _first_line(command: tuple[str, ...], pattern: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    match = re.search(pattern, done.stdout)
-    if done.returncode or not match:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[0]
-        raise NotBuilt(f"{shlex.join(command)} does not run: {said}", f"repair it, then {COMMAND}")
-    return match.group(0)
+def _find(wanted: str, names: tuple[str, ...], missing: str, cure: str) -> str:
+    for name in (wanted,) if wanted else names:
+        if path := shutil.which(name):
+            return path
+    raise NotBuilt(f"{wanted} is not found" if wanted else missing, f"{cure}, then {COMMAND}")
 
 
 def find_cxx() -> tuple[str, ...]:
     """The C++ compiler: ``$CXX``, else g++, clang++ or c++."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
-    for name in [wanted[0]] if wanted else ["g++", "clang++", "c++"]:
-        path = shutil.which(name)
-        if path:
-            return (path, *wanted[1:])
-    reason = f"CXX={wanted[0]} is not found" if wanted else "no C++ compiler (g++ or clang++)"
-    raise NotBuilt(reason, f"install g++ (Debian: apt-get install g++), then {COMMAND}")
+    wanted, *options = shlex.split(os.environ.get("CXX", "")) or [""]
+    names = ("g++", "clang++", "c++")
+    cure = "install g++ (Debian: apt-get install g++)"
+    return (_find(wanted, names, "no C++ compiler (g++ or clang++)", cure), *options)
 
 
 def find_nvcc() -> str:
     """nvcc: ``$CUDACXX``, ``$CUDA_HOME/bin``, ``PATH``, ``/usr/local/cuda/bin``."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     wanted = os.environ.get("CUDACXX") or (str(Path(home, "bin", "nvcc")) if home else "")
-    for name in (wanted,) if wanted else ("nvcc", "/usr/local/cuda/bin/nvcc"):
-        path = shutil.which(name)
-        if path:
-            return path
-    raise NotBuilt(
-        f"{wanted} is not found" if wanted else "no CUDA compiler (nvcc)",
-        f"install the CUDA toolkit or set CUDA_HOME, then {COMMAND}",
-    )
+    return _find(wanted, ("nvcc", "/usr/local/cuda/bin/nvcc"), "no CUDA compiler (nvcc)",
+                 "install the CUDA toolkit or set CUDA_HOME")
+
+
+def _ninja() -> tuple[str, ...]:
+    if importlib.util.find_spec("ninja"):
+        return (sys.executable, "-m", "ninja")
+    return (_find("", ("ninja",), "no ninja", "pip install ninja"),)
+
+
+def _version(command: tuple[str, ...], pattern: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    match = re.search(pattern, done.stdout)
+    if done.returncode or not match:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[0]
+        raise NotBuilt(f"{shlex.join(command)} does not run: {said}", f"repair it, then {COMMAND}")
+    return match.group(0)
 
 
 def architectures(nvcc: str) -> tuple[str, ...]:
@@ -199,11 +183,20 @@ def architectures(nvcc: str) -> tuple[str, ...]:
     return (*default[:-1], *(f"{a}+PTX" for a in default[-1:]))
 
 
-def _gencode(arch: str) -> Iterator[str]:
-    number, _, ptx = arch.partition("+")
-    number = number.replace(".", "")
-    for code in (f"sm_{number}", f"compute_{number}") if ptx else (f"sm_{number}",):
-        yield f"-gencode=arch=compute_{number},code={code}"
+def gencode(arch: str) -> list[str]:
+    """nvcc's options for one word of ``TORCH_CUDA_ARCH_LIST``."""
+    number, _, ptx = arch.replace(".", "").partition("+")
+    codes = (f"sm_{number}", f"compute_{number}") if ptx else (f"sm_{number}",)
+    return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+
+
+def other_cuda(built: str, torch: str) -> tuple[str, str] | None:
+    """Reason and cure where what nvcc of CUDA ``built`` makes cannot serve a torch of ``torch``."""
+    major = torch.partition(".")[0]
+    if not (built and torch) or built.partition(".")[0] == major:
+        return None
+    return (f"nvcc is of CUDA {built} and torch of CUDA {torch}: their major versions must agree",
+            f"set CUDA_HOME to a CUDA {major} toolkit, then {COMMAND}")
 
 
 def _sources(source_dir: Path, name: str) -> list[Path]:
@@ -213,113 +206,95 @@ def _sources(source_dir: Path, name: str) -> list[Path]:
     return found
 
 
+def _text(command: tuple[str, ...]) -> str:
+    return shlex.join(command).replace("$", "$$")
+
+
+def _plan(name: str, units: dict[str, tuple[Path, tuple[str, ...]]], link: tuple[str, ...],
+          libraries: tuple[str, ...], facts: dict[str, str], stub: str = "") -> Plan:
+    versions = f"{facts['compiler']}, torch {facts['torch']}"
+    lines = [RULES.format(versions=versions.replace("$", "$$"))]
+    for target, (source, compiler) in units.items():
+        path = re.sub(r"([$ :])", r"$\1", str(source))
+        lines += [f"build {target}: compile {path}", f"  compiler = {_text(compiler)}"]
+    if stub:
+        # A CPU-only torch has no libtorch_cuda; the loader needs no more than its name.
+        empty = ("-x", "c++", os.devnull, f"-Xlinker=-soname={stub}")
+        lines += [f"build {stub}: link", f"  linker = {_text((*link, *empty))}"]
+    library = f"_{name}.abi3.so"
+    lines += [f"build {library}: link {' '.join(units)} | {stub}".rstrip(" |"),
+              f"  linker = {_text((*link, *units, *libraries))}"]
+    return Plan(library, "\n".join(lines) + "\n", facts)
+
+
 def plan_cpu(source_dir: Path, torch: Torch | None) -> Plan:
     """The CPU library: bindings once, kernels once per instruction set."""
     torch, cxx = _checked_torch(torch), find_cxx()
-    version = _first_line((*cxx, "--version"), ".+")
-    stamp = f"{version} torch {torch.version}"
-    include = f"-I{source_dir}"
-    units = [
-        Unit(f"cpu-{s.parent.name}", s, cxx, (*COMMON, *HOST), (include, *torch.includes), stamp)
-        for s in _sources(source_dir, "cpu.cpp")
-    ]
+    host = (*cxx, *COMMON, *HOST, f"-I{source_dir}")
+    units = {f"{s.parent.name}.o": (s, (*host, *torch.includes))
+             for s in _sources(source_dir, "cpu.cpp")}
     # In this order: a weak symbol that several objects define is taken from the first, which must
     # not hold instructions that the machine may lack.
     for isa, machine in INSTRUCTION_SETS.items():
-        flags = (*COMMON, *HOST, *KERNEL, *machine, f"-DSMIS_ISA={isa}")
-        units += [
-            Unit(f"cpu-{s.parent.name}-{isa}", s, cxx, flags, (include,), stamp)
-            for s in sorted(source_dir.glob("*/cpu_kernel.cpp"))
-        ]
+        for s in sorted(source_dir.glob("*/cpu_kernel.cpp")):
+            flags = (*KERNEL, *machine, f"-DSMIS_ISA={isa}")
+            units[f"{s.parent.name}-{isa}.o"] = (s, (*host, *flags))
     lib = torch.root / "lib"
     libraries = ("-Wl,-z,defs", f"-L{lib}", f"-Wl,-rpath-link,{lib}",
                  "-Wl,--as-needed", "-ltorch_cpu", "-lc10")
-    facts = {"compiler": version, "torch": torch.version, "isa": " ".join(INSTRUCTION_SETS)}
-    return Plan("cpu", tuple(units), (*cxx, "-shared"), libraries, facts)
+    facts = {"compiler": _version((*cxx, "--version"), ".+"), "torch": torch.version,
+             "isa": " ".join(INSTRUCTION_SETS)}
+    return _plan("cpu", units, (*cxx, "-shared"), libraries, facts)
 
 
 def plan_cuda(source_dir: Path, torch: Torch | None) -> Plan:
     """The CUDA library; neither a GPU nor a CUDA build of torch is needed to compile it."""
     torch, nvcc, cxx = _checked_torch(torch), find_nvcc(), find_cxx()
-    version = _first_line((nvcc, "--version"), r"release [^\n]+")
+    version = _version((nvcc, "--version"), r"release [^\n]+")
+    cuda = version.split()[1].rstrip(",")
+    if problem := other_cuda(cuda, torch.cuda):
+        raise NotBuilt(*problem)
     archs = architectures(nvcc)
     compiler = (nvcc, "-ccbin", cxx[0])
     flags = (*COMMON, "-DUSE_CUDA", f"-Xcompiler={','.join(HOST)}", "-Xptxas=-v",
-             *(g for a in archs for g in _gencode(a)))
-    includes = (f"-I{source_dir}", *torch.includes)
-    units = tuple(
-        Unit(f"cuda-{s.parent.name}", s, compiler, flags, includes,
-             f"nvcc {version} torch {torch.version}")
-        for s in _sources(source_dir, "cuda.cu")
-    )
-    libraries = (f"-L{torch.root / 'lib'}", "-Xlinker=--no-as-needed",
+             *(option for arch in archs for option in gencode(arch)))
+    units = {f"{s.parent.name}.o": (s, (*compiler, *flags, f"-I{source_dir}", *torch.includes))
+             for s in _sources(source_dir, "cuda.cu")}
+    libraries = ("-L.", f"-L{torch.root / 'lib'}", "-Xlinker=--no-as-needed",
                  "-ltorch_cuda", "-ltorch_cpu", "-lc10")
-    facts = {"compiler": f"nvcc {version}", "torch": torch.version,
+    facts = {"compiler": f"nvcc {version}", "torch": torch.version, "cuda": cuda,
              "architectures": " ".join(archs)}
-    return Plan("cuda", units, (*compiler, "-shared", "-cudart=static"), libraries, facts)
+    return _plan("cuda", units, (*compiler, "-shared", "-cudart=static"), libraries, facts,
+                 stub="libtorch_cuda.so")
 
 
 PLANS: dict[str, Callable[[Path, Torch | None], Plan]] = {"cpu": plan_cpu, "cuda": plan_cuda}
 
 
-def _run(command: tuple[str, ...]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    output = done.stdout + done.stderr
-    if done.returncode:
-        lines = output.splitlines()
-        first = next((line for line in lines if "error" in line.lower()), (lines or ["failed"])[0])
-        raise NotBuilt(first.strip(), f"{COMMAND} shows the whole message", output)
-    return output
+def make(plan: Plan, directory: Path, *targets: str, say: Callable[[str], None] = print) -> Path:
+    """Bring ``targets`` (default: the library) up to date in ``directory``; the library's path."""
+    import fcntl  # not on Windows, for which there is no plan
 
-
-def _compile(unit: Unit, directory: Path, say: Callable[[str], None]) -> Path:
-    target = unit.object(directory)
-    if target.exists():
-        return target
-    start = time.perf_counter()
-    partial = target.with_suffix(".partial.o")
-    log = _run((*unit.compiler, *unit.flags, *unit.includes,
-                "-c", str(unit.source), "-o", str(partial)))
-    target.with_suffix(".log").write_text(log)
-    os.replace(partial, target)
-    say(f"  {unit.name}  {time.perf_counter() - start:.1f} s")
-    return target
-
-
-def compile_units(units: tuple[Unit, ...], directory: Path, pool: ThreadPoolExecutor,
-                  say: Callable[[str], None] = print) -> list[Future[Path]]:
-    """Start the compilations that ``directory`` does not hold yet."""
-    return [pool.submit(_compile, unit, directory, say) for unit in units]
-
-
-def _link(plan: Plan, objects: list[Path], package_dir: Path) -> None:
-    """Link beside the target and rename, so that no half-written library is ever seen."""
-    with tempfile.TemporaryDirectory(dir=package_dir, prefix=".build-") as folder:
-        output = Path(folder, "library.so")
-        search: tuple[str, ...] = ()
-        if plan.name == "cuda":
-            # A CPU-only torch has no libtorch_cuda; the loader needs no more than its name.
-            stub = Path(folder, "libtorch_cuda.so")
-            _run((*plan.link[:3], "-shared", "-Xlinker=-soname=libtorch_cuda.so", "-x", "c++",
-                  os.devnull, "-o", str(stub)))
-            search = (f"-L{folder}",)
-        _run((*plan.link, *map(str, objects), *search, *plan.libraries, "-o", str(output)))
-        os.replace(output, package_dir / f"_{plan.name}.abi3.so")
-
-
-@contextmanager
-def object_directory(cache: Path | None) -> Iterator[Path]:
-    """Where objects go: ``cache``, one build at a time, or a folder that disappears."""
-    if cache is None or sys.platform == "win32":
-        with tempfile.TemporaryDirectory(prefix="smis-build-") as folder:
-            yield Path(folder)
-        return
-    import fcntl  # not on Windows, where an install must succeed too
-
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
+    ninja = _ninja()
+    directory.mkdir(parents=True, exist_ok=True)
+    output = []
+    with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield cache
+        (directory / "build.ninja").write_text(plan.ninja)
+        command = (*ninja, "-j", str(jobs()), *(targets or (plan.library,)))
+        with subprocess.Popen(command, cwd=directory, text=True, errors="replace",
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+            for line in running.stdout or ():
+                if line.startswith("["):
+                    say(f"  {line.rstrip()}")
+                else:
+                    output.append(line)
+    if running.returncode:
+        text = "".join(output)
+        first = re.search(r"^.*(\berror\s*:|undefined reference).*$", text, re.M | re.I)
+        reason = first.group(0) if first else output[-1]
+        raise NotBuilt(reason.strip(), f"{COMMAND} shows the whole message", text)
+    return directory / plan.library
 
 
 def _selection() -> tuple[str, ...]:
@@ -348,57 +323,44 @@ def build(package_dir: Path, source_dir: Path, torch: Torch | None, *, cache: Pa
     Returns:
         {"cpu": {...}, "cuda": {...}}, all strings: ``state`` ("built" or "not built"), ``reason``,
         ``cure``, ``output`` of a failed compiler; of a built library ``compiler``, ``torch``,
-        ``isa`` or ``architectures``, ``seconds``. A failure keeps the library of an earlier build.
+        ``isa`` or ``cuda`` and ``architectures``, ``seconds``. A failure keeps the library of an
+        earlier build.
 
     Example:
         >>> record = build(Path("smis_kernels"), Path("csrc"), find_torch())
     """
-    start = time.perf_counter()
     path = package_dir / RECORD
     record: Record = json.loads(path.read_text()) if path.exists() else {}
-    running: list[tuple[Plan, list[Future[Path]]]] = []
     selected = _selection()
     say(f"building {', '.join(selected) or 'nothing'} "
         f"with torch {torch.version if torch else 'absent'}")
-    with object_directory(cache) as objects, ThreadPoolExecutor(jobs()) as pool:
+    with tempfile.TemporaryDirectory(prefix="smis-build-") as folder:
         for name in LIBRARIES:
-            if name not in selected:
-                if not (package_dir / f"_{name}.abi3.so").exists():
-                    record[name] = _not_built(NotBuilt(
-                        f"{SELECTION}={os.environ.get(SELECTION)} left it out", COMMAND))
-                continue
+            start, library = time.perf_counter(), package_dir / f"_{name}.abi3.so"
             try:
-                plan = PLANS[name](source_dir, torch)
-                running.append((plan, compile_units(plan.units, objects, pool, say)))
+                if name in selected:
+                    plan = PLANS[name](source_dir, torch)
+                    _replace(library, make(plan, (cache or Path(folder)) / name, say=say))
+                    record[name] = {"state": "built", "reason": "", "cure": "", **plan.facts,
+                                    "seconds": f"{time.perf_counter() - start:.1f}"}
+                elif not library.exists():
+                    choice = os.environ.get(SELECTION)
+                    raise NotBuilt(f"{SELECTION}={choice} left it out", COMMAND)
             except NotBuilt as problem:
-                record[name] = _not_built(problem)
-        for plan, compiled in running:
-            try:
-                _link(plan, [future.result() for future in compiled], package_dir)
-                seconds = f"{time.perf_counter() - start:.1f}"
-                record[plan.name] = {"state": "built", "reason": "", "cure": "",
-                                     **plan.facts, "seconds": seconds}
-                _forget(objects, plan)
-            except NotBuilt as problem:
-                record[plan.name] = _not_built(problem)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+                record[name] = {"state": "not built", "reason": problem.reason,
+                                "cure": problem.cure, "output": problem.output}
+        partial = Path(folder, RECORD)
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        _replace(path, partial)
     for name in LIBRARIES:
         say(f"{name}: {summary(record[name])}" if name in record else f"{name}: kept")
     return record
 
 
-def _not_built(problem: NotBuilt) -> dict[str, str]:
-    return {"state": "not built", "reason": problem.reason, "cure": problem.cure,
-            "output": problem.output}
-
-
-def _forget(objects: Path, plan: Plan) -> None:
-    keep = {unit.object(objects).stem for unit in plan.units}
-    for path in objects.glob(f"{plan.name}-*"):
-        if path.stem not in keep:
-            path.unlink()
+def _replace(target: Path, made: Path) -> None:
+    """Copy beside the target and rename, so that no half-written file is ever seen."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        os.replace(shutil.copy(made, folder), target)
 
 
 def summary(entry: dict[str, str]) -> str:

@@ -187,7 +187,7 @@ def test_a_kernel_that_one_instruction_set_lacks_is_a_link_error(project, monkey
 )
 def test_architecture_list(monkeypatch, wanted, flags):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    found = [flag for arch in build.architectures("nvcc") for flag in build._gencode(arch)]
+    found = [flag for arch in build.architectures("nvcc") for flag in build.gencode(arch)]
     assert found == [f"-gencode={flag}" for flag in flags]
 
 

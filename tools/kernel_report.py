@@ -23,7 +23,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +90,14 @@ def _demangled(names: list[str]) -> list[str]:
 def cuda_usage() -> list[Usage]:
     """Every kernel of csrc/*/cuda.cu for every architecture of the build."""
     _, source, cache = build.locate()
+    assert cache is not None  # this file lies in a checkout
     plan = build.plan_cuda(source, build.find_torch())
-    with build.object_directory(cache) as objects, ThreadPoolExecutor(build.jobs()) as pool:
-        for compiled in build.compile_units(plan.units, objects, pool):
-            compiled.result()
-        found = [
-            usage for unit in plan.units
-            for usage in parse_ptxas(unit.source.parent.name, unit.log(objects))
-        ]
+    objects = build.make(plan, cache / "cuda").parent
+    found = [
+        usage for path in sorted(source.glob("*/cuda.cu"))
+        for usage in parse_ptxas(path.parent.name,
+                                 (objects / f"{path.parent.name}.o.log").read_text())
+    ]
     for usage, name in zip(found, _demangled([u.kernel for u in found]), strict=True):
         usage.kernel = name
     return found

@@ -2,6 +2,9 @@
 // each time with SMIS_ISA naming the namespace, and the best one is chosen at run time.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #if defined(__CUDACC__)
 #define SMIS_HOST_DEVICE __host__ __device__
@@ -12,23 +15,36 @@
 namespace smis {
 
 enum class Isa { baseline, avx2, avx512 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
 
 inline Isa best_isa() {
 #if defined(__x86_64__)
-  static const Isa best = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-      return Isa::avx2;
-    return Isa::baseline;
-  }();
-  return best;
-#else
-  return Isa::baseline;
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return Isa::avx2;
 #endif
+  return Isa::baseline;
+}
+
+// The set of every kernel, the same for the whole process: the best, or the one SMIS_ISA names.
+inline Isa chosen_isa() {
+  static const Isa chosen = [] {
+    const int best = int(best_isa());
+    const char* wanted = std::getenv("SMIS_ISA");
+    if (!wanted || !*wanted) return Isa(best);
+    std::string known;
+    for (int i = 0; i <= best; ++i) {
+      if (std::string(wanted) == kIsaNames[i]) return Isa(i);
+      known += std::string(i ? ", " : "") + kIsaNames[i];
+    }
+    throw std::runtime_error("SMIS_ISA: expected one of " + known + " on this processor; got '" +
+                             wanted + "'");
+  }();
+  return chosen;
 }
 
 // Element types as the kernels see them: no torch header in a file that is compiled per set.
@@ -44,7 +60,7 @@ enum class Element : int32_t { f32, f64, f16, bf16 };
   namespace smis::avx512 { void name(__VA_ARGS__); }     \
   namespace smis {                                       \
   inline auto name##_best() {                            \
-    switch (best_isa()) {                                \
+    switch (chosen_isa()) {                               \
       case Isa::avx512: return &avx512::name;            \
       case Isa::avx2: return &avx2::name;                \
       default: return &baseline::name;                   \
