@@ -173,6 +173,8 @@ def _why_dense(norms: Sequence[CGNorm], segmap: Tensor | LabelLayout, kind: str)
         return None
     if segmap.requires_grad:
         return "the map requires a gradient"
+    if torch.jit.is_tracing():
+        return "a map is not to be part of a torch.jit trace"
     if torch.compiler.is_compiling():
         return "a map is not compiled inside torch.compile; pass a LabelLayout"
     return None

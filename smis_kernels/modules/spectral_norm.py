@@ -49,6 +49,7 @@ class FusedSpectralNorm(SpectralNorm):
         return (
             self.dim == 0 and weight.is_cpu and weight.dtype in WIDE
             and requested() in ("auto", "cpu") and not torch.is_autocast_enabled("cpu")
+            and not torch.jit.is_tracing()
             and resolve("spectral_weight", weight, None, KINDS) == "cpu"
         )
 

@@ -30,7 +30,8 @@ def pays(input: Tensor, outputs: int, groups: int, padding: int = 1) -> bool:
 
 def _runs(input: Tensor, padding: int) -> bool:
     return (
-        input.is_cpu and padding in (0, 1) and requested() in ("auto", "cpu")
+        not torch.jit.is_tracing()  # where sizes are tensors, and the choice would be kept
+        and input.is_cpu and padding in (0, 1) and requested() in ("auto", "cpu")
         and not torch.is_autocast_enabled("cpu")
         and resolve("winograd_conv2d", input, None, KINDS) == "cpu"
     )
