@@ -1,4 +1,4 @@
-"""accelerate() under inference mode, transforms, tracing, gradients of gradients; near-equal norms."""
+"""accelerate() in modes, transforms and traces, differentiated twice; near-equal norms."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_gradient_penalties(name: str, training: bool) -> None:
     found = []
     for m in (network, original):
         leaf = inputs[0].clone().requires_grad_()
-        weights = [p for p in m.parameters()]
+        weights = list(m.parameters())
         (first,) = torch.autograd.grad((m(leaf, *inputs[1:]) * 1.5).sum(), leaf, create_graph=True)
         found.append([first, *torch.autograd.grad(first.square().sum(), weights,
                                                   materialize_grads=True)])
@@ -222,14 +222,16 @@ def test_defaults_may_be_given() -> None:
                                   nn.utils.parametrizations.spectral_norm,
                                   nn.utils.parametrizations.weight_norm])
 def test_weights_that_are_made_are_served(wrap: Any, training: bool) -> None:
-    module = norm_of()
-    for name in ("mlp_gamma", "mlp_beta"):
-        torch.manual_seed(0)
-        wrap(getattr(module, name))
-    module.train(training)
-    original = copy.deepcopy(module)
+    def build() -> nn.Module:
+        norm = norm_of()
+        for name in ("mlp_gamma", "mlp_beta"):
+            torch.manual_seed(0)
+            wrap(getattr(norm, name))
+        return norm.train(training)
+
+    module, original = build(), build()
     report = accelerate(module)
-    assert [r.kind for r in report.replaced][0] == "norm", str(report)
+    assert "norm" in {r.kind for r in report.replaced}, str(report)
     for _ in range(2):
         assert max_error(module(X, PLANES), original(X, PLANES)) < 1e-9
     assert not report.calls_left

@@ -380,5 +380,5 @@ def test_a_synthesizer_notices_what_it_was_made_from(change: Callable[[nn.Module
     model.train(), model.eval()
     s.sample()
     change(model.generator)
-    with pytest.raises(RuntimeError, match="model: .* since this Synthesizer was made"):
+    with pytest.raises(RuntimeError, match=r"model: .* since this Synthesizer was made"):
         s.sample()

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..modules.spade import modulate_pair
 from ..modules.winograd_conv import WinogradConv2d
+from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
+from ..runtime.watch import hooked
 from .formats import channels_last, in_format_of, network_call
 from .norms import ForeignNorm, FusedNorm, NormPlan, is_plain_conv, probe_inputs
 from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs
-from ..runtime.watch import hooked
-from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of, transformed
+from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of
 
 # Activation and slope between norm and conv, likeliest first.
 _ACTIVATIONS = (("leaky_relu", 0.2), ("relu", 0.0), ("leaky_relu", 0.01), ("leaky_relu", 0.1))
@@ -95,7 +96,8 @@ class FusedConv(Accelerated, WinogradConv2d):
     """A block's conv, by Winograd's algorithm where that is faster."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_channels_last(input) and transformed() is None:  # elsewhere the output is to have the input's format
+        # Elsewhere the output is to have the input's format.
+        if is_channels_last(input) and transformed() is None:
             return super().forward(input, residual)
         y: Tensor = super(WinogradConv2d, self).forward(input)
         return y if residual is None else residual + y

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..runtime.watch import original_type
 from . import folding
 from .recognise import BLOCK, KINDS, NORM, SPECTRAL_NORM, Finding, Recognition, networks
 from .report import Difference, Report, Row
-from ..runtime.watch import original_type
 from .swap import CALLS, PLAN, SETTINGS, Accelerated, Change, Step
 
 
@@ -43,9 +43,9 @@ def accelerate(
     (where constants are made of them their content is compared, in one read); hooks and parts; the
     training mode of every part; attributes of the modules, numbers, containers, plain objects and
     tensors; methods and class attributes of their classes; ``forward`` put on an instance. Where a
-    call or a module is unlike what was probed, the original forward runs, :func:`smis_kernels.explain`
-    and ``report.calls_left`` show it, and a warning says so once; so it does, without a warning,
-    under ``torch.jit.trace``, forward-mode differentiation and ``torch.func`` (vmap, grad, jvp),
+    call or a module is unlike what was probed, the original forward runs,
+    :func:`smis_kernels.explain` and ``report.calls_left`` show it, and a warning says so once; so
+    it does, without a warning, under ``torch.jit.trace``, forward-mode differentiation and ``torch.func`` (vmap, grad, jvp),
     which the kernels do not serve. Not seen: globals and closures that a forward reads, and, inside
     ``torch.compile``, what changes after it was compiled: accelerate, and compile, anew.
 

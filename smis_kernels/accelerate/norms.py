@@ -14,8 +14,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layout.label_layout import LabelLayout
 from ..modules.spade import CGNorm
-from .probe import PROBE_SIZE, SEED, CannotRun, Trial, Verdict, agreeing, at_scales, shadow
 from ..runtime.watch import weight_hooks
+from .probe import PROBE_SIZE, SEED, CannotRun, Trial, Verdict, agreeing, at_scales, shadow
 from .swap import PLAN, Change, Fused, Plan, arguments_of, serves
 
 _COUNTING = (nn.BatchNorm2d, nn.SyncBatchNorm)  # whose several processes are known, too
@@ -56,7 +56,8 @@ class ForeignNorm(CGNorm):
 
     def made(self) -> ForeignNorm:
         """Itself, once the hooks that make weights of its convs have run, as in a call of each."""
-        for part in self.owner.modules():
+        owner: nn.Module = vars(self)["owner"]
+        for part in owner.modules():
             for hook in weight_hooks(part).values():
                 hook(part, ())
         return self

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.spectral_norm import FusedSpectralNorm
+from ..runtime.watch import OWN, original_type, weight_hooks
 from . import blocks, folding, layers, norms, sequences
 from .formats import Network
-from ..runtime.watch import OWN, original_type, weight_hooks
 from .probe import Verdict, aside
 from .swap import Change, Plan, Step
 

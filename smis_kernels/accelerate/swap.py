@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+from functools import cache
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..runtime.backend import requested
+from ..runtime.derivatives import transformed
 from ..runtime.explain import record
 from ..runtime.watch import Settings, hooked, original_type
 
@@ -83,7 +83,7 @@ class Plan:
         rest = self.arguments[len(args) :]
         if len(args) <= len(self.arguments) and kwargs.keys() == set(rest):
             return args + tuple(kwargs[name] for name in rest)
-        parameters = _parameters(cls)
+        parameters = _parameters(cast(Any, cls))
         if len(args) > len(parameters):
             return None
         found = {**dict(zip(parameters, args, strict=False)), **kwargs}
@@ -94,8 +94,8 @@ class Plan:
         return None if missing else tuple(found[name] for name in self.arguments)
 
 
-@lru_cache(maxsize=None)
-def _parameters(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
+@cache
+def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     """Of ``forward``, without self and those of variable number."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = list(inspect.signature(cls.forward).parameters.items())[1:]
@@ -153,19 +153,6 @@ def unswap(module: nn.Module) -> bool:
     return True
 
 
-def transformed() -> str | None:
-    """Why the original forward has to run, whatever the module: what is being done to the call."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch.jit.is_tracing():
-        return "torch.jit traces it"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func (vmap, grad, jvp)"
-    return None
-
-
 def serves(x: Tensor, weight: Tensor | None) -> bool:
     """Whether features (N, C, H, W) are such as the original would take with this weight."""
     if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
@@ -197,7 +184,7 @@ class Fused(Accelerated):
         return None if change is None else f"{change} since accelerate()"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan: Plan | None = vars(self).get(PLAN)  # a slice of a Sequential, say, is made without one
+        plan: Plan | None = vars(self).get(PLAN)  # a slice of a Sequential has none
         given = None if plan is None else plan.given(original_type(self), args, kwargs)
         reason = transformed()
         expected = reason is not None or requested() == "reference"

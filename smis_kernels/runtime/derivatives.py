@@ -1,4 +1,4 @@
-"""Gradients of gradients: where the graph of a backward is recorded, the definition computes it."""
+"""Gradients of gradients, and transforms: where the definition computes in a kernel's place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+
+def transformed() -> str | None:
+    """What is being done to the call that no kernel takes part in; None where nothing is."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (vmap, grad, jvp)"
+    return None
 
 
 def recorded_gradients(

@@ -34,9 +34,9 @@ def _identity(tensor: Tensor | None) -> tuple[Any, ...]:
 class Stamp:
     """Tensors as they were: the same ones, at the same version, of the same content.
 
-    Versions show most writes, at no cost. The content is compared too, since fused optimizers, batch
-    norms in training, writes through ``.data`` and numpy move no version: each check reads the
-    tensors once. Values on other devices than the CPU are waited for, once for all of them.
+    Versions show most writes, at no cost. The content is compared too, since fused optimizers,
+    batch norms in training, writes through ``.data`` and numpy move no version: each check reads
+    the tensors once. Values on other devices than the CPU are waited for, once for all of them.
     """
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:

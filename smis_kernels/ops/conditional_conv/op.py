@@ -63,12 +63,11 @@ class _ConditionalConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         need_input, need_condition, need_weight, need_bias = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            *inputs, bias = ctx.saved_tensors
-            given = inputs if bias is None else [*inputs, bias]
+            given = [t for t in ctx.saved_tensors if t is not None]
 
-            def conv(*tensors: Tensor) -> Tensor:
-                return reference.conditional_conv2d(
-                    *tensors, **({"bias": None} if bias is None else {}))
+            def conv(x: Tensor, condition: Tensor, weight: Tensor,
+                     bias: Tensor | None = None) -> Tensor:
+                return reference.conditional_conv2d(x, condition, weight, bias)
 
             gradients = recorded_gradients(conv, given, (grad,))
             return (*gradients, *(None,) * (5 - len(gradients)))

@@ -27,8 +27,8 @@ def content_digest(input: Tensor, *, backend: str | None = None) -> Tensor:
               m_i = (i + 1) \lfloor 2^{64} / \varphi \rfloor, \quad
               a_i = (m_i \oplus \lfloor m_i / 2^{29} \rfloor) \mid 1
 
-    with w its 32-bit words. Every change of one word changes it; a change of several goes unseen only
-    where their differences cancel by chance. No defence against forgery.
+    with w its 32-bit words. Every change of one word changes it; one of several goes unseen only
+    where the differences cancel by chance. No defence against forgery.
 
     Args:
         input: any shape and dtype; complex and sparse tensors excepted.

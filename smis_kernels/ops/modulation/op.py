@@ -263,8 +263,8 @@ class _Modulation(torch.autograd.Function):
 
             gammas = (gamma, gamma_s) if pair else (gamma,)
             dinput, *dgammas = recorded_gradients(scaled, (input, *gammas), grads[: len(gammas)])
-            return (dinput, dgammas[0], grads[0], *((dgammas[1], grads[1]) if pair else (None,) * 2),
-                    *(None,) * 9)
+            second = (dgammas[1], grads[1]) if pair else (None, None)
+            return (dinput, dgammas[0], grads[0], *second, *(None,) * 9)
         partial, dgamma, dbeta, dgamma_s, dbeta_s, sums = modulation_backward(
             kind, grad, grad if out is None else out, input, mean, rstd, gamma,
             grad_s if pair else None, (grad_s if out_s is None else out_s) if pair else None,
