@@ -173,7 +173,7 @@ def test_forward_mode_is_that_of_the_definition(name: str) -> None:
     tangents = []
     for backend in ("auto", "reference"):
         with forward_ad.dual_level():
-            duals = tuple(forward_ad.make_dual(v, normal(*v.shape, seed=9)) for v in values)
+            duals = tuple(forward_ad.make_dual(v, normal(*v.shape, seed=60)) for v in values)
             tangents.append([forward_ad.unpack_dual(y).tangent
                              for y in outputs(call, duals, backend)])
     for a, b in zip(*tangents, strict=True):
