@@ -242,15 +242,6 @@ def test_autocast_casts_gamma_and_beta_to_the_input() -> None:
 
 
 @needs_cpu
-def test_double_backward_is_refused() -> None:
-    x, g, b = (torch.randn(1, 2, 3, 3, requires_grad=True) for _ in range(3))
-    (dx,) = torch.autograd.grad(modulation(x, g, b, training=True).square().sum(), x,
-                                create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
-@needs_cpu
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 3), c=st.integers(1, 9), h=st.integers(1, 9), w=st.integers(1, 9),
        layout=st.sampled_from(LAYOUTS), norm=st.sampled_from(("batch", "none")),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops.indexed_modulation import op as indexed
 from ..runtime.backend import resolve
+from ..runtime.derivatives import transformed
 from ..runtime.explain import record
 from ..runtime.path import requested_path
 from ..runtime.tuned import measured
@@ -194,6 +195,8 @@ def _why_dense(norms: Sequence[CGNorm], segmap: Tensor | LabelLayout, kind: str)
         return None
     if segmap.requires_grad:
         return "the map requires a gradient"
+    if transformed() is not None:  # where a map's values are not to be looked at
+        return transformed()
     if torch.compiler.is_compiling():
         return "a map is not compiled inside torch.compile; pass a LabelLayout"
     return None

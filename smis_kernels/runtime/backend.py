@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native as _native
+from .derivatives import transformed
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "SMIS_BACKEND"
@@ -122,12 +123,13 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
     """The implementation of ``op`` that runs on ``tensor``: one of ``kinds`` or ``"reference"``.
 
     ``auto`` takes the op's kernel for the tensor's device, or the reference (with one warning
-    that says what is missing); an explicit choice runs or raises :class:`BackendError`.
+    that says what is missing; without one where the call is traced, vmapped or differentiated in
+    forward mode); an explicit choice runs or raises :class:`BackendError`.
     """
     choice = requested(backend)
     device = tensor.device.type
-    if choice == "reference":
-        return choice
+    if choice == "reference" or (choice == "auto" and transformed() is not None):
+        return "reference"
     if choice == "auto":
         for kind in kinds:
             if (kind == "cpu") == (device == "cpu") and device in ("cpu", "cuda"):

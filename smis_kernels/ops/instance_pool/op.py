@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_tensor
@@ -112,11 +111,10 @@ class _InstancePool(torch.autograd.Function):
         return _pool(kind, input, instance_map)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # The pooling matrix is symmetric: the gradient is pooled as the input was.
         (instance_map,) = ctx.saved_tensors
-        return _pool(ctx.kind, grad, instance_map), None, None
+        return _InstancePool.apply(grad, instance_map, ctx.kind), None, None
 
 
 def _checked(input: Tensor, instance_map: Tensor) -> Tensor:
