@@ -24,8 +24,8 @@ from smis_kernels import (
     spectral_weight,
     winograd_conv2d,
 )
+from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
-from smis_kernels.ops.label_conv.op import LabelConv2d
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 

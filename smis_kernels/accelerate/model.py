@@ -46,8 +46,9 @@ def accelerate(
     call or a module is unlike what was probed, the original forward runs,
     :func:`smis_kernels.explain` and ``report.calls_left`` show it, and a warning says so once; so
     it does, without a warning, under ``torch.jit.trace``, forward-mode differentiation and
-    ``torch.func`` (vmap, grad, jvp), which the kernels do not serve. Not seen: globals and closures that a forward reads, and, inside
-    ``torch.compile``, what changes after it was compiled: accelerate, and compile, anew.
+    ``torch.func`` (vmap, grad, jvp), which the kernels do not serve. Not seen: globals and
+    closures that a forward reads, and, inside ``torch.compile``, what changes after it was
+    compiled: accelerate, and compile, anew.
 
     Calling it again starts over from the original; :func:`restore` returns to it.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.indexed_modulation import op as indexed
 from ..runtime.backend import resolve
@@ -17,8 +17,19 @@ from ..runtime.path import requested_path
 from ..runtime.tuned import measured
 from .label_layout import LabelLayout, WindowLevel, layout_of
 
-if TYPE_CHECKING:
-    from ..modules.spade import CGNorm
+
+class ModulationConvs(Protocol):
+    """What the choice reads of a norm: the convs that make its gamma and beta."""
+
+    mlp_gamma: nn.Conv2d
+    channels: int
+    label_channels: int
+    hidden: int
+    backend: str | None
+
+    @property
+    def shared_conv(self) -> nn.Conv2d | None:
+        """The conv before them; None for a single conv."""
 
 
 class Rates(NamedTuple):
@@ -85,7 +96,7 @@ class Plan:
         return self.segmap
 
 
-def costs(norm: CGNorm, level: WindowLevel, pixels: int,
+def costs(norm: ModulationConvs, level: WindowLevel, pixels: int,
           rates: Rates = CPU_RATES) -> dict[str, float]:
     """Nanoseconds of each path's convs or tables for one norm."""
     gamma = norm.mlp_gamma
@@ -108,7 +119,7 @@ def costs(norm: CGNorm, level: WindowLevel, pixels: int,
     }
 
 
-def _check_map(norm: CGNorm, segmap: Tensor | LabelLayout, input: Tensor) -> None:
+def _check_map(norm: ModulationConvs, segmap: Tensor | LabelLayout, input: Tensor) -> None:
     shape = tuple(segmap.shape)
     if len(shape) != 4 or shape[1] != norm.label_channels:
         raise ValueError(f"segmap: expected (N, {norm.label_channels}, H, W), got {shape}")
@@ -118,7 +129,7 @@ def _check_map(norm: CGNorm, segmap: Tensor | LabelLayout, input: Tensor) -> Non
         )
 
 
-def choose(norms: Sequence[CGNorm], input: Tensor, segmap: Tensor | LabelLayout,
+def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | LabelLayout,
            size: tuple[int, int]) -> Plan:
     """Choose for one norm, or for the two that share a read of the input.
 
@@ -184,7 +195,8 @@ def prepare_map(segmap: Tensor | LabelLayout, like: Tensor,
     return segmap if layout is None else layout
 
 
-def _why_dense(norms: Sequence[CGNorm], segmap: Tensor | LabelLayout, kind: str) -> str | None:
+def _why_dense(norms: Sequence[ModulationConvs], segmap: Tensor | LabelLayout,
+               kind: str) -> str | None:
     """Why tables cannot serve, before any pixel is looked at; None where they can."""
     if kind not in indexed.KINDS:
         return f"tables have no {kind} kernel"
