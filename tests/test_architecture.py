@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a room imports from those before it.
 ROOMS = {
-    "smis_kernels": ("build", "runtime", "testing", "ops", "layout", "modules", "accelerate", "info"),
+    "smis_kernels": ("build", "runtime", "testing", "ops", "layout", "modules", "accelerate",
+                     "info"),
     "smis_models": ("io", "networks", "families", "data", "synthesis", "metrics", "training",
                     "benchmark", "demo", "cli"),
 }

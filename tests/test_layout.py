@@ -386,7 +386,7 @@ def test_compiles_without_a_graph_break_on_a_prepared_layout() -> None:
 
 
 def test_kept_tables_of_norms_that_see_differently_far() -> None:
-    """After an edit each takes over the rows of its own windows: 5x5, or 3x3 without a hidden conv."""
+    """After an edit each takes over rows of its own windows: 5x5, or 3x3 without a hidden conv."""
     labels = torch.randint(4, (1, 16, 16), generator=torch.Generator().manual_seed(0))
     edited = labels.clone()
     edited[0, 3:6, 4:9] = 1

@@ -13,11 +13,11 @@ from ..modules.spade import modulate_pair
 from ..modules.winograd_conv import WinogradConv2d
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
-from ..runtime.watch import hooked
 from .formats import channels_last, in_format_of, network_call
 from .norms import ForeignNorm, FusedNorm, NormPlan, is_plain_conv, probe_inputs
 from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs
 from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of
+from .watch import hooked
 
 # Activation and slope between norm and conv, likeliest first.
 _ACTIVATIONS = (("leaky_relu", 0.2), ("relu", 0.0), ("leaky_relu", 0.01), ("leaky_relu", 0.1))

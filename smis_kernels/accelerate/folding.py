@@ -14,8 +14,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..modules.spectral_norm import FusedSpectralNorm
 from ..runtime.derivatives import transformed
-from ..runtime.watch import Settings, Stamp, hooked
 from .swap import FOLDED, SETTINGS, Accelerated
+from .watch import Settings, Stamp, hooked
 
 _BEFORE = "_smis_before"  # the class that a hook had before it was swapped
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..runtime.watch import original_type
 from . import folding
 from .recognise import BLOCK, KINDS, NORM, SPECTRAL_NORM, Finding, Recognition, networks
 from .report import Difference, Report, Row
 from .swap import CALLS, PLAN, SETTINGS, Accelerated, Change, Step
+from .watch import original_type
 
 
 def accelerate(

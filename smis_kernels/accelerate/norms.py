@@ -14,9 +14,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layout.label_layout import LabelLayout
 from ..modules.spade import CGNorm
-from ..runtime.watch import weight_hooks
 from .probe import PROBE_SIZE, SEED, CannotRun, Trial, Verdict, agreeing, at_scales, shadow
 from .swap import PLAN, Change, Fused, Plan, arguments_of, serves
+from .watch import weight_hooks
 
 _COUNTING = (nn.BatchNorm2d, nn.SyncBatchNorm)  # whose several processes are known, too
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..runtime.backend import use_backend
-from ..runtime.watch import Settings, weight_hooks
 from .swap import Change, Plan
+from .watch import Settings, weight_hooks
 
 SEED = 3
 PROBE_SIZE = (3, 4)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.spectral_norm import FusedSpectralNorm
-from ..runtime.watch import OWN, original_type, weight_hooks
 from . import blocks, folding, layers, norms, sequences
 from .formats import Network
 from .probe import Verdict, aside
 from .swap import Change, Plan, Step
+from .watch import OWN, original_type, weight_hooks
 
 NORM, BLOCK, CONV, PIXEL_CONV = "norm", "block", "conv", "pixel_conv"
 NORM_ACT, INSTANCE_POOL, SPECTRAL_NORM = "norm_act", "instance_pool", "spectral_norm"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops.norm_act.op import norm_act
-from ..runtime.watch import hooked, original_type, weight_hooks
 from .folding import Folded, constant
 from .formats import channels_last
 from .norms import is_plain_conv
 from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, shadow
 from .swap import FOLDED, PLAN, Change, Fused, Plan, serves
+from .watch import hooked, original_type, weight_hooks
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..runtime.backend import requested
 from ..runtime.derivatives import transformed
 from ..runtime.explain import record
-from ..runtime.watch import Settings, hooked, original_type
+from .watch import Settings, hooked, original_type
 
 PLAN = "_smis_plan"
 SETTINGS = "_smis_settings"  # what the module was like when its plan was made
