@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from smis_models.families.presets import DEEPFASHION
 from torch import Tensor
 from typer.testing import CliRunner
 
 from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes, build_dataset
+from smis_models.families import DEEPFASHION
 from smis_models.io.images import write_indices, write_png
 from smis_models.training import Run, TrainConfig, from_dict
 from smis_models.training.batches import Batches, MicroBatch, dataset, seed_of

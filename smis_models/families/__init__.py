@@ -48,7 +48,7 @@ from .models import (
     shipped_weights,
     stored_configuration,
 )
-from .registry import MODELS, PARTS, ModelInfo, list_models, network_parts
+from .registry import MODELS, PARTS, ModelInfo, entry, list_models, network_parts
 # isort: on
 
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "UNetPreset",
     "configured_preset",
     "create_model",
+    "entry",
     "list_models",
     "network_parts",
     "shipped_weights",
