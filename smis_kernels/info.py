@@ -20,7 +20,8 @@ from .runtime import backend as _backend
 from .runtime import native as _native
 
 ENVIRONMENT = (
-    _backend.ENVIRONMENT, "SMIS_PATH", "SMIS_ISA", build.SELECTION, "TRITON_INTERPRET", "CXX", "CUDACXX",
+    _backend.ENVIRONMENT, "SMIS_PATH", "SMIS_ISA", build.SELECTION, "TRITON_INTERPRET",
+    "SMIS_CUDA_EMULATED", "CXX", "CUDACXX",
     "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
 )
 # The file that holds an op's implementation of each kind.
@@ -51,13 +52,15 @@ def _libraries() -> dict[str, dict[str, Any]]:
         entry = record.get(name, {})
         libraries[name] = {
             "built": built, "loaded": status.loaded, "reason": status.reason, "cure": status.cure,
-            "last_build": build.summary(entry) if entry else "never",
+            "emulated": status.emulated, "last_build": build.summary(entry) if entry else "never",
         }
     return libraries
 
 
 def _why_not(kind: str) -> str:
     problem = _backend.missing(kind)
+    if kind == "cuda" and _native.STATUS["cuda"].emulated:
+        return ""
     if problem is None and kind != "cpu":
         if not torch.cuda.is_available():
             interpreted = kind == "triton" and _backend.triton_interpreted()
@@ -115,7 +118,8 @@ def info() -> dict[str, Any]:
 
 def _library_line(library: dict[str, Any]) -> str:
     built = "built, not loaded" if library["built"] else "missing"
-    state = "loaded" if library["loaded"] else built
+    loaded = "loaded, emulated on the CPU" if library["emulated"] else "loaded"
+    state = loaded if library["loaded"] else built
     why = f": {library['reason']}; cure: {library['cure']}" if library["reason"] else ""
     return f"{state}{why}"
 

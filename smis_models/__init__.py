@@ -1,7 +1,6 @@
 """Semantic image synthesis models on the kernels of ``smis_kernels``."""
 
-from .families.registry import ModelInfo, SynthesisModel, create_model, list_models
-from .families.shipped import shipped_weights
+from .families import ModelInfo, SynthesisModel, create_model, list_models, shipped_weights
 from .io.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from .networks.encoder import reparameterize
 from .synthesis.synthesizer import Synthesizer, frozen_copy

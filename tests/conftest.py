@@ -1,23 +1,27 @@
-"""Tests that need Triton run on a GPU or under its interpreter; elsewhere they say why not."""
+"""Tests that need Triton run on a GPU or under its interpreter; elsewhere they say why not.
+
+SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/).
+"""
 
 from __future__ import annotations
-
-import importlib.util
 
 import pytest
 import torch
 
-from smis_kernels.runtime.backend import triton_interpreted
+from smis_kernels.runtime.backend import missing, triton_interpreted
+from smis_kernels.runtime.native import cuda_emulated
+
+if cuda_emulated():
+    from cuda_on_cpu.plugin import no_findings, pytest_terminal_summary  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
-    elif not (torch.cuda.is_available() or triton_interpreted()):
+    reason = missing("triton")
+    if reason is None and not (torch.cuda.is_available() or triton_interpreted()):
         reason = "no GPU; run again with TRITON_INTERPRET=1"
-    else:
+    if reason is None:
         return
     skip = pytest.mark.skip(reason=reason)
     for item in items:
-        if "triton" in item.keywords:
+        if item.get_closest_marker("triton"):
             item.add_marker(skip)

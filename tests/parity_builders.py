@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import class_crops, instance_avg_pool2d, instance_edges, spatially_varying_conv2d
-from smis_models.families.ccfpse import discriminate_pairs, pyramid_matching_loss
-from smis_models.families.pix2pixhd import pix2pixhd_losses
-from smis_models.families.presets import (
+from smis_models.families import (
     ADE20K,
     CCFPSE_ADE20K,
     CCFPSE_CITYSCAPES,
@@ -26,9 +24,11 @@ from smis_models.families.presets import (
     SPADE_COCO_VAE,
     GroupDNetPreset,
     Preset,
+    network_parts,
     with_options,
 )
-from smis_models.families.registry import network_parts
+from smis_models.families.ccfpse import discriminate_pairs, pyramid_matching_loss
+from smis_models.families.pix2pixhd import pix2pixhd_losses
 from smis_models.networks.discriminator import discriminate
 from smis_models.networks.losses import feature_matching_loss, gan_loss, kl_loss
 from smis_models.networks.semantics import semantics

@@ -13,7 +13,7 @@ from smis_kernels import (
     spatially_varying_conv2d,
     use_backend,
 )
-from smis_models.families.registry import create_model
+from smis_models.families import create_model
 from smis_models.networks.semantics import semantics
 
 GENERATORS = ("groupdnet_deepfashion", "spade_coco", "ccfpse_coco", "pix2pixhd_cityscapes")

@@ -17,7 +17,7 @@ from smis_models.benchmark import evaluation, records, timing, training
 from smis_models.benchmark.case import Case, Setting, channels_last, convert, nbytes, providers
 from smis_models.benchmark.measure import bind
 from smis_models.data.scenes import sample_scene
-from smis_models.families.presets import with_options
+from smis_models.families import with_options
 from smis_models.io import images
 from smis_models.metrics import PixelDistance
 

@@ -1,5 +1,6 @@
 """The builder, run for real on tiny sources; torch's headers are read, torch is not imported."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -242,3 +243,43 @@ def test_max_jobs(monkeypatch):
     assert build.jobs() == 3
     monkeypatch.delenv("MAX_JOBS")
     assert build.jobs() == os.cpu_count()
+
+
+PTX = """
+    ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.L1::evict_last.v2.b64 { %rd3, %rd4 }, [ %rd2 + 0 ];
+    @%p1 ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    cp.async.cg.shared.global [ %r5 + 0 ], [ %rd5 + 0 ], 0x10, %r6;
+    st.global.v2.b32 [ %rd7 + 0 ], { %r8, %r9 };
+    ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r7 ];
+    wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32 {%f1}, %r1, %rd1, p, 1, 1;
+"""
+
+
+def test_kernel_report_reads_ptx_and_refuses_another_product():
+    assert kernel_report.accesses(PTX, "ld") == "16:3 2:1"
+    assert kernel_report.accesses(PTX, "st") == "8:1"
+    assert kernel_report.products(PTX) == ("tf32",)
+    bf16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}"
+    assert kernel_report.products(bf16) == ("bf16",)
+    assert kernel_report.products("tcgen05.mma.cta_group::1.kind::f16 [%r1]") == ("f16",)
+    kernel_report.check_products("op/case/sm_90", "tf32", [PTX, ""])
+    kernel_report.check_products("op/case/sm_90", "", [""])
+    for declared, ptx in (("bf16", PTX), ("tf32", ""), ("", bf16), ("f16", bf16)):
+        with pytest.raises(ValueError, match="op/case/sm_90: expected products"):
+            kernel_report.check_products("op/case/sm_90", declared, [ptx])
+
+
+@pytest.mark.parametrize(("triton", "numpy", "fails"), [
+    ("3.6.0", "2.5.0", True), ("3.6.1", "2.4.0", True), ("3.6.0", "2.3.5", False),
+    ("3.7.0", "2.5.0", False), ("3.10.0", "2.4.6", False),
+])
+def test_triton_and_numpy_that_do_not_interpret(triton, numpy, fails, monkeypatch):
+    from smis_kernels.runtime import backend
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    if importlib.util.find_spec("triton") is not None:
+        assert ("cure: pip install 'numpy<2.4'" in (backend.missing("triton") or "")) == fails
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "numpy" not in (backend.missing("triton") or "")

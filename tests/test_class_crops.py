@@ -276,15 +276,6 @@ def test_gradcheck(form: str) -> None:
     )
 
 
-@needs_cpu
-def test_double_backward_is_refused() -> None:
-    image = _image(1, 4, 4).requires_grad_()
-    crops = class_crops(image, _labels(1, 4, 4, 2), 2, backend="cpu")
-    (grad,) = torch.autograd.grad((crops * crops).sum(), image, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_masks_that_require_a_gradient_take_the_reference_path() -> None:
     image, masks = _image(1, 6, 6), torch.rand((1, 2, 6, 6)).requires_grad_()
     class_crops(image, masks, 2).sum().backward()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smis_kernels import ConditionalConv2d, conditional_conv2d
 from smis_kernels.ops.conditional_conv import op
-from smis_kernels.runtime.backend import missing
+from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.testing import (
     LAYOUTS,
     assert_as_accurate,
@@ -157,6 +157,26 @@ def test_triton_equals_reference(layout: str) -> None:
         truth = results(tuple(t.double() for t in inputs), "reference")
         for a, b, t in zip(found, expected, truth, strict=True):
             assert_as_accurate(a, b, t)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_in_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = tuple(t.to(device, dtype) for t in make((1, 9, 5, 5, 6), "channels_last"))
+    truth = results(tuple(t.double() for t in inputs), "reference")
+    found, expected = results(inputs, "triton"), results(inputs, "reference")
+    for a, b, t in zip(found, expected, truth, strict=True):
+        assert_as_accurate(a, b, t, floor=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not triton_interpreted(), reason="a limit that no GPU has")
+def test_triton_batches_beyond_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smis_kernels.runtime.triton_support.GRID_LIMIT", 1)
+    inputs = make((3, 4, 2, 3, 3), "channels_last")
+    for a, b in zip(results(inputs, "triton"), results(inputs, "reference"), strict=True):
+        assert max_error(a, b) < 1e-11
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -26,7 +26,7 @@ from smis_models.data import (
     write_scenes,
 )
 from smis_models.data.preprocess import MODES
-from smis_models.families.presets import (
+from smis_models.families import (
     ADE20K,
     CITYSCAPES,
     DEEPFASHION,

@@ -14,8 +14,8 @@ import smis_models.networks.encoder
 from smis_kernels import class_crops, use_backend
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import assert_as_accurate, max_error
-from smis_models.families.presets import ADE20K
-from smis_models.networks.encoder import GroupDNetEncoder
+from smis_models.families import ADE20K
+from smis_models.families.groupdnet import GroupDNetEncoder
 
 CLASSES, SIZE = 9, (64, 64)
 Codes = tuple[Tensor, Tensor]

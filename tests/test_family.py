@@ -21,7 +21,7 @@ from smis_kernels.runtime.backend import missing
 from smis_models import create_model
 from smis_models.benchmark import Setting, cases, family, measure
 from smis_models.benchmark.effective import dense_macs, effective_macs
-from smis_models.families.zoo import MODELS
+from smis_models.families import MODELS
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 # Published networks at batch 1, in units of 10^9: counted from the published code.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,18 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, driver, report, sanitizer, targets
+from benchmarks.gpu import correctness, driver, plan, report, sanitizer, targets, tune, tune_rates
 from benchmarks.gpu.cases import CASES, OpCase
 from benchmarks.gpu.journal import Journal, OutOfTime, Skip, write_json
 from benchmarks.gpu.measure import Floor, Provider, measure, without_gradients
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.regressions import regressions
-from benchmarks.gpu.settings import ROOT, Settings
+from benchmarks.gpu.settings import ROOT, TUNED, Settings, environment
 from benchmarks.gpu.targets import TARGETS
+from smis_kernels import SPADE, norm_act
+from smis_kernels.layout import planner
+from smis_kernels.runtime import native, tuned
+from smis_models.benchmark import timing
 
 CPU = torch.device("cpu")
 
@@ -94,17 +100,196 @@ def test_resuming_runs_what_is_missing(settings: Settings) -> None:
 
 def test_restoring_drops_rows_that_failed(settings: Settings) -> None:
     done, failed = ({"name": s, "state": s, "reason": ""} for s in ("done", "failed"))
-    results = {name: {"rows": [done, failed]} for name in ("device", "rates", "networks")}
+    again, late = {**done, "name": "again", "again": True}, {**failed, "name": "late", "late": True}
+    rows = [late, again, done, failed]
+    results = {name: {"rows": rows} for name in ("device", "build", "rates", "networks")}
     write_json(settings.journal("rates"), {"rows": [failed]})  # what this machine has goes first
     driver.restore(settings, results)
     found = {name: json.loads(settings.journal(name).read_text())["rows"] for name in results}
-    assert found == {"device": [], "rates": [], "networks": [done]}
+    kept = {"name": "late", "state": "late"}
+    assert found == {"device": [], "build": [], "rates": [], "networks": [kept, done]}
+    journal = Journal(settings.journal("networks"), 60, lambda: None)
+    assert journal.late_last(["late", "new", "done"]) == ["new", "done", "late"]
+    assert journal.row("late", lambda: {"ran": True})["ran"]  # type: ignore[index]
+    driver.restore(settings, {"networks": results["networks"]})  # its state is known once only
+    assert rows_of(settings, "networks")["late"] == "done"
+
+
+def rows_of(settings: Settings, part: str) -> dict[str, str]:
+    return {row["name"]: row["state"]
+            for row in json.loads(settings.journal(part).read_text())["rows"]}
+
+
+def test_a_row_ended_at_the_deadline_is_marked(settings: Settings) -> None:
+    write_json(settings.journal("networks"), {"rows": [{"name": "long", "state": "running"},
+                                                       {"name": "done", "state": "done"}]})
+    driver._fail_running_row(settings, "networks", "ended", late=True)
+    driver.restore(settings, {"networks": {"rows": []}})
+    assert rows_of(settings, "networks") == {"long": "late", "done": "done"}
+
+
+def test_the_end_of_a_failed_part_s_log_is_printed_and_kept(
+        settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    run(settings, "good", "failing", "crashing")
+    printed, kept = capsys.readouterr().out, settings.failures.read_text()
+    assert settings.failures.parent == Path(settings.out)
+    for text in ("failing|   fails: failed: ValueError: x: expected 1, got 2", "crashing| "):
+        assert text in printed
+    assert kept.count("== ") == 2 and "fails: failed: ValueError: x: expected 1, got 2" in kept
+    assert "row 0" not in kept and "good|" not in printed
+
+
+def test_what_this_build_lacks_is_skipped_and_tried_again(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(native.STATUS, "cpu",
+                        native.NativeStatus("cpu", False, reason="nvcc failed", cure="build it"))
+    x = torch.randn(1, 3, 4, 4)
+    plain = without_gradients(torch.relu, x)
+    ours = Provider("ours", lambda: without_gradients(
+        lambda: norm_act(x, norm="none", activation="relu")), like="reference")
+    reference = Provider("reference", lambda: plain)
+    form = Provider("ours otherwise", lambda: plain, like="reference")
+    journal = Journal(tmp_path / "j.json", 60, lambda: None)
+    truth = lambda: x.double().relu()  # noqa: E731
+    row = journal.row("alone", lambda: measure([reference, ours], truth, CPU, small=True))
+    assert row is not None and row["state"] == "skipped" and row["again"]
+    assert "nvcc failed" in row["reason"]
+    row = journal.row("two", lambda: measure([reference, ours, form], truth, CPU, small=True))
+    assert row is not None and row["state"] == "done" and row["again"]
+    assert "nvcc failed" in row["providers"]["ours"]["skipped"]
+    assert row["providers"]["ours otherwise"]["median"] > 0
+    state = {"compiled": False}
+
+    def steady() -> torch.Tensor:  # as a layout that its first call compiles
+        if not state["compiled"]:
+            norm_act(x, norm="none", activation="relu")
+        state["compiled"] = True
+        return x.relu()
+
+    ours = Provider("ours", lambda: steady, like="reference")
+    row = journal.row("steady", lambda: measure([reference, ours], truth, CPU, small=True))
+    assert row is not None and row["state"] == "done" and "again" not in row
+
+
+def test_a_failed_library_stops_no_other_part() -> None:
+    assert [part.name for part in PARTS if part.fatal] == ["device"]
+    assert [part.name for part in PARTS if part.again] == ["device", "build"]
+
+
+def test_measured_settings_reach_every_later_part(settings: Settings, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TUNED == tuned.ENVIRONMENT
+    monkeypatch.delenv(TUNED, raising=False)
+    table = tmp_path / "x.tuned.json"
+    with_table = Settings(**{**json.loads(settings.to_json()), "table": str(table)})
+    assert TUNED not in environment(with_table)
+    write_json(table, {"settings": {}})
+    assert environment(with_table)[TUNED] == str(table)
+    monkeypatch.setenv(TUNED, "none")
+    assert environment(with_table)[TUNED] == "none"
+
+
+def test_the_plan_fills_each_call_in_order() -> None:
+    calls, rest = plan.plan(300.0, {})
+    assert not {"networks", "training"} & calls[0].keys()
+    for call in calls:
+        assert {"device", "build"} <= call.keys()
+        grouped = [max(call.get(part.name, 0.0) for part in group)
+                   for group in driver.grouped(PARTS)]
+        assert sum(grouped) <= 300.0
+    for part in PARTS:
+        if not part.again:
+            given = sum(call.get(part.name, 0.0) for call in calls)
+            assert given + rest.get(part.name, 0.0) == pytest.approx(part.seconds)
+    results = {"calls": [{"seconds": {"build": 90.0, "tune": 30.0}},
+                         {"seconds": {"build": 7.0, "tune": 25.0, "networks": 50.0}}],
+               "parts": {"build": {"state": "done"}, "tune": {"state": "done"},
+                         "networks": {"state": "stopped"}}}
+    assert plan.measured_seconds(results) == {"build": 7.0, "tune": 55.0}
+    calls, _ = plan.plan(300.0, results)
+    assert calls[0]["build"] == 7.0 and "tune" not in calls[0]
+    assert "build* 7 s" in plan.text(300.0, results, "abc", "f.json")
+    assert "--commit abc --out OUT --from f.json" in plan.text(300.0, results, "abc", "f.json")
+
+
+def test_networks_are_compiled_before_the_next_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import networks
+
+    class Names(Journal):
+        def row(self, name: str, *_: Any) -> None:  # type: ignore[override]
+            asked.append(name)
+
+    asked: list[str] = []
+    monkeypatch.setattr(networks, "release", lambda: None)
+    networks.run(Names(Path("no file"), 60, lambda: None), Settings("", ""))
+    for target in TARGETS:
+        if target.part == "networks" and target.row.endswith("compiled"):
+            plain = target.row.removesuffix(" compiled")
+            assert asked.index(target.row) == asked.index(plain) + 1
+
+
+def test_times_on_a_gpu_are_of_graph_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def graphed(calls: Any) -> Any:
+        events.append(f"captured {len(calls)}")
+        return lambda: events.append("replayed")
+
+    def clock(call: Any, repeats: int) -> float:
+        call()
+        return 1e-3 if events[-1] == "eager" else 5e-3
+
+    monkeypatch.setattr(timing, "graphed", graphed)
+    monkeypatch.setattr(timing, "cuda_seconds", clock)
+    call = lambda: events.append("eager") or torch.zeros(1)  # noqa: E731
+    assert timing.replay_seconds(call, torch.device("cuda")) == pytest.approx(5e-3 / 5)
+    assert events[:3] == ["eager", "eager", "captured 5"]
+    assert set(events[3:]) == {"replayed"} and len(events) == 3 + 8
+    events.clear()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    row = tune.choose("kernel", "key", [{"tile": 1}, {"tile": 2}], lambda: call,
+                      torch.device("cuda"))
+    assert events.count("captured 5") == 2 and row["usual_seconds"] == pytest.approx(1e-3)
+
+
+def test_rates_are_the_inverse_of_the_planner_s_costs() -> None:
+    """Times made from known rates and fixed costs give these back."""
+    known = planner.Rates(dense=900.0, two_level=300.0, one_level=200.0, sums=20.0,
+                          fixed_dense=9e3, fixed_two_level=30e3, fixed_one_level=15e3)
+    norms = []
+    for channels, pixels, v, u in ((128, 65536, 900, 2500), (512, 4096, 600, 1300),
+                                   (1024, 1024, 300, 500), (1024, 64, 60, 64)):
+        norm = SPADE(channels, 183)
+
+        class Level:
+            repeats, counts = True, (v, u)
+
+        cost = planner.costs(norm, Level(), pixels, known)  # type: ignore[arg-type]
+        convs = 2 * norm.mlp_gamma.weight.numel()
+        norms.append({
+            "times": {**{path: 7e3 + cost[path] for path in tune_rates.PATHS}, "shared": 7e3,
+                      "sums": 4e3 + u * 18 * channels / known.sums},
+            "work": {"dense": pixels * (convs + norm.mlp_shared[0].weight.numel()),
+                     "two_level": v * convs, "one_level": u * convs, "sums": u * 18 * channels},
+            "embedding": v * 9 * norm.hidden})
+    found, misfits = tune_rates.fitted(norms)
+    assert found == pytest.approx(known._asdict(), rel=1e-6)
+    assert max(misfits.values()) < 1e-6
+    norms[0]["times"]["dense"] *= 2
+    assert tune_rates.fitted(norms)[1]["dense"] > 0.1
+
+
+def test_a_fit_never_promises_a_free_path() -> None:
+    assert tune_rates.fit([(1.0, 12.0), (2.0, 14.0), (4.0, 18.0)]) == pytest.approx((10.0, 2.0))
+    for points in ([(1.0, 5.0), (2.0, 4.0)], [(1.0, 1.0), (2.0, 4.0)], [(3.0, 6.0)]):
+        fixed, slope = tune_rates.fit(points)
+        assert fixed == 0.0 and slope > 0
 
 
 def test_no_time_left(settings: Settings, tmp_path: Path) -> None:
     found = run(settings, "good", budget=1.0)
     assert found["good"]["state"] == "stopped"
-    assert "--resume" in found["good"]["reason"]
+    assert "--from" in found["good"]["reason"]
     journal = Journal(tmp_path / "j.json", 1.0, lambda: None)
     with pytest.raises(OutOfTime):
         journal.row("long", dict, needs=5.0)
@@ -201,6 +386,15 @@ def test_report_and_regressions(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "MISSED" in capsys.readouterr().out
 
 
+def test_a_report_says_which_rows_ran_untuned() -> None:
+    parts = _results()
+    (row,) = parts["operations"]["rows"]
+    results = {"machine": "gpu", "date": "", "dry_run": False, "commit": "", "parts": parts}
+    assert "Tuned settings of the timed rows: none." in report.markdown(results, None)
+    parts["operations"]["rows"].append({**row, "name": "other", "tuned": "H200, commit 1"})
+    assert "of the timed rows: H200, commit 1; none." in report.markdown(results, None)
+
+
 def test_names_of_results_fit_any_file_system() -> None:
     settings = Settings("", "", dry_run=True)
     assert command.machine_name(dry_run=True) == "cpu"
@@ -256,7 +450,7 @@ def test_every_op_has_a_case() -> None:
     folders = {path.parent.name for path in ROOT.glob("smis_kernels/ops/*/op.py")}
     cpu_only = {path for path in folders
                 if not (ROOT / "csrc" / path / "cuda.cu").exists()
-                and not (ROOT / "smis_kernels" / path / "triton.py").exists()}
+                and not (ROOT / "smis_kernels" / "ops" / path / "triton.py").exists()}
     assert {case.op for case in CASES} == folders - cpu_only
 
 
@@ -286,3 +480,75 @@ def test_dry_run_of_a_timed_part(tmp_path: Path) -> None:
     assert {name: part["state"] for name, part in results["parts"].items()} == dict.fromkeys(
         ("device", "build", "rates"), "done")
     assert "mean nothing" in path.with_suffix(".md").read_text()
+
+
+def copy_of_the_tree(place: Path) -> Path:
+    left_out = shutil.ignore_patterns("build", ".git", ".*cache", "__pycache__", ".venv*")
+    shutil.copytree(ROOT, place, symlinks=True, ignore=left_out)
+    return place
+
+
+def test_three_calls_on_fresh_machines(tmp_path: Path) -> None:
+    """Three copies of the tree, three empty folders; one file goes from each call to the next."""
+    calls = (("rates", "tune", "--budget", "14"), ("rates", "tune"),
+             ("rates", "tune", "operations"))  # the first finishes what it has time for
+    carried: Path | None = None
+    files: list[dict[str, Any]] = []
+    for number, parts in enumerate(calls):
+        root, out = copy_of_the_tree(tmp_path / f"tree {number}"), tmp_path / f"out {number}"
+        out.mkdir()
+        earlier: tuple[str, ...] = ()
+        if carried is not None:
+            shutil.copy(carried, root / carried.name)
+            earlier = ("--from", carried.name)
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+        environment.pop(TUNED, None)
+        done = subprocess.run(
+            (sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), "--commit",
+             str(number), *earlier, "--only", *parts), cwd=root, env=environment,
+            capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(list(out.iterdir())) <= 8 and all(path.is_file() for path in out.iterdir())
+        (carried,) = [path for path in out.glob("*.json") if ".tuned" not in path.name]
+        files.append(json.loads(carried.read_text()))
+        shutil.rmtree(root)
+    assert len({path.name for path in tmp_path.glob("out */*.json")
+                if ".tuned" not in path.name}) == 1
+    for before, after in pairwise(files):  # measured once, the same ever after
+        for name in ("rates", "tune", "operations"):
+            ended = [row for row in before["parts"].get(name, {"rows": []})["rows"]
+                     if row["state"] == "done"]
+            kept = {row["name"]: row for row in after["parts"][name]["rows"]} if ended else {}
+            assert ended == [kept[row["name"]] for row in ended]
+    last = files[-1]
+    assert {part: last["parts"][part]["state"] for part in ("rates", "tune", "operations")} == {
+        "rates": "done", "tune": "done", "operations": "done"}
+    assert [call["commit"] for call in last["calls"]] == ["0", "1", "2"]
+    assert last["tuned"]["settings"] and last["tuned"] == files[1]["tuned"]
+    assert {row["tuned"] for row in last["parts"]["operations"]["rows"]} == {
+        f"cpu, {last['tuned']['date']}, commit {last['tuned']['commit']}"}
+    assert not any(row["tuned"] for row in files[0]["parts"]["rates"]["rows"])
+    assert last["machine"] == "cpu"
+
+
+def test_from_takes_results_of_the_same_machine_only(tmp_path: Path) -> None:
+    path = tmp_path / "h200-2026-01-01-000000.json"
+
+    def refusal(*arguments: str) -> str:
+        with pytest.raises(Skip) as caught:
+            command._settings(command._parser().parse_args(
+                ["--dry-run", "--out", str(tmp_path / "out"), "--from", str(path), *arguments]))
+        return str(caught.value)
+
+    assert "expected results of python -m benchmarks.gpu" in refusal()
+    path.write_text("{")
+    assert "expected results of python -m benchmarks.gpu" in refusal()
+    write_json(path, {"format": 1, "parts": {}, "dry_run": False, "machine": "NVIDIA H200"})
+    assert "is of a run on a GPU, and this is none" in refusal()
+    write_json(path, {"format": 1, "parts": {}, "dry_run": True, "machine": "NVIDIA H200"})
+    assert "is of NVIDIA H200, this is cpu" in refusal()
+    assert command.stem("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    done = launch(tmp_path, "--resume", "--from", str(path))
+    assert done.returncode == 2 and "not allowed with" in done.stderr
+    done = launch(tmp_path, "--plan", "--commit", "abc", "--budget", "400")
+    assert done.returncode == 0 and done.stdout.startswith("3 calls of 400 s")

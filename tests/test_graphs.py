@@ -7,6 +7,7 @@ refuses what a capture refuses: values that steer Python.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from smis_kernels import LabelLayout, use_path
 from smis_kernels.layout.label_layout import nearest_source
 from smis_kernels.runtime.backend import missing
 from smis_models import Synthesizer, create_model
+from smis_models.benchmark import timing
 from smis_models.data.scenes import sample_scene
+from smis_models.synthesis import graphs
 from smis_models.synthesis.graphs import GraphedGenerator, HeldLayout, capacity
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -141,3 +144,36 @@ def test_a_layout_can_be_resized_inside_a_capture() -> None:
     layout = LabelLayout.from_labels(torch.arange(64).view(1, 8, 8) // 9, 8)
     graph = make_fx(lambda: layout.dense((3, 5)))()
     assert torch.equal(graph(), layout.dense((3, 5)))
+
+
+def test_a_capture_minds_its_own_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the global mode another thread's allocation breaks a capture."""
+    modes: list[str] = []
+
+    class Context:
+        def __init__(self, *_: Any, capture_error_mode: str = "global", **__: Any) -> None:
+            if type(self) is Capture:
+                modes.append(capture_error_mode)
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: Any) -> None: ...
+        def wait_stream(self, _: Any) -> None: ...
+        def replay(self) -> None: ...
+
+    class Capture(Context): ...
+
+    for name in ("device", "stream", "Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Context)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    calls: list[int] = []
+    assert graphs.capture(lambda: calls.append(1) or 7, torch.device("cuda", 0))() == 7
+    assert len(calls) == graphs.WARM_UPS + 1
+    timing.graphed([lambda: calls.append(2)])()
+    assert modes == ["thread_local"] * 2
+    root = Path(graphs.__file__).parents[2]
+    for path in (p for top in ("smis_kernels", "smis_models", "benchmarks", "tests/gpu")
+                 for p in (root / top).rglob("*.py")):
+        for line in path.read_text().splitlines():
+            if "torch.cuda.graph(" in line:
+                assert "thread_local" in line, path

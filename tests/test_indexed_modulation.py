@@ -274,16 +274,6 @@ def test_compiles_without_a_graph_break(layout: str) -> None:
 
 
 @needs_cpu
-def test_double_backward_is_refused() -> None:
-    case = Case((1, 2, 3, 3), "contiguous", training=True)
-    x = case.x.requires_grad_()
-    y = indexed_modulation(x, case.index, *case.tables, training=True)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
-@needs_cpu
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 3), c=st.integers(1, 18), h=st.integers(1, 9), w=st.integers(1, 9),
        rows=st.integers(1, 12), layout=st.sampled_from(LAYOUTS),

@@ -48,7 +48,7 @@ def test_library_says_why_and_what_to_do(monkeypatch, tmp_path, loaded):
     found = info.info()
     assert found["libraries"]["cpu"] == {
         "built": False, "loaded": loaded, "reason": status.reason, "cure": status.cure,
-        "last_build": "not built: no C++ compiler; cure: install g++",
+        "emulated": False, "last_build": "not built: no C++ compiler; cure: install g++",
     }
     rows = [line.split(None, 1) for line in info.report(found).splitlines()]
     why = "loaded" if loaded else "missing: no C++ compiler; cure: install g++"

@@ -203,3 +203,67 @@ def test_numbering_on_cuda(shape: tuple[int, int, int]) -> None:
 def test_numbering_has_no_triton_kernel() -> None:
     with pytest.raises(BackendError, match="number_windows has reference, cpu, cuda"):
         number_windows(torch.ones(1, 2, 2, dtype=torch.int32), 4, backend="triton")
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not triton_interpreted(), reason="emulated digits")
+def test_tf32_products_round_to_the_nearest() -> None:
+    hidden = (1 + draw(7, 40).abs()).float()  # of one sign: what is cut off adds up
+    hidden[0] = 0
+    weights = [draw(9, 40, 3, 3, seed=s).abs().bfloat16() for s in (1, 2)]
+    biases = [torch.zeros(9)] * 2
+    windows = draw_windows(70, 7)
+    bits = hidden.view(torch.int32)
+    cut = (bits & -(1 << 13)).view(torch.float32)
+    rounded = (bits + (1 << 12) & -(1 << 13)).view(torch.float32)
+
+    def table(rows: Tensor, backend: str) -> Tensor:
+        kinds = (w if backend == "triton" else w.double() for w in weights)
+        gamma, beta = kinds
+        b = [t.to(rows.dtype) for t in biases]
+        return window_table(rows, gamma, b[0], beta, b[1], windows, one_level=True,
+                            backend=backend)
+
+    got, truth = table(hidden, "triton"), table(hidden.double(), "reference")
+    assert max_error(got, table(rounded.double(), "reference")) < 1e-6
+    assert max_error(got, table(cut.double(), "reference")) > 1e-4
+    shift = float(((got.double() - truth)[1:] / truth[1:]).mean())
+    assert abs(shift) < 5e-5  # cutting gives -3.5e-4
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not triton_interpreted(), reason="of the interpreter")
+def test_rounding_keeps_infinity_and_nan() -> None:
+    hidden = torch.ones(4, 8)
+    hidden[0], hidden[1, 3], hidden[2, 0] = 0, float("inf"), float("nan")
+    hidden[3, 1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    weight, bias = torch.ones(2, 8, 3, 3).bfloat16(), torch.zeros(2)
+    windows = torch.zeros(4, 9, dtype=torch.int32)
+    windows[1:] = torch.arange(1, 4)[:, None]
+    got = window_table(hidden, weight, bias, weight, bias, windows, one_level=True,
+                       backend="triton")
+    assert got[1].isinf().all()
+    assert got[2:].isnan().all()
+
+
+@pytest.mark.triton
+def test_bfloat16_is_as_accurate_as_the_reference() -> None:
+    case = Modulated((1, 6, 8, 7), "channels_last", False)
+    case.x = case.x.bfloat16().double()
+    results = (case.run("triton", True, torch.bfloat16, training=True),
+               case.run("reference", True, torch.bfloat16, training=True),
+               case.run("reference", True, training=True))
+    for got, reference, truth in zip(*results, strict=True):
+        assert_as_accurate(got, reference, truth, floor=torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not triton_interpreted(), reason="a limit that no GPU has")
+def test_batches_beyond_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smis_kernels.runtime import triton_support
+
+    monkeypatch.setattr(triton_support, "GRID_LIMIT", 2)
+    case = Modulated((5, 2, 3, 2), "channels_last", True)
+    for got, expected in zip(case.run("triton", True, norm="instance"),
+                             case.run("reference", True, norm="instance"), strict=True):
+        assert max_error(got, expected) < 1e-11

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import LabelLayout
+from smis_kernels.modules.label_conv import LabelConv2d, label_conv_op
 from smis_kernels.ops.label_conv import reference
-from smis_kernels.ops.label_conv.op import LabelConv2d, label_conv_op
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.check import FLOATS
 from smis_kernels.testing import assert_as_accurate, poisoned_empty

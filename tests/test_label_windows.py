@@ -134,10 +134,18 @@ def test_ids_that_do_not_fit_a_key_are_refused() -> None:
     assert_equal(number_windows(map, 100), number_windows(map, 100, backend="reference"))
     map[0, 2, 2] = MAX_ID + 1
     assert number_windows(map, 100)[1].shape == (0, 9)
-    map[0, 2, 2] = -1
-    with pytest.raises(RuntimeError, match="map: expected ids from 0") as error:
-        number_windows(map, 100)
-    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [0, -1, -(2**31)])
+@pytest.mark.parametrize("size", [1, 40])
+def test_ids_below_1_are_refused(size: int, value: int, backend: str) -> None:
+    map = torch.ones((1, size, size), dtype=torch.int32)
+    map[0, -1, -1] = value
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        number_windows(map, 9, backend=backend)
+    assert str(error.value) == (f"map: expected ids from 1, got {value}; 0 stands for the pixels "
+                                "outside the image: number from 1")
 
 
 @needs_cpu

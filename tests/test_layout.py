@@ -23,8 +23,8 @@ from smis_kernels import (
     use_backend,
     use_path,
 )
-from smis_kernels import layout as layout_module
-from smis_kernels.layout.label_layout import layout_of, match_windows
+from smis_kernels.layout import label_layout as layout_module
+from smis_kernels.layout.label_layout import TableCache, layout_of, match_windows
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 
@@ -383,3 +383,21 @@ def test_compiles_without_a_graph_break_on_a_prepared_layout() -> None:
     expected = torch.autograd.grad(call(x), x)[0]
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+
+
+def test_kept_tables_of_norms_that_see_differently_far() -> None:
+    """After an edit each takes over rows of its own windows: 5x5, or 3x3 without a hidden conv."""
+    labels = torch.randint(4, (1, 16, 16), generator=torch.Generator().manual_seed(0))
+    edited = labels.clone()
+    edited[0, 3:6, 4:9] = 1
+    norms = [SPADE(8, 4, hidden, norm="instance").eval() for hidden in (8, 0)]
+    x = torch.randn(1, 8, 16, 16)
+    before, after = (LabelLayout.from_labels(m, 4) for m in (labels, edited))
+    before.tables = TableCache()
+    with torch.no_grad(), use_path("one_level"):
+        for norm in norms:
+            norm(x, before)
+        after.tables = TableCache(before.tables)
+        for norm in norms:
+            found = norm(x, after)
+            assert torch.equal(found, norm(x, LabelLayout.from_labels(edited, 4)))

@@ -14,7 +14,7 @@ from torch import nn
 from smis_kernels import use_backend
 from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes
-from smis_models.families.presets import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
+from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
 from smis_models.io import images
 from smis_models.io.checkpoint import save_checkpoint
 from smis_models.metrics import (

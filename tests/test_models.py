@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smis_kernels import SPADE, class_crops
 from smis_models import SynthesisModel, create_model, list_models, reparameterize
-from smis_models.families.presets import ADE20K, CITYSCAPES, DEEPFASHION
+from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION
 from smis_models.networks.blocks import SPADEResBlock
 from smis_models.networks.discriminator import MultiscaleDiscriminator, discriminate
 from smis_models.networks.losses import class_l1_loss, feature_matching_loss, gan_loss, kl_loss

@@ -11,6 +11,7 @@ from torch import Tensor
 from smis_kernels import LabelLayout, explain, instance_avg_pool2d, use_backend
 from smis_kernels.runtime.backend import missing
 from smis_models import create_model, list_models
+from smis_models.families import PIX2PIXHD_CITYSCAPES, with_options
 from smis_models.families.pix2pixhd import (
     GlobalGenerator,
     LocalEnhancer,
@@ -18,7 +19,6 @@ from smis_models.families.pix2pixhd import (
     ResnetBlock,
     pix2pixhd_losses,
 )
-from smis_models.families.presets import PIX2PIXHD_CITYSCAPES, with_options
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 TINY = {"ngf": 4, "ndf": 4, "nef": 2, "blocks": 2, "classes": 5, "image_size": (64, 64)}

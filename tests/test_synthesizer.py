@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -115,13 +117,52 @@ def test_resampling_and_morphing() -> None:
         s.resample(8)
 
 
+@torch.no_grad()
 def test_changed_weights_are_refused() -> None:
+    """Parameters and buffers alike, changed in place, exchanged or loaded."""
+    model, labels, instances = small("groupdnet_deepfashion")
+    generator = model.generator
+    buffers = [next(b for n, b in generator.named_buffers() if n.endswith(kind))
+               for kind in ("running_mean", "running_var", "weight_u", "weight_v")]
+    changes: list[Callable[[], object]] = [
+        lambda: generator.conv_img.bias.add_(1),
+        lambda: setattr(generator.conv_img, "bias", nn.Parameter(generator.conv_img.bias + 1)),
+        lambda: model.load_state_dict(model.state_dict()),
+        *(partial(buffer.mul_, 1.5) for buffer in buffers),
+    ]
+    for change in changes:
+        s = Synthesizer(model, labels, instances)
+        change()
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            s.sample()
+
+
+def test_the_encoder_may_change() -> None:
     model, labels, instances = small("groupdnet_deepfashion")
     s = Synthesizer(model, labels, instances)
+    before = s.sample(seed=2)
     with torch.no_grad():
-        model.generator.conv_img.bias.add_(1)
-    with pytest.raises(RuntimeError, match="weights have changed"):
-        s.sample()
+        model.encoder.fc_mu.bias.add_(1)
+    assert torch.equal(s.sample(seed=2), before)
+
+
+def test_codes_are_those_of_their_seed() -> None:
+    """N(0, 1) of torch's own generator; a further code is another."""
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels.expand(2, -1, -1), instances)
+    code = s.code(7)
+    expected = model.generator.sample_latent(2, torch.Generator().manual_seed(7))
+    assert code is not None and torch.equal(code, expected)
+    assert not torch.equal(code[0], code[1])
+    assert not torch.equal(code, s.code(8))
+    first, again = s.sample(seed=7), s.sample(code)
+    assert torch.equal(first, again) and torch.equal(s.z, code)
+    changed = s.resample(1, seed=9)
+    channels = model.generator.class_channels(1)
+    expected = code.clone()
+    expected[:, channels] = s.code(9)[:, channels]
+    assert torch.equal(s.z, expected)
+    assert torch.equal(s.resample(1, seed=9, z=code), changed)
 
 
 def test_freezing_leaves_the_model_alone() -> None:

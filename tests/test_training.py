@@ -20,8 +20,7 @@ from torch import Tensor
 
 from smis_models import create_model
 from smis_models.data import Collate, Draw, GeneratedScenes
-from smis_models.families.presets import GroupDNetPreset, Pix2pixHDPreset
-from smis_models.families.registry import SynthesisModel
+from smis_models.families import GroupDNetPreset, Pix2pixHDPreset, SynthesisModel
 from smis_models.io.checkpoint import CheckpointError
 from smis_models.networks import losses
 from smis_models.training import (

@@ -321,16 +321,6 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 @needs_cpu
-def test_double_backward_is_refused() -> None:
-    for call, inputs in ((tabulate(draw_windows(5, 4), "cpu"), table_inputs(4, 6, 1, rows=3)),
-                         (embed(draw_windows(5, 4), "cpu"), embedding_inputs(4, 6, 1, symbols=3))):
-        leaves = [t.requires_grad_() for t in inputs]
-        (grad,) = torch.autograd.grad(call(*leaves).square().sum(), leaves[1], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
-
-
-@needs_cpu
 @settings(max_examples=30, deadline=None)
 @given(groups=st.integers(1, 4), depth=st.integers(1, 5), channels=st.integers(1, 20),
        rows=st.integers(0, 9), count=st.integers(0, 9), one_level=st.booleans(),

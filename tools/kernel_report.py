@@ -1,10 +1,12 @@
 """Registers, shared memory, stack and spills of every GPU kernel, without a GPU.
 
 ``python -m tools.kernel_report [cuda] [triton]``. CUDA kernels are compiled as the build compiles
-them (and taken from its cache); each Triton kernel is cross-compiled for sm_80, sm_90 and sm_100
-from ``COMPILE_CASES`` of ``smis_kernels/<op>/triton.py``. Both are read from ``ptxas -v``. A spill
-is an error unless ``tools/allowed_spills.json`` gives a reason: {"<op>/<kernel>/<arch>": "why"},
-with shell wildcards.
+them (and taken from its cache); Triton's for sm_80, sm_90 and sm_100 by making the calls of
+``COMPILE_CASES`` of ``smis_kernels/ops/<op>/triton.py`` on meta tensors, so that each kernel is
+specialised as in a call. Both are read from ``ptxas -v``; of Triton's PTX are shown the bytes of
+the accesses to global memory with their number, barriers, and the products of tensor cores. A
+spill is an error unless ``tools/allowed_spills.json`` gives a reason, {"<op>/<kernel>/<arch>":
+"why"} with shell wildcards; a product of other operands than the case declares is one always.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,10 @@ class Usage:
     shared: int = 0
     stack: int = 0
     spills: int = 0
+    loads: str = ""
+    stores: str = ""
+    barriers: int = 0
+    products: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -103,65 +111,137 @@ def _ptxas() -> str:
     return str(max(folder.glob("ptxas*"), key=lambda path: len(path.name)))
 
 
-def _compile_triton(case: tuple[Any, ...], arch: int) -> Any:
+class _Target:
+    """Stands for a GPU's driver, so that calls compile without a GPU."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list[tuple[str, Any, tuple[int, ...]]]]:
+    """Triton launches compile for ``arch`` and run nothing: (name, kernel, grid) of each."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    _, function, arguments, constexprs, warps = case
-    signature = {
-        name: "constexpr" if name in constexprs else arguments[name].partition(":")[0]
-        for name in function.arg_names
-    }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(function.arg_names)
-        if name not in constexprs and re.search(r"^\*|:16$", arguments[name])
-    }
-    source = ASTSource(function, signature, constexprs, aligned)
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
-    )
+    launched: list[tuple[str, Any, tuple[int, ...]]] = []
+    run = triton.JITFunction.run
+
+    def compiled(self: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool,
+                 **options: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        launched.append((self.__name__, kernel, grid))
+        return kernel
+
+    driver = triton.runtime.driver
+    before = driver._active
+    triton.JITFunction.run = compiled
+    driver.set_active(_Target(arch))
+    try:
+        yield launched
+    finally:
+        triton.JITFunction.run = run
+        driver._active = before
 
 
-def _triton_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
+def accesses(ptx: str, word: str) -> str:
+    """Bytes of each ``ld`` or ``st`` of global memory and their number: "16:4 2:1"."""
+    found: Counter[int] = Counter()
+    for vector, bits in re.findall(rf"\b{word}\.global[.:\w]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
+        found[int(vector or 1) * int(bits) // 8] += 1
+    if word == "ld":
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*, [^,]*, (0x[\da-f]+|\d+)", ptx)
+        found.update(int(size, 0) for size in copies)
+    return " ".join(f"{size}:{count}" for size, count in sorted(found.items(), reverse=True))
+
+
+def products(ptx: str) -> tuple[str, ...]:
+    """Types of the operands of the tensor-core instructions; sm_100 says f16 of both kinds."""
+    kinds = r"\b(?:wg)?mma\.(?:mma_async|sync)\S*?\.(?:f32|f64)\.(bf16|f16|tf32|f64)\."
+    found = set(re.findall(kinds, ptx))
+    found.update(re.findall(r"\btcgen05\.mma\S*?\.kind::(\w+)", ptx))
+    return tuple(sorted(found))
+
+
+def _triton_cases() -> Iterator[tuple[str, Any]]:
     for path in sorted(Path(build.__file__).parent.glob("ops/*/triton.py")):
         op = path.parent.name
         for case in importlib.import_module(f"smis_kernels.ops.{op}.triton").COMPILE_CASES:
             yield op, case
 
 
+def _assembled(ptx: str, folder: str) -> str:
+    path = Path(folder, "kernel.ptx")
+    path.write_text(ptx)
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    return subprocess.run(
+        (_ptxas(), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", os.devnull),
+        capture_output=True, text=True, check=True,
+    ).stderr
+
+
 def triton_usage() -> list[Usage]:
-    """Every COMPILE_CASE of every smis_kernels/*/triton.py for each of TRITON_ARCHITECTURES."""
+    """The kernels of every COMPILE_CASE for each of TRITON_ARCHITECTURES.
+
+    Raises:
+        ValueError: a kernel multiplies other operands than its case declares, or none.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("TRITON_INTERPRET: expected unset, since interpreted kernels do not compile")
-    found = []
+    found: dict[tuple[str, str], Usage] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         for op, case in _triton_cases():
             for arch in TRITON_ARCHITECTURES:
-                kernel = _compile_triton(case, arch)
-                ptx = Path(folder, "kernel.ptx")
-                ptx.write_text(kernel.asm["ptx"])
-                target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
-                assert target is not None
-                log = subprocess.run(
-                    (_ptxas(), "-v", f"--gpu-name={target.group(1)}", str(ptx), "-o", os.devnull),
-                    capture_output=True, text=True, check=True,
-                ).stderr
-                (usage,) = parse_ptxas(op, log)
-                usage.kernel, usage.arch = case[0], f"sm_{arch}"
-                # Triton's shared memory is dynamic, which ptxas does not see.
-                usage.shared = kernel.metadata.shared
-                found.append(usage)
-    return found
+                with compiling(arch) as launched:
+                    case.call()
+                check_products(f"{op}/{case.name}/sm_{arch}", case.product,
+                               [kernel.asm["ptx"] for _, kernel, _ in launched])
+                for name, kernel, _ in launched:
+                    ptx = kernel.asm["ptx"]
+                    name = f"{name.removesuffix('_kernel')} {case.name}"
+                    if (name, f"sm_{arch}") in found:
+                        continue
+                    (usage,) = parse_ptxas(op, _assembled(ptx, folder))
+                    usage.kernel, usage.arch = name, f"sm_{arch}"
+                    # Triton's shared memory is dynamic, which ptxas does not see.
+                    usage.shared = kernel.metadata.shared
+                    usage.loads, usage.stores = accesses(ptx, "ld"), accesses(ptx, "st")
+                    usage.barriers = len(re.findall(r"\bbar(?:rier)?\.sync", ptx))
+                    usage.products = products(ptx)
+                    found[name, usage.arch] = usage
+    return list(found.values())
+
+
+def check_products(case: str, declared: str, kernels: list[str]) -> None:
+    """Refuse PTX of a case whose tensor-core operands are not of the declared type."""
+    # sm_100 writes one kind for both, and has no instruction for float64 there
+    alike = {"bf16": {"bf16", "f16"}}.get(declared, {declared}) if "sm_100" in case else {declared}
+    met = {kind for ptx in kernels for kind in products(ptx)}
+    if not met <= alike or bool(met) != bool(declared):
+        raise ValueError(f"{case}: expected products of {declared or 'nothing'}, "
+                         f"got {', '.join(sorted(met)) or 'none'}")
 
 
 def table(found: list[Usage]) -> str:
     """One row a kernel and architecture."""
-    head = ("kernel", "arch", "registers", "shared", "stack", "spills")
+    head = ("kernel", "arch", "registers", "shared", "stack", "spills", "barriers", "loads",
+            "stores", "products")
     rows = [head] + [
-        (f"{u.op}/{u.kernel}", u.arch, *map(str, (u.registers, u.shared, u.stack, u.spills)))
+        (f"{u.op}/{u.kernel}", u.arch,
+         *map(str, (u.registers, u.shared, u.stack, u.spills, u.barriers)), u.loads, u.stores,
+         " ".join(u.products))
         for u in found
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

@@ -9,9 +9,27 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# The tests of the ops, on the emulated kernels. Left out: what the CPU's kernels alone promise or
+# torch.compile is asked (errors, opcheck, graphs), and maps too large for fibers.
+EMULATED_OPS = (
+    "tests/gpu/test_ops.py", *(f"tests/test_{op}.py" for op in (
+        "label_windows", "instance_edges", "instance_pool", "class_crops",
+        "spatially_varying_conv")),
+    "-k", " and ".join(f"not {word}" for word in (
+        "bad_input", "compile", "opcheck", "large", "streamed", "extreme", "channel_blocks",
+        "threads_do_not")),
+)
+EMULATED_CASES = ("tests/cuda_on_cpu",)
+# Per build: (schedule, tests).
+EMULATION_RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "plain": (("1", EMULATED_OPS), *((seed, EMULATED_CASES) for seed in "123")),
+    "race": (("1", EMULATED_CASES),),
+    "asan": (("1", EMULATED_CASES),),
+}
 LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")
 
 
@@ -45,6 +63,26 @@ def test(*arguments: str) -> None:
 def interpreter(*arguments: str) -> None:
     """The Triton kernels on CPU tensors, under Triton's interpreter."""
     _python("-m", "pytest", "-m", "triton", *arguments, TRITON_INTERPRET="1")
+
+
+def emulation(*modes: str) -> None:
+    """The CUDA kernels on the CPU: emulation [plain|race|asan], all by default."""
+    if unknown := set(modes).difference(EMULATION_RUNS):
+        sys.exit(f"emulation: expected {', '.join(EMULATION_RUNS)}; got {min(unknown)!r}")
+    chosen = modes or tuple(EMULATION_RUNS)
+    _python("-m", "cuda_on_cpu.emulator", *chosen, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    libraries = (subprocess.run(("g++", f"-print-file-name={name}"), capture_output=True, text=True)
+                 .stdout.strip() for name in ("libasan.so", "libstdc++.so"))
+    preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    with ThreadPoolExecutor(2) as pool:
+        running = [
+            pool.submit(_python, "-m", "pytest", *files, SMIS_CUDA_EMULATED="1",
+                        SMIS_EMULATION=mode, SMIS_EMULATION_SEED=seed, OMP_NUM_THREADS="1",
+                        **(preload if mode == "asan" else {}))
+            for mode in chosen for seed, files in EMULATION_RUNS[mode]
+        ]
+        for run in running:
+            run.result()
 
 
 def parity(checker: str, *arguments: str) -> None:
@@ -119,7 +157,8 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, interpreter, parity, kernels, bench, abi, wheel, readme, ci)
+    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel,
+                 readme, ci)
 }
 
 

@@ -2,5 +2,5 @@
 
 The driver (:mod:`.driver`) runs each part (:mod:`.parts`) in a process of its own. A part appends
 rows to its journal (:mod:`.journal`) as it goes, so a crash or a deadline costs one row, and
-``--resume`` goes on with the rows that are missing.
+``--from`` goes on with the rows that are missing.
 """

@@ -1,21 +1,25 @@
 """Build, check, tune and measure on a GPU, and write results, tables and plots.
 
-A first session (--commit where there is no git; --out a folder that outlasts the session):
+On a machine that is lent for a few calls of ten minutes (--commit where there is no git):
 
-  python -m benchmarks.gpu --dry-run                       on any machine: all up to the launch
-  python -m benchmarks.gpu --commit C --only correctness sanitizer parity rates tune --parity DIR
-  python -m benchmarks.gpu --commit C --resume             networks and the rest, tuned by then
-  python -m benchmarks.gpu --commit C --resume             what failed or found no time, again
+  python -m benchmarks.gpu --dry-run                  on any machine: all up to the launch
+  python -m benchmarks.gpu --plan                     what each of three calls has time for
+  python -m benchmarks.gpu --commit C --out OUT       parts in order, for 470 s
+  python -m benchmarks.gpu --commit C --out OUT --from RESULTS.json
+                                                      the rows that RESULTS.json lacks, tuned as it
+                                                      says; it is the file that the call before left
 
-Later, python -m benchmarks.gpu alone runs all parts in under 8 minutes and marks regressions.
+A machine that keeps its files needs no --from: --resume goes on with the newest results in --out.
 
-Results go to <gpu>-<date>.json, .md, .tuned.json and plots; logs to build/gpu/<result>/. The launch
-settings that measured fastest also go to smis_kernels/tuned/, where the package reads them.
+Results go to <gpu>-<date>.json, .md, .tuned.json, .failed.log and plots; logs to
+build/gpu/<result>/. Launch settings that measured fastest also go to smis_kernels/tuned/, where the
+package reads them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import signal
 import subprocess
@@ -24,8 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import driver, report
-from .journal import Skip, read_json, write_json
+from . import driver, plan, report
+from .journal import Skip, explain, read_json, write_json
 from .parts import BY_NAME, PARTS, TOTAL_SECONDS
 from .settings import ROOT, Settings
 
@@ -48,8 +52,13 @@ def _parser() -> argparse.ArgumentParser:
                         help="these parts (and what all need: device, build)")
     parser.add_argument("--budget", type=float, default=None,
                         help=f"seconds for all parts; default: {TOTAL_SECONDS:.0f}")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with the rows that the last run of this machine lacks")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", action="store_true",
+                          help="go on with the newest results of this GPU in --out")
+    going_on.add_argument("--from", type=Path, dest="earlier", metavar="FILE.json",
+                          help="go on with these results of this GPU, and use their settings")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what three calls have time for, and run nothing")
     parser.add_argument("--dry-run", action="store_true",
                         help="every part on the CPU with tiny sizes: proves the command, not a GPU")
     parser.add_argument("--commit", help="what to record; default: git's description")
@@ -68,7 +77,7 @@ def commit() -> str:
 
 
 def machine_name(dry_run: bool) -> str:
-    """"cpu", or the GPU's name as the results' files carry it."""
+    """"cpu", or the GPU's name."""
     if dry_run:
         return "cpu"
     import torch
@@ -76,15 +85,47 @@ def machine_name(dry_run: bool) -> str:
     if not torch.cuda.is_available():
         built = f"torch {torch.__version__}" + ("" if torch.version.cuda else ", a CPU-only build")
         raise Skip(f"no CUDA GPU is visible to {built}; with --dry-run every part runs on the CPU")
-    name = torch.cuda.get_device_name(0).removeprefix("NVIDIA ")
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return torch.cuda.get_device_name(0)
+
+
+def stem(machine: str) -> str:
+    """The machine's name in the names of files: "NVIDIA H200" -> "h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.removeprefix("NVIDIA ").lower()).strip("-")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results in a file.
+
+    Raises:
+        Skip: there are none, and why.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != 1 or not isinstance(found["parts"], dict):
+            raise ValueError("another format")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise Skip(f"{path}: expected results of python -m benchmarks.gpu "
+                   f"({explain(error)})") from None
+    return dict(found)
+
+
+def _earlier(path: Path, machine: str, dry_run: bool) -> dict[str, Any]:
+    """Results to go on with: of the same GPU model, since rows of two do not compare."""
+    found = read_results(path)
+    if found["dry_run"] != dry_run:
+        kind = "a dry run" if found["dry_run"] else "a run on a GPU"
+        raise Skip(f"--from: {path} is of {kind}, and this is none")
+    if found["machine"] != machine:
+        raise Skip(f"--from: {path} is of {found['machine']}, this is {machine}; take a machine "
+                   "of that kind, or start without --from")
+    return found
 
 
 def latest(out: Path, machine: str, dry_run: bool, before: Path | None = None) -> Path | None:
     """The newest results of this machine in ``out``, older than ``before``."""
-    prefix = "dry-run-" if dry_run else ""
-    found = [path for path in out.glob(f"{prefix}{machine}-*.json")
-             if re.fullmatch(rf"{prefix}{re.escape(machine)}-[-\d]+", path.stem)
+    prefix = ("dry-run-" if dry_run else "") + stem(machine)
+    found = [path for path in out.glob(f"{prefix}-*.json")
+             if re.fullmatch(rf"{re.escape(prefix)}-[-\d]+", path.stem)
              and (before is None or path.stem < before.stem)]
     return max(found, key=lambda path: path.stem, default=None)
 
@@ -93,8 +134,8 @@ def _terminated(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[Settings, Path, str]:
-    """The settings, the results' file and the machine's name.
+def _settings(arguments: argparse.Namespace) -> tuple[Settings, Path, str, dict[str, Any]]:
+    """The settings, the results' file, the machine's name and the results to go on with.
 
     Raises:
         Skip: this cannot run here, and why.
@@ -110,9 +151,13 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, Path, str]:
     target = latest(out, machine, arguments.dry_run) if arguments.resume else None
     if arguments.resume and target is None:
         raise Skip(f"--resume: no results of {machine} in {out}; run once without it")
+    source = arguments.earlier or target
+    earlier = {} if source is None else _earlier(source, machine, arguments.dry_run)
+    if arguments.earlier is not None:
+        target = out / arguments.earlier.name
     if target is None:
         prefix = "dry-run-" if arguments.dry_run else ""
-        target = out / f"{prefix}{machine}-{time.strftime('%Y-%m-%d-%H%M%S')}.json"
+        target = out / f"{prefix}{stem(machine)}-{time.strftime('%Y-%m-%d-%H%M%S')}.json"
     settings = Settings(
         out=str(out), work=str(ROOT / "build" / "gpu" / target.stem),
         maps=arguments.maps and str(Path(arguments.maps).resolve()),
@@ -120,36 +165,53 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, Path, str]:
         dry_run=arguments.dry_run, commit=arguments.commit or commit(),
         table=str(target.with_suffix(".tuned.json")),
     )
-    return settings, target, machine
+    return settings, target, machine, earlier
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        settings, target, machine = _settings(arguments)
+        if arguments.plan:
+            known = read_results(arguments.earlier) if arguments.earlier else {}
+            print(plan.text(arguments.budget or TOTAL_SECONDS, known,
+                            arguments.commit or commit(),
+                            arguments.earlier and str(arguments.earlier)))
+            return 0
+        settings, target, machine, earlier = _settings(arguments)
     except Skip as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    parts: dict[str, Any] = {}
-    if arguments.resume:
-        parts = read_json(target)["parts"]
+    parts: dict[str, Any] = earlier.get("parts", {})
+    table = target.with_suffix(".tuned.json")
+    if earlier:
         driver.restore(settings, parts)
+        if earlier.get("tuned") and not table.exists():
+            write_json(table, earlier["tuned"])
     chosen = [part for part in driver.order(arguments.only or BY_NAME)
-              if part.fatal or parts.get(part.name, {}).get("state") != "done"]
+              if part.again or parts.get(part.name, {}).get("state") != "done"
+              or any(row.get("again") for row in parts[part.name]["rows"])]
+    usual = TOTAL_SECONDS * (driver.DRY_RUN if settings.dry_run else 1)
+    budget = arguments.budget or usual
+    call: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": settings.commit,
+                            "budget": budget, "seconds": {}}
+    calls = [*earlier.get("calls", []), call]
+    for part in chosen:  # what a part took is a matter of each call
+        parts.get(part.name, {}).pop("seconds", None)
 
     def save(parts: dict[str, Any]) -> None:
+        call["seconds"] = {part.name: parts[part.name]["seconds"] for part in chosen
+                           if "seconds" in parts.get(part.name, {})}
         ordered = {part.name: parts[part.name] for part in PARTS if part.name in parts}
         write_json(target, {"format": 1, "dry_run": settings.dry_run, "commit": settings.commit,
                             "date": time.strftime("%Y-%m-%d"), "machine": machine,
-                            "parts": ordered})
+                            "calls": calls, "tuned": read_json(table), "parts": ordered})
 
     print(f"{machine}, commit {settings.commit}: {', '.join(part.name for part in chosen)}; "
           f"results in {target}", flush=True)
     interrupted = False
     try:
-        usual = TOTAL_SECONDS * (driver.DRY_RUN if settings.dry_run else 1)
-        driver.run_parts(chosen, settings, arguments.budget or usual, save, parts)
+        driver.run_parts(chosen, settings, budget, save, parts)
     except KeyboardInterrupt:
         interrupted = True
     if parts:
@@ -158,7 +220,7 @@ def main() -> int:
                      latest(target.parent, machine, False, before=target)
                      or latest(RESULTS, machine, False, before=target))
     if interrupted:
-        print("error: interrupted; --resume goes on", file=sys.stderr)
+        print(f"error: interrupted; --from {target} goes on", file=sys.stderr)
         return INTERRUPTED
     failed = [name for name, part in parts.items() if part["state"] == "failed"]
     if failed:

@@ -26,6 +26,7 @@ from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_m
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.runtime.backend import missing, triton_interpreted
+from smis_kernels.runtime.native import cuda_emulated
 from smis_kernels.testing import with_layout
 
 HALF = (torch.float16, torch.bfloat16)
@@ -68,8 +69,8 @@ class OpCase:
         return laid, tuple(t.to(device) for t in integer)
 
     def backend(self, device: str) -> str:
-        """The kernel's backend; on a CPU, Triton's interpreter or the C++ kernel."""
-        if device == "cuda":
+        """The kernel's backend; on a CPU, the interpreted or emulated one or the C++ kernel."""
+        if device == "cuda" or (self.kind == "cuda" and cuda_emulated()):
             return self.kind
         return "triton" if self.kind == "triton" and triton_interpreted() else "cpu"
 

@@ -63,6 +63,8 @@ def _outcome(report: Path, code: int, output: str) -> Row:
         else:
             passed += 1
     row: Row = {"passed": passed, "failures": failures, "skips": dict(skipped)}
+    if any("library is not loaded" in reason for reason in skipped):
+        row["again"] = True
     if failures or code not in (0, 5):  # 5: nothing was selected
         worst = f"{failures[0]['test']}: {failures[0]['message']}" if failures else f"code {code}"
         return {**row, "state": "failed", "reason": f"{len(failures)} failed, first {worst}"[:400]}
@@ -79,7 +81,7 @@ def _pytest(arguments: list[str], seconds: float) -> Row:
             done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT, timeout=max(seconds, 1), check=False)
         except subprocess.TimeoutExpired:
-            return {"state": "failed", "reason": "not finished in the part's time; --resume"}
+            return {"state": "failed", "reason": "not finished in the part's time; --from"}
         print(f"== {' '.join(arguments)}\n{done.stdout}", flush=True)
         seconds = round(time.monotonic() - start, 1)
         return {**_outcome(report, done.returncode, done.stdout), "seconds": seconds}

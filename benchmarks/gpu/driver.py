@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from .journal import KEPT, read_json, write_json
@@ -22,6 +23,7 @@ GRACE = 10.0  # past a part's deadline before its process is ended
 RESTARTS = 4
 DRY_RUN = 10  # times a part's share: a processor in use by others has no schedule
 POLL = 0.2
+TAIL = 25  # lines of a failed part's log that are printed; ten times as many are kept
 OWN_GROUP: dict[str, Any] = (
     {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 )
@@ -57,12 +59,12 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _fail_running_row(settings: Settings, name: str, reason: str) -> None:
+def _fail_running_row(settings: Settings, name: str, reason: str, **more: Any) -> None:
     path = settings.journal(name)
     journal = read_json(path) or {"rows": []}
     for row in journal["rows"]:
         if row["state"] == "running":
-            row.update(state="failed", reason=reason)
+            row.update(state="failed", reason=reason, **more)
     write_json(path, journal)
 
 
@@ -83,9 +85,10 @@ def _finished(running: _Running, settings: Settings, total_left: float) -> bool:
         if left > -GRACE:
             return False
         end_process(running.process)
-        _fail_running_row(settings, name, "ended at the part's deadline; --resume tries again")
+        _fail_running_row(settings, name, "ended at the part's deadline; --from tries it last",
+                          late=True)
         write_json(settings.journal(name).with_suffix(".end.json"),
-                   {"state": "stopped", "reason": "time budget; --resume goes on"})
+                   {"state": "stopped", "reason": "time budget; --from goes on"})
         return True
     if code in (DONE, FAILED, LATE):
         return True
@@ -104,11 +107,24 @@ def _finished(running: _Running, settings: Settings, total_left: float) -> bool:
 def last_line(settings: Settings, name: str) -> str:
     """The last line that a part printed."""
     path = settings.log(name)
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")[:300]
+    return next((line.strip() for line in reversed(_lines(path)) if line.strip()),
+                "no output")[:300]
 
 
-def _group(parts: Iterable[Part]) -> list[list[Part]]:
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
+def keep_log(settings: Settings, name: str) -> None:
+    """Print the end of a failed part's log, and append more of it to a file beside the results."""
+    lines = _lines(settings.log(name))
+    settings.failures.parent.mkdir(parents=True, exist_ok=True)
+    with settings.failures.open("a") as kept:
+        kept.write("\n".join([f"== {name}", *lines[-10 * TAIL:]]) + "\n")
+    print("\n".join(f"  {name}| {line[:300]}" for line in lines[-TAIL:]), flush=True)
+
+
+def grouped(parts: Iterable[Part]) -> list[list[Part]]:
     """Parts that run together; a timed one is alone."""
     key = lambda item: item[1].group or item[0]  # noqa: E731
     return [[part for _, part in group] for _, group in groupby(enumerate(parts), key)]
@@ -139,7 +155,7 @@ def run_parts(parts: Iterable[Part], settings: Settings, budget: float, save: Sa
     """
     end = time.monotonic() + budget
     scale = DRY_RUN if settings.dry_run else 1
-    groups = _group(parts)
+    groups = grouped(parts)
     for i, group in enumerate(groups):
         left = end - time.monotonic()
         # what earlier parts did not need, less what the later ones may
@@ -147,7 +163,7 @@ def run_parts(parts: Iterable[Part], settings: Settings, budget: float, save: Sa
         if left <= 5:
             for part in group:
                 results[part.name] = {**results.get(part.name, {"rows": []}), "state": "stopped",
-                                      "reason": "time budget; --resume goes on", "seconds": 0.0}
+                                      "reason": "time budget; --from goes on", "seconds": 0.0}
                 _say(part, results[part.name], 0.0)
             save(results)
             continue
@@ -188,22 +204,26 @@ def _wait(running: list[_Running], settings: Settings, end: float, save: Save,
             if finished:
                 open_items.remove(item)
                 _say(item.part, results[name], results[name]["seconds"])
+                if results[name]["state"] in ("failed", "lost"):
+                    keep_log(settings, name)
 
 
 def order(names: Iterable[str]) -> list[Part]:
     """Parts of these names in the order of PARTS, those that the others need included."""
     wanted = set(names)
-    return [part for part in PARTS if part.name in wanted or part.fatal]
+    return [part for part in PARTS if part.name in wanted or part.again]
 
 
 def restore(settings: Settings, results: dict[str, Any]) -> None:
-    """Make the journals ready for ``--resume``: rows that failed go, and what all parts need.
+    """Make the journals ready to go on: rows that failed go, and what each call does again.
 
     A machine without journals gets those of the results; the machine and its libraries may be new.
     """
-    fatal = {part.name for part in PARTS if part.fatal}
+    again = {part.name for part in PARTS if part.again}
     for name, content in results.items():
         path = settings.journal(name)
         rows = (read_json(path) or content)["rows"]
-        kept = [row for row in rows if row["state"] in KEPT and name not in fatal]
+        kept = [{"name": row["name"], "state": "late"} if row.get("late") else row for row in rows
+                if name not in again and not row.get("again")
+                and (row["state"] in (*KEPT, "late") or row.get("late"))]
         write_json(path, {"rows": kept})

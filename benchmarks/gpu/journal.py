@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KEPT = ("done", "skipped")  # rows that --resume does not repeat
+KEPT = ("done", "skipped")  # rows that the next call does not repeat
 ENDED = (*KEPT, "failed")  # rows that the same run does not repeat
 
 
@@ -31,8 +31,12 @@ class Skip(Exception):
     """Why a row or a part cannot run here; the text goes into the results."""
 
 
+class Lacking(Skip):
+    """What this build of the machine lacks: skipped now, tried again by the next call."""
+
+
 class OutOfTime(Exception):
-    """The part's time is spent; ``--resume`` runs what is left."""
+    """The part's time is spent; ``--from`` runs what is left."""
 
 
 class Unusable(Exception):
@@ -43,13 +47,13 @@ class Journal:
     """Rows of one part: ``journal.row(name, function)`` runs what is not recorded yet.
 
     A row is {"name", "state": "done" | "failed" | "skipped" | "running", "reason", "seconds",
-    "commit", ...} and what the function returned.
+    "commit", "tuned", ...} and what the function returned; "again": the next call repeats it.
     """
 
     def __init__(self, path: Path, seconds: float, healthy: Callable[[], str | None],
-                 commit: str = "") -> None:
+                 commit: str = "", tuned: str = "") -> None:
         self.path = path
-        self.commit = commit
+        self.commit, self.tuned = commit, tuned
         self.deadline = time.monotonic() + seconds
         self.healthy = healthy
         self.rows: list[Row] = (read_json(path) or {"rows": []})["rows"]
@@ -62,6 +66,13 @@ class Journal:
         """Those of ``names`` that have no row that ended."""
         ended = {row["name"] for row in self.rows if row["state"] in ENDED}
         return [name for name in names if name not in ended]
+
+    def late_last(self, names: Iterable[str]) -> list[str]:
+        """The names, those that an earlier call ended at its deadline last.
+
+        A row that never fits must not keep the others from their turn in every call.
+        """
+        return sorted(names, key=lambda name: (self.find(name) or {}).get("state") == "late")
 
     def find(self, name: str) -> Row | None:
         """The recorded row of this name."""
@@ -100,10 +111,12 @@ class Journal:
             row: Row = {"name": name, "state": "done", **function()}
         except Skip as reason:
             row = {"name": name, "state": "skipped", "reason": str(reason)}
+            if isinstance(reason, Lacking):
+                row["again"] = True
         except Exception as error:
             row = {"name": name, "state": "failed", "reason": explain(error)}
         row.setdefault("seconds", round(time.monotonic() - start, 2))
-        row["commit"] = self.commit
+        row |= {"commit": self.commit, "tuned": self.tuned}
         self._put(row)
         print(f"  {name}: {row['state']}{brief(row)} ({row['seconds']:.1f} s)", flush=True)
         problem = self.healthy()

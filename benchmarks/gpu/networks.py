@@ -1,12 +1,14 @@
 """Part ``networks``: whole generators, published options, random weights, evaluation mode.
 
-Spectral normalisation is folded for every provider. Rows without torch.compile come first, since
-compiling takes most of the time; each ratio is taken within one row.
+Spectral normalisation is folded for every provider. Each ratio is taken within one row. Compiling
+takes most of the time, and yet the compiled row of a network follows it at once: a call that ends
+early, or never comes, costs the last networks and not every figure against torch.compile.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, use_backend
-from smis_models.families.registry import create_model
+from smis_models.families import create_model
 from smis_models.networks.semantics import layout as compile_layout
 from smis_models.networks.semantics import semantics
 from smis_models.synthesis.synthesizer import Synthesizer, frozen_copy
@@ -172,17 +174,16 @@ def run(journal: Journal, settings: Settings) -> None:
     if settings.dry_run:
         main, rest, batches = (("spade_coco", 1),), (), (2,)
     needs = 0.0 if settings.dry_run else 8.0
+    rows: dict[str, tuple[Callable[[], Row], float]] = {}
     for name, batch in main:
-        journal.row(f"{name} batch {batch}", partial(generator, scene, name, batch), needs)
-        release()
+        rows[f"{name} batch {batch}"] = partial(generator, scene, name, batch), needs
+        rows[f"{name} batch {batch} compiled"] = (partial(against_compiled, scene, name, batch),
+                                                  3 * needs)
     for batch in batches:
-        journal.row(f"spade_coco batch {batch} rate", partial(batch_size, scene, "spade_coco",
-                                                              batch), needs)
-        release()
-    for name, batch in main:
-        journal.row(f"{name} batch {batch} compiled", partial(against_compiled, scene, name, batch),
-                    3 * needs)
-        release()
+        rows[f"spade_coco batch {batch} rate"] = (partial(batch_size, scene, "spade_coco", batch),
+                                                  needs)
     for name, batch in rest:
-        journal.row(f"{name} batch {batch}", partial(generator, scene, name, batch), needs)
+        rows[f"{name} batch {batch}"] = partial(generator, scene, name, batch), needs
+    for name in journal.late_last(rows):
+        journal.row(name, *rows[name])
         release()

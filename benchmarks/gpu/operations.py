@@ -295,17 +295,18 @@ def _edges(scene: Scene) -> Row:
 def run(journal: Journal, settings: Settings) -> None:
     scene = Scene(settings)
     torch.backends.cudnn.benchmark = True
-    for name, function in (
-        ("modulation", partial(_modulation, scene)),
-        ("SPADE layer", partial(_spade_layer, scene)),
-        ("conditional_conv2d", partial(_conditional, scene)),
-        ("spatially_varying_conv2d", partial(_varying, scene, False)),
-        ("instance_avg_pool2d", partial(_pooling, scene)),
-        ("class_crops", partial(_crops, scene)),
-        ("spatially_varying_conv2d backward", partial(_varying, scene, True)),
-        ("modulation step", partial(_modulation_step, scene)),
-        ("norm_act", partial(_elementwise, scene, "norm_act")),
-        ("conditional_attention", partial(_elementwise, scene, "attention")),
-        ("instance_edges", partial(_edges, scene)),
-    ):
-        journal.row(name, function, needs=3.0 if not settings.dry_run else 0.0)
+    rows: dict[str, Callable[[], Row]] = {
+        "modulation": partial(_modulation, scene),
+        "SPADE layer": partial(_spade_layer, scene),
+        "conditional_conv2d": partial(_conditional, scene),
+        "spatially_varying_conv2d": partial(_varying, scene, False),
+        "instance_avg_pool2d": partial(_pooling, scene),
+        "class_crops": partial(_crops, scene),
+        "spatially_varying_conv2d backward": partial(_varying, scene, True),
+        "modulation step": partial(_modulation_step, scene),
+        "norm_act": partial(_elementwise, scene, "norm_act"),
+        "conditional_attention": partial(_elementwise, scene, "attention"),
+        "instance_edges": partial(_edges, scene),
+    }
+    for name in journal.late_last(rows):
+        journal.row(name, rows[name], needs=3.0 if not settings.dry_run else 0.0)

@@ -31,7 +31,10 @@ def _machine(results: dict[str, Any]) -> str:
     others = sorted({row.get("commit", "") for row in _rows(results["parts"], *results["parts"])}
                     - {results["commit"], ""})
     mixed = f" Some rows are of commit {', '.join(others)}." if others else ""
-    return f"Commit {results['commit']}; {text}; {modules}.{mixed}"
+    timed = _rows(results["parts"], "operations", "networks", "training")
+    settings = sorted({row.get("tuned", "") or "none" for row in timed if "providers" in row})
+    used = f" Tuned settings of the timed rows: {'; '.join(settings)}." if settings else ""
+    return f"Commit {results['commit']}; {text}; {modules}.{mixed}{used}"
 
 
 def target_rows(parts: Parts, dry_run: bool = False) -> list[tuple[str, str, str, str]]:

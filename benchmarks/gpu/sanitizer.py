@@ -7,9 +7,13 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 
+from smis_kernels.runtime.backend import missing
+
+from .cases import CASES
 from .device import find_tool
-from .journal import Journal, Row, Skip
+from .journal import Journal, Lacking, Row, Skip
 from .settings import ROOT, Settings
 
 OPS = ("label_windows", "class_crops", "instance_pool", "spatially_varying_conv", "instance_edges",
@@ -29,7 +33,7 @@ def _small_run(op: str, device: str, before: tuple[str, ...], seconds: float) ->
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
-        return -1, "not finished in the part's time; --resume"
+        return -1, "not finished in the part's time; --from"
     print(f"== {' '.join(command)}\n{done.stdout[-20000:]}", flush=True)
     return done.returncode, done.stdout
 
@@ -54,6 +58,10 @@ def _judged(code: int, output: str) -> Row:
     return {"errors": 0}
 
 
+def _lack(reason: str) -> Row:
+    raise Lacking(reason)
+
+
 def run(journal: Journal, settings: Settings) -> None:
     if settings.dry_run:
         def rehearsed() -> Row:
@@ -71,6 +79,11 @@ def run(journal: Journal, settings: Settings) -> None:
     jobs |= {f"racecheck {op}": (op, "racecheck") for op in SHARED_MEMORY}
     options = ("--error-exitcode", "99", "--print-limit", "5",
                "--target-processes", "application-only")
+    lacking = missing("cuda")
+    if lacking is not None:
+        for name in journal.missing(jobs):
+            if any(case.kind == "cuda" for case in CASES if case.op == jobs[name][0]):
+                journal.row(name, partial(_lack, lacking))
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         futures = {}
         for name in journal.missing(jobs):

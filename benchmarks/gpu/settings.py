@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TUNED = "SMIS_TUNED"  # smis_kernels.runtime.tuned.ENVIRONMENT; the driver runs without the package
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Settings:
     dry_run: bool = False
     commit: str = "unknown"
     table: str | None = None
-    """Where the ``tune`` part writes the launch settings that it measured."""
+    """The launch settings: the ``tune`` part writes them, later parts use them."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -46,6 +47,11 @@ class Settings:
         """What a part's processes printed."""
         return Path(self.work) / f"{part}.log"
 
+    @property
+    def failures(self) -> Path:
+        """The ends of the logs of parts that failed, beside the results."""
+        return Path(self.out) / f"{Path(self.work).name}.failed.log"
+
 
 def environment(settings: Settings) -> dict[str, str]:
     """The environment of the parts' processes: caches that later calls find again."""
@@ -55,6 +61,8 @@ def environment(settings: Settings) -> dict[str, str]:
     )
     found["PYTHONUNBUFFERED"] = "1"
     found.setdefault("MPLBACKEND", "Agg")
+    if settings.table is not None and Path(settings.table).exists():
+        found.setdefault(TUNED, settings.table)
     for name in ("SMIS_BACKEND", "SMIS_PATH", "TRITON_INTERPRET"):
         found.pop(name, None)
     if settings.dry_run:

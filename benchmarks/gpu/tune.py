@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from .inputs import COCO, Scene
 from .journal import Journal, Row, write_json
 from .measure import release
 from .settings import Settings
-from .tune_convs import FORMS, conv_rows
+from .tune_convs import conv_rows
 from .tune_rates import path_rates
 
 LOW = torch.bfloat16
@@ -52,14 +51,6 @@ def blocks(usual: Setting, *shapes: tuple[int, int, int, int, int]) -> list[Sett
     names = list(usual)
     others = [dict(zip(names, shape, strict=True)) for shape in shapes]
     return [usual, *(s for s in others if s != usual)]
-
-
-def _seconds(call: Call, device: torch.device) -> float:
-    clock = timing.cuda_seconds if device.type == "cuda" else timing.cpu_seconds
-    call()
-    cost = clock(call, 1)
-    repeats = max(1, min(50, round(2e-3 / max(cost, 1e-7)))) if device.type == "cuda" else 1
-    return median(clock(call, repeats) for _ in range(7 if device.type == "cuda" else 1))
 
 
 def eps(result: Tensor) -> float:
@@ -87,7 +78,8 @@ def choose(kernel: str, key: str, candidates: list[Setting], make: Callable[[], 
                 error = max_error(result, expected)
                 if not error <= (2 if result.element_size() == 2 else 64) * eps(result):
                     raise ArithmeticError(f"differs by {error:.1e}")
-                found.append((_seconds(call, device), candidate))
+                rounds = 7 if device.type == "cuda" else 1
+                found.append((timing.replay_seconds(call, device, rounds), candidate))
             except Exception as error:  # out of shared memory, say
                 if candidate is candidates[0]:
                     raise
@@ -133,17 +125,22 @@ def _pointwise(scene: Scene) -> Iterator[Job]:
         x, g, b, dy = (scene.draw(n, c, size, size, seed=i, dtype=LOW if not scene.dry else
                                   torch.float32, channels_last=last) for i in range(4))
         leaves = [t.requires_grad_() for t in (x, g, b)]
-        y = modulation(*leaves, norm="none", activation="leaky_relu", backend=backend)
-        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+        def step() -> Any:
+            # forward too: a backward pass runs on the stream of its forward, which is captured
+            y = modulation(*leaves, norm="none", activation="leaky_relu", backend=backend)
+            return torch.autograd.grad(y, leaves, dy)
+
+        return step
 
     kind = "float32" if scene.dry else "bfloat16"
     rows, planes = f"{kind} rows", f"{kind} planes"
-    yield ("indexed_apply", rows, "indexed_apply, rows", tiles(APPLY, 2048, 4096, 8192), indexed)
+    yield ("indexed_apply", rows, "indexed_apply, rows", tiles(APPLY, 1024, 4096, 8192), indexed)
     for key, last in ((rows, True), (planes, False)):
         yield ("modulation_apply", key, f"modulation_apply, {key.split()[1]}",
-               tiles(APPLY, 2048, 4096), partial(make, modulation, last, activation="leaky_relu"))
-    yield "channel_moments", rows, "channel_moments, rows", tiles(MOMENTS, 2048, 8192), moments
-    yield ("modulation_backward", rows, "modulation_backward, rows", tiles(BACKWARD, 2048, 4096),
+               tiles(APPLY, 1024, 4096), partial(make, modulation, last, activation="leaky_relu"))
+    yield "channel_moments", rows, "channel_moments, rows", tiles(MOMENTS, 1024, 4096), moments
+    yield ("modulation_backward", rows, "modulation_backward, rows", tiles(BACKWARD, 1024, 4096),
            partial(backward, True))
 
     def normed() -> Call:
@@ -151,7 +148,7 @@ def _pointwise(scene: Scene) -> Iterator[Job]:
                            dtype=LOW if not scene.dry else torch.float32) for i in range(2))
         return lambda: norm_act(x, r, norm="none", activation="relu", backend=backend)
 
-    yield "norm_act", rows, "norm_act, rows", tiles(APPLY, 2048, 4096), normed
+    yield "norm_act", rows, "norm_act, rows", tiles(APPLY, 1024, 4096), normed
 
 
 def _products(scene: Scene) -> Iterator[Job]:
@@ -224,13 +221,12 @@ def run(journal: Journal, settings: Settings) -> None:
     if settings.dry_run:
         jobs = [(*job[:3], job[3][:2], job[4]) for job in jobs
                 if job[0] in ("indexed_apply", "modulation_apply", "window_product")]
-    try:
-        for kernel, key, name, candidates, make in jobs:
-            journal.row(name, partial(choose, kernel, key, candidates, make, scene.device))
-            release()
-        for name, function in (*conv_rows(scene), *path_rates(scene)):
-            journal.row(name, function)
-            release()
-    finally:
-        written = write_table(journal, settings)
-        print(f"settings written to {written}; conv forms: {', '.join(FORMS)}", flush=True)
+    rows: dict[str, Callable[[], Row]] = {
+        name: partial(choose, kernel, key, candidates, make, scene.device)
+        for kernel, key, name, candidates, make in jobs
+    }
+    rows |= dict((*path_rates(scene), *conv_rows(scene)))
+    for name in journal.late_last(rows):
+        journal.row(name, rows[name])
+        write_table(journal, settings)  # now: a part that is ended at its deadline writes no more
+        release()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, use_backend
 from smis_kernels.ops.winograd_conv.grouped import FORMS, conv_in_form, shape_key
-from smis_models.benchmark import timing
-from smis_models.families.registry import create_model
+from smis_models.benchmark.timing import replay_seconds
+from smis_models.families import create_model
 
 from .inputs import Scene
 from .journal import Row
@@ -56,10 +56,9 @@ def _timed_forms(scene: Scene, shape: Shape, dtype: torch.dtype) -> tuple[str, d
             error = (call() - expected).abs().max() / expected.abs().max()
             if not error <= 8 * torch.finfo(dtype).eps:
                 raise ArithmeticError(f"{form} of {shape} differs by {float(error):.1e}")
-        least = scene.pick(3, 1)
-        times = timing.interleave(calls, scene.pick(0.05, 0.0), device=scene.device, least=least,
-                                  most=9)
-    return shape_key(x, outputs, groups), {f: sorted(t)[len(t) // 2] for f, t in times.items()}
+        times = {form: replay_seconds(call, scene.device, scene.pick(5, 1))
+                 for form, call in calls.items()}
+    return shape_key(x, outputs, groups), times
 
 
 def _model(scene: Scene, name: str, batch: int) -> Row:

@@ -1,83 +1,116 @@
-"""Rows of the ``tune`` part: the rates by which a norm chooses between convs and tables."""
+"""Rows of the ``tune`` part: the costs by which a norm chooses between convs and tables.
+
+Each path's forward is timed as networks run it, from a CUDA graph, less the read and write of the
+features that all paths share; a fixed cost and a rate are fitted over norms of several sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from statistics import geometric_mean, median
 from typing import Any
 
 import torch
 
-from smis_kernels import SPADE
-from smis_kernels.ops.window_table.op import window_embedding, window_table
-from smis_models.benchmark import timing
-from smis_models.networks.semantics import one_hot
+from smis_kernels import SPADE, use_path
+from smis_kernels.layout.planner import products_key
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation
+from smis_models.benchmark.timing import replay_seconds
 
 from .inputs import COCO, Scene
 from .journal import Row
 
-NORMS = ((128, 256), (512, 64), (1024, 32))  # channels, size: SPADE COCO's large, middle and small
+# Channels and size, as in SPADE COCO; the small ones show what a path costs at the least.
+NORMS = ((128, 256), (256, 128), (512, 64), (1024, 32), (1024, 16), (1024, 8))
+PATHS = ("dense", "two_level", "one_level")
+Point = tuple[float, float]  # work, nanoseconds
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    clock = timing.cuda_seconds if device.type == "cuda" else timing.cpu_seconds
-    with torch.no_grad():
-        for _ in range(3):
-            call()
-        return median(clock(call, 3) for _ in range(7))
+def fit(points: Sequence[Point]) -> tuple[float, float]:
+    """(fixed, slope) of fixed + slope * work by least squares of relative errors.
+
+    Where that makes one of them negative, it is a slope alone.
+    """
+    scaled = [(1 / t, w / t) for w, t in points]
+    a, b, c = (sum(x[i] * x[j] for x in scaled) for i, j in ((0, 0), (0, 1), (1, 1)))
+    e, f = (sum(x[i] for x in scaled) for i in (0, 1))
+    determinant = a * c - b * b
+    fixed, slope = (0.0, f / c)
+    if determinant > 1e-12 * a * c:
+        fixed, slope = (c * e - b * f) / determinant, (a * f - b * e) / determinant
+    return (fixed, slope) if fixed >= 0 and slope > 0 else (0.0, f / c)
 
 
-def _norm(scene: Scene, channels: int, size: int, dtype: torch.dtype) -> dict[str, float]:
-    """Multiply-adds (or additions) a nanosecond of each path's work for one norm."""
+def _norm(scene: Scene, channels: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Nanoseconds of each path, and the work in each, for one norm."""
     torch.manual_seed(0)
     norm = SPADE(channels, COCO).eval().to(scene.device, dtype)
-    labels = scene.labels("indoor", (size, size), COCO)
-    layout = scene.layout(labels, COCO)
+    layout = scene.layout(scene.labels("indoor", (size, size), COCO), COCO)
     level = layout.level((size, size), unlimited=True)
     v, u = level.counts
-    planes = one_hot(labels, COCO, dtype).to(memory_format=torch.channels_last)
-    wide = torch.float32
-    shared, gamma, beta = norm.mlp_shared[0], norm.mlp_gamma, norm.mlp_beta
-    hidden = window_embedding(layout.vectors, shared.weight.to(wide), shared.bias.to(wide),
-                              level.windows3)
-    per_output = 2 * gamma.weight.numel()
-    products = hidden.new_empty((v + 1, 9, 2 * channels)).normal_()
-
-    def table(one_level: bool) -> Callable[[], Any]:
-        return lambda: window_table(hidden, gamma.weight, gamma.bias, beta.weight, beta.bias,
-                                    level.windows5, one_level=one_level)
-
-    def sums() -> Any:
-        # the nine-row sums alone, as an embedding whose products are given
-        return torch.ops.smis_kernels.window_sum(products, level.windows5, None, False)
-
-    nanoseconds = {
-        "dense": 1e9 * _seconds(lambda: norm.gamma_beta(planes, (size, size), True), scene.device),
-        "one_level": 1e9 * _seconds(table(True), scene.device),
-        "two_level": 1e9 * _seconds(table(False), scene.device),
-        "sums": 1e9 * _seconds(sums, scene.device),
-    }
-    two_level = max(nanoseconds["two_level"] - nanoseconds["sums"], 0.1 * nanoseconds["two_level"])
-    return {
-        "dense": size * size * (per_output + shared.weight.numel()) / nanoseconds["dense"],
-        "one_level": u * per_output / nanoseconds["one_level"],
-        "two_level": v * per_output / two_level,
-        "sums": u * 18 * channels / nanoseconds["sums"],
-    }
+    shared = norm.shared_conv
+    assert shared is not None
+    x = scene.draw(1, channels, size, size, dtype=dtype, channels_last=True)
+    rounds = scene.pick(7, 1)
+    with torch.no_grad():
+        table = norm.table(layout, (size, size), "one_level")
+        products = table.new_empty((v + 1, 9, 2 * channels), dtype=torch.float32).normal_()
+        calls: dict[str, Callable[[], Any]] = {
+            "shared": lambda: indexed_modulation(x, level.index5, table, **norm.norm_arguments()),
+            # the nine-row sums alone, as an embedding whose products are given
+            "sums": lambda: torch.ops.smis_kernels.window_sum(products, level.windows5, None,
+                                                              False),
+        }
+        times = {name: 1e9 * replay_seconds(call, scene.device, rounds)
+                 for name, call in calls.items()}
+        for path in PATHS:
+            with use_path(path):
+                times[path] = 1e9 * replay_seconds(lambda: norm(x, layout), scene.device, rounds)
+    convs = 2 * norm.mlp_gamma.weight.numel()
+    work = {"dense": size * size * (convs + shared.weight.numel()),
+            "two_level": v * convs, "one_level": u * convs, "sums": u * 18 * channels}
+    embedding = v * 9 * norm.hidden
+    return {"times": times, "work": work, "embedding": embedding, "V": v, "U": u}
 
 
-def _rates(scene: Scene, dtype: torch.dtype) -> Row:
-    norms = scene.pick(NORMS, ((8, 16),))
-    each = {f"{c} channels, {s}x{s}": _norm(scene, c, s, dtype) for c, s in norms}
-    rates = {name: geometric_mean(norm[name] for norm in each.values())
-             for name in ("dense", "two_level", "one_level", "sums")}
-    name = str(dtype).removeprefix("torch.")
-    return {"rates": {name: rates}, "chosen": {k: round(v, 3) for k, v in rates.items()},
-            "norms": each}
+def fitted(norms: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """The planner's rates and fixed costs from the norms' times, the inverse of its ``costs``.
+
+    Beside them the largest relative error of each path's fit.
+    """
+    _, sums = fit([(n["work"]["sums"], n["times"]["sums"]) for n in norms])
+    found, misfits = {"sums": 1 / sums}, {}
+    for path in PATHS:
+        points = []
+        for n in norms:
+            left = n["times"][path] - n["times"]["shared"]
+            if path != "dense":
+                left -= n["embedding"] * sums
+            if path == "two_level":
+                left -= n["work"]["sums"] * sums
+            points.append((n["work"][path], max(left, 0.05 * n["times"][path])))
+        fixed, slope = fit(points)
+        found |= {path: 1 / slope, f"fixed_{path}": fixed}
+        misfits[path] = max(abs((fixed + slope * w) / t - 1) for w, t in points)
+    return found, misfits
+
+
+def _rates(scene: Scene, dtype: torch.dtype, tf32: bool) -> Row:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        norms = [_norm(scene, c, s, dtype) for c, s in scene.pick(NORMS, ((8, 16), (8, 8)))]
+        rates, misfits = fitted(norms)
+        return {"rates": {products_key(dtype): rates},
+                "chosen": {k: round(v, 3) for k, v in rates.items()}, "misfits": misfits,
+                "norms": norms}
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def path_rates(scene: Scene) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, row) for each dtype."""
-    for dtype in scene.pick((torch.bfloat16, torch.float32), (torch.float32,)):
-        yield f"path rates, {str(dtype).removeprefix('torch.')}", partial(_rates, scene, dtype)
+    """(name, row) for each way to multiply."""
+    wanted = ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))
+    for dtype, tf32 in scene.pick(wanted, wanted[1:2]):
+        name = f"path rates, {str(dtype).removeprefix('torch.')}"
+        yield name if tf32 else f"{name} without tf32", partial(_rates, scene, dtype, tf32)

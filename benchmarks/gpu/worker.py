@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
-from .journal import Journal, OutOfTime, Skip, Unusable, explain, write_json
-from .settings import Settings
+from .journal import Journal, OutOfTime, Skip, Unusable, explain, read_json, write_json
+from .settings import TUNED, Settings
 
 DONE, FAILED, LOST, LATE = 0, 1, 3, 4
 
@@ -27,9 +28,18 @@ def healthy() -> str | None:
     return None
 
 
+def tuned() -> str:
+    """Which launch settings this process uses, "" where there are none."""
+    path = os.environ.get(TUNED, "")
+    if path in ("", "none"):
+        return ""
+    table = read_json(Path(path))
+    return f"{table.get('device')}, {table.get('date')}, commit {table.get('commit')}"
+
+
 def run(name: str, target: str, seconds: float, settings: Settings) -> int:
     """Run one part; its rows are in its journal, the reason for stopping in ``<part>.end.json``."""
-    journal = Journal(settings.journal(name), seconds, healthy, settings.commit)
+    journal = Journal(settings.journal(name), seconds, healthy, settings.commit, tuned())
     module, _, function = target.partition(":")
     state, reason, code = "done", "", DONE
     try:
@@ -37,7 +47,7 @@ def run(name: str, target: str, seconds: float, settings: Settings) -> int:
     except Skip as why:
         state, reason = "skipped", str(why)
     except OutOfTime as row:
-        state, reason, code = "stopped", f"time budget, before {row}; --resume goes on", LATE
+        state, reason, code = "stopped", f"time budget, before {row}; --from goes on", LATE
     except Unusable as why:
         state, reason, code = "lost", str(why), LOST
     except Exception as error:

@@ -1,7 +1,7 @@
 // The operands of class_crops on any device. Strides count elements; a crop has K channels.
 #pragma once
 #include "class_crops/nearest.h"
-#include "common/isa.h"
+#include "common/ids.h"
 
 namespace smis {
 
@@ -11,12 +11,19 @@ struct Strided {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
-// What the mask of a class is read from: integer labels, or one plane per class.
-enum class Masks : int32_t { u8, i8, i16, i32, i64, planes };
+namespace {
+
+template <class T>
+SMIS_HOST_DEVICE inline T* at(const Strided& t, int64_t n, int64_t c, int64_t y, int64_t x) {
+  return static_cast<T*>(t.data) + n * t.n + c * t.c + y * t.h + x * t.w;
+}
+
+}  // namespace
 
 struct ClassCropsArgs {
   Element element = Element::f32;
-  Masks masks = Masks::u8;
+  bool planes = false;    // a mask for each class, else integer labels
+  Ids labels = Ids::u8;
   int64_t N = 0, K = 0, H = 0, W = 0, C = 0;  // image (N, K, H, W), C classes
   int64_t out_h = 0, out_w = 0;
   Strided image;      // read forward, written by the backward loop

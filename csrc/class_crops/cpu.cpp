@@ -1,14 +1,11 @@
 // class_boxes, class_crops and class_crops_backward on the CPU: allocation and the split of work.
 #include <atomic>
-#include <stdexcept>
-#include <string>
 
 #include "class_crops/cpu_kernel.h"
 #include "class_crops/operands.h"
 
 namespace smis {
 namespace {
-
 
 // Tasks worth starting a thread for, at most one per thread.
 int64_t task_count(int64_t elements, int64_t rows) {
@@ -22,8 +19,7 @@ struct Scratch {
   Tensor memory;
   Scratch(int64_t tasks, const ClassCropsArgs& a, const Tensor& like)
       : bytes(class_crops_scratch(a)),
-        memory(torch::stable::empty({tasks * bytes}, ScalarType::Byte, std::nullopt,
-                                    like.device())) {}
+        memory(empty_of(like, {tasks * bytes}, ScalarType::Byte)) {}
   void* of(int64_t task) const {
     return static_cast<unsigned char*>(memory.mutable_data_ptr()) + task * bytes;
   }
@@ -37,7 +33,7 @@ Box merged(const Box& a, const Box& b) {
 
 Tensor class_boxes(const Tensor& image, const Tensor& semantics, int64_t num_classes) {
   ClassCropsArgs a = arguments(image, semantics, num_classes);
-  Tensor out = torch::stable::empty({a.N, a.C, 4}, ScalarType::Int, std::nullopt, image.device());
+  Tensor out = empty_of(image, {a.N, a.C, 4}, ScalarType::Int);
   auto* boxes = static_cast<Box*>(out.mutable_data_ptr());
   const int64_t parts = task_count(a.H * a.W * a.K, a.H), row = a.C + 1;
   const Tensor partial = torch::stable::full({a.N * parts * row, 4}, 0, ScalarType::Int,
@@ -59,10 +55,8 @@ Tensor class_boxes(const Tensor& image, const Tensor& semantics, int64_t num_cla
     }
   });
   if (bad)
-    throw std::runtime_error(
-        "semantics: expected labels 0.." + std::to_string(a.C - 1) + ", got " +
-        std::to_string(unknown.load()) +
-        "; remap unknown pixels (255 in most data sets) to the don't-care class first");
+    refuse("semantics: expected labels 0..", a.C - 1, ", got ", unknown.load(),
+           "; remap unknown pixels (255 in most data sets) to the don't-care class first");
   for (int64_t n = 0; n < a.N; ++n)
     for (int64_t c = 0; c < a.C; ++c) {
       Box box = {0, 0, 0, 0};

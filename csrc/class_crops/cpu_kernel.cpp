@@ -47,26 +47,11 @@ template <class T> inline bool row_finite(const T* p, int64_t stride, int64_t n)
   return largest != Format<T>::exponent;
 }
 
-template <class T> inline T* at(const Strided& t, int64_t n, int64_t c, int64_t y, int64_t x) {
-  return static_cast<T*>(t.data) + n * t.n + c * t.c + y * t.h + x * t.w;
-}
-
 inline void extend(Box& box, int64_t y, int64_t x0, int64_t x1) {
   const int32_t row = int32_t(y), begin = int32_t(x0), end = int32_t(x1);
   box = box.y1 > box.y0 ? Box{std::min(box.y0, row), std::max(box.y1, row + 1),
                               std::min(box.x0, begin), std::max(box.x1, end)}
                         : Box{row, row + 1, begin, end};
-}
-
-template <class F> inline void with_label(Masks masks, F&& fn) {
-  switch (masks) {
-    case Masks::u8: return fn(uint8_t{});
-    case Masks::i8: return fn(int8_t{});
-    case Masks::i16: return fn(int16_t{});
-    case Masks::i32: return fn(int32_t{});
-    case Masks::i64: return fn(int64_t{});
-    case Masks::planes: return;
-  }
 }
 
 // n elements, `stride` apart, as the accumulation type.
@@ -90,9 +75,9 @@ inline void equal_row(const L* p, int64_t stride, int64_t n, int64_t c, A* out) 
 template <class T>
 const Acc<T>* mask_row(const ClassCropsArgs& a, int64_t image, int64_t c, int64_t y, int64_t x0,
                        int64_t n, Acc<T>* buffer) {
-  if (a.masks == Masks::planes)
+  if (a.planes)
     return gathered(at<const T>(a.semantics, image, c, y, x0), a.semantics.w, n, buffer);
-  with_label(a.masks, [&](auto label) {
+  with_ids(a.labels, [&](auto label) {
     equal_row(at<const decltype(label)>(a.semantics, image, 0, y, x0), a.semantics.w, n, c, buffer);
   });
   return buffer;
@@ -189,13 +174,13 @@ template <class T>
 void boxes_rows(const ClassCropsArgs& a, int64_t n, int64_t y0, int64_t y1, Box* boxes,
                 void* scratch, int64_t* unknown) {
   for (int64_t y = y0; y < y1; ++y) nonfinite_box<T>(a, n, y, boxes[a.C]);
-  if (a.masks == Masks::planes) {
+  if (a.planes) {
     auto* buffer = static_cast<Acc<T>*>(scratch);
     for (int64_t c = 0; c < a.C; ++c)
       for (int64_t y = y0; y < y1; ++y) plane_boxes<T>(a, n, c, y, boxes[c], buffer);
     return;
   }
-  with_label(a.masks, [&](auto label) {
+  with_ids(a.labels, [&](auto label) {
     for (int64_t y = y0; y < y1; ++y) label_boxes<T, decltype(label)>(a, n, y, boxes, unknown);
   });
 }

@@ -5,32 +5,26 @@
 namespace smis::cuda {
 namespace {
 
-constexpr unsigned kWarp = 0xffffffffu;
-constexpr int kLane = 31;
 constexpr int64_t kSharedClasses = 2048;  // more classes reduce in global memory
-
-template <class T>
-__device__ const T* at(const Strided& t, int64_t n, int64_t c, int64_t y, int64_t x) {
-  return static_cast<const T*>(t.data) + n * t.n + c * t.c + y * t.h + x * t.w;
-}
 
 // The class of a pixel; -1 for a label that is no class.
 __device__ int32_t label_at(const ClassCropsArgs& a, int64_t n, int64_t y, int64_t x) {
   int64_t label = -1;
-  switch (a.masks) {
-    case Masks::u8: label = *at<uint8_t>(a.semantics, n, 0, y, x); break;
-    case Masks::i8: label = *at<int8_t>(a.semantics, n, 0, y, x); break;
-    case Masks::i16: label = *at<int16_t>(a.semantics, n, 0, y, x); break;
-    case Masks::i32: label = *at<int32_t>(a.semantics, n, 0, y, x); break;
-    case Masks::i64: label = *at<int64_t>(a.semantics, n, 0, y, x); break;
-    case Masks::planes: break;
-  }
+  if (!a.planes)
+    switch (a.labels) {  // with_ids calls no device code
+      case Ids::u8: label = *at<uint8_t>(a.semantics, n, 0, y, x); break;
+      case Ids::i8: label = *at<int8_t>(a.semantics, n, 0, y, x); break;
+      case Ids::i16: label = *at<int16_t>(a.semantics, n, 0, y, x); break;
+      case Ids::u16: label = *at<uint16_t>(a.semantics, n, 0, y, x); break;
+      case Ids::i32: label = *at<int32_t>(a.semantics, n, 0, y, x); break;
+      case Ids::i64: label = *at<int64_t>(a.semantics, n, 0, y, x); break;
+    }
   return label >= 0 && label < a.C ? int32_t(label) : -1;
 }
 
 template <class T>
 __device__ Acc<T> mask_at(const ClassCropsArgs& a, int64_t n, int32_t c, int64_t y, int64_t x) {
-  if (a.masks == Masks::planes) return load(*at<T>(a.semantics, n, c, y, x));
+  if (a.planes) return load(*at<T>(a.semantics, n, c, y, x));
   return label_at(a, n, y, x) == c ? Acc<T>(1) : Acc<T>(0);
 }
 
@@ -46,10 +40,10 @@ __device__ void raise(int32_t* bound, int32_t value) {
 // The lanes of `group` merge their pixels; one of them raises the bounds.
 __device__ void raise_group(unsigned group, Bounds* box, const ClassCropsArgs& a, int32_t y,
                             int32_t x) {
-  const int32_t top = __reduce_max_sync(group, int32_t(a.H) - y);
-  const int32_t bottom = __reduce_max_sync(group, y + 1);
-  const int32_t left = __reduce_max_sync(group, int32_t(a.W) - x);
-  const int32_t right = __reduce_max_sync(group, x + 1);
+  const int32_t top = warp_max(group, int32_t(a.H) - y);
+  const int32_t bottom = warp_max(group, y + 1);
+  const int32_t left = warp_max(group, int32_t(a.W) - x);
+  const int32_t right = warp_max(group, x + 1);
   if ((threadIdx.x & kLane) == __ffs(int(group)) - 1) {
     raise(&box->top, top);
     raise(&box->bottom, bottom);
@@ -230,7 +224,7 @@ __device__ Acc<T> range_sum(const ClassCropsArgs& a, int64_t n, int32_t channel,
 
 template <class T> __global__ void backward_kernel(ClassCropsArgs a) {
   const int32_t pixels = int32_t(a.H * a.W), channels = int32_t(a.K);
-  const bool planes = a.masks == Masks::planes;
+  const bool planes = a.planes;
   for (int64_t n = blockIdx.y; n < a.N; n += gridDim.y) {
     const int64_t stride = thread_stride();
     for (int64_t start = thread_index() - (threadIdx.x & kLane); start < pixels; start += stride) {
@@ -254,21 +248,16 @@ template <class T> __global__ void backward_kernel(ClassCropsArgs a) {
   }
 }
 
-void check_plane(int64_t height, int64_t width) {
-  STD_TORCH_CHECK(height * width < (int64_t(1) << 31), "a plane must have fewer than 2^31 pixels");
-}
-
 Tensor class_boxes(const Tensor& image, const Tensor& semantics, int64_t num_classes) {
   const ClassCropsArgs a = arguments(image, semantics, num_classes);
-  check_plane(a.H, a.W);
-  const Launch launch(image);
-  Tensor out = torch::stable::empty({a.N, a.C, 4}, ScalarType::Int, std::nullopt, image.device());
+  check_plane("image", a.H, a.W);
+  const Launch launch(image, "class_boxes");
+  Tensor out = empty_of(image, {a.N, a.C, 4}, ScalarType::Int);
   if (a.N == 0) return out;
-  const Tensor scratch = torch::stable::empty({a.N, a.C + 1, 4}, ScalarType::Int, std::nullopt,
-                                              image.device());
+  const Tensor scratch = empty_of(image, {a.N, a.C + 1, 4}, ScalarType::Int);
   auto* found = static_cast<Bounds*>(scratch.mutable_data_ptr());
   const int64_t bytes = (a.C + 1) * int64_t(sizeof(Bounds));
-  STD_CUDA_CHECK(cudaMemsetAsync(found, 0, size_t(a.N * bytes), launch.stream));
+  launch.clear(found, a.N * bytes);
   const bool in_shared = a.C < kSharedClasses;
   // A block per 2048 pixels: enough work to pay for clearing and merging its boxes.
   const dim3 blocks = grid(ceil_div(a.H * a.W, 8), a.N);
@@ -276,24 +265,24 @@ Tensor class_boxes(const Tensor& image, const Tensor& semantics, int64_t num_cla
     using T = decltype(t);
     label_boxes_kernel<T><<<blocks, kThreads, in_shared ? size_t(bytes) : 0, launch.stream>>>(
         a, found, in_shared);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    if (a.masks == Masks::planes) {
+    launch.check();
+    if (a.planes) {
       plane_boxes_kernel<T><<<grid(ceil_div(a.H * a.W, 4), a.N * a.C), kThreads, 0,
                               launch.stream>>>(a, found);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch.check();
     }
   });
   finish_boxes_kernel<<<grid(a.N * a.C), kThreads, 0, launch.stream>>>(
       a, found, static_cast<Box*>(out.mutable_data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   return out;
 }
 
 Tensor class_crops(const Tensor& image, const Tensor& semantics, const Tensor& boxes,
                    int64_t height, int64_t width) {
   ClassCropsArgs a = arguments(image, semantics, boxes.size(1));
-  check_plane(height, width);
-  const Launch launch(image);
+  check_plane("size", height, width);
+  const Launch launch(image, "class_crops");
   const Tensor held = crop_arguments(a, boxes, height, width);
   a.last = channels_last(image);
   Tensor out = empty_nchw(a.N, a.C * a.K, height, width, a.last, image);
@@ -310,14 +299,14 @@ Tensor class_crops(const Tensor& image, const Tensor& semantics, const Tensor& b
     else
       plane_crops_kernel<T, 1><<<grid(height * width, a.N * a.C), kThreads, 0, launch.stream>>>(a);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   return out;
 }
 
 Tensor class_crops_backward(const Tensor& grad, const Tensor& semantics, const Tensor& boxes,
                             int64_t height, int64_t width, bool last) {
-  check_plane(height, width);
-  const Launch launch(grad);
+  check_plane("image", height, width);
+  const Launch launch(grad, "class_crops");
   Tensor out = empty_nchw(grad.size(0), grad.size(1) / boxes.size(1), height, width, last, grad);
   ClassCropsArgs a = arguments(out, semantics, boxes.size(1));
   const Tensor held = crop_arguments(a, boxes, grad.size(2), grad.size(3));
@@ -326,7 +315,7 @@ Tensor class_crops_backward(const Tensor& grad, const Tensor& semantics, const T
   with_element(a.element, [&](auto t) {
     backward_kernel<decltype(t)><<<grid(height * width, a.N), kThreads, 0, launch.stream>>>(a);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   return out;
 }
 

@@ -1,13 +1,7 @@
 // Nearest interpolation as torch.nn.functional.interpolate rounds it, and its inverse.
 // Internal linkage: the file is compiled once per instruction set.
 #pragma once
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define SMIS_HOST_DEVICE __host__ __device__
-#else
-#define SMIS_HOST_DEVICE
-#endif
+#include "common/isa.h"
 
 namespace smis {
 

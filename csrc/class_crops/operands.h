@@ -11,34 +11,22 @@ Strided strided(const Tensor& t) {
           t.stride(3)};
 }
 
-Masks masks_of(const Tensor& semantics) {
-  switch (semantics.scalar_type()) {
-    case ScalarType::Byte: return Masks::u8;
-    case ScalarType::Char: return Masks::i8;
-    case ScalarType::Short: return Masks::i16;
-    case ScalarType::Int: return Masks::i32;
-    case ScalarType::Long: return Masks::i64;
-    default: return Masks::planes;
-  }
-}
-
 // image (N, K, H, W); semantics: labels (N, H, W) or planes (N, C, H, W) of the image's dtype.
 ClassCropsArgs arguments(const Tensor& image, const Tensor& semantics, int64_t classes) {
   ClassCropsArgs a;
   a.element = element_of(image, "class_crops");
-  a.masks = masks_of(semantics);
+  a.planes = semantics.scalar_type() == image.scalar_type();
+  if (!a.planes) a.labels = ids_of(semantics, "semantics");
   a.N = image.size(0), a.K = image.size(1), a.H = image.size(2), a.W = image.size(3);
   a.C = classes;
   a.image = strided(image);
-  const bool planes = a.masks == Masks::planes;
-  const int64_t spatial = planes ? 2 : 1;
-  STD_TORCH_CHECK(semantics.dim() == spatial + 2 && semantics.size(0) == a.N &&
-                      semantics.size(spatial) == a.H && semantics.size(spatial + 1) == a.W,
-                  "semantics do not fit the image");
-  STD_TORCH_CHECK(!planes || (semantics.size(1) == classes &&
-                              semantics.scalar_type() == image.scalar_type()),
-                  "one plane per class of the image's dtype is needed");
-  a.semantics = planes ? strided(semantics)
+  const int64_t spatial = a.planes ? 2 : 1;
+  if (semantics.dim() != spatial + 2 || semantics.size(0) != a.N ||
+      semantics.size(spatial) != a.H || semantics.size(spatial + 1) != a.W ||
+      (a.planes && semantics.size(1) != classes))
+    refuse("semantics: expected labels (", a.N, ", ", a.H, ", ", a.W, ") or, in the image's dtype, "
+           "planes (", a.N, ", ", classes, ", ", a.H, ", ", a.W, "), got another shape; resize them");
+  a.semantics = a.planes ? strided(semantics)
                        : Strided{const_cast<void*>(semantics.const_data_ptr()),
                                  semantics.stride(0), 0, semantics.stride(1), semantics.stride(2)};
   return a;
@@ -46,9 +34,10 @@ ClassCropsArgs arguments(const Tensor& image, const Tensor& semantics, int64_t c
 
 // Adds the boxes and the size of the crops; the tensor returned keeps the boxes alive.
 Tensor crop_arguments(ClassCropsArgs& a, const Tensor& boxes, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Int && boxes.dim() == 3 &&
-                      boxes.size(0) == a.N && boxes.size(2) == 4,
-                  "boxes must be an int32 (N, C, 4)");
+  if (boxes.scalar_type() != ScalarType::Int || boxes.dim() != 3 || boxes.size(0) != a.N ||
+      boxes.size(2) != 4)
+    refuse("boxes: expected int32 (", a.N, ", C, 4), got another shape or dtype; take them from "
+           "class_boxes");
   const Tensor held = torch::stable::contiguous(boxes);
   a.boxes = static_cast<const Box*>(held.const_data_ptr());
   a.out_h = height;

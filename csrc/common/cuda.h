@@ -1,4 +1,5 @@
-// What every cuda.cu needs: device guard and current stream, grid arithmetic, element types.
+// What every cuda.cu needs: device guard and current stream, launches that name their op, grid
+// arithmetic, warps, element types.
 #pragma once
 #ifndef USE_CUDA
 #error "compile cuda.cu with -DUSE_CUDA: torch declares its stream functions only then"
@@ -8,23 +9,41 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "tensor.h"
+#include "host.h"
 
 namespace smis::cuda {
 
 constexpr int kThreads = 256;
+constexpr unsigned kWarp = 0xffffffffu;  // all lanes
+constexpr int kLane = 31;                // threadIdx.x & kLane is the lane
 
 // Makes the tensor's device current for a scope; `stream` is the one that torch launches on.
 class Launch {
  public:
-  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+  Launch(const Tensor& t, const char* op) : op_(op), guard_(t.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
+  // After every launch, copy and memset: a refusal names the op.
+  void check(cudaError_t status = cudaGetLastError()) const {
+    if (status == cudaSuccess) return;
+    refuse(op_, ": expected the GPU to take its work, got CUDA error ", int(status), ", ",
+           cudaGetErrorString(status), "; run again with CUDA_LAUNCH_BLOCKING=1 to see whether "
+           "an earlier kernel failed, or take backend=\"reference\"");
+  }
+  void clear(void* memory, int64_t bytes) const {
+    check(cudaMemsetAsync(memory, 0, size_t(bytes), stream));
+  }
+  // Waits for the device.
+  template <class T> void fetch(T* host, const void* device) const {
+    check(cudaMemcpyAsync(host, device, sizeof(T), cudaMemcpyDeviceToHost, stream));
+    check(cudaStreamSynchronize(stream));
+  }
   cudaStream_t stream = nullptr;
 
  private:
+  const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
@@ -38,6 +57,23 @@ inline dim3 grid(int64_t count, int64_t rows = 1) {
 
 __device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t thread_stride() { return int64_t(gridDim.x) * blockDim.x; }
+
+// What another thread may be writing.
+template <class T> __device__ T now(const T& v) { return *const_cast<const volatile T*>(&v); }
+
+// The largest value of the lanes of `mask`, which all call it.
+__device__ inline int32_t warp_max(unsigned mask, int32_t value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  int32_t largest = value;
+  for (unsigned left = mask; left != 0; left &= left - 1) {
+    const int32_t other = __shfl_sync(mask, value, __ffs(int(left)) - 1);
+    largest = other > largest ? other : largest;
+  }
+  return largest;
+#else
+  return __reduce_max_sync(mask, value);
+#endif
+}
 
 // fp32 arithmetic for storage in fp32, fp16 and bf16; fp64 for fp64.
 template <class T> struct AccOf { using type = float; };

@@ -101,4 +101,17 @@ inline void with_element(Element e, F&& fn) {
   }
 }
 
+// The kernel `name`, by its `call`, in which T is the storage type that the arguments name.
+#define SMIS_BY_ELEMENT(name, Args, ...)                                                          \
+  void name(const Args& a, int64_t begin, int64_t end) {                                          \
+    with_element(a.element, [&](auto t) { using T = decltype(t); __VA_ARGS__(a, begin, end); });  \
+  }
+#define SMIS_BY_ELEMENT_WITH_SCRATCH(name, Args, ...)                                             \
+  void name(const Args& a, int64_t begin, int64_t end, void* scratch) {                           \
+    with_element(a.element, [&](auto t) {                                                         \
+      using T = decltype(t);                                                                      \
+      __VA_ARGS__(a, begin, end, scratch);                                                        \
+    });                                                                                           \
+  }
+
 }  // namespace smis::SMIS_ISA

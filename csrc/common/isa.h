@@ -6,6 +6,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__CUDACC__)
+#define SMIS_HOST_DEVICE __host__ __device__
+#else
+#define SMIS_HOST_DEVICE
+#endif
+
 namespace smis {
 
 enum class Isa { baseline, avx2, avx512 };

@@ -11,10 +11,6 @@ namespace smis::SMIS_ISA {
 
 constexpr int64_t kChunk = 1024;  // elements staged at a time: a few rows fit L1 together
 
-template <class T> T* at(const Operand& o, int64_t n, int64_t c, int64_t p) {
-  return static_cast<T*>(o.data) + n * o.n + c * o.c + p * o.p;
-}
-
 // Statistics of one channel run: a scalar in plane layout, one value per element in row layout.
 template <class A> struct Scalar {
   A mean, rstd;

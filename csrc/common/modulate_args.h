@@ -1,15 +1,8 @@
-// Arguments that dense and indexed modulation share. "Plane" layout is NCHW with dense planes, "row"
-// layout is NHWC with dense channels.
+// Arguments that dense and indexed modulation share.
 #pragma once
-#include "isa.h"
+#include "operand.h"
 
 namespace smis {
-
-// A (N, C, H, W) operand: its base and the strides of n, c and of a pixel.
-struct Operand {
-  void* data = nullptr;
-  int64_t n = 0, c = 0, p = 0;
-};
 
 // One output of the pair: statistics (N or 1, C), gamma and beta (dense, or rows [gamma | beta] of a
 // table of sums' type), and the output itself.

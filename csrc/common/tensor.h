@@ -9,15 +9,24 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
+#include "ids.h"
 
 namespace smis {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Throws one line, without the build's path and line that STD_TORCH_CHECK adds.
+template <class... Words> [[noreturn]] void refuse(const Words&... words) {
+  std::ostringstream line;
+  (line << ... << words);
+  throw std::runtime_error(line.str());
+}
 
 inline Element element_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
@@ -25,8 +34,27 @@ inline Element element_of(const Tensor& t, const char* op) {
     case ScalarType::Double: return Element::f64;
     case ScalarType::Half: return Element::f16;
     case ScalarType::BFloat16: return Element::bf16;
-    default: STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16");
+    default: refuse(op, ": expected dtype float32, float64, float16 or bfloat16; cast it first");
   }
+}
+
+inline Ids ids_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte: return Ids::u8;
+    case ScalarType::Char: return Ids::i8;
+    case ScalarType::Short: return Ids::i16;
+    case ScalarType::UInt16: return Ids::u16;
+    case ScalarType::Int: return Ids::i32;
+    case ScalarType::Long: return Ids::i64;
+    default: refuse(name, ": expected an integer dtype; cast it first");
+  }
+}
+
+// Offsets inside a plane are 32-bit.
+inline void check_plane(const char* name, int64_t height, int64_t width) {
+  if (height * width >= int64_t(1) << 31)
+    refuse(name, ": expected fewer than 2^31 pixels in a plane, got ", height, " x ", width,
+           "; cut it into tiles");
 }
 
 // Sums and statistics are kept in fp32, in fp64 for fp64.
@@ -55,6 +83,12 @@ constexpr int64_t kStreamBytes = 8 << 20;  // outputs from this size on do not s
 template <class F>
 inline void parallel(int64_t count, int64_t grain, const F& fn) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), fn);
+}
+
+inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type, std::nullopt,
+      like.device());
 }
 
 // An empty (N, C, H, W) of `like`'s dtype and device in the wanted memory format.

@@ -1,5 +1,5 @@
 // CPU implementations of the conditional attention: layout and threads. The loops: cpu_kernel.cpp.
-#include "common/modulate_host.h"
+#include "common/host.h"
 #include "conditional_attention/cpu_kernel.h"
 
 namespace smis {

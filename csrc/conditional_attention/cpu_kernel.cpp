@@ -90,11 +90,7 @@ template <class T> void backward(const ConditionalAttentionArgs& a, int64_t begi
 
 }  // namespace
 
-void conditional_attention_kernel(const ConditionalAttentionArgs& a, int64_t begin, int64_t end) {
-  with_element(a.element, [&](auto t) { forward<decltype(t)>(a, begin, end); });
-}
-void conditional_attention_backward_kernel(const ConditionalAttentionArgs& a, int64_t begin, int64_t end) {
-  with_element(a.element, [&](auto t) { backward<decltype(t)>(a, begin, end); });
-}
+SMIS_BY_ELEMENT(conditional_attention_kernel, ConditionalAttentionArgs, forward<T>)
+SMIS_BY_ELEMENT(conditional_attention_backward_kernel, ConditionalAttentionArgs, backward<T>)
 
 }  // namespace smis::SMIS_ISA

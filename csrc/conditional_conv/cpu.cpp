@@ -1,6 +1,6 @@
 // CPU implementations of the conditional convolution: operands, scratch, threads. The loops:
 // cpu_kernel.cpp.
-#include "common/modulate_host.h"
+#include "common/host.h"
 #include "conditional_conv/scratch.h"
 
 namespace smis {
@@ -12,7 +12,7 @@ Tensor dense(const Tensor& t) { return rows_dense(t) || planes_dense(t) ? t : to
 
 int64_t bytes_of(const Tensor& like) { return acc_type(like) == ScalarType::Double ? 8 : 4; }
 
-Tensor sums(const Tensor& like, int64_t count) { return vector_like(like, {count}, acc_type(like)); }
+Tensor sums(const Tensor& like, int64_t count) { return empty_of(like, {count}, acc_type(like)); }
 
 struct Problem {
   ConditionalConvArgs a;
@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conditional_conv_backward(
   const Tensor y = dense(grad);
   p.a.y = operand(y);
   const ScalarType type = input.scalar_type();
-  Tensor dx = absent(input), dh = absent(input), du, dv;
-  Tensor dweight = absent(input), dbias = absent(input);
+  const auto absent = [&] { return empty_of(input, {0}, input.scalar_type()); };
+  Tensor dx = absent(), dh = absent(), dweight = absent(), dbias = absent(), du, dv;
   if (need_input) {
     dx = zeros_like(input);
     p.a.dx = operand(dx);

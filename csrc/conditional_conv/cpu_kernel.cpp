@@ -417,19 +417,13 @@ void finish_condition_gradient(const ConditionalConvArgs& a, int64_t begin, int6
 
 }  // namespace
 
-#define SMIS_CONDITIONAL_CONV(name, function)                                                 \
-  void name(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {        \
-    with_element(a.element, [&](auto t) { function<decltype(t)>(a, begin, end, scratch); });  \
-  }
-SMIS_CONDITIONAL_CONV(transform_condition_kernel, transform_condition)
-SMIS_CONDITIONAL_CONV(conditional_conv_kernel, forward)
-SMIS_CONDITIONAL_CONV(conditional_conv_backward_kernel, backward)
-SMIS_CONDITIONAL_CONV(condition_gradient_kernel, condition_gradient)
-SMIS_CONDITIONAL_CONV(finish_condition_gradient_kernel, finish_condition_gradient)
+SMIS_BY_ELEMENT_WITH_SCRATCH(transform_condition_kernel, ConditionalConvArgs, transform_condition<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(conditional_conv_kernel, ConditionalConvArgs, forward<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(conditional_conv_backward_kernel, ConditionalConvArgs, backward<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(condition_gradient_kernel, ConditionalConvArgs, condition_gradient<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(finish_condition_gradient_kernel, ConditionalConvArgs, finish_condition_gradient<T>)
 
-void finish_weight_gradient_kernel(const ConditionalConvArgs& a, int64_t begin, int64_t end) {
-  with_element(a.element, [&](auto t) { finish_weight_gradient<decltype(t)>(a, begin, end); });
-}
+SMIS_BY_ELEMENT(finish_weight_gradient_kernel, ConditionalConvArgs, finish_weight_gradient<T>)
 void conditional_conv_lanes(Element element, int64_t* lanes) {
   with_element(element, [&](auto t) { *lanes = Lanes<Acc<decltype(t)>>::n; });
 }

@@ -8,7 +8,7 @@
 #pragma once
 #include <algorithm>
 
-#include "common/modulate_args.h"
+#include "common/operand.h"
 
 namespace smis {
 

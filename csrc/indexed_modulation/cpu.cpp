@@ -16,11 +16,7 @@ std::tuple<Tensor, Tensor> indexed_modulation_apply(
     std::optional<Tensor> table_s, double slope, double slope_s, bool upsample) {
   const bool last = channels_last(input), pair = table_s.has_value();
   const Tensor x = laid_out(input, last), ids = torch::stable::contiguous(index);
-  IndexedArgs ia;
-  ia.base = arguments(x, upsample, pair);
-  ia.index = ids.const_data_ptr<int32_t>();
-  ia.rows = table.size(0);
-  ModulationArgs& a = ia.base;
+  IndexedArgs a{arguments(x, upsample, pair), ids.const_data_ptr<int32_t>(), table.size(0)};
   const int64_t up = upsample ? 2 : 1;
   const Tensor g = table_for(table, last), gs = pair ? table_for(*table_s, last) : g;
   Tensor out = empty_nchw(a.N, a.C, a.H * up, a.W * up, last, x), out_s;
@@ -36,8 +32,8 @@ std::tuple<Tensor, Tensor> indexed_modulation_apply(
   }
   const auto kernel = last ? indexed_rows_kernel_best() : indexed_planes_kernel_best();
   parallel(last ? a.N * a.H : a.N * a.C, grain(a.W * up * up * (last ? a.C : a.H)),
-           [&](int64_t b, int64_t e) { kernel(ia, b, e); });
-  return {out, pair ? out_s : absent(x)};
+           [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  return {out, pair ? out_s : empty_of(x, {0}, x.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_modulation_backward(
@@ -47,11 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_modulation_backward(
     std::optional<Tensor> table_s, double slope, double slope_s, bool upsample, bool sums) {
   const bool last = channels_last(input), pair = table_s.has_value();
   const Tensor x = laid_out(input, last), ids = torch::stable::contiguous(index);
-  IndexedArgs ia;
-  ia.base = arguments(x, upsample, pair);
-  ia.index = ids.const_data_ptr<int32_t>();
-  ia.rows = table.size(0);
-  ModulationArgs& a = ia.base;
+  IndexedArgs a{arguments(x, upsample, pair), ids.const_data_ptr<int32_t>(), table.size(0)};
   Tensor dx = empty_nchw(a.N, a.C, a.H, a.W, last, x);
   a.dx = operand(dx);
   std::vector<Tensor> kept, results;
@@ -64,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_modulation_backward(
     br.grad = operand(kept.back());
     kept.push_back(laid_out(y, last));
     br.out = operand(kept.back());
-    results.push_back(vector_like(x, {last ? ia.rows : 2 * a.C, last ? 2 * a.C : ia.rows},
+    results.push_back(empty_of(x, {last ? a.rows : 2 * a.C, last ? 2 * a.C : a.rows},
                                   acc_type(x)));
     br.dtable = results.back().mutable_data_ptr();
   };
@@ -72,19 +64,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_modulation_backward(
   if (pair)
     fill(a.branch[1], mean_s.value_or(mean), rstd_s.value_or(rstd), *table_s, *grad_s, *output_s,
          slope_s);
-  Tensor total = sums ? vector_like(x, {2, a.N, a.C}, acc_type(x)) : vector_like(x, {0}, acc_type(x));
+  Tensor total = empty_sums(x, sums);
   if (sums) a.sums = total.mutable_data_ptr();
   a.sums_stride = a.N * a.C;
   const auto kernel = last ? indexed_backward_rows_kernel_best() : indexed_backward_planes_kernel_best();
   const int64_t line = 16;  // channels of a cache line: threads do not share one
   parallel((a.C + line - 1) / line, 1, [&](int64_t b, int64_t e) {
-    kernel(ia, b * line, std::min(a.C, e * line));
+    kernel(a, b * line, std::min(a.C, e * line));
   });
   const auto by_rows = [&](const Tensor& t) {
     return last ? t : torch::stable::contiguous(torch::stable::transpose(t, 0, 1));
   };
   return {dx, by_rows(results[0]),
-          pair ? by_rows(results[1]) : vector_like(x, {0}, acc_type(x)), total};
+          pair ? by_rows(results[1]) : empty_of(x, {0}, acc_type(x)), total};
 }
 
 }  // namespace

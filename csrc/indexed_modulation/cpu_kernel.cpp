@@ -24,14 +24,13 @@ inline void gather_run(const A* __restrict hat, const A* g, const A* b, const in
     y[i] = activate<act>(hat[i] * (A(1) + g[index[i]]) + b[index[i]], slope);
 }
 
-template <class T> void apply_planes(const IndexedArgs& ia, int64_t begin, int64_t end) {
+template <class T> void apply_planes(const IndexedArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const ModulationArgs& a = ia.base;
   const int64_t up = a.upsample ? 2 : 1, P = a.H * a.W, step = kChunk / 2;
   alignas(64) A xb[kChunk], hat[kChunk], twice[kChunk], yb[kChunk];
   for (int64_t plane = begin; plane < end; ++plane) {
     const int64_t n = plane / a.C, c = plane % a.C;
-    const int32_t* index = ia.index + n * P * up * up;
+    const int32_t* index = a.index + n * P * up * up;
     const int64_t run = a.upsample ? a.W : P;  // upsampling repeats whole rows
     for (int64_t p0 = 0; p0 < P; p0 += run)
       for (int64_t q = 0; q < run; q += step) {
@@ -39,7 +38,7 @@ template <class T> void apply_planes(const IndexedArgs& ia, int64_t begin, int64
         const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
         for (int k = 0; k < a.branches; ++k) {
           const auto& br = a.branch[k];
-          const A *g = table_of<A>(br) + c * ia.rows, *b = g + a.C * ia.rows;
+          const A *g = table_of<A>(br) + c * a.rows, *b = g + a.C * a.rows;
           hat_run(x, scalar_stats<A>(a, br, n, c), hat, m);
           if (a.upsample) duplicate(hat, twice, m);
           for (int64_t r = 0; r < up; ++r) {
@@ -59,14 +58,13 @@ template <class T> void apply_planes(const IndexedArgs& ia, int64_t begin, int64
   if (a.stream) stream_fence();
 }
 
-template <class T> void apply_rows(const IndexedArgs& ia, int64_t begin, int64_t end) {
+template <class T> void apply_rows(const IndexedArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const ModulationArgs& a = ia.base;
   const int64_t up = a.upsample ? 2 : 1, pixels = a.H * a.W * up * up;
   alignas(64) A xb[kChunk], hat[kChunk], yb[kChunk];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / a.H, h = i % a.H;
-    const int32_t* index = ia.index + n * pixels;
+    const int32_t* index = a.index + n * pixels;
     for (int64_t w = 0; w < a.W; ++w)
       for (int64_t c = 0; c < a.C; c += kChunk) {
         const int64_t m = std::min(kChunk, a.C - c);
@@ -116,21 +114,20 @@ template <class A> struct RunSum {
   }
 };
 
-template <class T> void backward_planes(const IndexedArgs& ia, int64_t begin, int64_t end) {
+template <class T> void backward_planes(const IndexedArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const ModulationArgs& a = ia.base;
   const int64_t up = a.upsample ? 2 : 1, P = a.H * a.W, O = P * up * up;
   RunSum<A> runs[2];
   for (int64_t c = begin; c < end; ++c) {
     for (int k = 0; k < a.branches; ++k) {
-      A* d = static_cast<A*>(a.branch[k].dtable) + c * ia.rows;
+      A* d = static_cast<A*>(a.branch[k].dtable) + c * a.rows;
       runs[k].dgamma = d;
-      runs[k].dbeta = d + a.C * ia.rows;
-      std::fill(d, d + ia.rows, A(0));
-      std::fill(runs[k].dbeta, runs[k].dbeta + ia.rows, A(0));
+      runs[k].dbeta = d + a.C * a.rows;
+      std::fill(d, d + a.rows, A(0));
+      std::fill(runs[k].dbeta, runs[k].dbeta + a.rows, A(0));
     }
     for (int64_t n = 0; n < a.N; ++n) {
-      const int32_t* index = ia.index + n * O;
+      const int32_t* index = a.index + n * O;
       double sum = 0, product = 0;
       for (int64_t p = 0; p < P; ++p) {
         const A x = load(*at<const T>(a.x, n, c, p));
@@ -138,7 +135,7 @@ template <class T> void backward_planes(const IndexedArgs& ia, int64_t begin, in
         for (int k = 0; k < a.branches; ++k) {
           const auto& br = a.branch[k];
           const auto s = scalar_stats<A>(a, br, n, c);
-          const A *g = table_of<A>(br) + c * ia.rows, slope = A(br.slope);
+          const A *g = table_of<A>(br) + c * a.rows, slope = A(br.slope);
           hat = s.hat(&x, 0);
           for (int64_t q = 0; q < up * up; ++q) {
             const int64_t o = output_pixel(a, p / a.W, p % a.W, q);
@@ -203,9 +200,8 @@ inline void accumulate_run(const A* __restrict dy, const A* __restrict out, cons
   }
 }
 
-template <class T> void backward_rows(const IndexedArgs& ia, int64_t begin, int64_t end) {
+template <class T> void backward_rows(const IndexedArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const ModulationArgs& a = ia.base;
   const int64_t up = a.upsample ? 2 : 1, O = a.H * a.W * up * up;
   alignas(64) A xb[kChunk], hat[kChunk], into[kChunk], dxb[kChunk], b0[kChunk], b1[kChunk];
   alignas(64) A s1[kChunk], s2[kChunk], line1[kChunk], line2[kChunk];
@@ -214,13 +210,13 @@ template <class T> void backward_rows(const IndexedArgs& ia, int64_t begin, int6
     const int64_t m = std::min(kChunk, end - c);
     for (int k = 0; k < a.branches; ++k) {
       A* d = static_cast<A*>(a.branch[k].dtable) + c;
-      for (int64_t r = 0; r < ia.rows * 2; ++r) std::fill(d + r * a.C, d + r * a.C + m, A(0));
+      for (int64_t r = 0; r < a.rows * 2; ++r) std::fill(d + r * a.C, d + r * a.C + m, A(0));
       runs[k].table = d;
       runs[k].half = a.C;
       runs[k].m = m;
     }
     for (int64_t n = 0; n < a.N; ++n) {
-      const int32_t* index = ia.index + n * O;
+      const int32_t* index = a.index + n * O;
       std::fill(s1, s1 + m, A(0));
       std::fill(s2, s2 + m, A(0));
       std::fill(line1, line1 + m, A(0));
@@ -271,13 +267,9 @@ template <class T> void backward_rows(const IndexedArgs& ia, int64_t begin, int6
 
 }  // namespace
 
-#define SMIS_BY_ELEMENT(name, call)                                                \
-  void name(const IndexedArgs& a, int64_t begin, int64_t end) {                    \
-    with_element(a.base.element, [&](auto tag) { call<decltype(tag)>(a, begin, end); }); \
-  }
-SMIS_BY_ELEMENT(indexed_planes_kernel, apply_planes)
-SMIS_BY_ELEMENT(indexed_rows_kernel, apply_rows)
-SMIS_BY_ELEMENT(indexed_backward_planes_kernel, backward_planes)
-SMIS_BY_ELEMENT(indexed_backward_rows_kernel, backward_rows)
+SMIS_BY_ELEMENT(indexed_planes_kernel, IndexedArgs, apply_planes<T>)
+SMIS_BY_ELEMENT(indexed_rows_kernel, IndexedArgs, apply_rows<T>)
+SMIS_BY_ELEMENT(indexed_backward_planes_kernel, IndexedArgs, backward_planes<T>)
+SMIS_BY_ELEMENT(indexed_backward_rows_kernel, IndexedArgs, backward_rows<T>)
 
 }  // namespace smis::SMIS_ISA

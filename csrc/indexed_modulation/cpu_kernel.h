@@ -4,8 +4,8 @@
 
 namespace smis {
 
-struct IndexedArgs {
-  ModulationArgs base;             // `table` and `dtable` of each branch instead of gamma and beta
+// `table` and `dtable` of each branch instead of gamma and beta.
+struct IndexedArgs : ModulationArgs {
   const int32_t* index = nullptr;  // (N, H', W') of the output
   int64_t rows = 0;                // of the table
 };

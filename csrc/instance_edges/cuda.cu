@@ -21,11 +21,11 @@ __global__ void edges_kernel(const Id* ids, int64_t batch, int32_t height, int32
 }
 
 Tensor instance_edges(const Tensor& instance_map, ScalarType dtype) {
-  const Launch launch(instance_map);
+  const Launch launch(instance_map, "instance_edges");
   Tensor out = edges_like(instance_map, dtype);
   if (out.numel() == 0) return out;
   const int64_t batch = out.size(0), height = out.size(2), width = out.size(3);
-  STD_TORCH_CHECK(height * width < (int64_t(1) << 31), "a plane must have fewer than 2^31 pixels");
+  check_plane("instance_map", height, width);
   const Edge edge = edge_of(dtype);
   with_width(int64_t(instance_map.element_size()), [&](auto id) {
     with_width(edge.bytes, [&](auto value) {
@@ -37,7 +37,7 @@ Tensor instance_edges(const Tensor& instance_map, ScalarType dtype) {
           Out(edge.one), static_cast<Out*>(out.mutable_data_ptr()));
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   return out;
 }
 

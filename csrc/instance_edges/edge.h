@@ -18,7 +18,7 @@ Edge edge_of(ScalarType dtype) {
     case ScalarType::BFloat16: return {2, 0x3f80};
     case ScalarType::Bool:
     case ScalarType::Byte: return {1, 1};
-    default: STD_TORCH_CHECK(false, "instance_edges: dtype must be a float, bool or uint8");
+    default: refuse("dtype: expected a float dtype, bool or uint8; choose one of them");
   }
 }
 
@@ -34,9 +34,9 @@ template <class F> void with_width(int64_t bytes, F&& fn) {
 
 // An empty (N, 1, H, W) for ids (N, H, W).
 Tensor edges_like(const Tensor& ids, ScalarType dtype) {
-  STD_TORCH_CHECK(ids.dim() == 3, "instance_edges: ids must be (N, H, W)");
-  return torch::stable::empty({ids.size(0), 1, ids.size(1), ids.size(2)}, dtype, std::nullopt,
-                              ids.device());
+  if (ids.dim() != 3)
+    refuse("instance_map: expected (N, H, W), got ", ids.dim(), " dimensions; reshape it");
+  return empty_of(ids, {ids.size(0), 1, ids.size(1), ids.size(2)}, dtype);
 }
 
 }  // namespace

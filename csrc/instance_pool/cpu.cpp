@@ -57,7 +57,7 @@ void each_block(Segments& g, InstancePoolArgs a, int64_t channels, P&& place, F&
   const int64_t least = a.rows ? 4 * kGroup : kGroup;
   const int64_t block = std::min(std::max(fits / kGroup * kGroup, least), channels);
   a.partial_row = block % 4 == 3 ? block + 1 : block;
-  Tensor partial = vector_like(g.rows, {g.partial_rows, a.partial_row}, ScalarType::Double), sums;
+  Tensor partial = empty_of(g.rows, {g.partial_rows, a.partial_row}, ScalarType::Double), sums;
   a.partial = static_cast<double*>(partial.mutable_data_ptr());
   for (a.c0 = 0; a.c0 < channels; a.c0 += block) {
     a.channels = std::min(block, channels - a.c0);
@@ -66,7 +66,7 @@ void each_block(Segments& g, InstancePoolArgs a, int64_t channels, P&& place, F&
                 a.c0 == 0 ? g.count() : 0, [&](int64_t n) { number_rows(g, n); });
     if (a.c0 == 0) {
       place_images(g);
-      sums = vector_like(g.rows, {g.images.back(), a.partial_row}, ScalarType::Double);
+      sums = empty_of(g.rows, {g.images.back(), a.partial_row}, ScalarType::Double);
     }
     place(a);
     merge(g, a, static_cast<double*>(sums.mutable_data_ptr()));
@@ -96,7 +96,7 @@ Tensor instance_pool(const Tensor& input, const Tensor& instance_map) {
   each_block(
       g, args, x.size(1),
       [&](InstancePoolArgs& a) {
-        means = vector_like(x, {g.images.back(), a.channels}, x.scalar_type());
+        means = empty_of(x, {g.images.back(), a.channels}, x.scalar_type());
         a.means = means.mutable_data_ptr();
         a.mean_row = a.channels;
       },
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> instance_means(const Tensor& input,
   each_block(
       g, arguments(x, "instance_mean_table", last), x.size(1),
       [&](InstancePoolArgs& a) {
-        if (a.c0 == 0) mean = vector_like(x, {g.images.back(), x.size(1)}, acc_type(x));
+        if (a.c0 == 0) mean = empty_of(x, {g.images.back(), x.size(1)}, acc_type(x));
         a.means = static_cast<unsigned char*>(mean.mutable_data_ptr()) +
                   a.c0 * int64_t(mean.element_size());
         a.mean_row = x.size(1);
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> instance_means(const Tensor& input,
   Tensor columns[3];  // image, id, count
   int64_t* to[3];
   for (int i = 0; i < 3; ++i) {
-    columns[i] = vector_like(x, {g.images.back()}, ScalarType::Long);
+    columns[i] = empty_of(x, {g.images.back()}, ScalarType::Long);
     to[i] = static_cast<int64_t*>(columns[i].mutable_data_ptr());
   }
   for (int64_t n = 0; n < g.count(); ++n) {

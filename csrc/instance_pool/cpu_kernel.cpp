@@ -8,17 +8,6 @@
 namespace smis::SMIS_ISA {
 namespace {
 
-template <class F> void with_ids(Ids type, F&& f) {
-  switch (type) {
-    case Ids::u8: return f(uint8_t{});
-    case Ids::i8: return f(int8_t{});
-    case Ids::i16: return f(int16_t{});
-    case Ids::u16: return f(uint16_t{});
-    case Ids::i32: return f(int32_t{});
-    case Ids::i64: return f(int64_t{});
-  }
-}
-
 #if defined(__AVX512F__)
 constexpr int64_t kStep = 16;
 
@@ -85,13 +74,13 @@ void instance_merge(const InstancePoolArgs& a, const Merge& m, int64_t begin, in
   with_element(a.mean_element, [&](auto tag) { merge<decltype(tag)>(a, m, begin, end); });
 }
 
-#define SMIS_BY_ELEMENT(name, call)                                                              \
+#define SMIS_BY_STRIPE(name, call)                                                              \
   void name(const InstancePoolArgs& a, const Stripe& s, int64_t begin, int64_t end) {            \
     with_element(a.element, [&](auto tag) { call<decltype(tag)>(a, s, begin, end); });           \
   }
-SMIS_BY_ELEMENT(instance_sums_planes, sums_planes)
-SMIS_BY_ELEMENT(instance_sums_rows, sums_rows)
-SMIS_BY_ELEMENT(instance_spread_planes, spread_planes)
-SMIS_BY_ELEMENT(instance_spread_rows, spread_rows)
+SMIS_BY_STRIPE(instance_sums_planes, sums_planes)
+SMIS_BY_STRIPE(instance_sums_rows, sums_rows)
+SMIS_BY_STRIPE(instance_spread_planes, spread_planes)
+SMIS_BY_STRIPE(instance_spread_rows, spread_rows)
 
 }  // namespace smis::SMIS_ISA

@@ -1,6 +1,7 @@
 // The instance_pool loops, one set of functions for each instruction set.
 #pragma once
-#include "common/modulate_args.h"
+#include "common/ids.h"
+#include "common/operand.h"
 
 namespace smis {
 
@@ -37,8 +38,6 @@ struct Merge {
   const int32_t* pixels = nullptr;  // [rows]
   double* sums = nullptr;           // (rows, partial_row), scratch
 };
-
-enum class Ids : int32_t { u8, i8, i16, u16, i32, i64 };
 
 // Ends of runs that the search may write past the last one.
 constexpr int64_t kSpareEnds = 16;

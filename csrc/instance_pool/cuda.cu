@@ -1,16 +1,12 @@
 // instance_pool and instance_means on CUDA: ids are numbered on the device, sums follow runs of one
 // id down the columns, and nothing waits for the host (but the table, whose size it has to know).
 #include "common/cuda.h"
-#include "common/modulate_args.h"
-#include "common/modulate_host.h"
+#include "instance_pool/max_id.h"
 
 namespace smis::cuda {
 namespace {
 
-constexpr unsigned kWarp = 0xffffffffu;
-constexpr int kLane = 31;
 constexpr int kRun = 8;                      // rows that a thread walks down, or 4 x pixels along
-constexpr int64_t kMaxId = 0x7fffffff;
 constexpr int64_t kSumBytes = 64 << 20;      // sums alive at a time, for as many ids as pixels
 constexpr int64_t kLeastChannels = 8;
 
@@ -19,7 +15,7 @@ struct Table {
   unsigned long long* keys = nullptr;  // [capacity]
   int32_t* counts = nullptr;           // [capacity] pixels
   int32_t* rows = nullptr;             // [capacity] the row of the sums
-  int32_t* total = nullptr;            // rows in use, and whether an id was out of range
+  int64_t* total = nullptr;            // rows in use, and an id that is out of range, else 0
   int64_t capacity = 0;
 };
 
@@ -28,7 +24,8 @@ struct PoolArgs {
   int64_t c0 = 0, channels = 0;  // this block of channels
   Operand x, out;
   const int32_t* slots = nullptr;  // (N, H, W), -1 where the id is out of range
-  void* sums = nullptr;            // (rows, channels) of the accumulation type, then the means
+  double* sums = nullptr;          // (rows, channels)
+  void* means = nullptr;           // the same of the accumulation type
   Table table;
 };
 
@@ -63,7 +60,7 @@ __global__ void number_kernel(const Id* ids, int64_t pixels, int64_t plane, Tabl
       slot = insert(t, key);
       atomicAdd(t.counts + slot, length);
     }
-    if (inside && !valid) t.total[1] = 1;
+    if (inside && !valid) t.total[1] = id;
     slot = __shfl_sync(kWarp, slot, head);
     if (inside) slots[p] = slot;
   }
@@ -77,15 +74,16 @@ __global__ void compact_kernel(Table t) {
     const bool used = i < t.capacity && t.keys[i] != 0ull;
     const unsigned users = __ballot_sync(kWarp, used);
     int32_t first = 0;
-    if (lane == 0 && users != 0u) first = atomicAdd(t.total, __popc(users));
+    if (lane == 0 && users != 0u) first = int32_t(atomicAdd(reinterpret_cast<unsigned long long*>(t.total),
+                              (unsigned long long)(__popc(users))));
     first = __shfl_sync(kWarp, first, 0);
     if (used) t.rows[i] = first + __popc(users & ((1u << lane) - 1u));
   }
 }
 
-template <class A> __global__ void clear_kernel(PoolArgs a) {
-  const int64_t count = int64_t(*a.table.total) * a.channels;
-  for (int64_t i = thread_index(); i < count; i += thread_stride()) static_cast<A*>(a.sums)[i] = A(0);
+__global__ void clear_kernel(PoolArgs a) {
+  const int64_t count = *a.table.total * a.channels;
+  for (int64_t i = thread_index(); i < count; i += thread_stride()) a.sums[i] = 0;
 }
 
 // Sums of the lanes that share a slot: one atomic for each slot of many lanes, and one for each lane
@@ -96,19 +94,18 @@ __device__ void add_runs(const PoolArgs& a, int64_t c, int count, int32_t slot, 
   const int lane = threadIdx.x & kLane;
   const unsigned peers = __match_any_sync(kWarp, slot);
   const bool few = __popc(peers) <= kFew;
-  A* sums = static_cast<A*>(a.sums);
   if (slot >= 0 && few) {
-    A* row = sums + int64_t(a.table.rows[slot]) * a.channels + c;
+    double* row = a.sums + int64_t(a.table.rows[slot]) * a.channels + c;
     for (int k = 0; k < CH; ++k)
-      if (k < count) atomicAdd(row + k, sum[k]);
+      if (k < count) atomicAdd(row + k, double(sum[k]));
   }
   unsigned left = __ballot_sync(kWarp, slot >= 0 && !few);
   while (left != 0u) {
     const int leader = __ffs(int(left)) - 1;
     const int32_t shared = __shfl_sync(kWarp, slot, leader);
-    A* row = sums + int64_t(a.table.rows[shared]) * a.channels + c;
+    double* row = a.sums + int64_t(a.table.rows[shared]) * a.channels + c;
     for (int k = 0; k < CH; ++k) {
-      A total = slot == shared ? sum[k] : A(0);
+      double total = slot == shared ? double(sum[k]) : 0;
       for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kWarp, total, step);
       if (lane == leader && k < count) atomicAdd(row + k, total);
     }
@@ -159,7 +156,6 @@ template <class T> __global__ void sum_rows_kernel(PoolArgs a) {
   const int64_t pixels = a.H * a.W, groups = (a.channels + 31) / 32;
   const int64_t pieces = (pixels + 4 * kRun - 1) / (4 * kRun);
   const int lane = threadIdx.x & kLane;
-  A* sums = static_cast<A*>(a.sums);
   for (int64_t n = blockIdx.y; n < a.N; n += gridDim.y)
     for (int64_t i = thread_index() / 32; i < pieces * groups; i += thread_stride() / 32) {
       const int64_t c = i % groups * 32 + lane, first = i / groups * 4 * kRun;
@@ -172,31 +168,31 @@ template <class T> __global__ void sum_rows_kernel(PoolArgs a) {
         const int32_t now = a.slots[n * pixels + p];
         if (now != slot) {
           if (slot >= 0 && inside)
-            atomicAdd(sums + int64_t(a.table.rows[slot]) * a.channels + c, sum);
+            atomicAdd(a.sums + int64_t(a.table.rows[slot]) * a.channels + c, double(sum));
           sum = A(0);
           slot = now;
         }
         if (inside) sum += load(x[p * a.x.p]);
       }
       if (slot >= 0 && inside)
-        atomicAdd(sums + int64_t(a.table.rows[slot]) * a.channels + c, sum);
+        atomicAdd(a.sums + int64_t(a.table.rows[slot]) * a.channels + c, double(sum));
     }
 }
 
 template <class A> __global__ void divide_kernel(PoolArgs a) {
-  A* sums = static_cast<A*>(a.sums);
   for (int64_t i = thread_index() / 32; i < a.table.capacity; i += thread_stride() / 32) {
     if (a.table.keys[i] == 0ull) continue;
-    A* row = sums + int64_t(a.table.rows[i]) * a.channels;
-    const A count = A(a.table.counts[i]);
-    for (int64_t c = threadIdx.x & kLane; c < a.channels; c += 32) row[c] /= count;
+    const int64_t row = int64_t(a.table.rows[i]) * a.channels;
+    const double count = a.table.counts[i];
+    for (int64_t c = threadIdx.x & kLane; c < a.channels; c += 32)
+      static_cast<A*>(a.means)[row + c] = A(a.sums[row + c] / count);
   }
 }
 
 template <class A> __device__ A mean_at(const PoolArgs& a, int32_t slot, int64_t c) {
   // An id out of range: the host was not made to wait for the check, so the pixel shows it.
   if (slot < 0) return A(nanf(""));
-  return static_cast<const A*>(a.sums)[int64_t(a.table.rows[slot]) * a.channels + c];
+  return static_cast<const A*>(a.means)[int64_t(a.table.rows[slot]) * a.channels + c];
 }
 
 template <class T, int V> __global__ void spread_planes_kernel(PoolArgs a) {
@@ -245,51 +241,37 @@ struct Numbered {
   Table table;
 };
 
-Tensor integers(const Tensor& like, int64_t count, ScalarType type) {
-  return torch::stable::empty({count}, type, std::nullopt, like.device());
-}
-
-template <class F> void with_ids(const Tensor& map, F&& f) {
-  switch (map.scalar_type()) {
-    case ScalarType::Byte: return f(uint8_t{});
-    case ScalarType::Char: return f(int8_t{});
-    case ScalarType::Short: return f(int16_t{});
-    case ScalarType::UInt16: return f(uint16_t{});
-    case ScalarType::Int: return f(int32_t{});
-    case ScalarType::Long: return f(int64_t{});
-    default: STD_TORCH_CHECK(false, "instance_map must hold integers");
-  }
-}
-
-Numbered number(const Tensor& instance_map, cudaStream_t stream) {
+Numbered number(const Tensor& instance_map, const Launch& launch) {
   const Tensor map = torch::stable::contiguous(instance_map);
   const int64_t pixels = map.numel();
-  STD_TORCH_CHECK(pixels <= int64_t(1) << 29, "instance_map: expected at most 2^29 pixels");
+  if (pixels > int64_t(1) << 29)
+    refuse("instance_map: expected at most 2^29 pixels, got ", pixels,
+           "; take fewer images at a time");
   Numbered found;
   Table& t = found.table;
   for (t.capacity = 1024; t.capacity < 2 * pixels;) t.capacity *= 2;
-  found.keys = integers(map, t.capacity, ScalarType::Long);
-  found.counts = integers(map, t.capacity, ScalarType::Int);
-  found.rows = integers(map, t.capacity, ScalarType::Int);
-  found.total = integers(map, 2, ScalarType::Int);
-  found.slots = integers(map, pixels, ScalarType::Int);
+  found.keys = empty_of(map, {t.capacity}, ScalarType::Long);
+  found.counts = empty_of(map, {t.capacity}, ScalarType::Int);
+  found.rows = empty_of(map, {t.capacity}, ScalarType::Int);
+  found.total = empty_of(map, {2}, ScalarType::Long);
+  found.slots = empty_of(map, {pixels}, ScalarType::Int);
   t.keys = static_cast<unsigned long long*>(found.keys.mutable_data_ptr());
   t.counts = static_cast<int32_t*>(found.counts.mutable_data_ptr());
   t.rows = static_cast<int32_t*>(found.rows.mutable_data_ptr());
-  t.total = static_cast<int32_t*>(found.total.mutable_data_ptr());
-  STD_CUDA_CHECK(cudaMemsetAsync(t.keys, 0, size_t(t.capacity) * 8, stream));
-  STD_CUDA_CHECK(cudaMemsetAsync(t.counts, 0, size_t(t.capacity) * 4, stream));
-  STD_CUDA_CHECK(cudaMemsetAsync(t.total, 0, 8, stream));
+  t.total = static_cast<int64_t*>(found.total.mutable_data_ptr());
+  launch.clear(t.keys, t.capacity * 8);
+  launch.clear(t.counts, t.capacity * 4);
+  launch.clear(t.total, 16);
   const int64_t plane = map.size(1) * map.size(2);
-  with_ids(map, [&](auto tag) {
+  with_ids(ids_of(map, "instance_map"), [&](auto tag) {
     using Id = decltype(tag);
-    number_kernel<Id><<<grid(pixels), kThreads, 0, stream>>>(
+    number_kernel<Id><<<grid(pixels), kThreads, 0, launch.stream>>>(
         static_cast<const Id*>(map.const_data_ptr()), pixels, plane, t,
         static_cast<int32_t*>(found.slots.mutable_data_ptr()));
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  compact_kernel<<<grid(t.capacity), kThreads, 0, stream>>>(t);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
+  compact_kernel<<<grid(t.capacity), kThreads, 0, launch.stream>>>(t);
+  launch.check();
   return found;
 }
 
@@ -302,57 +284,59 @@ PoolArgs arguments(const Tensor& x, const Numbered& numbered) {
   return a;
 }
 
-template <class T> void sum_block(const PoolArgs& a, bool last, cudaStream_t stream) {
+template <class T> void sum_block(const PoolArgs& a, bool last, const Launch& launch) {
   using A = Acc<T>;
-  clear_kernel<A><<<grid(a.H * a.W), kThreads, 0, stream>>>(a);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  clear_kernel<<<grid(a.H * a.W), kThreads, 0, launch.stream>>>(a);
+  launch.check();
   if (last && a.channels >= 16) {
     const int64_t warps = ceil_div(a.H * a.W, 4 * kRun) * ceil_div(a.channels, 32);
-    sum_rows_kernel<T><<<grid(32 * warps, a.N), kThreads, 0, stream>>>(a);
+    sum_rows_kernel<T><<<grid(32 * warps, a.N), kThreads, 0, launch.stream>>>(a);
   } else {
     const int64_t threads = ceil_div(a.W, 32) * 32 * ceil_div(a.H, kRun);
     if (a.channels < 8)
-      sum_planes_kernel<T, 1><<<grid(threads, a.N * a.channels), kThreads, 0, stream>>>(a);
+      sum_planes_kernel<T, 1><<<grid(threads, a.N * a.channels), kThreads, 0, launch.stream>>>(a);
     else
       sum_planes_kernel<T, 4>
-          <<<grid(threads, a.N * ceil_div(a.channels, 4)), kThreads, 0, stream>>>(a);
+          <<<grid(threads, a.N * ceil_div(a.channels, 4)), kThreads, 0, launch.stream>>>(a);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  divide_kernel<A><<<grid(a.table.capacity), kThreads, 0, stream>>>(a);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
+  divide_kernel<A><<<grid(a.table.capacity), kThreads, 0, launch.stream>>>(a);
+  launch.check();
 }
 
-template <class T> void spread_block(const PoolArgs& a, bool last, cudaStream_t stream) {
+template <class T> void spread_block(const PoolArgs& a, bool last, const Launch& launch) {
   constexpr int V = 16 / sizeof(T);
   const int64_t pixels = a.H * a.W;
   if (last)
-    spread_rows_kernel<T><<<grid(pixels * a.channels, a.N), kThreads, 0, stream>>>(a);
+    spread_rows_kernel<T><<<grid(pixels * a.channels, a.N), kThreads, 0, launch.stream>>>(a);
   else if (pixels % V == 0)
-    spread_planes_kernel<T, V><<<grid(pixels / V, a.N), kThreads, 0, stream>>>(a);
+    spread_planes_kernel<T, V><<<grid(pixels / V, a.N), kThreads, 0, launch.stream>>>(a);
   else
-    spread_planes_kernel<T, 1><<<grid(pixels, a.N), kThreads, 0, stream>>>(a);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+    spread_planes_kernel<T, 1><<<grid(pixels, a.N), kThreads, 0, launch.stream>>>(a);
+  launch.check();
 }
 
 Tensor instance_pool(const Tensor& input, const Tensor& instance_map) {
-  const Launch launch(input);
+  const Launch launch(input, "instance_avg_pool2d");
   const bool last = channels_last(input);
   const Tensor x = laid_out(input, last);
   Tensor out = empty_nchw(x.size(0), x.size(1), x.size(2), x.size(3), last, x);
   if (out.numel() == 0) return out;
-  const Numbered numbered = number(instance_map, launch.stream);
+  const Numbered numbered = number(instance_map, launch);
   PoolArgs a = arguments(x, numbered);
   a.out = operand(out);
-  const int64_t rows = a.N * a.H * a.W, bytes = acc_type(x) == ScalarType::Double ? 8 : 4;
-  const int64_t block = std::min(std::max(kSumBytes / (rows * bytes), kLeastChannels), a.C);
-  const Tensor sums = torch::stable::empty({rows * block}, acc_type(x), std::nullopt, x.device());
-  a.sums = sums.mutable_data_ptr();
+  const int64_t rows = a.N * a.H * a.W;
+  const int64_t block = std::min(std::max(kSumBytes / (rows * 8), kLeastChannels), a.C);
+  const Tensor sums = empty_of(x, {rows * block}, ScalarType::Double);
+  const Tensor means = empty_of(x, {rows * block}, acc_type(x));
+  a.sums = static_cast<double*>(sums.mutable_data_ptr());
+  a.means = means.mutable_data_ptr();
   with_element(element_of(x, "instance_avg_pool2d"), [&](auto tag) {
     using T = decltype(tag);
     for (a.c0 = 0; a.c0 < a.C; a.c0 += block) {
       a.channels = std::min(block, a.C - a.c0);
-      sum_block<T>(a, last, launch.stream);
-      spread_block<T>(a, last, launch.stream);
+      sum_block<T>(a, last, launch);
+      spread_block<T>(a, last, launch);
     }
   });
   return out;
@@ -361,30 +345,29 @@ Tensor instance_pool(const Tensor& input, const Tensor& instance_map) {
 // (image, id, mean, count) of every instance, in no order.
 std::tuple<Tensor, Tensor, Tensor, Tensor> instance_means(const Tensor& input,
                                                           const Tensor& instance_map) {
-  const Launch launch(input);
+  const Launch launch(input, "instance_mean_table");
   const bool last = channels_last(input);
   const Tensor x = laid_out(input, last);
-  const Numbered numbered = number(instance_map, launch.stream);
-  int32_t total[2] = {0, 0};
-  STD_CUDA_CHECK(cudaMemcpyAsync(total, numbered.table.total, sizeof(total), cudaMemcpyDeviceToHost,
-                                 launch.stream));
-  STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream));
-  STD_TORCH_CHECK(total[1] == 0, "instance_map: expected ids 0..", kMaxId,
-                  ", got one out of range; renumber the instances first");
+  const Numbered numbered = number(instance_map, launch);
+  int64_t total[2];
+  launch.fetch(&total, numbered.table.total);
+  check_ids(total[1]);
   PoolArgs a = arguments(x, numbered);
   const int64_t rows = total[0];
-  Tensor image = integers(x, rows, ScalarType::Long), ids = integers(x, rows, ScalarType::Long);
-  Tensor counts = integers(x, rows, ScalarType::Long);
-  Tensor mean = torch::stable::empty({rows, a.C}, acc_type(x), std::nullopt, x.device());
+  Tensor image = empty_of(x, {rows}, ScalarType::Long), ids = empty_of(x, {rows}, ScalarType::Long);
+  Tensor counts = empty_of(x, {rows}, ScalarType::Long);
+  Tensor mean = empty_of(x, {rows, a.C}, acc_type(x));
+  const Tensor sums = empty_of(x, {rows, a.C}, ScalarType::Double);
   list_kernel<<<grid(a.table.capacity), kThreads, 0, launch.stream>>>(
       a.table, static_cast<int64_t*>(image.mutable_data_ptr()),
       static_cast<int64_t*>(ids.mutable_data_ptr()),
       static_cast<int64_t*>(counts.mutable_data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   a.channels = a.C;
-  a.sums = mean.mutable_data_ptr();
+  a.sums = static_cast<double*>(sums.mutable_data_ptr());
+  a.means = mean.mutable_data_ptr();
   with_element(element_of(x, "instance_mean_table"),
-               [&](auto tag) { sum_block<decltype(tag)>(a, last, launch.stream); });
+               [&](auto tag) { sum_block<decltype(tag)>(a, last, launch); });
   return {image, ids, mean, counts};
 }
 

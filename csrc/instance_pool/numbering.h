@@ -1,6 +1,6 @@
 // Ids to numbers from 0 in order of first appearance, and their pixels: open addressing, growing.
 #pragma once
-#include "common/modulate_host.h"
+#include "common/host.h"
 
 namespace smis {
 
@@ -59,7 +59,7 @@ class Numbering {
     capacity_ = capacity;
     for (shift_ = 64; capacity > 1; capacity /= 2) --shift_;
     // A slot of 8 bytes, and for half as many numbers an id and a count of 4.
-    memory_ = vector_like(like_, {3 * capacity_ / 2}, ScalarType::Long);
+    memory_ = empty_of(like_, {3 * capacity_ / 2}, ScalarType::Long);
     slots_ = static_cast<uint64_t*>(memory_.mutable_data_ptr());
     ids_ = reinterpret_cast<int32_t*>(slots_ + capacity_);
     pixels_ = ids_ + capacity_ / 2;

@@ -13,10 +13,6 @@ namespace {
 
 constexpr int64_t kChunk = 1024;  // pixels summed in the narrow type before a bin in fp64
 
-template <class T> T* at(const Operand& o, int64_t n, int64_t c, int64_t p) {
-  return static_cast<T*>(o.data) + n * o.n + c * o.c + p * o.p;
-}
-
 // Unsigned integers of an element's size.
 template <size_t size> struct Bits { using type = uint16_t; };
 template <> struct Bits<4> { using type = uint32_t; };

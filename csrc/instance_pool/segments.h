@@ -1,40 +1,15 @@
 // The ids of a batch: stripes, cut by the shape alone, their runs, a row for each id of each image.
 #pragma once
 #include <atomic>
-#include <stdexcept>
-#include <string>
 
 #include "instance_pool/cpu_kernel.h"
+#include "instance_pool/max_id.h"
 #include "instance_pool/numbering.h"
 
 namespace smis {
 namespace {
 
 constexpr int64_t kStripe = 1 << 15;  // pixels of a stripe
-constexpr int64_t kMaxId = 0x7fffffff;
-
-Ids ids_of(const Tensor& map) {
-  switch (map.scalar_type()) {
-    case ScalarType::Byte: return Ids::u8;
-    case ScalarType::Char: return Ids::i8;
-    case ScalarType::Short: return Ids::i16;
-    case ScalarType::UInt16: return Ids::u16;
-    case ScalarType::Int: return Ids::i32;
-    case ScalarType::Long: return Ids::i64;
-    default: STD_TORCH_CHECK(false, "instance_map must hold integers");
-  }
-}
-
-template <class F> void with_ids(Ids type, const void* ids, F&& f) {
-  switch (type) {
-    case Ids::u8: return f(static_cast<const uint8_t*>(ids));
-    case Ids::i8: return f(static_cast<const int8_t*>(ids));
-    case Ids::i16: return f(static_cast<const int16_t*>(ids));
-    case Ids::u16: return f(static_cast<const uint16_t*>(ids));
-    case Ids::i32: return f(static_cast<const int32_t*>(ids));
-    case Ids::i64: return f(static_cast<const int64_t*>(ids));
-  }
-}
 
 // The ids of a batch: stripes of runs, and one row for each id of each image.
 struct Segments {
@@ -58,7 +33,8 @@ Tensor cut(Stripe& s, Ids type, const void* ids, const Tensor& like, int32_t* sc
   instance_runs_kernel_best()(type, ids, s.begin, s.end, scratch, &s.runs);
   int32_t* labels = scratch + s.runs;
   number.clear();
-  with_ids(type, ids, [&](const auto* id) {
+  with_ids(type, [&](auto tag) {
+    const auto* id = static_cast<const decltype(tag)*>(ids);
     int64_t p = s.begin;
     for (int64_t r = 0; r < s.runs; ++r) {
       if (uint64_t(id[p]) > uint64_t(kMaxId)) unknown = int64_t(id[p]);
@@ -67,7 +43,7 @@ Tensor cut(Stripe& s, Ids type, const void* ids, const Tensor& like, int32_t* sc
     }
   });
   s.ids = number.count();
-  const Tensor held = vector_like(like, {2 * (s.runs + s.ids)}, ScalarType::Int);
+  const Tensor held = empty_of(like, {2 * (s.runs + s.ids)}, ScalarType::Int);
   auto* kept = static_cast<int32_t*>(held.mutable_data_ptr());
   std::copy(scratch, scratch + 2 * s.runs, kept);
   number.list(kept + 2 * s.runs);
@@ -79,8 +55,8 @@ Tensor cut(Stripe& s, Ids type, const void* ids, const Tensor& like, int32_t* sc
 
 Segments segments(const Tensor& map) {
   const int64_t N = map.size(0), P = map.size(1) * map.size(2), length = std::min(P, kStripe);
-  STD_TORCH_CHECK(P <= kMaxId, "instance_map: expected fewer than 2^31 pixels in an image");
-  const Ids type = ids_of(map);
+  check_plane("instance_map", map.size(1), map.size(2));
+  const Ids type = ids_of(map, "instance_map");
   const Tensor dense = torch::stable::contiguous(map);
   const auto* base = static_cast<const unsigned char*>(dense.const_data_ptr());
   const int64_t bytes = int64_t(dense.element_size()) * P, parts = (P + kStripe - 1) / kStripe;
@@ -90,7 +66,7 @@ Segments segments(const Tensor& map) {
   g.found.resize(size_t(N));
   std::atomic<int64_t> unknown{0};
   parallel(N * parts, grain(length), [&](int64_t b, int64_t e) {
-    Tensor scratch = vector_like(map, {2 * length + kSpareEnds}, ScalarType::Int);
+    Tensor scratch = empty_of(map, {2 * length + kSpareEnds}, ScalarType::Int);
     auto* runs = static_cast<int32_t*>(scratch.mutable_data_ptr());
     Numbering number(map);
     for (int64_t i = b; i < e; ++i) {
@@ -99,14 +75,12 @@ Segments segments(const Tensor& map) {
       g.held[size_t(i)] = cut(s, type, base + s.n * bytes, map, runs, number, unknown);
     }
   });
-  if (unknown != 0)
-    throw std::runtime_error("instance_map: expected ids 0.." + std::to_string(kMaxId) + ", got " +
-                             std::to_string(unknown.load()) + "; renumber the instances first");
+  check_ids(unknown);
   for (Stripe& s : g.stripes) {
     s.first = g.partial_rows;
     g.partial_rows += s.ids;
   }
-  g.rows = vector_like(map, {g.partial_rows}, ScalarType::Int);
+  g.rows = empty_of(map, {g.partial_rows}, ScalarType::Int);
   auto* rows = static_cast<int32_t*>(g.rows.mutable_data_ptr());
   for (Stripe& s : g.stripes) s.rows = rows + s.first;
   return g;
@@ -125,7 +99,7 @@ void number_rows(Segments& g, int64_t n) {
     s->high = number.count();
   }
   Tensor& found = g.found[size_t(n)];
-  found = vector_like(g.rows, {2, number.count()}, ScalarType::Int);
+  found = empty_of(g.rows, {2, number.count()}, ScalarType::Int);
   number.list(static_cast<int32_t*>(found.mutable_data_ptr()));
 }
 

@@ -1,5 +1,5 @@
 // label_conv on the CPU: reflected symbols, runs of equal ones, threads. The loop: cpu_kernel.cpp.
-#include "common/modulate_host.h"
+#include "common/host.h"
 #include "label_conv/cpu_kernel.h"
 
 namespace smis {
@@ -18,7 +18,9 @@ Tensor label_conv(const Tensor& symbols, const Tensor& table, const Tensor& sums
   LabelConvArgs a;
   a.element = element_of(like, "label_conv");
   a.K = table.size(0), a.S = table.size(2), a.C = table.size(3), a.W = W;
-  STD_TORCH_CHECK(a.K % 2 == 1 && a.K / 2 < std::min(H, W), "label_conv: the map is too small");
+  if (a.K % 2 == 0 || a.K / 2 >= std::min(H, W))
+    refuse("symbols: expected more than ", a.K / 2, " rows and columns for an odd kernel of ", a.K,
+           ", got (", H, ", ", W, "); take a larger map or the convolution itself");
   const Tensor map = torch::stable::contiguous(symbols), taps = torch::stable::contiguous(table);
   const Tensor lines = torch::stable::contiguous(sums), offset = torch::stable::contiguous(bias);
   a.table = taps.const_data_ptr();
@@ -28,7 +30,7 @@ Tensor label_conv(const Tensor& symbols, const Tensor& table, const Tensor& sums
   Tensor out = empty_nchw(N, a.C, last - first, W, true, like);
   a.stream = out.numel() * int64_t(out.element_size()) >= kStreamBytes;
   const int64_t pad = a.K / 2, height = last - first + a.K - 1, width = W + a.K - 1;
-  Tensor scratch = vector_like(symbols, {2, height, width}, ScalarType::Int);
+  Tensor scratch = empty_of(symbols, {2, height, width}, ScalarType::Int);
   auto* padded = static_cast<int32_t*>(scratch.mutable_data_ptr());
   int32_t* runs = padded + height * width;
   for (int64_t n = 0; n < N; ++n) {

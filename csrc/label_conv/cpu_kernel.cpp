@@ -71,8 +71,6 @@ template <class T> void rows(const LabelConvArgs& a, int64_t begin, int64_t end)
 
 }  // namespace
 
-void label_conv_rows_kernel(const LabelConvArgs& a, int64_t begin, int64_t end) {
-  with_element(a.element, [&](auto tag) { rows<decltype(tag)>(a, begin, end); });
-}
+SMIS_BY_ELEMENT(label_conv_rows_kernel, LabelConvArgs, rows<T>)
 
 }  // namespace smis::SMIS_ISA

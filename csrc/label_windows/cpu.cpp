@@ -1,20 +1,13 @@
 // Numbering: distinct per-pixel vectors, and distinct 3x3 windows of an integer map. Keys of windows
 // are exact (three 21-bit ids), those of vectors exact or verified, so nothing is assumed of a hash.
 #include <cstring>
-#include <stdexcept>
 
 #include "common/tensor.h"
 #include "label_windows/cpu_kernel.h"
-#include "label_windows/keys.h"
+#include "label_windows/check.h"
 
 namespace smis {
 namespace {
-
-Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  std::vector<int64_t> shape(sizes);
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
-                              type, std::nullopt, like.device());
-}
 
 // Open addressing over scratch memory; ids count from 1 in order of first appearance.
 class Numbering {
@@ -48,7 +41,7 @@ class Numbering {
   int64_t count_ = 0;
 };
 
-// (N, H, W) int32 ids, 0 outside -> window ids (N, H, W) from 1, and windows (V + 1, 9) whose row 0
+// (N, H, W) int32 ids from 1, 0 outside -> window ids (N, H, W) from 1, and windows (V + 1, 9) whose row 0
 // is the outside. More than `limit` windows, or an id that does not fit a key: zeros and an empty
 // (0, 9).
 std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
@@ -56,9 +49,12 @@ std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
   const Tensor dense = torch::stable::contiguous(map);
   const int32_t* in = dense.const_data_ptr<int32_t>();
   limit = std::max<int64_t>(std::min(limit, std::min(kMaxIds, N * P)), 0);
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < N * P; ++i) bits |= uint32_t(in[i]);
-  if (bits >> 31) throw std::runtime_error("map: expected ids from 0, got a negative one");
+  int32_t least = 1, most = 0;
+  for (int64_t i = 0; i < N * P; ++i) {
+    least = std::min(least, in[i]);
+    most = std::max(most, in[i]);
+  }
+  check_window_id(least);
   Tensor index = empty_of(map, {N, H, W}, ScalarType::Int);
   Tensor rows = empty_of(map, {N, H, W}, ScalarType::Int);
   Tensor first = empty_of(map, {limit + 1}, ScalarType::Long);  // where a window was first seen
@@ -66,7 +62,7 @@ std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
     torch::stable::zero_(index);
     return std::make_tuple(index, empty_of(map, {0, 9}, ScalarType::Int));
   };
-  if (bits > kMaxIds) return none();
+  if (most > kMaxIds) return none();
   int32_t *out = index.mutable_data_ptr<int32_t>(), *row = rows.mutable_data_ptr<int32_t>();
   int64_t* seen = first.mutable_data_ptr<int64_t>();
 

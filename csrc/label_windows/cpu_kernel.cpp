@@ -138,11 +138,7 @@ template <class T> void verify_vectors(const VectorKeysArgs& a, int64_t begin, i
 
 }  // namespace
 
-void vector_keys_kernel(const VectorKeysArgs& a, int64_t begin, int64_t end) {
-  with_element(a.element, [&](auto tag) { vector_keys<decltype(tag)>(a, begin, end); });
-}
-void verify_vectors_kernel(const VectorKeysArgs& a, int64_t begin, int64_t end) {
-  with_element(a.element, [&](auto tag) { verify_vectors<decltype(tag)>(a, begin, end); });
-}
+SMIS_BY_ELEMENT(vector_keys_kernel, VectorKeysArgs, vector_keys<T>)
+SMIS_BY_ELEMENT(verify_vectors_kernel, VectorKeysArgs, verify_vectors<T>)
 
 }  // namespace smis::SMIS_ISA

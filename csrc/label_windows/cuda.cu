@@ -1,17 +1,13 @@
 // Numbering on CUDA, as cpu.cpp defines it. Threads race to insert keys into a hash table, but ids
 // follow the first pixel of each key, so they do not depend on who wins.
-#include <stdexcept>
-
 #include "common/cuda.h"
-#include "label_windows/keys.h"
+#include "label_windows/check.h"
 
 namespace smis::cuda {
 namespace {
 
 using u64 = unsigned long long;  // what CUDA's 64-bit atomics take
 
-constexpr unsigned kWarp = 0xffffffffu;
-constexpr int kLane = 31;
 constexpr int64_t kTile = 4 * kThreads;  // pixels that one block numbers
 
 // A key and an id in any order, or (ordered) pixels - its first pixel: a maximum, so that cleared
@@ -25,8 +21,6 @@ struct Table {
   u64* count;  // keys inserted: no more than `limit`, but for those that were under way
   u64 mask, limit;
 };
-
-template <class T> __device__ T now(const T& v) { return *const_cast<const volatile T*>(&v); }
 
 // The slot of a key, -1 beyond the limit.
 template <bool ordered> __device__ int32_t insert(const Table& t, u64 key, u64 rest) {
@@ -138,11 +132,11 @@ __global__ void finish_kernel(Table t, Check check, int64_t pixels, int32_t* slo
 struct RowKey {
   const int32_t* map;
   int32_t width;
-  u64 *refused, *negative;
+  u64 *refused, *unknown;
   __device__ u64 operator()(int64_t i) const {
     const int32_t x = int32_t(i) % width;
     if (map[i] > kMaxIds) *refused = 1;
-    if (map[i] < 0) *negative = 1;
+    if (map[i] < 1) *unknown = u64(1 - int64_t(map[i]));  // 0 is none
     return triple(x > 0 ? map[i - 1] : 0, map[i], x + 1 < width ? map[i + 1] : 0);
   }
 };
@@ -234,64 +228,61 @@ __global__ void vectors_kernel(Pixels<T> x, const int32_t* firsts, int64_t count
   }
 }
 
-Tensor scratch(const Tensor& like, int64_t count, ScalarType type) {
-  return torch::stable::empty({count}, type, std::nullopt, like.device());
-}
-
-// What the host reads, once: keys of rows, keys, whether the input is refused, or wrong.
+// What the host reads, once: keys of rows, keys, whether the input is refused, and 1
+// - an id below 1.
 struct Found {
-  u64 rows, keys, refused, negative;
+  u64 rows, keys, refused, unknown;
 };
 constexpr int64_t kCounters = sizeof(Found) / sizeof(u64);
 
 // One call: its pixels, its counters and the kernels queued on its stream.
 class Numbering {
  public:
-  Numbering(const Tensor& input, int64_t pixels, int64_t limit)
-      : pixels_(pixels), limit_(std::min(limit, pixels)), launch_(input), like_(input),
-        found_(scratch(input, kCounters, ScalarType::Long)) {
-    STD_TORCH_CHECK(pixels <= int64_t(1) << 30, "a batch must have at most 2^30 pixels");
-    firsts_ = scratch(input, std::max<int64_t>(limit_, 0) + 1, ScalarType::Int);
+  Numbering(const Tensor& input, int64_t pixels, int64_t limit, const char* op)
+      : pixels_(pixels), limit_(std::min(limit, pixels)), launch_(input, op), like_(input),
+        found_(empty_of(input, {kCounters}, ScalarType::Long)) {
+    if (pixels > int64_t(1) << 30)
+      refuse(op, ": expected at most 2^30 pixels, got ", pixels, "; take fewer images at a time");
+    firsts_ = empty_of(input, {std::max<int64_t>(limit_, 0) + 1}, ScalarType::Int);
     clear(found_, sizeof(Found));
   }
   Found* found() { return static_cast<Found*>(found_.mutable_data_ptr()); }
   const int32_t* firsts() const { return firsts_.const_data_ptr<int32_t>(); }
   cudaStream_t stream() const { return launch_.stream; }
+  void check() const { launch_.check(); }
 
   template <bool ordered, class Key>
   Table insert(const Key& key, u64* count, int64_t limit, int32_t* slots) {
     int64_t capacity = 64;
     while (capacity < 2 * std::min(limit, pixels_)) capacity *= 2;
-    kept_.push_back(scratch(like_, 2 * capacity, ScalarType::Long));
+    kept_.push_back(empty_of(like_, {2 * capacity}, ScalarType::Long));
     clear(kept_.back(), size_t(capacity) * sizeof(Slot));
     const Table t{static_cast<Slot*>(kept_.back().mutable_data_ptr()), count, u64(capacity - 1),
                   u64(std::max<int64_t>(limit, 0))};
     insert_kernel<ordered><<<grid(pixels_), kThreads, 0, stream()>>>(t, key, pixels_, slots);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_.check();
     return t;
   }
   template <class Check> void number(const Table& t, const Check& check, int32_t* slots) {
     const int64_t tiles = std::max<int64_t>(ceil_div(pixels_, kTile), 1);
-    const Tensor held = scratch(like_, tiles, ScalarType::Int);
+    const Tensor held = empty_of(like_, {tiles}, ScalarType::Int);
     auto* counts = static_cast<int32_t*>(held.mutable_data_ptr());
     count_kernel<<<unsigned(tiles), kThreads, 0, stream()>>>(t, slots, pixels_, counts);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_.check();
     prefix_kernel<<<1, kThreads, 0, stream()>>>(counts, tiles);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_.check();
     number_kernel<<<unsigned(tiles), kThreads, 0, stream()>>>(
         t, slots, pixels_, counts, static_cast<int32_t*>(firsts_.mutable_data_ptr()));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_.check();
     finish_kernel<<<grid(pixels_), kThreads, 0, stream()>>>(t, check, pixels_, slots);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_.check();
   }
   // The size of the result depends on the data: the one time a call waits for the device, after
   // all that does not need it. Layouts are compiled outside CUDA graphs. -1: no numbering.
   int64_t count() {
     Found host{};
-    STD_CUDA_CHECK(cudaMemcpyAsync(&host, found(), sizeof(Found), cudaMemcpyDeviceToHost,
-                                   stream()));
-    STD_CUDA_CHECK(cudaStreamSynchronize(stream()));
-    if (host.negative) throw std::runtime_error("map: expected ids from 0, got a negative one");
+    launch_.fetch(&host, found());
+    check_window_id(1 - int64_t(host.unknown));
     const bool fits = host.rows < u64(kMaxIds) && int64_t(host.keys) <= limit_;
     return fits && host.refused == 0 ? int64_t(host.keys) : -1;
   }
@@ -299,7 +290,7 @@ class Numbering {
 
  private:
   void clear(const Tensor& t, size_t bytes) {
-    STD_CUDA_CHECK(cudaMemsetAsync(t.mutable_data_ptr(), 0, bytes, stream()));
+    launch_.clear(t.mutable_data_ptr(), int64_t(bytes));
   }
   int64_t pixels_, limit_;
   Launch launch_;
@@ -309,24 +300,24 @@ class Numbering {
 
 std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
   const int64_t N = map.size(0), H = map.size(1), W = map.size(2), pixels = N * H * W;
-  Numbering numbering(map, pixels, std::min(limit, kMaxIds));
+  Numbering numbering(map, pixels, std::min(limit, kMaxIds), "number_windows");
   const Tensor dense = torch::stable::contiguous(map);
   const int32_t* in = dense.const_data_ptr<int32_t>();
-  Tensor index = torch::stable::empty({N, H, W}, ScalarType::Int, std::nullopt, map.device());
-  const Tensor rows = scratch(map, pixels, ScalarType::Int);
+  Tensor index = empty_of(map, {N, H, W}, ScalarType::Int);
+  const Tensor rows = empty_of(map, {pixels}, ScalarType::Int);
   auto* slots = static_cast<int32_t*>(index.mutable_data_ptr());
   auto* row_slots = static_cast<int32_t*>(rows.mutable_data_ptr());
   Found* found = numbering.found();
   const int32_t height = int32_t(H), width = int32_t(W);
 
-  const RowKey row_key{in, width, &found->refused, &found->negative};
+  const RowKey row_key{in, width, &found->refused, &found->unknown};
   const Table row_table = numbering.insert<false>(row_key, &found->rows, kMaxIds, row_slots);
   const WindowKey key{row_table.slots, row_slots, height, width};
   const Table table = numbering.insert<true>(key, &found->keys, numbering.limit(), slots);
   numbering.number(table, Exact{}, slots);
   const int64_t count = numbering.count();
   Tensor windows =
-      torch::stable::empty({count + 1, 9}, ScalarType::Int, std::nullopt, map.device());
+      empty_of(map, {count + 1, 9}, ScalarType::Int);
   if (count < 0) {
     torch::stable::zero_(index);
     return {index, windows};
@@ -334,7 +325,7 @@ std::tuple<Tensor, Tensor> number_windows(const Tensor& map, int64_t limit) {
   windows_kernel<<<grid((count + 1) * 9), kThreads, 0, numbering.stream()>>>(
       in, height, width, numbering.firsts(), count,
       static_cast<int32_t*>(windows.mutable_data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  numbering.check();
   return {index, windows};
 }
 
@@ -354,14 +345,14 @@ Tensor number_pixels(const Tensor& input, Numbering& numbering, int32_t* slots) 
   if (count < 0) return vectors;
   vectors_kernel<T><<<grid((count + 1) * K), kThreads, 0, numbering.stream()>>>(
       x, numbering.firsts(), count, static_cast<T*>(vectors.mutable_data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  numbering.check();
   return vectors;
 }
 
 std::tuple<Tensor, Tensor> number_vectors(const Tensor& input, int64_t limit) {
   const int64_t N = input.size(0), H = input.size(2), W = input.size(3);
-  Numbering numbering(input, N * H * W, limit);
-  Tensor symbols = torch::stable::empty({N, H, W}, ScalarType::Int, std::nullopt, input.device());
+  Numbering numbering(input, N * H * W, limit, "number_vectors");
+  Tensor symbols = empty_of(input, {N, H, W}, ScalarType::Int);
   auto* slots = static_cast<int32_t*>(symbols.mutable_data_ptr());
   std::optional<Tensor> vectors;
   with_element(element_of(input, "number_vectors"), [&](auto t) {

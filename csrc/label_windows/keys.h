@@ -1,12 +1,6 @@
 // Keys of the numberings: an exact one for three ids side by side, a hash for vectors.
 #pragma once
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define SMIS_HOST_DEVICE __host__ __device__
-#else
-#define SMIS_HOST_DEVICE
-#endif
+#include "common/isa.h"
 
 namespace smis {
 

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& input) {
   const int64_t N = input.size(0), C = input.size(1), P = input.size(2) * input.size(3);
   const bool last = channels_last(input);
   const Tensor x = laid_out(input, last);
-  Tensor mean = vector_like(x, {N, C}, acc_type(x)), var = vector_like(x, {N, C}, acc_type(x));
+  Tensor mean = empty_of(x, {N, C}, acc_type(x)), var = empty_of(x, {N, C}, acc_type(x));
   MomentsArgs a;
   a.element = element_of(x, "channel_moments");
   a.N = N, a.C = C, a.P = P;
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& input) {
   }
   a.chunk = kPartialPixels;
   const int64_t chunks = (P + a.chunk - 1) / a.chunk;
-  Tensor partial = vector_like(x, {N, chunks, 2, C}, ScalarType::Double);
+  Tensor partial = empty_of(x, {N, chunks, 2, C}, ScalarType::Double);
   a.partial = partial.mutable_data_ptr<double>();
   const auto kernel = moments_rows_kernel_best();
   parallel(N * chunks, grain(a.chunk * C), [&](int64_t b, int64_t e) { kernel(a, b, e); });
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> modulation_apply(
   const int64_t items = last ? a.N * a.H : a.N * a.C * a.H;
   parallel(items, grain(a.W * up * up * (last ? a.C : 1)),
            [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  return {out, pair ? out_s : absent(x)};
+  return {out, pair ? out_s : empty_of(x, {0}, x.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulation_backward(
@@ -96,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulation_backward(
     fill(a.branch[1], mean_s.value_or(mean), rstd_s.value_or(rstd), *gamma_s, *grad_s, *output_s,
          slope_s);
   else
-    for (int i = 0; i < 2; ++i) results.push_back(absent(x));
+    for (int i = 0; i < 2; ++i) results.push_back(empty_of(x, {0}, x.scalar_type()));
 
-  Tensor total = sums ? vector_like(x, {2, a.N, a.C}, acc_type(x)) : vector_like(x, {0}, acc_type(x));
+  Tensor total = empty_sums(x, sums);
   if (!last) {
     if (sums) a.sums = total.mutable_data_ptr();
     a.sums_stride = a.N * a.C;
@@ -110,18 +110,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulation_backward(
     const int64_t chunks = (a.H + a.chunk - 1) / a.chunk;
     Tensor partial;
     if (sums) {
-      partial = vector_like(x, {a.N, chunks, 2, a.C}, acc_type(x));
+      partial = empty_of(x, {a.N, chunks, 2, a.C}, acc_type(x));
       a.sums = partial.mutable_data_ptr();
     }
     const auto kernel = modulation_backward_rows_kernel_best();
     parallel(a.N * chunks, grain(a.chunk * a.W * a.C * up * up),
              [&](int64_t b, int64_t e) { kernel(a, b, e); });
-    if (sums) {
-      const int64_t over_chunks[] = {1};
-      Tensor summed = torch::stable::sum(
-          partial, torch::headeronly::IntHeaderOnlyArrayRef(over_chunks, 1), false);  // [N, 2, C]
-      torch::stable::copy_(total, torch::stable::transpose(summed, 0, 1));
-    }
+    if (sums) sum_chunks(partial, total);
   }
   return {dx, results[0], results[1], results[2], results[3], total};
 }

@@ -386,13 +386,6 @@ template <class T, bool planes> void center(const CenterArgs& a, int64_t begin, 
 
 }  // namespace
 
-#define SMIS_BY_ELEMENT(name, Args, call)                     \
-  void name(const Args& a, int64_t begin, int64_t end) {      \
-    with_element(a.element, [&](auto tag) {                   \
-      using T = decltype(tag);                                \
-      call(a, begin, end);                                    \
-    });                                                       \
-  }
 SMIS_BY_ELEMENT(modulation_planes_kernel, ModulationArgs, apply_planes<T>)
 SMIS_BY_ELEMENT(modulation_rows_kernel, ModulationArgs, apply_rows<T>)
 SMIS_BY_ELEMENT(modulation_backward_planes_kernel, ModulationArgs, backward_planes<T>)
@@ -400,7 +393,7 @@ SMIS_BY_ELEMENT(modulation_backward_rows_kernel, ModulationArgs, backward_rows<T
 SMIS_BY_ELEMENT(moments_planes_kernel, MomentsArgs, moments_planes<T>)
 SMIS_BY_ELEMENT(moments_rows_kernel, MomentsArgs, moments_rows<T>)
 SMIS_BY_ELEMENT(moments_merge_kernel, MomentsArgs, moments_merge<T>)
-SMIS_BY_ELEMENT(center_planes_kernel, CenterArgs, (center<T, true>))
-SMIS_BY_ELEMENT(center_rows_kernel, CenterArgs, (center<T, false>))
+SMIS_BY_ELEMENT(center_planes_kernel, CenterArgs, center<T, true>)
+SMIS_BY_ELEMENT(center_rows_kernel, CenterArgs, center<T, false>)
 
 }  // namespace smis::SMIS_ISA

@@ -1,5 +1,5 @@
 // norm_act on the CPU: layout, scratch, threads. The loops: cpu_kernel.cpp.
-#include "common/modulate_host.h"
+#include "common/host.h"
 #include "norm_act/cpu_kernel.h"
 
 namespace smis {
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> norm_act_backward(const Tensor& grad, const Tensor& i
   const Tensor x = laid_out(input, last), dy = laid_out(grad, last);
   NormActArgs a = arguments(x, mean, rstd, slope);
   Tensor dx = empty_nchw(a.N, a.C, x.size(2), x.size(3), last, x);
-  Tensor total = sums ? vector_like(x, {2, a.N, a.C}, acc_type(x)) : vector_like(x, {0}, acc_type(x));
+  Tensor total = empty_sums(x, sums);
   a.grad = operand(dy);
   a.out = operand(dx);
   if (!last) {
@@ -60,17 +60,12 @@ std::tuple<Tensor, Tensor> norm_act_backward(const Tensor& grad, const Tensor& i
   const int64_t chunks = (a.P + a.chunk - 1) / a.chunk;
   Tensor partial;
   if (sums) {
-    partial = vector_like(x, {a.N, chunks, 2, a.C}, acc_type(x));
+    partial = empty_of(x, {a.N, chunks, 2, a.C}, acc_type(x));
     a.sums = partial.mutable_data_ptr();
   }
   const auto kernel = norm_act_backward_rows_kernel_best();
   parallel(a.N * chunks, grain(a.chunk * a.C), [&](int64_t b, int64_t e) { kernel(a, b, e); });
-  if (sums) {
-    const int64_t over_chunks[] = {1};
-    Tensor summed = torch::stable::sum(
-        partial, torch::headeronly::IntHeaderOnlyArrayRef(over_chunks, 1), false);  // [N, 2, C]
-    torch::stable::copy_(total, torch::stable::transpose(summed, 0, 1));
-  }
+  if (sums) sum_chunks(partial, total);
   return {dx, total};
 }
 

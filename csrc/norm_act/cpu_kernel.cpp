@@ -136,13 +136,9 @@ template <class T> void backward_rows(const NormActArgs& a, int64_t begin, int64
 
 }  // namespace
 
-#define SMIS_BY_ELEMENT(name, call)                                                       \
-  void name(const NormActArgs& a, int64_t begin, int64_t end) {                           \
-    with_element(a.element, [&](auto tag) { call<decltype(tag)>(a, begin, end); });       \
-  }
-SMIS_BY_ELEMENT(norm_act_planes_kernel, planes)
-SMIS_BY_ELEMENT(norm_act_rows_kernel, rows)
-SMIS_BY_ELEMENT(norm_act_backward_planes_kernel, backward_planes)
-SMIS_BY_ELEMENT(norm_act_backward_rows_kernel, backward_rows)
+SMIS_BY_ELEMENT(norm_act_planes_kernel, NormActArgs, planes<T>)
+SMIS_BY_ELEMENT(norm_act_rows_kernel, NormActArgs, rows<T>)
+SMIS_BY_ELEMENT(norm_act_backward_planes_kernel, NormActArgs, backward_planes<T>)
+SMIS_BY_ELEMENT(norm_act_backward_rows_kernel, NormActArgs, backward_rows<T>)
 
 }  // namespace smis::SMIS_ISA

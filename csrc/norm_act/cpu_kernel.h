@@ -1,6 +1,6 @@
 // The norm_act loops, one set of functions for each instruction set.
 #pragma once
-#include "common/modulate_args.h"
+#include "common/operand.h"
 
 namespace smis {
 

@@ -1,6 +1,6 @@
 // CPU implementations of the spatially varying convolution: layout, scratch, threads. The loops:
 // cpu_kernel.cpp.
-#include "common/modulate_host.h"
+#include "common/host.h"
 #include "spatially_varying_conv/scratch.h"
 
 namespace smis {
@@ -21,7 +21,7 @@ VaryingConvArgs arguments(const Tensor& x, int64_t groups, const Tensor& y, int6
 void run(Kernel kernel, const VaryingConvArgs& a, const Tensor& like, int64_t items, int64_t each,
          int64_t elements) {
   parallel(items, grain(each), [&](int64_t begin, int64_t end) {
-    Tensor scratch = vector_like(like, {elements}, acc_type(like));
+    Tensor scratch = empty_of(like, {elements}, acc_type(like));
     kernel(a, begin, end, scratch.mutable_data_ptr());
   });
 }

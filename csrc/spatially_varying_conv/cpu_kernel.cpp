@@ -259,15 +259,11 @@ void grad_input_rows(const VaryingConvArgs& a, int64_t begin, int64_t end, void*
 
 }  // namespace
 
-#define SMIS_VARYING_CONV(name, function)                                                      \
-  void name(const VaryingConvArgs& a, int64_t begin, int64_t end, void* scratch) {             \
-    with_element(a.element, [&](auto t) { function<decltype(t)>(a, begin, end, scratch); });   \
-  }
-SMIS_VARYING_CONV(varying_conv_planes_kernel, forward_planes)
-SMIS_VARYING_CONV(varying_conv_rows_kernel, forward_rows)
-SMIS_VARYING_CONV(varying_conv_grad_weight_planes_kernel, grad_weight_planes)
-SMIS_VARYING_CONV(varying_conv_grad_weight_rows_kernel, grad_weight_rows)
-SMIS_VARYING_CONV(varying_conv_grad_input_planes_kernel, grad_input_planes)
-SMIS_VARYING_CONV(varying_conv_grad_input_rows_kernel, grad_input_rows)
+SMIS_BY_ELEMENT_WITH_SCRATCH(varying_conv_planes_kernel, VaryingConvArgs, forward_planes<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(varying_conv_rows_kernel, VaryingConvArgs, forward_rows<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(varying_conv_grad_weight_planes_kernel, VaryingConvArgs, grad_weight_planes<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(varying_conv_grad_weight_rows_kernel, VaryingConvArgs, grad_weight_rows<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(varying_conv_grad_input_planes_kernel, VaryingConvArgs, grad_input_planes<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(varying_conv_grad_input_rows_kernel, VaryingConvArgs, grad_input_rows<T>)
 
 }  // namespace smis::SMIS_ISA

@@ -1,7 +1,7 @@
 // Arguments of the spatially varying convolution. "Plane" layout is NCHW with dense planes, "row"
 // layout is NHWC with dense channels; weights are (N, G * K * K, OH, OW), channel-major then tap.
 #pragma once
-#include "common/modulate_args.h"
+#include "common/operand.h"
 
 namespace smis {
 

@@ -1,15 +1,10 @@
 // CUDA kernels of the spatially varying convolution. Bound by memory: every weight is read once,
 // neighbouring threads read neighbouring weights, and the input comes from the caches.
 #include "common/cuda.h"
-#include "common/modulate_host.h"
 #include "spatially_varying_conv/cpu_kernel.h"
 
 namespace smis::cuda {
 namespace {
-
-template <class T> __device__ T* at(const Operand& o, int64_t n, int64_t c, int64_t p) {
-  return static_cast<T*>(o.data) + n * o.n + c * o.c + p * o.p;
-}
 
 // Where thread `i` of an (n, channels, h, w) grid works: channels or columns vary fastest.
 struct Place {
@@ -103,12 +98,11 @@ template <class F> void with_kernel(const VaryingConvArgs& a, const F& fn) {
     else if (a.K == 3) fn(t, std::integral_constant<int, 3>{});
     else fn(t, std::integral_constant<int, 5>{});
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_size, int64_t stride,
                     int64_t padding, int64_t dilation) {
-  const Launch launch(input);
+  const Launch launch(input, "spatially_varying_conv2d");
   const Tensor x = dense(input), w = dense(weight);
   Tensor y = empty_nchw(x.size(0), x.size(1), w.size(2), w.size(3), channels_last(input), x);
   if (y.numel() == 0) return y;
@@ -116,6 +110,7 @@ Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_si
   with_kernel(a, [&](auto t, auto k) {
     forward_kernel<decltype(t), k()>
         <<<grid(y.numel()), kThreads, 0, launch.stream>>>(a, channels_last(w));
+    launch.check();
   });
   return y;
 }
@@ -123,7 +118,7 @@ Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_si
 Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                 int64_t kernel_size, int64_t stride, int64_t padding,
                                 int64_t dilation) {
-  const Launch launch(grad);
+  const Launch launch(grad, "spatially_varying_conv2d");
   const Tensor x = dense(input), y = dense(grad);
   Tensor w = empty_nchw(weight.size(0), weight.size(1), weight.size(2), weight.size(3),
                         channels_last(weight), x);
@@ -132,6 +127,7 @@ Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const T
   with_kernel(a, [&](auto t, auto k) {
     grad_weight_kernel<decltype(t), k()>
         <<<grid(w.numel() / (k() * k())), kThreads, 0, launch.stream>>>(a, channels_last(w));
+    launch.check();
   });
   return w;
 }
@@ -139,7 +135,7 @@ Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const T
 Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t height,
                                int64_t width, bool last, int64_t kernel_size, int64_t stride,
                                int64_t padding, int64_t dilation) {
-  const Launch launch(grad);
+  const Launch launch(grad, "spatially_varying_conv2d");
   const Tensor w = dense(weight), y = dense(grad);
   Tensor x = empty_nchw(grad.size(0), grad.size(1), height, width, last, y);
   if (x.numel() == 0) return x;
@@ -147,6 +143,7 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
   with_kernel(a, [&](auto t, auto k) {
     grad_input_kernel<decltype(t), k()>
         <<<grid(x.numel()), kThreads, 0, launch.stream>>>(a, channels_last(w));
+    launch.check();
   });
   return x;
 }

@@ -1,6 +1,6 @@
 // CPU implementations of the spectrally normalised weight: layouts and threads. The loops:
 // cpu_kernel.cpp.
-#include "common/modulate_host.h"
+#include "common/host.h"
 #include "spectral_weight/cpu_kernel.h"
 
 namespace smis {

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from smis_models.benchmark.records import commit, versions
 from smis_models.data import GeneratedScenes
-from smis_models.families.registry import create_model
+from smis_models.families import create_model
 from smis_models.io.images import write_atomically
+from smis_models.io.provenance import commit, versions
 from smis_models.metrics import (
     Distance,
     Judges,

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from smis_models.data.scenes import LANDSCAPE
-from smis_models.families.presets import GroupDNetPreset, LatentPreset, Preset
-from smis_models.families.zoo import entry, network_parts
+from smis_models.families import GroupDNetPreset, LatentPreset, Preset, entry, network_parts
 from smis_models.training import LogConfig, TrainConfig, recipe
 
 

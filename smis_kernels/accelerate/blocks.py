@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..modules.spade import modulate_pair
 from ..modules.winograd_conv import WinogradConv2d
+from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
 from .formats import channels_last, in_format_of, network_call
 from .norms import ForeignNorm, FusedNorm, NormPlan, is_plain_conv, probe_inputs
 from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs
-from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of, watched
+from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of
+from .watch import hooked
 
 # Activation and slope between norm and conv, likeliest first.
 _ACTIVATIONS = (("leaky_relu", 0.2), ("relu", 0.0), ("leaky_relu", 0.01), ("leaky_relu", 0.1))
@@ -94,7 +96,8 @@ class FusedConv(Accelerated, WinogradConv2d):
     """A block's conv, by Winograd's algorithm where that is faster."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_channels_last(input):  # elsewhere the output is to have the input's format
+        # Elsewhere the output is to have the input's format.
+        if is_channels_last(input) and transformed() is None:
             return super().forward(input, residual)
         y: Tensor = super(WinogradConv2d, self).forward(input)
         return y if residual is None else residual + y
@@ -109,17 +112,23 @@ def conv_changes(block: nn.Module, plan: BlockPlan) -> list[Change]:
 class FusedBlock(Fused):
     """Norm and activation in one pass, both norms of the input from one read, channels-last."""
 
+    @staticmethod
+    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+        assert isinstance(plan, BlockPlan)
+        pairs = (plan.first, plan.second, *([plan.shortcut] if plan.shortcut else []))
+        return [module.get_submodule(name) for pair in pairs for name in pair]
+
     def _smis_ready(self, x: Any, segmap: Any) -> list[ForeignNorm] | str:
         plan: BlockPlan = vars(self)[PLAN]
         names = [plan.first[0], plan.second[0]] + ([plan.shortcut[0]] if plan.shortcut else [])
         norms = [self._modules.get(name) for name in names]
         views = []
         for name, norm in zip(names, norms, strict=True):
-            if not isinstance(norm, FusedNorm) or watched(norm):
+            if not isinstance(norm, FusedNorm) or hooked(norm):
                 return f"{name} is not fused, or has hooks"
             # The features of norm_1 are not there yet; they have x's dtype and batch size.
             like = x if name != plan.second[0] else _like(x, ForeignNorm(norm, False).channels)
-            view = norm._smis_ready(like, segmap)
+            view = norm._smis_changed() or norm._smis_ready(like, segmap)
             if isinstance(view, str):
                 return f"{name}: {view}"
             views.append(view)
@@ -131,28 +140,28 @@ class FusedBlock(Fused):
         conv_0, conv_1 = self._modules[plan.first[1]], self._modules[plan.second[1]]
         assert conv_0 is not None and conv_1 is not None
         norm_0, norm_1, *rest = ready
-        with network_call() as outermost:
+        with network_call():
             h = shortcut = channels_last(x)
             if rest:
                 h, shortcut = _both(norm_0, rest[0], h, segmap, active)
                 assert plan.shortcut is not None
                 shortcut = self.get_submodule(plan.shortcut[1])(shortcut)
             else:
-                h = norm_0.forward(h, segmap, **active)
-            h = norm_1.forward(conv_0(h), segmap, **active)
-            if isinstance(conv_1, FusedConv) and not conv_1._forward_hooks:
+                h = norm_0.made().forward(h, segmap, **active)
+            h = norm_1.made().forward(conv_0(h), segmap, **active)
+            if isinstance(conv_1, FusedConv) and not hooked(conv_1, weights=False):
                 out: Tensor = conv_1(h, shortcut)
-            else:
+            else:  # a hook is to see what the conv was written to take and to return
                 out = shortcut + conv_1(h)
-        result: Tensor = in_format_of(out, x) if outermost else out
+        result: Tensor = in_format_of(out, x)
         return result
 
 
 def _both(norm_0: ForeignNorm, norm_s: ForeignNorm, x: Tensor, segmap: Tensor,
           active: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if norm_0.shared_arguments() == norm_s.shared_arguments():
-        return modulate_pair(norm_0, norm_s, x, segmap, **active)
-    return norm_0.forward(x, segmap, **active), norm_s.forward(x, segmap)
+        return modulate_pair(norm_0.made(), norm_s.made(), x, segmap, **active)
+    return norm_0.made().forward(x, segmap, **active), norm_s.made().forward(x, segmap)
 
 
 def _like(x: Any, width: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,36 +13,34 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..modules.spectral_norm import FusedSpectralNorm
-from .swap import FOLDED, Accelerated
+from ..runtime.derivatives import transformed
+from .swap import FOLDED, SETTINGS, Accelerated
+from .watch import Settings, Stamp, hooked
 
 _BEFORE = "_smis_before"  # the class that a hook had before it was swapped
 
 
 class Folded:
-    """A constant made from tensors, as long as these are the same ones and unchanged.
+    """A constant made from tensors and numbers, as long as these are what they were."""
 
-    Writes through ``.data`` or numpy leave no trace.
-    """
+    def __init__(self, sources: Sequence[Tensor | None], make: Callable[[], Any],
+                 *numbers: Any) -> None:
+        # No inference tensor: later calls may ask for gradients of their inputs.
+        with torch.inference_mode(False), torch.no_grad():
+            self._stamp, self._numbers = Stamp(sources), numbers
+            self.value = make()
 
-    def __init__(self, sources: Sequence[Tensor | None], value: Any = None) -> None:
-        # The tensors stay referenced: no other can take the place of one in memory.
-        self._sources = [(t, _mark(t)) for t in sources]
-        self.value = value
-
-    def holds(self, sources: Sequence[Tensor | None]) -> bool:
-        return len(sources) == len(self._sources) and all(
-            a is b and mark == _mark(b)
-            for (a, mark), b in zip(self._sources, sources, strict=True))
-
-
-def _mark(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor._version)
+    def holds(self, sources: Sequence[Tensor | None], *numbers: Any) -> bool:
+        return numbers == self._numbers and self._stamp.holds(sources)
 
 
 def constant(module: nn.Module, *parameters: Tensor) -> bool:
     """Whether what follows from the parameters may be kept: in eval mode, without gradients."""
     wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-    return not (module.training or wanted or torch.compiler.is_compiling())
+    # Elsewhere than on the CPU it would have to be waited for whether they are what they were.
+    away = any(not p.is_cpu for p in parameters)
+    return not (module.training or wanted or away or torch.compiler.is_compiling()
+                or transformed() is not None)
 
 
 class FoldedSpectralNorm(FusedSpectralNorm):
@@ -57,9 +55,19 @@ class FoldedSpectralNorm(FusedSpectralNorm):
         if not constant(module, tensors[0]):
             vars(self).pop(FOLDED, None)
             super().__call__(module, inputs)
-        elif kept is None or not kept.holds(tensors):
-            super().__call__(module, inputs)
-            vars(self)[FOLDED] = Folded(tensors)
+        elif kept is None or not kept.holds(tensors, self.dim):
+            def compute() -> tuple[Tensor, int]:
+                super(FoldedSpectralNorm, self).__call__(module, inputs)
+                weight: Tensor = getattr(module, self.name)
+                return weight, weight._version
+
+            vars(self)[FOLDED] = Folded(tensors, compute, self.dim)
+        else:
+            weight, version = kept.value
+            if weight._version != version:  # somebody wrote to what was made
+                super().__call__(module, inputs)
+            else:
+                setattr(module, self.name, weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != FOLDED}
@@ -71,11 +79,13 @@ class FoldedParametrization(Accelerated):
     def forward(self) -> Tensor:
         tensors = [*self.parameters(), *self.buffers()]
         kept: Folded | None = vars(self).get(FOLDED)
-        if not constant(self, *self.parameters()):
+        settings: Settings | None = vars(self).get(SETTINGS)
+        changed = settings is None or hooked(*settings.modules[1:]) or settings.change()
+        if changed or not constant(self, *self.parameters()):
             vars(self).pop(FOLDED, None)
             return super().forward()
         if kept is None or not kept.holds(tensors):
-            kept = vars(self)[FOLDED] = Folded(tensors, super().forward())
+            kept = vars(self)[FOLDED] = Folded(tensors, super().forward)
         weight: Tensor = kept.value
         return weight
 

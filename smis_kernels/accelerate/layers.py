@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..ops.instance_pool.op import MAX_ID, instance_avg_pool2d
 from ..ops.spatially_varying_conv.op import KERNEL_SIZES, spatially_varying_conv2d
 from .probe import SEED, CannotRun, Trial, Verdict, agreeing, shadow
-from .swap import Change, Fused, Plan, arguments_of, serves, watched
+from .swap import Change, Fused, Plan, arguments_of, serves
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -41,8 +41,8 @@ class FusedPixelConv(Fused):
     def _smis_ready(self, x: Any, weight: Any) -> dict[str, Any] | str:
         unfold = unfold_of(self)
         window = None if unfold is None else window_of(unfold)
-        if unfold is None or window is None or watched(unfold):
-            return "its unfold has hooks, or another window"
+        if unfold is None or window is None:
+            return "its unfold has another window"
         if not isinstance(x, Tensor) or not serves(x, None) or not isinstance(weight, Tensor):
             return "features of another kind"
         n, c = x.shape[:2]
@@ -90,6 +90,10 @@ def network_of(module: nn.Module) -> nn.Sequential | None:
 
 class FusedInstancePool(Fused):
     """``encoder(image, instances)``: features of its one network, pooled in one reduction."""
+
+    @staticmethod
+    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+        return list(module.children())
 
     def _smis_ready(self, image: Any, instances: Any) -> tuple[nn.Module, Tensor] | str:
         network = network_of(self)

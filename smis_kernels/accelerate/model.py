@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from . import folding
 from .recognise import BLOCK, KINDS, NORM, SPECTRAL_NORM, Finding, Recognition, networks
 from .report import Difference, Report, Row
-from .swap import PLAN, Accelerated, Change, Step, original_type
+from .swap import CALLS, PLAN, SETTINGS, Accelerated, Change, Step
+from .watch import original_type
 
 
 def accelerate(
@@ -33,18 +35,28 @@ def accelerate(
     says so.
 
     Parameters, buffers, state dict and hooks stay as they are, for only the classes of the modules
-    change: the model can be trained, saved, pickled, copied and wrapped as before. Where a call is
-    unlike what was probed (further arguments, hooks on parts that are fused) the original forward
-    runs: :func:`smis_kernels.explain` shows it. Within residual blocks features are channels-last;
-    what the model returns is contiguous as before. Double backward is not supported.
+    change: the model can be trained, saved, pickled, copied and wrapped as before. Within residual
+    blocks features are channels-last; what a block or the model returns has the format that came
+    in. Gradients of gradients are right; they take the ops' definitions.
+
+    What may change afterwards, and is seen in the next call: weights and buffers, by whatever means
+    (where constants are made of them their content is compared, in one read); hooks and parts; the
+    training mode of every part; attributes of the modules, numbers, containers, plain objects and
+    tensors; methods and class attributes of their classes; ``forward`` put on an instance. Where a
+    call or a module is unlike what was probed, the original forward runs,
+    :func:`smis_kernels.explain` and ``report.calls_left`` show it, and a warning says so once; so
+    it does, without a warning, under ``torch.jit.trace``, forward-mode differentiation and
+    ``torch.func`` (vmap, grad, jvp), which the kernels do not serve. Not seen: globals and
+    closures that a forward reads, and, inside ``torch.compile``, what changes after it was
+    compiled: accelerate, and compile, anew.
 
     Calling it again starts over from the original; :func:`restore` returns to it.
 
     Args:
         model: any module, on any device; a DistributedDataParallel wrapper too.
         inference: in eval mode, where no weight asks for a gradient, treat weights as constants:
-            spectral norm is computed once, batch norms become part of the conv before. After a
-            write to weights through ``.data`` call it again; other writes are seen.
+            spectral norm is computed once, batch norms become part of the conv before. Whatever
+            is written to them is seen. On the CPU: elsewhere checking would mean waiting.
         modules: kinds ("norm", "block", "conv", "pixel_conv", "norm_act", "instance_pool",
             "spectral_norm"), or modules' names or patterns such as ``"up_*"``, to which it is
             confined; None: all.
@@ -87,7 +99,8 @@ def accelerate(
         raise
     if dry_run:
         _undo(steps, earlier)
-    return Report(tuple(_row(f, chosen) for f in findings), difference, dry_run)
+    calls = {f.name: f.change.calls for f in chosen if isinstance(f.change, Change)}
+    return Report(tuple(_row(f, chosen) for f in findings), difference, dry_run, calls)
 
 
 def _undo(steps: Sequence[Step], earlier: Sequence[Step]) -> None:
@@ -135,7 +148,9 @@ def _applied(model: nn.Module) -> list[Step]:
     steps: list[Step] = []
     for module in model.modules():
         if isinstance(module, Accelerated):
-            steps.append(Change(module, module._smis_mixin, vars(module).get(PLAN)))
+            own = vars(module)
+            steps.append(Change(module, module._smis_mixin, own.get(PLAN), own.get(SETTINGS),
+                                own.get(CALLS, Counter())))
         steps += folding.swapped_hooks(module)
     return steps
 

@@ -14,8 +14,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layout.label_layout import LabelLayout
 from ..modules.spade import CGNorm
-from .probe import PROBE_SIZE, SEED, CannotRun, Trial, Verdict, agreeing, shadow
-from .swap import PLAN, Change, Fused, Plan, arguments_of, serves, watched
+from .probe import PROBE_SIZE, SEED, CannotRun, Trial, Verdict, agreeing, at_scales, shadow
+from .swap import PLAN, Change, Fused, Plan, arguments_of, serves
+from .watch import weight_hooks
 
 _COUNTING = (nn.BatchNorm2d, nn.SyncBatchNorm)  # whose several processes are known, too
 
@@ -52,6 +53,14 @@ class ForeignNorm(CGNorm):
 
     def __hash__(self) -> int:
         return hash(self.owner)
+
+    def made(self) -> ForeignNorm:
+        """Itself, once the hooks that make weights of its convs have run, as in a call of each."""
+        owner: nn.Module = vars(self)["owner"]
+        for part in owner.modules():
+            for hook in weight_hooks(part).values():
+                hook(part, ())
+        return self
 
     def count_batch(self) -> None:
         if self.counts:
@@ -120,21 +129,12 @@ def structure_problem(module: nn.Module) -> str | None:
     return None
 
 
-def _inner(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if m is not module]
-
-
 class FusedNorm(Fused):
     """``norm(x, segmap)`` through window tables or one dense conv, and one pass over x."""
 
     def _smis_ready(self, x: Any, segmap: Any) -> ForeignNorm | str:
-        problem = structure_problem(self)
-        if problem is not None:
-            return problem
-        if watched(*_inner(self)):
-            return "a part of it has hooks"
         view = ForeignNorm(self, vars(self)[PLAN].counts)
-        weight = view.mlp_gamma.weight
+        weight = next(view.mlp_gamma.parameters())  # as it is kept: a hook may have to make it yet
         if not isinstance(x, Tensor) or not serves(x, weight) or x.shape[1] != view.channels:
             return "features of another kind"
         shape: tuple[int, ...] = tuple(getattr(segmap, "shape", ()))
@@ -147,7 +147,7 @@ class FusedNorm(Fused):
         return _parallel_problem(self, view.param_free_norm) or view
 
     def _smis_run(self, ready: ForeignNorm, x: Tensor, segmap: Tensor) -> Tensor:
-        return ready.forward(x, segmap)
+        return ready.made().forward(x, segmap)
 
 
 def _parallel_problem(owner: nn.Module, norm: nn.Module) -> str | None:
@@ -174,7 +174,7 @@ def probe_inputs(norm: nn.Module, size: tuple[int, int], scale: int) -> tuple[Te
     """Features of two images with outliers, and a one-hot map of another size with ``scale`` 2."""
     generator = torch.Generator().manual_seed(SEED)
     view = ForeignNorm(norm, counts=False)
-    weight = view.mlp_gamma.weight
+    weight = next(view.mlp_gamma.parameters())
     x = torch.randn((2, view.channels, *size), generator=generator)
     height, width = (s * scale + scale - 1 for s in size)
     labels = torch.randint(view.label_channels, (2, height, width), generator=generator)
@@ -207,7 +207,8 @@ def judge(module: nn.Module) -> Verdict:
         x, planes = probe_inputs(twin, PROBE_SIZE, scale)
         soft = planes + 0.3 * torch.rand_like(planes)  # whose vectors do not repeat
         trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False),
-                  Trial((x, soft), False, differentiable=(0, 1), parameters=False)]
+                  Trial((x, soft), False, differentiable=(0, 1), parameters=False),
+                  *at_scales((x, planes))]
         chosen, why = agreeing(twin, trials, [[Change(twin, FusedNorm, p)] for p in plans])
         return (None if chosen is None else plans[chosen]), why
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from ..runtime.backend import use_backend
 from .swap import Change, Plan
+from .watch import Settings, weight_hooks
 
 SEED = 3
 PROBE_SIZE = (3, 4)
@@ -31,12 +30,7 @@ _HOOKS = (
 # Of the largest output, and in gradients of the norm: a kink may fall on either side there.
 _TOLERANCES = {torch.float64: (1e-8, 1e-2), torch.float32: (1e-4, 2e-2)}
 _LOW_PRECISION = (5e-2, 2e-1)
-
-
-def weight_hooks(module: nn.Module) -> dict[int, Any]:
-    """The pre-hooks that compute a weight, which belong to the module rather than to its user."""
-    return {key: hook for key, hook in module._forward_pre_hooks.items()
-            if isinstance(hook, (SpectralNorm, WeightNorm))}
+_WIDENED = 1e-5  # some compute statistics in float32 whatever their input is
 
 
 def _noise(like: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -107,6 +101,22 @@ class Trial:
     training: bool
     differentiable: tuple[int, ...] = (0,)
     parameters: bool = True
+    scale: float | None = None  # of features and their statistics; then all is in float64
+    frozen: bool = False  # the parts are in the other mode
+
+
+def at_scales(inputs: tuple[Tensor, ...]) -> list[Trial]:
+    """In float64 at several scales of the features, where another place of eps shows.
+
+    One channel is constant; training takes two steps, so that statistics have a past.
+    """
+    x, *rest = inputs
+    x = x.clone()
+    x[:, -1] = 0.5  # as the scales a power of two: exactly zero once the mean is off
+    scaled = [Trial((x, *rest), training, scale=scale) for scale in (2.0**-10, 1.0, 2.0**10)
+              for training in (True, False)]
+    return [*scaled, *(Trial((x, *rest), training, parameters=False, scale=1.0, frozen=True)
+                       for training in (True, False))]
 
 
 @dataclass(frozen=True)
@@ -114,13 +124,47 @@ class _Outcome:
     output: Tensor
     gradients: Sequence[Tensor | None]
     buffers: dict[str, Tensor]
+    widened: bool
+
+
+@contextmanager
+def _scaled(module: nn.Module, scale: float | None) -> Iterator[None]:
+    """The module in float64, its running statistics as features of this scale would have them."""
+    if scale is None:
+        yield
+        return
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    kept = [t.data for t in tensors]
+    factors = {"running_mean": scale, "running_var": scale**2}
+    try:
+        for t in tensors:
+            t.data = t.data.double()
+        for name, buffer in module.named_buffers():
+            buffer.mul_(factors.get(name.rpartition(".")[2], 1))
+        yield
+    finally:
+        for t, data in zip(tensors, kept, strict=True):
+            t.data = data
 
 
 def _run(module: nn.Module, trial: Trial) -> _Outcome:
+    with _scaled(module, trial.scale):
+        return _run_as_it_is(module, trial)
+
+
+def _run_as_it_is(module: nn.Module, trial: Trial) -> _Outcome:
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.train(trial.training)
-    inputs = [x.clone().requires_grad_(i in trial.differentiable)
-              for i, x in enumerate(trial.inputs)]
+    if trial.frozen:
+        for child in module.children():
+            child.train(not trial.training)
+    inputs = [x.clone() for x in trial.inputs]
+    if trial.scale is not None:
+        inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+        inputs[0].mul_(trial.scale)
+        if trial.training:  # the step before
+            module(*(x.flip(0) if i else 2 * x.flip(0) for i, x in enumerate(inputs)))
+    inputs = [x.requires_grad_(i in trial.differentiable) for i, x in enumerate(inputs)]
     output = module(*inputs)
     if not isinstance(output, Tensor):
         raise TypeError(f"it returns {type(output).__name__}, not a tensor")
@@ -134,7 +178,7 @@ def _run(module: nn.Module, trial: Trial) -> _Outcome:
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             buffer.copy_(state[name])
-    return _Outcome(output.detach(), gradients, after)
+    return _Outcome(output.detach(), gradients, after, trial.scale is not None)
 
 
 def _differs(a: Tensor | None, b: Tensor | None, tolerance: float, norm: float) -> str | None:
@@ -154,6 +198,8 @@ def _differs(a: Tensor | None, b: Tensor | None, tolerance: float, norm: float) 
 
 def _compare(original: _Outcome, fused: _Outcome) -> str | None:
     forward, backward = _TOLERANCES.get(original.output.dtype, _LOW_PRECISION)
+    if original.widened:
+        forward = _WIDENED
     problem = _differs(original.output, fused.output, forward, float("inf"))
     if problem is not None:
         return f"output {problem}"
@@ -188,6 +234,14 @@ def aside(module: nn.Module) -> Iterator[None]:
                 torch.set_autocast_enabled(kind, enabled)
 
 
+def _left(changes: Sequence[Change]) -> str | None:
+    """Why a fused form, which then agrees with itself, left a call to the original."""
+    for change in changes:
+        for reason in change.calls:
+            return f"the fused form does not serve the probe: {reason}"
+    return None
+
+
 class CannotRun(Exception):
     """The original forward refuses the probe's inputs."""
 
@@ -199,10 +253,16 @@ def agreeing(twin: nn.Module, trials: Sequence[Trial], changes: Sequence[Sequenc
     Raises:
         CannotRun: whatever foreign code raises; the message is one line.
     """
+    if any("forward" in vars(part) for part in twin.modules()):
+        raise CannotRun("a forward was put on it, or on a part of it, that is not its class's")
+    settings = Settings(twin)
     try:
         originals = [_run(twin, trial) for trial in trials]
     except Exception as error:
         raise CannotRun(f"the probe cannot run it: {_line(error)}") from error
+    written = settings.change()
+    if written is not None:
+        raise CannotRun(f"its forward writes attributes: {written} after a call")
     if not all(bool(o.output.isfinite().all()) for o in originals):
         raise CannotRun("the probe's outputs are not finite")
     reason = ""
@@ -211,7 +271,7 @@ def agreeing(twin: nn.Module, trials: Sequence[Trial], changes: Sequence[Sequenc
             for change in each:
                 change.apply()
             problems = (_compare(o, _run(twin, t)) for o, t in zip(originals, trials, strict=True))
-            problem = next((p for p in problems if p is not None), None)
+            problem = next((p for p in problems if p is not None), None) or _left(each)
         except Exception as error:
             problem = f"the fused forward raises {_line(error)}"
         finally:

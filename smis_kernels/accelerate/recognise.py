@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from ..modules.spectral_norm import FusedSpectralNorm
 from . import blocks, folding, layers, norms, sequences
 from .formats import Network
-from .probe import Verdict, aside, weight_hooks
-from .swap import FOLDED, PLAN, Change, Step, original_type
+from .probe import Verdict, aside
+from .swap import Change, Plan, Step
+from .watch import OWN, original_type, weight_hooks
 
 NORM, BLOCK, CONV, PIXEL_CONV = "norm", "block", "conv", "pixel_conv"
 NORM_ACT, INSTANCE_POOL, SPECTRAL_NORM = "norm_act", "instance_pool", "spectral_norm"
 KINDS = (NORM, BLOCK, CONV, PIXEL_CONV, NORM_ACT, INSTANCE_POOL, SPECTRAL_NORM)
 _MIXINS = {NORM: norms.FusedNorm, BLOCK: blocks.FusedBlock, PIXEL_CONV: layers.FusedPixelConv,
            NORM_ACT: sequences.FusedSequence, INSTANCE_POOL: layers.FusedInstancePool}
-_NOT_SETTINGS = {*vars(nn.Module()), PLAN, FOLDED}
+_NOT_SETTINGS = {*vars(nn.Module())}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def _settings(module: nn.Module) -> Iterator[Any]:
     """Whatever may decide what a module computes, but for the values of its tensors."""
     for name, part in module.named_modules():
         plain = {k: repr(v) for k, v in vars(part).items()
-                 if k not in _NOT_SETTINGS and not isinstance(v, Tensor)}
+                 if k not in _NOT_SETTINGS and not k.startswith(OWN)
+                 and not isinstance(v, Tensor)}
         hooks = tuple(type(hook) for hook in weight_hooks(part).values())
         yield name, original_type(part), hooks, tuple(sorted(plain.items()))
         for key, t in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
@@ -125,7 +127,8 @@ def _spectral_norm(name: str, module: nn.Module, inference: bool) -> Finding | N
         fused = folding.FoldedSpectralNorm if inference else FusedSpectralNorm
         return Finding(name, module, SPECTRAL_NORM, folding.SwapHooks(tuple(hooks), fused))
     if inference and folding.is_spectral_parametrization(module):
-        return Finding(name, module, SPECTRAL_NORM, Change(module, folding.FoldedParametrization))
+        return Finding(name, module, SPECTRAL_NORM, Change(
+            module, folding.FoldedParametrization, Plan(())))
     return None
 
 

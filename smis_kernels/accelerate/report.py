@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class Report:
         rows: one for each module that was recognised, or nearly.
         difference: what ``verify`` measured, else None.
         dry_run: whether nothing was changed.
+        calls: of each replaced module, the calls that its original served, by reason; goes on
+            counting.
     """
 
     rows: tuple[Row, ...]
     difference: Difference | None = None
     dry_run: bool = False
+    calls: Mapping[str, Counter[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -52,6 +55,12 @@ class Report:
     def left(self) -> tuple[Row, ...]:
         """Those that were left alone; ``note`` says why."""
         return tuple(row for row in self.rows if not row.replaced)
+
+    @property
+    def calls_left(self) -> dict[tuple[str, str], int]:
+        """How often, so far, a replaced module ran its original forward: by (module, reason)."""
+        return {(name, reason): count for name, counter in self.calls.items()
+                for reason, count in counter.items()}
 
     def __str__(self) -> str:
         verb = "would be replaced" if self.dry_run else "replaced"
@@ -64,6 +73,8 @@ class Report:
         lines.append(f"{verb}: {counts}; left: {len(self.left)}")
         if self.difference is not None:
             lines.append(str(self.difference))
+        lines += [f"{name or '(the model)'} ran its original forward in {count} calls: {reason}"
+                  for (name, reason), count in self.calls_left.items()]
         return "\n".join(lines)
 
 

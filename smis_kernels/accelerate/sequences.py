@@ -14,8 +14,9 @@ from ..ops.norm_act.op import norm_act
 from .folding import Folded, constant
 from .formats import channels_last
 from .norms import is_plain_conv
-from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, shadow, weight_hooks
-from .swap import FOLDED, PLAN, Change, Fused, Plan, original_type, serves, watched
+from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, shadow
+from .swap import FOLDED, PLAN, Change, Fused, Plan, serves
+from .watch import hooked, original_type, weight_hooks
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def layers_of(sequence: nn.Module) -> Iterator[nn.Module]:
     """The layers in the order of their calls, those of sequences inside it too."""
     assert isinstance(sequence, nn.Sequential)
     for child in sequence:  # unlike children(), which names a shared layer once
-        if is_sequence(child) and not watched(child):
+        if is_sequence(child) and not hooked(child):
             yield from layers_of(child)
         else:
             yield child
@@ -71,6 +72,10 @@ def foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 class FusedSequence(Fused):
     """A Sequential whose instance norms take in their activation, and convs their batch norm."""
 
+    @staticmethod
+    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+        return list(module.children())  # each is looked at, or called, in each call
+
     def _smis_ready(self, x: Any) -> list[nn.Module] | str:
         if not isinstance(x, Tensor) or not serves(x, None):
             return "features of another kind"
@@ -85,8 +90,8 @@ class FusedSequence(Fused):
             following = ready[i + 1] if i + 1 < len(ready) else None
             i += 1
             fits = isinstance(h, Tensor) and serves(h, None)
-            if fits and is_instance_norm(layer) and not watched(layer):
-                options = None if following is None or watched(following) else activation_of(
+            if fits and is_instance_norm(layer) and not hooked(layer):
+                options = None if following is None or hooked(following) else activation_of(
                     following)
                 assert isinstance(layer, nn.InstanceNorm2d)
                 h = norm_act(h, eps=layer.eps, **(options or {}))
@@ -102,10 +107,9 @@ class FusedSequence(Fused):
         return h
 
     def _may_fold(self, conv: nn.Module, norm: nn.Module | None) -> bool:
-        if norm is None or not foldable(conv, norm) or norm.training or watched(norm):
+        if norm is None or not foldable(conv, norm) or norm.training or hooked(norm):
             return False
-        own = len(weight_hooks(conv)) == len(conv._forward_pre_hooks)
-        if conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks or not own:
+        if hooked(conv, weights=False):
             return False
         return constant(conv, *conv.parameters(), *norm.parameters())
 
@@ -116,16 +120,21 @@ class FusedSequence(Fused):
         sources = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight,
                    norm.bias)
         kept: dict[int, Folded] = vars(self).setdefault(FOLDED, {})
-        if i not in kept or not kept[i].holds(sources):
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            if norm.weight is not None:
-                scale = scale * norm.weight
-            shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-            bias = shift * scale if norm.bias is None else shift * scale + norm.bias
-            kept[i] = Folded(sources, (conv.weight * scale.view(-1, 1, 1, 1), bias))
+        if i not in kept or not kept[i].holds(sources, norm.eps):
+            kept[i] = Folded(sources, lambda: _with_norm(conv, norm), norm.eps)
         weight, bias = kept[i].value
         out: Tensor = conv._conv_forward(x, weight, bias)
         return out
+
+
+def _with_norm(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """The conv's weight and bias with the norm's scale and shift in them."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    bias = shift * scale if norm.bias is None else shift * scale + norm.bias
+    return conv.weight * scale.view(-1, 1, 1, 1), bias
 
 
 def judge(sequence: nn.Module, inference: bool) -> Verdict | None:
@@ -147,7 +156,7 @@ def judge(sequence: nn.Module, inference: bool) -> Verdict | None:
         like = next(sequence.parameters(), torch.empty(0))
         generator = torch.Generator().manual_seed(SEED)
         x = torch.randn((2, norm.num_features, *PROBE_SIZE), generator=generator).to(like)
-        trials = [Trial((x,), training) for training in (True, False)]
+        trials = [*(Trial((x,), training) for training in (True, False)), *at_scales((x,))]
         chosen, why = agreeing(twin, trials, [[Change(twin, FusedSequence, plan)]])
         if chosen is None:
             return None, why

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import inspect
 import types
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..runtime.backend import requested
+from ..runtime.derivatives import transformed
 from ..runtime.explain import record
+from .watch import Settings, hooked, original_type
 
 PLAN = "_smis_plan"
+SETTINGS = "_smis_settings"  # what the module was like when its plan was made
+CALLS = "_smis_calls"  # reasons for which calls were left to the original, counted
 FOLDED = "_smis_folded"  # constants made from weights: neither saved nor copied
 
 
@@ -22,6 +32,11 @@ class Accelerated(nn.Module):
 
     _smis_mixin: ClassVar[type[Accelerated]]
     _smis_original: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def _smis_besides(module: nn.Module, plan: Plan) -> Sequence[nn.Module]:
+        """Parts that are called as modules, or watch themselves."""
+        return ()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class of both cannot be imported by its name; its two parts can.
@@ -53,23 +68,38 @@ def _revive(mixin: type[Accelerated], original: type[nn.Module]) -> Any:
     return cls.__new__(cls)
 
 
-def original_type(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has without acceleration."""
-    return module._smis_original if isinstance(module, Accelerated) else type(module)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a fused forward knows beforehand: the names of the arguments that it serves."""
 
     arguments: tuple[str, ...]
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """The arguments of a call in order; None where it is a call of another kind."""
+    def given(self, cls: type[nn.Module], args: tuple[Any, ...],
+              kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The arguments of a call in order; None where it is a call of another kind.
+
+        Others may be given as long as they are the defaults that they have without.
+        """
         rest = self.arguments[len(args) :]
-        if len(args) > len(self.arguments) or kwargs.keys() != set(rest):
+        if len(args) <= len(self.arguments) and kwargs.keys() == set(rest):
+            return args + tuple(kwargs[name] for name in rest)
+        parameters = _parameters(cast(Any, cls))
+        if len(args) > len(parameters):
             return None
-        return args + tuple(kwargs[name] for name in rest)
+        found = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        for name in found.keys() - set(self.arguments):
+            if name not in parameters or found[name] is not parameters[name].default:
+                return None
+        missing = any(name not in found for name in self.arguments)
+        return None if missing else tuple(found[name] for name in self.arguments)
+
+
+@cache
+def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
+    """Of ``forward``, without self and those of variable number."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(cls.forward).parameters.items())[1:]
+    return {name: p for name, p in parameters if p.kind not in variable}
 
 
 def arguments_of(module: nn.Module, count: int) -> tuple[str, ...] | None:
@@ -98,10 +128,14 @@ class Change:
     module: nn.Module
     mixin: type[Accelerated]
     plan: Plan | None = None
+    settings: Settings | None = None
+    calls: Counter[str] = field(default_factory=Counter, compare=False)
 
     def apply(self) -> None:
         if self.plan is not None:
-            vars(self.module)[PLAN] = self.plan
+            besides = self.mixin._smis_besides(self.module, self.plan)
+            settings = self.settings or Settings(self.module, besides)
+            vars(self.module).update({PLAN: self.plan, SETTINGS: settings, CALLS: self.calls})
         self.module.__class__ = swapped_class(self.mixin, type(self.module))
 
     def undo(self) -> None:
@@ -110,21 +144,13 @@ class Change:
 
 def unswap(module: nn.Module) -> bool:
     """Give a module its own class again; whether it had another."""
-    for key in (PLAN, FOLDED):
+    for key in (PLAN, SETTINGS, CALLS, FOLDED):
         vars(module).pop(key, None)
     if not isinstance(module, Accelerated):
         return False
     original: Any = module._smis_original
     module.__class__ = original
     return True
-
-
-def watched(*modules: nn.Module) -> bool:
-    """Whether a hook waits for a call of one of the modules."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
 
 
 def serves(x: Tensor, weight: Tensor | None) -> bool:
@@ -147,15 +173,43 @@ class Fused(Accelerated):
     def _smis_run(self, ready: Any, *arguments: Any) -> Any:
         raise NotImplementedError
 
+    def _smis_changed(self) -> str | None:
+        """What is no longer as it was probed; hooks inside count, the module's own are called."""
+        if torch.compiler.is_compiling():
+            return None
+        settings: Settings = vars(self)[SETTINGS]
+        if hooked(*settings.modules[1:], weights=False):
+            return "a part of it has hooks"
+        change = settings.change()
+        return None if change is None else f"{change} since accelerate()"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = vars(self).get(PLAN)  # a slice of a Sequential, say, is made without one
-        given = None if plan is None else plan.given(args, kwargs)
-        ready: Any = "called with other arguments"
-        if given is not None:
-            reference = requested() == "reference"
-            ready = "the reference is asked for" if reference else self._smis_ready(*given)
-            if not isinstance(ready, str):
-                return self._smis_run(ready, *given)
-        tensor = next((a for a in args if isinstance(a, Tensor)), torch.empty(0))
-        record(type(self).__name__, "original", tensor, reason=ready)
+        plan: Plan | None = vars(self).get(PLAN)  # a slice of a Sequential has none
+        given = None if plan is None else plan.given(original_type(self), args, kwargs)
+        reason = transformed()
+        expected = reason is not None or requested() == "reference"
+        if reason is None and expected:
+            reason = "the reference is asked for"
+        if reason is None:
+            settings: Settings | None = vars(self).get(SETTINGS)
+            once = settings is not None and settings.parametrized
+            # A weight that a parametrization makes is made once in a call, as the original does.
+            with parametrize.cached() if once else nullcontext():
+                ready = "called with other arguments" if given is None else (
+                    self._smis_changed() or self._smis_ready(*given))
+                if not isinstance(ready, str):
+                    assert given is not None
+                    return self._smis_run(ready, *given)
+            reason = ready
+        if not torch.compiler.is_compiling():
+            self._smis_note(reason, args, expected)
         return super().forward(*args, **kwargs)
+
+    def _smis_note(self, reason: str, args: tuple[Any, ...], expected: bool) -> None:
+        tensor = next((a for a in args if isinstance(a, Tensor)), torch.empty(0))
+        record(type(self).__name__, "original", tensor, reason=reason)
+        calls: Counter[str] = vars(self).setdefault(CALLS, Counter())
+        calls[reason] += 1
+        if not expected and calls[reason] == 1:
+            name = original_type(self).__name__
+            warnings.warn(f"accelerate: {name} runs its original forward: {reason}", stacklevel=2)

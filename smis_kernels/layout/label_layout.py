@@ -260,7 +260,7 @@ class TableCache:
 
     def __init__(self, earlier: TableCache | None = None) -> None:
         self._kept: dict[tuple[nn.Module, tuple[int, int]], tuple[LabelLayout, Tensor]] = {}
-        self._matches: dict[tuple[int, int], Tensor] = {}
+        self._matches: dict[tuple[tuple[int, int], int], Tensor] = {}  # of (size, reach)
         self._earlier = None if earlier is None else earlier._kept
         if earlier is not None:
             earlier._earlier = None  # one step back serves; a chain would keep every edit's tables
@@ -285,9 +285,10 @@ class TableCache:
         if found is None:
             return None
         before, table = found
-        if size not in self._matches:  # the same for all norms of a resolution
-            self._matches[size] = match_windows(before, layout, size, reach=reach)
-        return table, self._matches[size]
+        key = size, reach  # the same for all norms of a resolution that see as far
+        if key not in self._matches:
+            self._matches[key] = match_windows(before, layout, size, reach=reach)
+        return table, self._matches[key]
 
 
 class _Known(threading.local):

@@ -4,47 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.indexed_modulation import op as indexed
 from ..runtime.backend import resolve
+from ..runtime.derivatives import transformed
 from ..runtime.explain import record
 from ..runtime.path import requested_path
 from ..runtime.tuned import measured
 from .label_layout import LabelLayout, WindowLevel, layout_of
 
-if TYPE_CHECKING:
-    from ..modules.spade import CGNorm
+
+class ModulationConvs(Protocol):
+    """What the choice reads of a norm: the convs that make its gamma and beta."""
+
+    mlp_gamma: nn.Conv2d
+    channels: int
+    label_channels: int
+    hidden: int
+    backend: str | None
+
+    @property
+    def shared_conv(self) -> nn.Conv2d | None:
+        """The conv before them; None for a single conv."""
 
 
 class Rates(NamedTuple):
     """Multiply-adds a nanosecond of dense convs and of tables, and sums of table rows.
 
     Only their ratios matter, and those hold from machine to machine better than the figures.
+    ``fixed_*``: nanoseconds that a path takes however small its map is.
     """
 
     dense: float
     two_level: float
     one_level: float
     sums: float
+    fixed_dense: float = 0.0
+    fixed_two_level: float = 0.0
+    fixed_one_level: float = 0.0
 
 
 CPU_RATES = Rates(130.0, 170.0, 175.0, 16.0)  # two threads (benchmarks/NOTES.md)
+_HALF = Rates(4.0, 1.0, 1.0, 0.02)
 # Not measured: tables multiply in TF32 and gather their operands, convs in 16 bits (the tensor
-# cores' rates are 1 : 2) or in TF32 too; sums read float32 rows from the cache.
-GPU_RATES = {2: Rates(4.0, 1.0, 1.0, 0.02), 4: Rates(2.0, 1.0, 1.0, 0.02)}
+# cores' rates are 1 : 2), in TF32 too, or without tensor cores (1 : 1/8 of TF32's rate); sums read
+# float32 rows from the cache.
+GPU_RATES = {"bfloat16": _HALF, "float16": _HALF, "float32": Rates(2.0, 1.0, 1.0, 0.02),
+             "float32 without tf32": Rates(0.25, 1.0, 1.0, 0.02)}
+
+
+def products_key(dtype: torch.dtype) -> str:
+    """How convs of ``dtype`` multiply on a GPU: its name; TF32 is torch's choice for float32."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        return name
+    if torch.compiler.is_compiling():  # it guards this flag, and cannot trace the other
+        allowed = torch.backends.cudnn.allow_tf32
+    else:  # readable however the flags were set
+        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        allowed = conv.fp32_precision == "tf32"
+    return name if allowed else f"{name} without tf32"
 
 
 def rates_of(input: Tensor) -> Rates:
-    """The rates of the input's device and dtype: measured on this GPU, else the above."""
+    """The rates of the input's device and products: measured on this GPU, else the above."""
     if input.device.type == "cpu":
         return CPU_RATES
-    found = measured("rates", input.device) or {}
-    known = found.get(str(input.dtype).removeprefix("torch."))
-    return Rates(**known) if known else GPU_RATES.get(input.element_size(), CPU_RATES)
+    key = products_key(input.dtype)
+    known = (measured("rates", input.device) or {}).get(key)
+    return Rates(**known) if known else GPU_RATES.get(key, CPU_RATES)
 
 
 @dataclass(frozen=True)
@@ -64,29 +96,30 @@ class Plan:
         return self.segmap
 
 
-def costs(norm: CGNorm, level: WindowLevel, pixels: int,
+def costs(norm: ModulationConvs, level: WindowLevel, pixels: int,
           rates: Rates = CPU_RATES) -> dict[str, float]:
     """Nanoseconds of each path's convs or tables for one norm."""
     gamma = norm.mlp_gamma
     per_output = 2 * gamma.weight.numel()  # multiply-adds of gamma and beta at one pixel
     shared = norm.shared_conv
     embedded = 0 if shared is None else shared.weight.numel()
-    dense = pixels * (per_output + embedded) / rates.dense
+    dense = rates.fixed_dense + pixels * (per_output + embedded) / rates.dense
     if not level.repeats:
         return {"dense": dense}
     v, u = level.counts
     if not norm.hidden:
-        return {"dense": dense, "one_level": v * 18 * norm.channels / rates.sums}
+        return {"dense": dense,
+                "one_level": rates.fixed_one_level + v * 18 * norm.channels / rates.sums}
     embedding = v * 9 * norm.hidden / rates.sums
     return {
         "dense": dense,
-        "one_level": embedding + u * per_output / rates.one_level,
-        "two_level": embedding + v * per_output / rates.two_level
+        "one_level": rates.fixed_one_level + embedding + u * per_output / rates.one_level,
+        "two_level": rates.fixed_two_level + embedding + v * per_output / rates.two_level
         + u * 18 * norm.channels / rates.sums,
     }
 
 
-def _check_map(norm: CGNorm, segmap: Tensor | LabelLayout, input: Tensor) -> None:
+def _check_map(norm: ModulationConvs, segmap: Tensor | LabelLayout, input: Tensor) -> None:
     shape = tuple(segmap.shape)
     if len(shape) != 4 or shape[1] != norm.label_channels:
         raise ValueError(f"segmap: expected (N, {norm.label_channels}, H, W), got {shape}")
@@ -96,7 +129,7 @@ def _check_map(norm: CGNorm, segmap: Tensor | LabelLayout, input: Tensor) -> Non
         )
 
 
-def choose(norms: Sequence[CGNorm], input: Tensor, segmap: Tensor | LabelLayout,
+def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | LabelLayout,
            size: tuple[int, int]) -> Plan:
     """Choose for one norm, or for the two that share a read of the input.
 
@@ -162,7 +195,8 @@ def prepare_map(segmap: Tensor | LabelLayout, like: Tensor,
     return segmap if layout is None else layout
 
 
-def _why_dense(norms: Sequence[CGNorm], segmap: Tensor | LabelLayout, kind: str) -> str | None:
+def _why_dense(norms: Sequence[ModulationConvs], segmap: Tensor | LabelLayout,
+               kind: str) -> str | None:
     """Why tables cannot serve, before any pixel is looked at; None where they can."""
     if kind not in indexed.KINDS:
         return f"tables have no {kind} kernel"
@@ -173,6 +207,8 @@ def _why_dense(norms: Sequence[CGNorm], segmap: Tensor | LabelLayout, kind: str)
         return None
     if segmap.requires_grad:
         return "the map requires a gradient"
+    if transformed() is not None:  # where a map's values are not to be looked at
+        return transformed()
     if torch.compiler.is_compiling():
         return "a map is not compiled inside torch.compile; pass a LabelLayout"
     return None

@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..ops.spectral_weight.op import KINDS, WIDE, spectral_weight
 from ..runtime.backend import requested, resolve
+from ..runtime.derivatives import transformed
 from .winograd_conv import WinogradConv2d
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -49,6 +50,7 @@ class FusedSpectralNorm(SpectralNorm):
         return (
             self.dim == 0 and weight.is_cpu and weight.dtype in WIDE
             and requested() in ("auto", "cpu") and not torch.is_autocast_enabled("cpu")
+            and transformed() is None
             and resolve("spectral_weight", weight, None, KINDS) == "cpu"
         )
 

@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
 from . import native as _native
+from .derivatives import transformed
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "SMIS_BACKEND"
@@ -33,6 +35,7 @@ class _Selection:
     # Process-wide on purpose: torch.compile guards a plain attribute, and neither a
     # ContextVar (cannot be traced) nor a thread-local (not guarded, so stale after a change).
     backend: str | None = None
+    fallback = True
 
 
 _selection = _Selection()
@@ -53,6 +56,19 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _selection.backend = previous
+
+
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """``auto`` raises :class:`BackendError` where a kernel that the op has is missing.
+
+    For measurements and tests of the kernels: the reference must not pass for one.
+    """
+    before, _selection.fallback = _selection.fallback, False
+    try:
+        yield
+    finally:
+        _selection.fallback = before
 
 
 def requested(backend: str | None = None) -> str:
@@ -113,7 +129,19 @@ def _missing(kind: str) -> str | None:
         return f"the native {kind} library is not loaded: {status.reason}; cure: {status.cure}"
     if kind == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; cure: pip install triton"
-    return None
+    return _interpreter_fault() if kind == "triton" and triton_interpreted() else None
+
+
+def _interpreter_fault() -> str | None:
+    """Triton 3.6 interprets a loop's bounds by a conversion that NumPy 2.4 took away."""
+    found = {name: version(name) for name in ("triton", "numpy")}
+    triton, numpy = (tuple(map(int, text.split(".")[:2])) for text in found.values())
+    if triton >= (3, 7) or numpy < (2, 4):
+        return None
+    return (
+        f"the interpreter of triton {found['triton']} fails with numpy {found['numpy']}; "
+        "cure: pip install 'numpy<2.4', or triton 3.7 and newer"
+    )
 
 
 _warned: set[str] = set()
@@ -129,18 +157,23 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
     """The implementation of ``op`` that runs on ``tensor``: one of ``kinds`` or ``"reference"``.
 
     ``auto`` takes the op's kernel for the tensor's device, or the reference (with one warning
-    that says what is missing); an explicit choice runs or raises :class:`BackendError`.
+    that says what is missing; without one where the call is traced, vmapped or differentiated in
+    forward mode); an explicit choice runs or raises :class:`BackendError`.
     """
     choice = requested(backend)
     device = tensor.device.type
-    if choice == "reference":
-        return choice
+    if choice == "reference" or (choice == "auto" and transformed() is not None):
+        return "reference"
     if choice == "auto":
         for kind in kinds:
             if (kind == "cpu") == (device == "cpu") and device in ("cpu", "cuda"):
                 problem = missing(kind, tensor.device)
+                if problem is None and kind == "cuda" and _native.cuda_emulated():
+                    problem = "the cuda library is emulated and takes CPU tensors"
                 if problem is None:
                     return kind
+                if not _selection.fallback:
+                    raise BackendError(f"backend: {op} cannot run its kernel: {problem}")
                 if not torch.compiler.is_compiling():
                     _warn_once(f"smis_kernels.{op} runs on the reference path: {problem}")
         return "reference"
@@ -148,7 +181,8 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
         raise BackendError(
             f"backend: {op} has {', '.join(('reference', *kinds))}; got {choice!r}"
         )
-    wanted = "cpu" if choice == "cpu" or (choice == "triton" and device == "cpu") else "cuda"
+    on_cpu = choice == "cpu" or (choice == "triton" and device == "cpu")
+    wanted = "cpu" if on_cpu or (choice == "cuda" and _native.cuda_emulated()) else "cuda"
     if device != wanted:
         raise BackendError(
             f"backend: {choice!r} of {op} needs a {wanted} tensor, got one on {tensor.device}"

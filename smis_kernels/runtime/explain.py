@@ -66,6 +66,8 @@ def record(op: str, backend: str, tensor: Tensor, path: str = "", reason: str = 
     """Note a choice when an ``explain`` is running; costs one attribute read otherwise."""
     if _recorder.choices is not None and not torch.compiler.is_compiling():
         shape = tuple(tensor.shape)
+        if backend == "cuda" and tensor.device.type == "cpu":
+            backend = "cuda (emulated)"
         _recorder.choices.append(Choice(op, backend, path, reason, shape, numbers))
 
 

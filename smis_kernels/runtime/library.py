@@ -14,6 +14,8 @@ NAMESPACE = "smis_kernels"
 
 # The Library object owns the registrations: it must outlive every call.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# Kernels of this key are called on CPU tensors where CUDA is emulated.
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -57,4 +59,6 @@ class RawOp:
         # Triton's interpreter runs on CPU tensors, where the dispatcher would pick the C++ kernel.
         if backend == "triton" and args[0].device.type == "cpu":
             return self._launch(*args)
+        if backend == "cuda" and args[0].device.type == "cpu":
+            return self.overload.redispatch(_CUDA, *args)
         return self.overload(*args)

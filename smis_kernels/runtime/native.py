@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class NativeStatus:
     reason: str = ""
     cure: str = ""
     isa: str = ""
+    emulated: bool = False
 
 
 def build_record() -> dict[str, dict[str, str]]:
@@ -36,7 +38,23 @@ def build_record() -> dict[str, dict[str, str]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def cuda_emulated() -> bool:
+    """Whether ``backend="cuda"`` takes CPU tensors (``SMIS_CUDA_EMULATED=1``, for the tests)."""
+    return os.environ.get("SMIS_CUDA_EMULATED", "0") == "1"
+
+
+def load_emulated(path: Path) -> None:
+    """Take the CUDA kernels from a library that runs them on the CPU, as the tests build it."""
+    torch.ops.load_library(path)
+    STATUS["cuda"] = NativeStatus("cuda", True, str(path), emulated=True)
+
+
 def _load(name: str) -> NativeStatus:
+    if name == "cuda" and cuda_emulated():
+        return NativeStatus(
+            name, False, "", "SMIS_CUDA_EMULATED=1 asks for the emulation, which only tests load",
+            "unset SMIS_CUDA_EMULATED",
+        )
     path = PACKAGE / f"_{name}.abi3.so"
     if name == "cuda" and torch.version.cuda is None:
         built = " (the library itself is built)" if path.exists() else ""

@@ -16,7 +16,7 @@ from smis_kernels.ops.conditional_conv.op import conditional_conv2d
 from smis_kernels.ops.spatially_varying_conv import reference as varying_conv_reference
 from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
 
-from ..families.registry import create_model
+from ..families import create_model
 from ..synthesis.synthesizer import frozen_copy
 from .case import (
     Case,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smis_kernels import use_backend
 
-from ..families.registry import create_model
+from ..families import create_model
 from ..metrics import Distance, DiversityProtocol, LayoutSampler, create_distance
 from ..metrics.diversity import layout_diversity
 from ..metrics.sampling import Draw

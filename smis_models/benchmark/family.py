@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..families.zoo import MODELS, PARTS, list_models
+from ..families import MODELS, PARTS, list_models
 from .case import Case, Inputs, Provider, Setting, contiguous
 from .effective import dense_macs, effective_macs
 from .modulation import on_backend

@@ -57,11 +57,16 @@ def _cotangent(out: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(out).copy_(drawn)
 
 
+def worst(error: Callable[[torch.Tensor, torch.Tensor], float], outputs: Any,
+          truth: Any) -> float:
+    """The largest ``error(output, exact)`` of all tensors; NaN where one is."""
+    errors = [error(output, exact)
+              for output, exact in zip(tensors(outputs), tensors(truth), strict=True)]
+    return float("nan") if any(e != e for e in errors) else max(errors)  # max() drops NaN
+
+
 def _error(outputs: Any, truth: Any) -> float:
-    pairs = list(zip(tensors(outputs), tensors(truth), strict=True))
-    # max() drops NaN unless it comes first; a sum over "not finite" does not.
-    errors = [max_error(output, exact) for output, exact in pairs]
-    return float("nan") if any(e != e for e in errors) else max(errors)
+    return worst(max_error, outputs, truth)
 
 
 def _allowed(case: Case, reference_error: float, outputs: Any) -> float:

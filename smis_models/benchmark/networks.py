@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smis_kernels import instance_edges
 
-from ..families.registry import create_model
+from ..families import create_model
 from ..networks import semantics as label_maps
 from ..synthesis.synthesizer import frozen_copy
 from .case import Inputs, Setting

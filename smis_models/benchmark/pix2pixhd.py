@@ -12,7 +12,7 @@ from smis_kernels.ops.instance_pool.op import instance_avg_pool2d
 from smis_kernels.ops.norm_act import reference as norm_act_reference
 from smis_kernels.ops.norm_act.op import norm_act
 
-from ..families.registry import create_model
+from ..families import create_model
 from ..networks.semantics import semantics
 from .case import Case, Inputs, Setting, channels_last, nbytes, providers, unchanged
 from .modulation import conv_macs, on_backend

@@ -7,11 +7,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from ..synthesis.graphs import capture
 
 Call = Callable[[], Any]
 
@@ -20,6 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _LEAST_SAMPLE = 2e-3
 _GRAPH_BELOW = 2e-4
+_GRAPH_SECONDS = 5e-3  # of the calls in a graph that replay_seconds times
 
 
 def cpu_seconds(call: Call, repeats: int) -> float:
@@ -100,18 +104,26 @@ def rotating(calls: Sequence[Call]) -> Call:
 
 def graphed(calls: Sequence[Call]) -> Call:
     """All ``calls`` in one CUDA graph; one replay runs each of them once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    def run() -> None:  # returns nothing: results kept by the graph would double its memory
         for call in calls:
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        # The graph owns its memory pool; results that are kept would double it.
-        for call in calls:
-            call()
-    return graph.replay
+
+    return capture(run, torch.device("cuda", torch.cuda.current_device()))
+
+
+def replay_seconds(call: Call, device: torch.device, rounds: int = 7) -> float:
+    """Median device time of one call among others in a CUDA graph; wall time on a CPU.
+
+    An eager call of small inputs is all launch; what runs inside a graph is not.
+    """
+    call()
+    if device.type != "cuda":
+        return median(cpu_seconds(call, 1) for _ in range(rounds))
+    repeats = max(1, min(50, round(_GRAPH_SECONDS / max(cuda_seconds(call, 1), 1e-7))))
+    replay = graphed([call] * repeats)
+    replay()
+    return median(cuda_seconds(replay, 1) for _ in range(rounds)) / repeats
 
 
 def launch_bound(call: Call) -> bool:
@@ -127,8 +139,16 @@ def rotations(bytes_per_call: int, device: torch.device) -> int:
 
 
 def copy_call(like: Tensor) -> Call:
-    """``out.copy_(x)`` into touched memory of the size of ``like``: the bandwidth to compare to."""
-    source, out = torch.zeros_like(like), torch.zeros_like(like)
+    """``out.copy_(x)`` into touched memory of the size of ``like``: the bandwidth to compare to.
+
+    Of random numbers: a GPU moves zeros faster.
+    """
+    source = torch.empty_like(like)
+    if source.is_floating_point():
+        source.normal_()
+    elif source.dtype != torch.bool:
+        source.random_(0, 100)
+    out = torch.zeros_like(source)
     return lambda: out.copy_(source)
 
 
@@ -138,8 +158,8 @@ CONV_MACS = 256 * 256 * 9 * 64 * 64
 def conv_call(device: torch.device, dtype: torch.dtype) -> Call:
     """A 3x3 conv of 256 channels at 64², channels-last: the rate that convs can reach."""
     layout = torch.channels_last
-    x = torch.ones((1, 256, 64, 64), device=device, dtype=dtype).to(memory_format=layout)
-    weight = torch.ones((256, 256, 3, 3), device=device, dtype=dtype).to(memory_format=layout)
+    x, weight = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout)
+                 for shape in ((1, 256, 64, 64), (256, 256, 3, 3)))
 
     def call() -> Tensor:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from smis_kernels import spectral_weight, use_backend
 from smis_kernels.ops.spectral_weight import reference
 
 from ..data import Batch, Collate, Sample, SceneDataset
-from ..families.presets import with_options
+from ..families import with_options
 from ..networks.semantics import semantics
 from ..training import TrainConfig, Trainer, recipe
 from ..training.batches import MicroBatch

@@ -21,9 +21,7 @@ from rich.progress import (
 
 from smis_kernels import BackendError, use_backend
 
-from ..families.presets import Preset
-from ..families.registry import create_model, stored_configuration
-from ..families.shipped import shipped_weights
+from ..families import Preset, create_model, shipped_weights, stored_configuration
 
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..families.presets import Preset
-from ..families.registry import PARTS, configured_preset, create_model, stored_configuration
+from ..families import PARTS, Preset, configured_preset, create_model, stored_configuration
 from ..io.checkpoint import save_checkpoint
 from .common import app, console
 

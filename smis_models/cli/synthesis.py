@@ -12,8 +12,7 @@ from rich.table import Table
 from smis_kernels import info as kernels_info
 
 from ..demo import page as demonstration
-from ..families.presets import GroupDNetPreset, Pix2pixHDPreset
-from ..families.registry import create_model, list_models
+from ..families import GroupDNetPreset, Pix2pixHDPreset, create_model, list_models
 from ..io.images import grid, write_png
 from ..synthesis import scene as synthesis
 from ..synthesis.features import CLUSTERS, FeatureClusters, encode_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..families.presets import Preset
+from ..families import Preset
 from .files import FileScenes
 from .generated import GeneratedScenes
 from .listing import LAYOUTS, list_scenes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smis_kernels import LabelLayout
 
-from ..families.presets import LatentPreset, Preset
+from ..families import LatentPreset, Preset
 from ..networks.semantics import layout
 from . import transport  # noqa: F401  (registers how workers send layouts)
 from .sample import Sample

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import smis_kernels
 from smis_kernels import class_crops, explain, instance_edges, use_backend
 
-from ..benchmark.records import processor
 from ..benchmark.timing import interleave
 from ..io.images import Picture, data_uri, grid, to_pictures, write_atomically, write_png
+from ..io.provenance import processor
 from ..synthesis.scene import Layout, draw_code, morph, resample_class, semantics
 
 Step = Callable[[str], None]

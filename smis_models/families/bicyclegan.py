@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +13,62 @@ from smis_kernels import LabelLayout, norm_act
 
 from ..networks.blocks import check_maps, fast_format
 from ..networks.generator import check_code, resized
-from .presets import UNetPreset
+from ..networks.preset import Preset
+from .registry import network, register_model
+
+_DEEPEST = 8
+
+
+def _halvings(size: int) -> int:
+    """How often ``size`` can be halved."""
+    return (size & -size).bit_length() - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetPreset(Preset):
+    """Options of BicycleGAN (Zhu et al., "Toward Multimodal Image-to-Image Translation", NeurIPS
+    2017) and DSCGAN (Yang et al., "Diversity-Sensitive Conditional Generative Adversarial
+    Networks", ICLR 2019): the same networks under another ``objective``.
+
+    The U-Net halves the image until a side is odd, eight times at most: 1x1 at 256x256, as the
+    published U-Net-256; the published U-Net-128 follows at 128x128. ``nef`` is the width of the
+    encoder's first conv.
+    """
+
+    nef: int = 64
+    latent_channels: int = 8
+    objective: Literal["bicyclegan", "dscgan"] = "bicyclegan"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nef", "latent_channels"):
+            self._check_positive(name)
+        if self.objective not in ("bicyclegan", "dscgan"):
+            raise ValueError(
+                f"objective: expected bicyclegan or dscgan; got {self.objective!r}"
+            )
+
+    @property
+    def size_step(self) -> int:
+        return 32
+
+    @property
+    def depth(self) -> int:
+        """How often the U-Net halves the image."""
+        return min(_DEEPEST, *(_halvings(size) for size in self.image_size))
+
+
+BICYCLEGAN = register_model(
+    "bicyclegan_deepfashion",
+    "BicycleGAN for DeepFashion: a U-Net with a latent code and its encoder, 256x256",
+    UNetPreset(classes=8, image_size=(256, 256), ngf=64),
+)
+DSCGAN = register_model(
+    "dscgan_deepfashion",
+    "DSCGAN for DeepFashion: BicycleGAN's networks, trained for diversity, 256x256",
+    replace(BICYCLEGAN, objective="dscgan"),
+)
+
 
 _WIDEST = 8  # times ngf
 _ENCODER_WIDEST = 4  # times nef
@@ -21,6 +79,7 @@ def _halving(channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, out_channels, 4, stride=2, padding=1)
 
 
+@network("generator", UNetPreset)
 class UNetGenerator(nn.Module):
     """U-Net of 4x4 convs, stride 2, that reads the latent code at every halving.
 
@@ -105,6 +164,7 @@ class _ResidualBlock(nn.Module):
         return F.avg_pool2d(h, 2) + shortcut
 
 
+@network("encoder", UNetPreset)
 class ResNetEncoder(nn.Module):
     """Residual image encoder: mean and log variance of the latent code of a whole image.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,43 @@ from smis_kernels.runtime.backend import requested
 from ..networks.blocks import check_maps, conv, fast_format
 from ..networks.generator import WIDTHS, CodeGenerator
 from ..networks.losses import feature_matching_loss
-from .presets import CCFPSEPreset
+from ..networks.preset import CodePreset
+from .registry import network, register_model
+from .spade import SPADEEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCFPSEPreset(CodePreset):
+    """Options of one CC-FPSE (Liu et al., "Learning to Predict Layout-to-image Conditional
+    Convolutions for Semantic Image Synthesis", NeurIPS 2019), as :class:`CodePreset` says.
+    """
+
+    upsamplings: ClassVar[Mapping[str, int]] = {"normal": 5, "more": 6}
+
+    vae: bool = True
+    upsampling: Literal["normal", "more"] = "normal"
+
+
+CCFPSE_COCO = register_model(
+    "ccfpse_coco", "CC-FPSE for COCO-Stuff: 183 classes and instance edges, 256x256",
+    CCFPSEPreset(
+        classes=183, image_size=(256, 256), ngf=64, instance_edge=True, dont_care=182,
+    ),
+)
+CCFPSE_ADE20K = register_model(
+    "ccfpse_ade20k", "CC-FPSE for ADE20K: 151 classes, 256x256",
+    CCFPSEPreset(
+        classes=151, image_size=(256, 256), ngf=64, dont_care=150, unlabelled=0,
+    ),
+)
+CCFPSE_CITYSCAPES = register_model(
+    "ccfpse_cityscapes", "CC-FPSE for Cityscapes: 35 classes and instance edges, 256x512",
+    CCFPSEPreset(
+        classes=35, image_size=(256, 512), ngf=64, instance_edge=True, upsampling="more",
+    ),
+)
+
+network("encoder", CCFPSEPreset)(SPADEEncoder)  # as published: SPADE's
 
 
 def _weight(layer: nn.Conv2d) -> Tensor:
@@ -174,6 +211,7 @@ class ConditionalBlock(nn.Module):
         return shortcut + h
 
 
+@network("generator", CCFPSEPreset)
 class CCFPSEGenerator(CodeGenerator):
     """CC-FPSE's generator: a label map, and with ``vae`` a latent code, to an image.
 
@@ -275,6 +313,7 @@ def _pool(x: Tensor, size: int) -> Tensor:
     return columns / size**2
 
 
+@network("discriminator", CCFPSEPreset)
 class FPSEDiscriminator(nn.Module):
     """Feature-pyramid, semantics-embedding discriminator.
 

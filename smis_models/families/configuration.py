@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..io.checkpoint import CheckpointError
-from .presets import Preset
-from .zoo import MODELS
+from ..networks.preset import Preset
+from .registry import MODELS
 
 KEY = "smis_models"  # of the safetensors file's metadata
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,73 @@ from smis_kernels.layout.planner import prepare_map
 from ..networks import tiled as stripes
 from ..networks.blocks import check_maps, fast_format
 from ..networks.losses import feature_matching_loss, gan_loss
-from .presets import Pix2pixHDPreset
+from ..networks.preset import Preset
+from .registry import network, register_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2pixHDPreset(Preset):
+    """Options of one pix2pixHD (Wang et al., "High-Resolution Image Synthesis and Semantic
+    Manipulation with Conditional GANs", CVPR 2018).
+
+    ``enhancers`` local enhancers, with ``local_blocks`` residual blocks each, lie around a global
+    generator of ``blocks`` blocks and width ngf·2^enhancers; 0: the global generator alone. With
+    ``features`` the generator reads ``feature_channels`` planes of instance features too.
+    """
+
+    init_rule: ClassVar[Literal["xavier", "normal"]] = "normal"
+
+    enhancers: int = 0
+    downsamplings: int = 4
+    blocks: int = 9
+    local_blocks: int = 3
+    features: bool = False
+    feature_channels: int = 3
+    nef: int = 16
+    encoder_downsamplings: int = 4
+    discriminator_layers: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("downsamplings", "nef", "encoder_downsamplings", "feature_channels"):
+            self._check_positive(name)
+        for name in ("enhancers", "blocks", "local_blocks"):
+            self._check_positive(name, 0)
+
+    @property
+    def size_step(self) -> int:
+        return int(2 ** (self.downsamplings + self.enhancers))
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.features
+
+    @property
+    def input_channels(self) -> int:
+        """Channels that the generator reads: semantics, and features where it takes them."""
+        return self.semantic_channels + (self.feature_channels if self.features else 0)
+
+
+PIX2PIXHD_CITYSCAPES = register_model(
+    "pix2pixhd_cityscapes",
+    "pix2pixHD for Cityscapes, global generator: 35 classes and instance edges, 512x1024",
+    Pix2pixHDPreset(
+        classes=35, image_size=(512, 1024), ngf=64, instance_edge=True,
+    ),
+)
+PIX2PIXHD_CITYSCAPES_FEATURES = register_model(
+    "pix2pixhd_cityscapes_features",
+    "pix2pixHD for Cityscapes, global generator with instance features, 512x1024",
+    replace(PIX2PIXHD_CITYSCAPES, features=True),
+)
+PIX2PIXHD_CITYSCAPES_1024 = register_model(
+    "pix2pixhd_cityscapes_1024",
+    "pix2pixHD for Cityscapes, local enhancer around the global generator, 1024x2048",
+    replace(
+        PIX2PIXHD_CITYSCAPES, image_size=(1024, 2048), ngf=32, enhancers=1, discriminator_scales=3,
+    ),
+)
+
 
 _STEM = 5  # layers that a striped stem stands for: padding, conv, norm, ReLU, halving conv
 _HEAD = 6  # and a striped head: doubling, norm, ReLU, padding, conv, tanh
@@ -276,11 +343,13 @@ class LocalEnhancer(_Generator):
             part.requires_grad_(not frozen or name.startswith(last))
         return self
 
+@network("generator", Pix2pixHDPreset)
 def pix2pixhd_generator(preset: Pix2pixHDPreset) -> GlobalGenerator | LocalEnhancer:
     """The generator of a preset: with local enhancers where it has some."""
     return LocalEnhancer(preset) if preset.enhancers else GlobalGenerator(preset)
 
 
+@network("encoder", Pix2pixHDPreset)
 class FeatureEncoder(nn.Module):
     """E: an image to features that are constant on every instance.
 
@@ -319,6 +388,7 @@ class FeatureEncoder(nn.Module):
         return instance_avg_pool2d(self.features(image), instances)
 
 
+@network("discriminator", Pix2pixHDPreset)
 class Pix2pixHDDiscriminator(nn.Module):
     """PatchGAN discriminators on halved copies of the input; the last scale's sees it whole.
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,11 +14,59 @@ from smis_kernels import SPADE, LabelLayout
 from ..networks.blocks import SPADEResBlock, check_maps, conv, fast_format
 from ..networks.encoder import StridedEncoder
 from ..networks.generator import WIDTHS, CodeGenerator
-from .presets import CodePreset, SPADEPreset
+from ..networks.preset import CodePreset
+from .registry import network, register_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPADEPreset(CodePreset):
+    """Options of one SPADE (Park et al., "Semantic Image Synthesis with
+    Spatially-Adaptive Normalization", CVPR 2019), as :class:`CodePreset` says.
+    """
+
+    upsamplings: ClassVar[Mapping[str, int]] = {"normal": 5, "more": 6, "most": 7}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.upsampling == "most":  # whose last block has ngf / 2 channels
+            self._check_positive("ngf", 2)
+
+
+SPADE_COCO = register_model(
+    "spade_coco", "SPADE for COCO-Stuff: 183 classes and instance edges, 256x256",
+    SPADEPreset(
+        classes=183, image_size=(256, 256), ngf=64, instance_edge=True, dont_care=182,
+    ),
+)
+SPADE_COCO_VAE = register_model(
+    "spade_coco_vae", "SPADE for COCO-Stuff with a latent code and its image encoder, 256x256",
+    replace(SPADE_COCO, vae=True),
+)
+SPADE_ADE20K = register_model(
+    "spade_ade20k", "SPADE for ADE20K: 151 classes, 256x256",
+    SPADEPreset(
+        classes=151, image_size=(256, 256), ngf=64, dont_care=150, unlabelled=0,
+    ),
+)
+SPADE_CITYSCAPES = register_model(
+    "spade_cityscapes", "SPADE for Cityscapes: 35 classes and instance edges, 256x512",
+    SPADEPreset(
+        classes=35, image_size=(256, 512), ngf=64, instance_edge=True, upsampling="more",
+    ),
+)
+# VSPADE, of GroupDNet's table: SPADE with its VAE, the schedule of one group everywhere. So read it
+# has 106,808,707 parameters, the table's 106.8 M.
+VSPADE = register_model(
+    "vspade_deepfashion",
+    "VSPADE for DeepFashion: SPADE with a latent code and its image encoder, 256x256",
+    SPADEPreset(classes=8, image_size=(256, 256), ngf=64, upsampling="more", vae=True),
+)
+
 
 _ENCODED = 256  # the encoder reads images of this height and width
 
 
+@network("generator", SPADEPreset)
 class SPADEGenerator(CodeGenerator):
     """SPADE's generator: a label map, and with ``vae`` a latent code, to an image.
 
@@ -65,6 +117,7 @@ class SPADEGenerator(CodeGenerator):
         return self._picture(x)
 
 
+@network("encoder", SPADEPreset)
 class SPADEEncoder(StridedEncoder):
     """SPADE's image encoder: mean and log variance of the latent code of a whole image.
 

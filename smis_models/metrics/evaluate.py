@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..benchmark.records import commit, versions
 from ..data import SceneClassifier, SceneDataset
 from ..io.images import read_labels, scene_name
+from ..io.provenance import commit, versions
 from ..synthesis.features import FeatureClusters
 from ..synthesis.scene import Layout, draw_input
 from .distance import Distance

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..families.presets import Preset
+from ..families import Preset
 from .lpips import file_hash
 
 Segmenter = Callable[[Tensor], Tensor]

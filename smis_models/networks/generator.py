@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from smis_kernels import LabelLayout
 from smis_kernels.layout.planner import prepare_map
 
-from ..families.presets import CodePreset, LatentPreset
 from .blocks import check_maps, conv
+from .preset import CodePreset, LatentPreset
 
 # The blocks in order, and the widths of their outputs in units of ngf.
 WIDTHS = {"head_0": 16, "G_middle_0": 16, "G_middle_1": 16,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smis_kernels import LabelLayout, instance_edges
 
-from ..families.presets import Preset
+from .preset import Preset
 
 UNKNOWN = 255  # what data sets write for pixels without a class
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, norm_act
-from smis_kernels.ops.label_conv.op import LabelConv2d
+from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.modulation.op import channel_moments
 from smis_kernels.runtime.backend import resolve
 

@@ -108,7 +108,7 @@ class HeldLayout:
             _refill(self._tables[key], table)
 
 
-def capture(call: Call, device: torch.device) -> Call:
+def capture(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """A replay of ``call`` from a CUDA graph; its result lies in memory that each replay reuses."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream(device)
@@ -118,10 +118,11 @@ def capture(call: Call, device: torch.device) -> Call:
                 call()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: allocations of other threads (a data loader's) do not break the capture
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = call()
 
-    def replay() -> Tensor:
+    def replay() -> Any:
         with torch.cuda.device(device):
             graph.replay()
         return out

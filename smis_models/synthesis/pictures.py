@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.sample import image_tensor
-from ..families.presets import Preset
+from ..families import Preset
 from ..io.images import PICTURE_SUFFIXES, read_labels, read_picture, scene_name
 from .scene import map_files
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from smis_kernels import use_backend
 
 from ..data.scenes import palette, sample_scene
-from ..families.presets import Pix2pixHDPreset, Preset
+from ..families import Pix2pixHDPreset, Preset
 from ..io.images import (
     PICTURE_SUFFIXES,
     SUFFIXES,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout
+from smis_kernels.accelerate.watch import Settings, Stamp
 from smis_kernels.layout.label_layout import TableCache
 
 from ..networks import semantics as label_maps
@@ -55,7 +56,8 @@ class Synthesizer:
     Raises:
         ValueError: labels out of range or of another shape, or ``cuda_graph`` for a model that is
             not on a GPU; the message names it.
-        RuntimeError: from any sample, once the model's weights have changed.
+        RuntimeError: from any sample, once the model's weights (by whatever means: their content is
+            looked at), hooks, parts or attributes have changed.
 
     Example:
         >>> s = Synthesizer(model, labels)
@@ -68,7 +70,8 @@ class Synthesizer:
                  instances: Tensor | None = None, *, cuda_graph: bool = False) -> None:
         self._source: nn.Module = getattr(model, "generator", model)
         self._preset = model.preset
-        self._stamp = self._weights()
+        self._stamp = Stamp(self._tensors())
+        self._settings = Settings(self._source, hooks=True)
         self._generator: Any = frozen_copy(self._source)
         self._layout = self._compile(labels, instances)
         self._layout.tables = TableCache()
@@ -85,9 +88,15 @@ class Synthesizer:
         self._loaded: LabelLayout | None = None  # the layout whose tables the graph holds
         self.z: Tensor | None = None
 
-    def _weights(self) -> tuple[tuple[int, int], ...]:
-        tensors = (*self._source.parameters(), *self._source.buffers())
-        return tuple((t.data_ptr(), t._version) for t in tensors)
+    def _tensors(self) -> list[Tensor]:
+        return [*self._source.parameters(), *self._source.buffers()]
+
+    def _check_source(self) -> None:
+        change = self._settings.change()
+        if change is None and not self._stamp.holds(self._tensors()):
+            change = "its weights have changed"
+        if change is not None:
+            raise RuntimeError(f"model: {change} since this Synthesizer was made; make a new one")
 
     def _compile(self, labels: Tensor | LabelLayout, instances: Tensor | None) -> LabelLayout:
         if isinstance(labels, LabelLayout):
@@ -109,10 +118,7 @@ class Synthesizer:
     @torch.no_grad()
     def sample(self, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
         """The picture (N, 3, H, W) of code ``z``, or of a fresh one; kept as the current code."""
-        if self._weights() != self._stamp:
-            raise RuntimeError(
-                "model: its weights have changed since this Synthesizer was made; make a new one"
-            )
+        self._check_source()
         self.z = self.code(seed) if z is None else z
         if self._record is not None:
             return self._replayed(self.z)

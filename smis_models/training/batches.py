@@ -17,7 +17,7 @@ from smis_kernels.runtime.backend import requested
 
 from ..data import Batch, Collate, Draw, Sample, SceneDataset
 from ..data.build import build_dataset
-from ..families.presets import Preset
+from ..families import Preset
 from .config import TrainConfig
 from .processes import Processes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.preprocess import Mode
-from ..families.presets import Pix2pixHDPreset, Preset
+from ..families import Pix2pixHDPreset, Preset
 
 PIXEL_MEANS = ("pixels", "classes")
 GAN_MODES = ("hinge", "ls", "original", "w")

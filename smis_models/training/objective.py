@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..families import CCFPSEPreset, Pix2pixHDPreset, SynthesisModel
 from ..families.ccfpse import discriminate_pairs, pyramid_matching_loss
-from ..families.presets import CCFPSEPreset, Pix2pixHDPreset
-from ..families.registry import SynthesisModel
 from ..networks.discriminator import discriminate
 from ..networks.encoder import reparameterize
 from ..networks.losses import (

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..families.registry import SynthesisModel
+from ..families import SynthesisModel
 from .config import OptimizerConfig, TrainConfig
 from .objective import generator_parts
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..families.presets import Preset
-from ..families.registry import create_model
+from ..families import Preset, create_model
 from .config import TrainConfig
 from .recipes import RECIPES
 

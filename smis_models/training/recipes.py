@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..families.presets import (
+from ..families import (
     ADE20K,
     BICYCLEGAN,
     CCFPSE_ADE20K,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Collate
+from ..families import SynthesisModel, create_model
 from ..families.pix2pixhd import LocalEnhancer
-from ..families.registry import SynthesisModel, create_model
 from ..io.checkpoint import read_checkpoint
 from ..networks.perceptual import load_perceptual_loss
 from .batches import MicroBatch, dataset, seed_of

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..families.presets import GroupDNetPreset
-from ..families.registry import SynthesisModel
+from ..families import GroupDNetPreset, SynthesisModel
 from .batches import MicroBatch
 
 _SMALLEST = 1e-2  # variance along a direction, of the largest: below it there is only noise

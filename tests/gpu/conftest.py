@@ -2,18 +2,18 @@
 
 Under Triton's interpreter (``python -m benchmarks.gpu --dry-run``) the same tests run on CPU
 tensors: Triton kernels interpreted, CUDA ones replaced by the CPU's C++. That proves the tests.
+SMIS_CUDA_EMULATED=1 runs the CUDA kernels themselves (tests/cuda_on_cpu).
 """
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
-from smis_kernels.runtime.backend import triton_interpreted
+from smis_kernels.runtime.backend import missing, triton_interpreted
+from smis_kernels.runtime.native import cuda_emulated
 
-REHEARSED = triton_interpreted()
+REHEARSED = triton_interpreted() or cuda_emulated()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,10 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         item.add_marker(pytest.mark.gpu)
         only = item.get_closest_marker("cuda_only") is not None
-        if REHEARSED and not only and importlib.util.find_spec("triton") is not None:
+        if REHEARSED and not only and missing("triton") is None:
             continue
         if REHEARSED:
-            item.add_marker(pytest.mark.skip(reason="rehearsal: needs a GPU"))
+            reason = missing("triton") or "rehearsal: needs a GPU"
+            item.add_marker(pytest.mark.skip(reason=reason))
         elif not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU; TRITON_INTERPRET=1 rehearses it"))
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases import CASES, HALF, OpCase, run
+from smis_kernels import instance_avg_pool2d, instance_mean_table
+from smis_kernels.ops.label_windows.op import number_windows
+from smis_kernels.runtime.backend import missing
+from smis_kernels.runtime.native import cuda_emulated
 from smis_kernels.testing import assert_as_accurate, poisoned_empty, with_layout
 
 LAYOUTS = ("contiguous", "channels_last", "sliced")
@@ -19,7 +23,10 @@ def _usable(case: OpCase, device: str, dtype: torch.dtype = torch.float32,
             layout: str = "channels_last") -> str:
     if dtype not in case.dtypes:
         pytest.skip(f"{case.name} takes no {dtype}")
-    if device == "cpu" and (dtype, layout) != (torch.float32, "channels_last"):
+    if cuda_emulated() and case.kind != "cuda":
+        pytest.skip("only CUDA kernels are emulated")
+    if (device == "cpu" and not cuda_emulated()
+            and (dtype, layout) != (torch.float32, "channels_last")):
         pytest.skip("rehearsed in float32, channels-last")
     problem = case.problem(device)
     if problem is not None:
@@ -83,8 +90,6 @@ def test_the_same_bits_in_every_run(case: OpCase, device: str) -> None:
                          ids=lambda case: case.name)
 def test_determinism_on_request(case: OpCase, device: str) -> None:
     backend = _usable(case, device)
-    if case.leaves == 0:
-        pytest.skip("only pooling has a deterministic form")
     floating, integer = case.inputs(device, torch.float32, "contiguous")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -92,3 +97,43 @@ def test_determinism_on_request(case: OpCase, device: str) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("channels", [3, 24])
+def test_large_instances_keep_their_digits(channels: int, layout: str, device: str) -> None:
+    """Sums of a million pixels in fp32 would lose an eighth of the digits."""
+    kind = "cuda" if device == "cuda" else "cpu"
+    if problem := missing(kind):
+        pytest.skip(problem)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn((1, channels, 1000, 1001), generator=generator) + 1
+    exact = image[0, :, 1:].double().mean((1, 2))
+    image = with_layout(image.to(device), layout)
+    ids = torch.zeros((1, 1000, 1001), dtype=torch.int32, device=device)
+    ids[0, :1] = 3
+    pooled = instance_avg_pool2d(image, ids, backend=kind)[0, :, -1, -1]
+    for found in (pooled, instance_mean_table(image, ids, backend=kind).mean[0]):
+        assert float(((found.double().cpu() - exact) / exact).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("value", [-7, 2**31])
+def test_an_id_out_of_range_is_named(value: int, device: str) -> None:
+    kind = "cuda" if device == "cuda" else "cpu"
+    if problem := missing(kind):
+        pytest.skip(problem)
+    ids = torch.tensor([[[3, value], [1, 1]]], device=device)
+    with pytest.raises(RuntimeError) as error:
+        instance_mean_table(torch.zeros((1, 1, 2, 2), device=device), ids, backend=kind)
+    assert str(error.value) == (f"instance_map: expected ids 0..2147483647, got {value}; "
+                                "renumber the instances first")
+
+
+@pytest.mark.parametrize("value", [0, -1, -(2**31)])
+def test_a_window_id_below_1_is_named(value: int, device: str) -> None:
+    kind = "cuda" if device == "cuda" else "cpu"
+    if problem := missing(kind):
+        pytest.skip(problem)
+    map = torch.tensor([[[1, value]]], device=device, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=f"map: expected ids from 1, got {value}; 0 stands"):
+        number_windows(map, 9, backend=kind)

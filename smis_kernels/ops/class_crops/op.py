@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import BackendError, requested, resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_range, check_tensor
@@ -83,12 +82,29 @@ class _ClassCrops(torch.autograd.Function):
         return class_crops_op(kind, image, semantics, boxes, height, width)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         semantics, boxes = ctx.saved_tensors
         height, width, channels_last, kind = ctx.settings
-        found = class_crops_backward(kind, grad, semantics, boxes, height, width, channels_last)
+        found = _ClassCropsGradient.apply(grad, semantics, boxes, height, width, channels_last,
+                                          kind)
         return found, None, None, None, None, None
+
+
+class _ClassCropsGradient(torch.autograd.Function):
+    """The crops are linear in the image: the gradient of their gradient is crops again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, semantics: Tensor, boxes: Tensor, height: int,
+                width: int, channels_last: bool, kind: str) -> Tensor:
+        ctx.save_for_backward(semantics, boxes)
+        ctx.settings = (grad.shape[2], grad.shape[3], kind)
+        return class_crops_backward(kind, grad, semantics, boxes, height, width, channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        semantics, boxes = ctx.saved_tensors
+        height, width, kind = ctx.settings
+        return (_ClassCrops.apply(grad, semantics, boxes, height, width, kind), *(None,) * 6)
 
 
 def _checked(image: Tensor, semantics: Tensor, num_classes: int, box: str) -> Tensor:

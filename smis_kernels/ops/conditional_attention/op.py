@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, autocast_enabled, check_device, check_shape, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, memory_format
@@ -50,10 +50,14 @@ class _ConditionalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, logits = ctx.saved_tensors
         negative_slope, kind = ctx.settings
+        if torch.is_grad_enabled():
+            def gated(x: Tensor, s: Tensor) -> Tensor:
+                return reference.conditional_attention(x, s, negative_slope)
+
+            return (*recorded_gradients(gated, (input, logits), (grad,)), None, None)
         return (*_backward(kind, grad, input, logits, negative_slope), None, None)
 
 
@@ -70,7 +74,7 @@ def conditional_attention(input: Tensor, logits: Tensor, *, negative_slope: floa
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        (N, C, H, W) in the input's dtype and memory format; differentiable once in both.
+        (N, C, H, W) in the input's dtype and memory format; differentiable twice in both.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...runtime.tensors import memory_format
-from ...runtime.triton_support import CompileCase, acc_type, on_device
+from ...runtime.triton_support import CompileCase, acc_type, meta, narrowed, on_device
 
 BLOCK = 1024
 # SLOPE is a constant of the kernel: as an argument it would be rounded to float32
@@ -28,7 +30,7 @@ def attention_kernel(X, S, Y, count, SLOPE: tl.constexpr, ACC: tl.constexpr,
     mask = i < count
     x, s = tl.load(X + i, mask=mask).to(ACC), tl.load(S + i, mask=mask).to(ACC)
     z = x * _gate(s)
-    tl.store(Y + i, tl.where(z > 0, z, z * SLOPE).to(Y.dtype.element_ty), mask=mask)
+    tl.store(Y + i, narrowed(tl.where(z > 0, z, z * SLOPE), Y), mask=mask)
 
 
 @triton.jit
@@ -39,8 +41,8 @@ def attention_backward_kernel(G, X, S, DX, DS, count, SLOPE: tl.constexpr, ACC: 
     dy, x = tl.load(G + i, mask=mask).to(ACC), tl.load(X + i, mask=mask).to(ACC)
     s = tl.load(S + i, mask=mask).to(ACC)
     dx = tl.where(x > 0, dy, dy * SLOPE) * _gate(s)
-    tl.store(DX + i, dx.to(DX.dtype.element_ty), mask=mask)
-    tl.store(DS + i, (dx * x * _gate(-s)).to(DS.dtype.element_ty), mask=mask)
+    tl.store(DX + i, narrowed(dx, DX), mask=mask)
+    tl.store(DS + i, narrowed(dx * x * _gate(-s), DS), mask=mask)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -72,14 +74,10 @@ def conditional_attention_backward(grad: Tensor, input: Tensor, logits: Tensor,
 
 def _compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
-    for kind, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
-        common = {"count": "i64:16"}
-        constexprs: dict[str, object] = {"SLOPE": 0.2, "ACC": acc, "BLOCK": BLOCK}
-        cases.append((f"attention_{kind}", attention_kernel,
-                      {**dict.fromkeys(("X", "S", "Y"), f"*{kind}"), **common}, constexprs, 4))
-        cases.append((f"attention_backward_{kind}", attention_backward_kernel,
-                      {**dict.fromkeys(("G", "X", "S", "DX", "DS"), f"*{kind}"), **common},
-                      constexprs, 4))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x, name = meta(2, 64, 64, 64, dtype=dtype), str(dtype).removeprefix("torch.")
+        cases += [CompileCase(name, partial(conditional_attention, x, x, 0.2)),
+                  CompileCase(name, partial(conditional_attention_backward, x, x, x, 0.2))]
     return cases
 
 

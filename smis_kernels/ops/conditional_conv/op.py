@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, autocast_as_conv, check_device, check_shape, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, memory_format
@@ -60,9 +60,17 @@ class _ConditionalConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         need_input, need_condition, need_weight, need_bias = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            given = [t for t in ctx.saved_tensors if t is not None]
+
+            def conv(x: Tensor, condition: Tensor, weight: Tensor,
+                     bias: Tensor | None = None) -> Tensor:
+                return reference.conditional_conv2d(x, condition, weight, bias)
+
+            gradients = recorded_gradients(conv, given, (grad,))
+            return (*gradients, *(None,) * (5 - len(gradients)))
         need_weight = need_weight or need_bias
         needs = (need_input, need_condition, need_weight, need_bias)
         found = _backward(ctx.kind, grad, *ctx.saved_tensors, need_input, need_condition,
@@ -87,7 +95,7 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        (N, C, H, W) in the input's dtype and memory format; differentiable once in all four.
+        (N, C, H, W) in the input's dtype and memory format; differentiable twice in all four.
         The native kernels predict with F(2x2, 3x3) Winograd sums, as accurate in fp32 as direct
         ones; 16-bit inputs are summed in fp32.
 

@@ -8,6 +8,7 @@ one program in a fixed order; no atomics.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.tensors import acc_dtype, empty_nchw
-from ...runtime.triton_support import CompileCase, acc_type, on_device, product_precision
+from ...runtime.triton_support import (
+    CompileCase,
+    acc_type,
+    batch_grids,
+    meta,
+    narrowed,
+    on_device,
+    product,
+    product_precision,
+)
 from ...runtime.tuned import Setting, setting
 
 
@@ -31,6 +41,9 @@ USUAL = {
     "condition_gradient": {2: _tile(64, 64, 32), 4: _tile(64, 32, 32), 8: _tile(32, 32, 16)},
     "weight_gradient": {2: _tile(64, 64, 32), 4: _tile(32, 32, 16), 8: _tile(32, 32, 16)},
 }
+
+# Channels and strides keep what their divisibility tells: loads along channels are joined by it.
+UNSPECIALISED = ("first", "N", "H")
 
 
 @triton.jit
@@ -58,20 +71,20 @@ def _predict(COND, WEIGHT, BIAS, n, c, y, x, H, W, C, D, hn, hc, hy, hx, k, ok,
         h = _load(COND, n, d, y + t // 3 - 1, x + t % 3 - 1, H, W, D, hn, hc, hy, hx, ok)
         w = tl.load(WEIGHT + ((k * 9 + t) * D + d)[:, None].to(tl.int64) * C + c[None, :],
                     mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
-        kernels = tl.dot(h, w, kernels, input_precision=PRECISION, out_dtype=ACC)
+        kernels = product(h, w, kernels, PRECISION, ACC)
     return kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def conditional_conv_kernel(
-    X, COND, WEIGHT, BIAS, Y, H, W, C, D, xn, xc, xy, xx, hn, hc, hy, hx, yn, yc, yy, yx,
+    X, COND, WEIGHT, BIAS, Y, first, H, W, C, D, xn, xc, xy, xx, hn, hc, hy, hx, yn, yc, yy, yx,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
     BIASED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """y(p) = sum of w_k(p) x(p + k); TRANSPOSED: y(p) = sum of w_k(p - k) x(p - k)."""
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(2).to(tl.int64) + first
     y, x, ok = p // W, p % W, p < H * W
     total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for k in range(9):
@@ -85,19 +98,19 @@ def conditional_conv_kernel(
                            BLOCK_P, BLOCK_C, BLOCK_D, ACC, BIASED, PRECISION)
         total += kernels * _load(X, n, c, ys, xs, H, W, C, xn, xc, xy, xx, ok).to(ACC)
     offset = (n * yn + y * yy + x * yx)[:, None] + c[None, :] * yc
-    tl.store(Y + offset, total.to(Y.dtype.element_ty), mask=ok[:, None] & (c < C)[None, :])
+    tl.store(Y + offset, narrowed(total, Y), mask=ok[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def condition_gradient_kernel(
-    G, X, WEIGHT, OUT, H, W, C, D, gn, gc, gy, gx, xn, xc, xy, xx, on, oc, oy, ox,
+    G, X, WEIGHT, OUT, first, H, W, C, D, gn, gc, gy, gx, xn, xc, xy, xx, on, oc, oy, ox,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dh(q) = sum over t, k of W_kt^T (dy(q - t) x(q - t + k))."""
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(2).to(tl.int64) + first
     y, x, ok = p // W, p % W, p < H * W
     total = tl.zeros((BLOCK_P, BLOCK_D), ACC)
     for t in range(9):
@@ -110,13 +123,12 @@ def condition_gradient_kernel(
                                ok).to(ACC)
                 w = tl.load(WEIGHT + ((k * 9 + t) * D + d)[None, :] * C + c[:, None],
                             mask=(c < C)[:, None] & (d < D)[None, :], other=0.0)
-                total = tl.dot((grad * source).to(w.dtype), w, total, input_precision=PRECISION,
-                               out_dtype=ACC)
+                total = product(narrowed(grad * source, WEIGHT), w, total, PRECISION, ACC)
     offset = (n * on + y * oy + x * ox)[:, None] + d[None, :] * oc
-    tl.store(OUT + offset, total.to(OUT.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+    tl.store(OUT + offset, narrowed(total, OUT), mask=ok[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def weight_gradient_kernel(
     G, X, COND, DW, DB, N, H, W, C, D, gn, gc, gy, gx, xn, xc, xy, xx, hn, hc, hy, hx,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -134,11 +146,10 @@ def weight_gradient_kernel(
             y, x, ok = p // W, p % W, p < H * W
             grad = _load(G, n, c, y, x, H, W, C, gn, gc, gy, gx, ok).to(ACC)
             source = _load(X, n, c, y + k // 3 - 1, x + k % 3 - 1, H, W, C, xn, xc, xy, xx, ok)
-            product = grad * source.to(ACC)
-            bias += tl.sum(product, 0)
+            both = grad * source.to(ACC)
+            bias += tl.sum(both, 0)
             h = _load(COND, n, d, y + t // 3 - 1, x + t % 3 - 1, H, W, D, hn, hc, hy, hx, ok)
-            total = tl.dot(tl.trans(h), product.to(h.dtype), total, input_precision=PRECISION,
-                           out_dtype=ACC)
+            total = product(tl.trans(h), narrowed(both, COND), total, PRECISION, ACC)
     offset = ((k * 9 + t) * D + d)[:, None] * C + c[None, :]
     tl.store(DW + offset, total, mask=(d < D)[:, None] & (c < C)[None, :])
     if (t == 0) & (tl.program_id(1) == 0):
@@ -172,12 +183,13 @@ def _apply(x: Tensor, condition: Tensor, packed: Tensor, bias: Tensor | None, li
     n, c, h, w = x.shape
     out = empty_nchw((n, c, h, w), like)
     settings = _settings("conditional_conv", x)
-    grid = (triton.cdiv(h * w, settings["BLOCK_P"]), triton.cdiv(c, settings["BLOCK_C"]), n)
+    tiles = triton.cdiv(h * w, settings["BLOCK_P"]), triton.cdiv(c, settings["BLOCK_C"])
     with on_device(x):
-        conditional_conv_kernel[grid](
-            x, condition, packed, packed if bias is None else bias, out, h, w, c,
-            condition.shape[1], *x.stride(), *condition.stride(), *out.stride(),
-            BIASED=bias is not None, TRANSPOSED=transposed, **settings)
+        for first, grid in batch_grids(*tiles, n):
+            conditional_conv_kernel[grid](
+                x, condition, packed, packed if bias is None else bias, out, first, h, w, c,
+                condition.shape[1], *x.stride(), *condition.stride(), *out.stride(),
+                BIASED=bias is not None, TRANSPOSED=transposed, **settings)
     return out
 
 
@@ -211,11 +223,11 @@ def conditional_conv_backward(
         if need_condition:
             dcondition = empty_nchw(tuple(condition.shape), condition)
             settings = _settings("condition_gradient", input)
-            grid = (triton.cdiv(h * w, settings["BLOCK_P"]),
-                    triton.cdiv(depth, settings["BLOCK_D"]), n)
-            condition_gradient_kernel[grid](
-                grad, input, packed, dcondition, h, w, c, depth, *grad.stride(), *input.stride(),
-                *dcondition.stride(), **settings)
+            tiles = triton.cdiv(h * w, settings["BLOCK_P"]), triton.cdiv(depth, settings["BLOCK_D"])
+            for first, grid in batch_grids(*tiles, n):
+                condition_gradient_kernel[grid](
+                    grad, input, packed, dcondition, first, h, w, c, depth, *grad.stride(),
+                    *input.stride(), *dcondition.stride(), **settings)
         if need_weight:
             sums = input.new_empty(packed.shape, dtype=acc_dtype(input))
             bias_sums = input.new_empty(9 * c, dtype=acc_dtype(input))
@@ -231,38 +243,17 @@ def conditional_conv_backward(
 
 def _compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
-    sizes = dict.fromkeys(("H", "W", "C", "D"), "i32:16")
-
-    def strides(*names: str) -> dict[str, str]:
-        return {f"{name}{axis}": "i64:16" for name in names for axis in "ncyx"}
-
-    def last(*names: str) -> dict[str, object]:  # channels-last: the channels' stride is 1
-        return {f"{name}c": 1 for name in names}
-
-    for kind, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
-        pointer = f"*{kind}"
-        common = {"ACC": tl.float64 if size == 8 else tl.float32,
-                  "PRECISION": "tf32x3" if size == 4 else "ieee"}
-        sums = "*fp64" if size == 8 else "*fp32"
-
-        def case(name: str, kernel: triton.JITFunction, types: dict[str, str], operands: str,
-                 suffix: str = "", **constants: object) -> CompileCase:
-            usual = USUAL[name][size]  # noqa: B023
-            fixed = {**common, **_blocks(usual), **last(*operands), **constants}  # noqa: B023
-            return (f"{name}{suffix}_{kind}", kernel, {  # noqa: B023
-                **types, **sizes, **strides(*operands)}, fixed, usual["warps"])
-
-        for transposed in (False, True):
-            cases.append(case(
-                "conditional_conv", conditional_conv_kernel,
-                dict.fromkeys(("X", "COND", "WEIGHT", "BIAS", "Y"), pointer), "xhy",
-                "_transposed" * transposed, BIASED=True, TRANSPOSED=transposed))
+    products = {torch.float32: "tf32", torch.bfloat16: "bf16", torch.float16: "f16",
+                torch.float64: "f64"}
+    for dtype, operands in products.items():
+        x, condition = (meta(2, c, 64, 64, dtype=dtype, rows=True) for c in (128, 64))
+        weight, bias = meta(9 * 128, 64, 3, 3, dtype=dtype), meta(9 * 128, dtype=dtype)
+        name = str(dtype).removeprefix("torch.")
         cases += [
-            case("condition_gradient", condition_gradient_kernel,
-                 dict.fromkeys(("G", "X", "WEIGHT", "OUT"), pointer), "gxo"),
-            case("weight_gradient", weight_gradient_kernel,
-                 {**dict.fromkeys(("G", "X", "COND"), pointer), "DW": sums, "DB": sums,
-                  "N": "i32"}, "gxh"),
+            CompileCase(name, partial(conditional_conv, x, condition, weight, bias), operands),
+            CompileCase(f"{name} backward", partial(
+                conditional_conv_backward, x, x, condition, weight, bias, True, True, True),
+                operands),
         ]
     return cases
 

@@ -6,20 +6,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import check_device, check_shape, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
 from ..modulation.op import (
     Options,
+    activated,
     activation_slope,
     check_input,
     check_running_pair,
     input_gradient,
+    normalized,
     output_shape,
     statistics,
 )
@@ -90,10 +93,26 @@ class _IndexedModulation(torch.autograd.Function):
         return out, out_s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_s: Tensor) -> tuple[Any, ...]:
         input, index, table, table_s, mean, rstd, mean_s, rstd_s, out, out_s = ctx.saved_tensors
         reduction, slope, slope_s, options, kind, pair = ctx.settings
+        if torch.is_grad_enabled():
+            grads = [activated(grad, out, slope), activated(grad_s, out_s, slope_s)]
+
+            def modulated(x: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+                if options.upsample:
+                    x = F.interpolate(x, scale_factor=2, mode="nearest")
+                means = (mean, mean if mean_s is None else mean_s)
+                rstds = (rstd, rstd if rstd_s is None else rstd_s)
+                outputs = []
+                for m, r, rows in zip(means, rstds, tables, strict=False):
+                    gamma, beta = (t.to(x.dtype) for t in reference.gamma_beta(index, rows))
+                    outputs.append(normalized(x, m, r, reduction, options) * (1 + gamma) + beta)
+                return tuple(outputs)
+
+            tables = (table, table_s) if pair else (table,)
+            found = recorded_gradients(modulated, (input, *tables), grads[: len(tables)])
+            return (*found, *(None,) * (13 - len(found)))
         partial, dtable, dtable_s, sums = _backward(
             kind, grad, grad if out is None else out, input, mean, rstd, index, table,
             grad_s if pair else None, (grad_s if out_s is None else out_s) if pair else None,

@@ -6,6 +6,8 @@ neighbours in a tile read neighbours in the table.
 
 from __future__ import annotations
 
+from functools import partial as bind
+
 import torch
 import triton
 import triton.language as tl
@@ -13,25 +15,26 @@ from torch import Tensor
 
 from ...runtime.tensors import acc_dtype, empty_nchw, is_channels_last
 from ...runtime.triton_support import (
+    SIZES,
     CompileCase,
-    acc_type,
-    case_blocks,
     check_plane,
     dense,
-    launch_setting,
+    meta,
     on_device,
-    signature,
-    strides,
-    tile_grid,
     tile_sizes,
+    tiling,
 )
 from ..modulation.triton import (
     APPLY,
     BACKWARD,
+    BACKWARD_PLANES,
+    SUMMED_CHANNELS,
     activate,
     activation_gradient,
     load_tile,
-    normalize,
+    per_image,
+    sizes,
+    statistic,
     store_sums,
     store_tile,
     tile_at,
@@ -48,54 +51,56 @@ def _gather(table, row, c, C, U, mask, ROWS: tl.constexpr, ACC: tl.constexpr):
     return tl.load(table + c[:, None] * U + row[None, :], mask=mask, other=0.0).to(ACC)
 
 
-@triton.jit
-def _modulate(hat, table, row, c, C, U, mask, SLOPE: tl.constexpr, ROWS: tl.constexpr,
-              ACC: tl.constexpr):
-    gamma = _gather(table, row, c, C, U, mask, ROWS, ACC)
-    beta = _gather(table, row, c + C, C, U, mask, ROWS, ACC)
-    return activate(hat * (1.0 + gamma) + beta, SLOPE)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def indexed_apply_kernel(
-    x, x_n, x_s, mean, rstd, stat_n, table, out, mean2, rstd2, table2, out2, index,
-    C, U, W, P,
+    x, x_n, x_s, mean, rstd, per_image, table, out, mean2, rstd2, table2, out2, index,
+    C, P, U, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
+    C, P = sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
     if UPSAMPLE:
         source = (p // W // 2) * (W // 2) + (p % W) // 2
     else:
         source = p
     row = tl.load(index + n * P + p, mask=p < P, other=0).to(tl.int64)
-    value = load_tile(x, n, x_n, c, source, x_s, mask, ROWS, ACC)
-    hat, _ = normalize(value, mean, rstd, n, stat_n, c, C)
-    y = _modulate(hat, table, row, c, C, U, mask, SLOPE, ROWS, ACC)
+    value = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+    m = statistic(mean, n, per_image, c, C)
+    r = statistic(rstd, n, per_image, c, C)
+    g = _gather(table, row, c, C, U, mask, ROWS, ACC)
+    b = _gather(table, row, c + C, C, U, mask, ROWS, ACC)
+    if PAIR:
+        m2 = statistic(mean2, n, per_image, c, C)
+        r2 = statistic(rstd2, n, per_image, c, C)
+        g2 = _gather(table2, row, c, C, U, mask, ROWS, ACC)
+        b2 = _gather(table2, row, c + C, C, U, mask, ROWS, ACC)
+    y = activate((value - m) * r * (1.0 + g) + b, SLOPE)
     store_tile(out, y, n, c, p, C, P, mask, ROWS)
     if PAIR:
-        hat2, _ = normalize(value, mean2, rstd2, n, stat_n, c, C)
-        y2 = _modulate(hat2, table2, row, c, C, U, mask, SLOPE2, ROWS, ACC)
+        y2 = activate((value - m2) * r2 * (1.0 + g2) + b2, SLOPE2)
         store_tile(out2, y2, n, c, p, C, P, mask, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def indexed_backward_kernel(
-    x, x_n, x_s, mean, rstd, stat_n, grad, grad_n, grad_s, out, out_n, out_s, table,
+    x, x_n, x_s, mean, rstd, per_image, grad, grad_n, grad_s, out, out_n, out_s, table,
     mean2, rstd2, grad2, grad2_n, grad2_s, out2, out2_n, out2_s, table2, index,
-    dx, partial, partial_s,
-    C, U, W, P,
+    dx, partial, partial_s, C, P, U, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-    hat, r = normalize(value, mean, rstd, n, stat_n, c, C)
+    C, P = sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    r = statistic(rstd, n, per_image, c, C)
+    hat = (value - statistic(mean, n, per_image, c, C)) * r
     if PAIR:
-        _, r2 = normalize(value, mean2, rstd2, n, stat_n, c, C)
+        r2 = statistic(rstd2, n, per_image, c, C)
     total = tl.zeros_like(hat)
     for q in tl.static_range(4 if UPSAMPLE else 1):
         if UPSAMPLE:
@@ -106,47 +111,49 @@ def indexed_backward_kernel(
             pixels = P
         row = tl.load(index + n * pixels + wide, mask=p < P, other=0).to(tl.int64)
         dz = activation_gradient(
-            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, ROWS, ACC
+            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, ROWS, ACC
         )
         total += r * dz * (1.0 + _gather(table, row, c, C, U, mask, ROWS, ACC))
         if PAIR:
             dz = activation_gradient(
-                grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, ROWS, ACC
+                grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, UNIT,
+                ROWS, ACC,
             )
             total += r2 * dz * (1.0 + _gather(table2, row, c, C, U, mask, ROWS, ACC))
     store_tile(dx, total, n, c, p, C, P, mask, ROWS)
     if SUMS:
-        store_sums(total, hat, partial, partial_s, n, c, C, mask)
+        store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def table_gradient_kernel(
-    x, x_n, x_s, mean, rstd, stat_n, grad, grad_n, grad_s, out, out_n, out_s, order, pieces,
-    partial, C, W, P,
-    SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, x_n, x_s, mean, rstd, per_image, grad, grad_n, grad_s, out, out_n, out_s, order, pieces,
+    partial, C, P, W, pixels,
+    SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # pixels of a piece read one row of the table; p counts output pixels, W is the output's width
+    C, _ = sizes(C, P, UNIT, ROWS)
     piece = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, last = tl.load(pieces + piece), tl.load(pieces + piece + 1)
+    start, last = tl.load(pieces + piece), tl.load(pieces + piece + 1)
     dgamma = tl.zeros((BLOCK_C, BLOCK_P), ACC)
     dbeta = tl.zeros((BLOCK_C, BLOCK_P), ACC)
-    for start in range(first, last, BLOCK_P):
-        i = start + tl.arange(0, BLOCK_P)
+    for at in range(start, last, BLOCK_P):
+        i = at + tl.arange(0, BLOCK_P)
         mask = (c < C)[:, None] & (i < last)[None, :]
         pixel = tl.load(order + i, mask=i < last, other=0)
-        n, p = (pixel // P)[None, :], pixel % P
+        n, p = (pixel // pixels)[None, :], pixel % pixels
         if UPSAMPLE:
             source = (p // W // 2) * (W // 2) + (p % W) // 2
         else:
             source = p
-        statistic = n * stat_n + c[:, None]  # the pixels may belong to several images
-        hat = load_tile(x, n, x_n, c, source, x_s, mask, ROWS, ACC)
-        hat -= tl.load(mean + statistic, mask=mask, other=0.0)
-        hat *= tl.load(rstd + statistic, mask=mask, other=0.0)
+        channel = n * C * per_image + c[:, None]  # the pixels may belong to several images
+        hat = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+        hat -= tl.load(mean + channel, mask=mask, other=0.0)
+        hat *= tl.load(rstd + channel, mask=mask, other=0.0)
         dz = activation_gradient(
-            grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE, ROWS, ACC
+            grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE, UNIT, ROWS, ACC
         )
         dgamma += dz * hat
         dbeta += dz
@@ -165,21 +172,19 @@ def indexed_modulation_apply(
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
     rows, up, pair = is_channels_last(input), 2 if upsample else 1, table_s is not None
-    x, t = dense(input, rows), _laid_out(table, rows)
+    x, t, index = dense(input, rows), _laid_out(table, rows), index.contiguous()
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
-    pixels = h * w * up * up
-    chosen = launch_setting("indexed_apply", x, rows, APPLY)
-    blocks = tile_sizes(c, pixels, rows, chosen["tile"])
+    t2 = t if table_s is None else _laid_out(table_s, rows)
+    tiles = tiling("indexed_apply", APPLY, h * w * up * up, rows, x)
     with on_device(x):
-        indexed_apply_kernel[tile_grid(n, c, pixels, blocks)](
-            x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0, t, out,
-            mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
-            t if table_s is None else _laid_out(table_s, rows), out2 if pair else out,
-            index.contiguous(), c, table.shape[0], w * up, pixels,
-            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, ROWS=rows, ACC=acc_type(x),
-            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
-        )
+        for first, grid in tiles.grids():
+            indexed_apply_kernel[grid](
+                x, *tiles.strides(x), mean, rstd, per_image(mean), t, out,
+                mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s, t2,
+                out2 if pair else out, index, *tiles.sizes, table.shape[0], w * up, first,
+                SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, **tiles.constants,
+            )
     return out, out2
 
 
@@ -202,13 +207,13 @@ def _table_gradients(
     )
     results = []
     for grad, output, mean, rstd, slope in branches:
+        t = tiling("table_gradient", APPLY, x.shape[2] * x.shape[3], rows, x, grad, output)
+        t.constants.update(BLOCK_C=block_c, BLOCK_P=block_p)
         with on_device(x):
             table_gradient_kernel[(len(partial), triton.cdiv(channels, block_c))](
-                x, *strides(x, rows), mean, rstd, channels if mean.shape[0] > 1 else 0,
-                grad, *strides(grad, rows), output, *strides(output, rows), order, pieces,
-                partial, channels, width, pixels,
-                SLOPE=slope, UPSAMPLE=upsample, ROWS=rows, ACC=acc_type(x), BLOCK_C=block_c,
-                BLOCK_P=block_p, num_warps=4,
+                x, *t.strides(x), mean, rstd, per_image(mean), grad, *t.strides(grad),
+                output, *t.strides(output), order, pieces, partial, *t.sizes, width, pixels,
+                SLOPE=slope, UPSAMPLE=upsample, **t.constants,
             )
         results.append(segment_sum(partial, None, torch.searchsorted(pieces, bounds)))
     return results
@@ -231,50 +236,46 @@ def indexed_modulation_backward(
     mean2, rstd2 = mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s
     dx = empty_nchw((n, c, h, w), input)
     check_plane(index[0].numel())
-    chosen = launch_setting("indexed_backward", x, rows, BACKWARD)
-    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
-    grid = tile_grid(n, c, h * w, blocks)
-    partial = torch.empty((2, n, c, grid[0]) if sums else (0,), dtype=acc_dtype(x), device=x.device)
+    tiles = tiling("indexed_backward", BACKWARD if rows else BACKWARD_PLANES, h * w, rows,
+                   x, dy, y, dy2, y2, widest=SUMMED_CHANNELS)
+    partial = tiles.partial_sums(x, sums)
     with on_device(x):
-        indexed_backward_kernel[grid](
-            x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
-            dy, *strides(dy, rows), y, *strides(y, rows), t, mean2, rstd2,
-            dy2, *strides(dy2, rows), y2, *strides(y2, rows), t2, index,
-            dx, partial, partial.numel() // 2, c, table.shape[0], w, h * w,
-            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums, ROWS=rows,
-            ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
-        )
+        for first, grid in tiles.grids():
+            indexed_backward_kernel[grid](
+                x, *tiles.strides(x), mean, rstd, per_image(mean),
+                dy, *tiles.strides(dy), y, *tiles.strides(y), t, mean2, rstd2,
+                dy2, *tiles.strides(dy2), y2, *tiles.strides(y2), t2, index,
+                dx, partial, partial.numel() // 2, *tiles.sizes, table.shape[0], w, first,
+                SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums,
+                **tiles.constants,
+            )
     branches = [(dy, y, mean, rstd, slope), (dy2, y2, mean2, rstd2, slope_s)]
     tables = _table_gradients(
         branches if pair else branches[:1], x, index, table.shape[0], rows, upsample
     )
     absent = torch.empty(0, dtype=acc_dtype(x), device=x.device)
-    return dx, tables[0], tables[1] if pair else absent, partial.sum(3) if sums else partial
+    return dx, tables[0], tables[1] if pair else absent, tiles.total(partial)
 
 
 def _compile_cases() -> list[CompileCase]:
-    """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
-    others = dict.fromkeys(("mean", "rstd", "mean2", "rstd2", "partial"), "*fp32") | {
-        "index": "*i32", "order": "*i64", "pieces": "*i64", "U": "i32:16"}
     cases: list[CompileCase] = []
-    for element, rows in (("fp32", False), ("bf16", False), ("fp32", True), ("bf16", True)):
-        common: dict[str, object] = {"ACC": tl.float32, **case_blocks(rows, APPLY["tile"])}
-        layout = "channels_last" if rows else "contiguous"
+    single, low = torch.float32, torch.bfloat16
+    for dtype, rows, c in ((single, False, 256), (low, False, 256), (single, True, 256),
+                           (low, True, 256), (low, True, 280)):
         for upsample, pair in ((False, False), (True, True)):
-            branch: dict[str, object] = {**common, "SLOPE": 0.2, "UPSAMPLE": upsample}
-            both = {**branch, "SLOPE2": 1.0, "PAIR": pair}
-            piece = branch if rows else {
-                **branch, "BLOCK_C": APPLY["tile"] // PIECE, "BLOCK_P": PIECE}
-            suffix = f"{element} {layout}" + (" upsample" if upsample else "") + (
-                " pair" if pair else "")
+            up = 2 if upsample else 1
+            x = meta(2, c, 64, 64, dtype=dtype, rows=rows)
+            y = meta(2, c, 64 * up, 64 * up, dtype=dtype, rows=rows)
+            m, index = meta(2, c), meta(2, 64 * up, 64 * up, dtype=torch.int32)
+            table = meta(1001, 2 * c)
+            name = (f"{str(dtype).removeprefix('torch.')} {'rows' if rows else 'planes'} C={c}"
+                    + " upsample pair" * pair)
+            m2, table2, y2 = (m, table, y) if pair else (None, None, None)
             cases += [
-                (f"{name} {suffix}", kernel, signature(kernel, element, others), constants, warps)
-                for name, kernel, constants, warps in (
-                    ("indexed_apply", indexed_apply_kernel, both, 4),
-                    ("indexed_backward", indexed_backward_kernel, {**both, "SUMS": True},
-                     BACKWARD["warps"]),
-                    ("table_gradient", table_gradient_kernel, piece, 4),
-                )
+                CompileCase(name, bind(indexed_modulation_apply, x, m, m, index, table, m2, m2,
+                                       table2, 0.2, 1.0, upsample)),
+                CompileCase(name, bind(indexed_modulation_backward, y, y, x, m, m, index, table,
+                                       y2, y2, m2, m2, table2, 0.2, 1.0, upsample, True)),
             ]
     return cases
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_tensor
@@ -50,28 +49,58 @@ instance_means_op = RawOp(
 )
 
 
-def _pooled_by_sorting(input: Tensor, instance_map: Tensor) -> Tensor:
-    """The same by torch's own calls in a fixed order, without waiting for a GPU."""
-    n, c, h, w = input.shape
-    images, ids = torch.arange(n, device=input.device).view(n, 1, 1), instance_map.long()
+def _means_in_order(input: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted keys (image, id) of the pixels, the segment of each pixel, and the segments' means.
+
+    By torch's own calls in a fixed order and in fp64, without waiting for a GPU. The means have a
+    row for each pixel, of which those of no segment are NaN.
+    """
+    n, c, _, _ = input.shape
+    images = torch.arange(n, device=input.device).view(n, 1, 1)
     keys, order = (images << 32 | ids).flatten().sort(stable=True)
     segment = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).long()]).cumsum(0)
     index = torch.empty_like(order).scatter_(0, order, segment)
-    rows = input.permute(0, 2, 3, 1).reshape(-1, c).to(acc_dtype(input))
+    rows = input.permute(0, 2, 3, 1).reshape(-1, c).double()
     ones = torch.ones_like(rows[:, :1])
     sums = torch.zeros_like(rows).index_put_((index,), rows, accumulate=True)
     count = torch.zeros_like(ones).index_put_((index,), ones, accumulate=True)
+    return keys, index, sums / count
+
+
+def _table_by_sorting(input: Tensor, instance_map: Tensor) -> tuple[Tensor, ...]:
+    """The table in a fixed order of sums; it waits for a GPU, as the table does."""
+    keys, _, means = _means_in_order(input, _checked_ids(instance_map))
+    found, area = keys.unique_consecutive(return_counts=True)
+    return found >> 32, found & MAX_ID, means[: len(found)].to(acc_dtype(input)), area
+
+
+def _pooled_by_sorting(input: Tensor, instance_map: Tensor) -> Tensor:
+    """The pooling in a fixed order of sums."""
+    n, c, h, w = input.shape
+    ids = instance_map.long()
+    _, index, means = _means_in_order(input, ids)
     out = empty_nchw((n, c, h, w), input)
-    pooled = (sums / count)[index].view(n, h, w, c).permute(0, 3, 1, 2)
+    pooled = means[index].view(n, h, w, c).permute(0, 3, 1, 2)
     valid = (ids >= 0) & (ids <= MAX_ID)
     return out.copy_(torch.where(valid.unsqueeze(1), pooled, torch.nan))
 
 
+def _by_sorting(kind: str) -> bool:
+    """Whether a fixed order of sums is asked for; the CPU's kernel has one."""
+    return kind == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
 def _pool(kind: str, input: Tensor, instance_map: Tensor) -> Tensor:
-    if kind == "cuda" and torch.are_deterministic_algorithms_enabled():
+    if _by_sorting(kind):
         return _pooled_by_sorting(input, instance_map)
     out: Tensor = instance_pool_op(kind, input, instance_map)
     return out
+
+
+def _record(op: str, kind: str, input: Tensor) -> None:
+    ordered = _by_sorting(kind)
+    record(op, kind, input, path="sorted" if ordered else "",
+           reason="deterministic algorithms are asked for" if ordered else "")
 
 
 class _InstancePool(torch.autograd.Function):
@@ -82,11 +111,10 @@ class _InstancePool(torch.autograd.Function):
         return _pool(kind, input, instance_map)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # The pooling matrix is symmetric: the gradient is pooled as the input was.
         (instance_map,) = ctx.saved_tensors
-        return _pool(ctx.kind, grad, instance_map), None, None
+        return _InstancePool.apply(grad, instance_map, ctx.kind), None, None
 
 
 def _checked(input: Tensor, instance_map: Tensor) -> Tensor:
@@ -108,7 +136,7 @@ def _checked(input: Tensor, instance_map: Tensor) -> Tensor:
     return instance_map.squeeze(1) if instance_map.dim() == 4 else instance_map
 
 
-def _reference_ids(instance_map: Tensor) -> Tensor:
+def _checked_ids(instance_map: Tensor) -> Tensor:
     """int64 ids, their range checked (the kernels check it themselves)."""
     ids = instance_map.long()
     low, high = (int(v) for v in torch.aminmax(ids))
@@ -135,7 +163,7 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
         backend: "auto", "reference", "cpu" or "cuda".
 
     Returns:
-        (N, C, H, W) in the input's dtype and memory format; sums in fp32 at least. Gradients flow
+        (N, C, H, W) in the input's dtype and memory format; sums in fp64. Gradients flow
         to the input. On the CPU the result is the same for any number of threads; on a GPU it is
         deterministic where torch.use_deterministic_algorithms asks for it.
 
@@ -155,11 +183,9 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
     """
     ids = _checked(input, instance_map)
     kind = resolve("instance_avg_pool2d", input, backend, KINDS)
-    ordered = kind == "cuda" and torch.are_deterministic_algorithms_enabled()
-    record("instance_avg_pool2d", kind, input, path="sorted" if ordered else "",
-           reason="deterministic algorithms are asked for" if ordered else "")
+    _record("instance_avg_pool2d", kind, input)
     if kind == "reference":
-        return reference.instance_avg_pool2d(input, _reference_ids(ids))
+        return reference.instance_avg_pool2d(input, _checked_ids(ids))
     out: Tensor = _InstancePool.apply(input, ids, kind)
     return out
 
@@ -177,7 +203,7 @@ def instance_mean_table(input: Tensor, instance_map: Tensor, *,
     Returns:
         ``InstanceMeans(image, id, mean, area)``: int64 (K,), int64 (K,), (K, C) in fp32 (fp64 for
         fp64), int64 (K,); by image and then by id. Not differentiable. As the number of rows
-        depends on the ids, a GPU is waited for.
+        depends on the ids, a GPU is waited for. Deterministic as the pooling is.
 
     Raises:
         As :func:`instance_avg_pool2d`; an id out of range on a GPU raises too.
@@ -193,10 +219,12 @@ def instance_mean_table(input: Tensor, instance_map: Tensor, *,
     """
     ids = _checked(input, instance_map)
     kind = resolve("instance_mean_table", input, backend, KINDS)
-    record("instance_mean_table", kind, input)
+    _record("instance_mean_table", kind, input)
     x = input.detach()
     if kind == "reference":
-        return InstanceMeans(*reference.instance_mean_table(x, _reference_ids(ids)))
+        return InstanceMeans(*reference.instance_mean_table(x, _checked_ids(ids)))
+    if _by_sorting(kind):
+        return InstanceMeans(*_table_by_sorting(x, ids))
     table = InstanceMeans(*instance_means_op(kind, x, ids))
     order = (table.image << 32 | table.id).argsort()
     return InstanceMeans(*(column[order] for column in table))

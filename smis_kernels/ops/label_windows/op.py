@@ -70,8 +70,8 @@ def number_windows(map: Tensor, limit: int, *,
         they are empty (0, 9).
 
     Raises:
-        TypeError, ValueError: the map is no (N, H, W) int32. RuntimeError: an id is negative
-        (native kernels).
+        TypeError, ValueError: the map is no (N, H, W) int32. ValueError (reference), RuntimeError
+        (native kernels): an id below 1.
 
     Example:
         >>> index, windows = number_windows(symbols, symbols.numel())
@@ -79,5 +79,10 @@ def number_windows(map: Tensor, limit: int, *,
     check_tensor("map", map, 3, "(N, H, W)", (torch.int32,))
     kind = resolve("number_windows", map, backend, KINDS)
     if kind == "reference":
+        if map.numel() > 0 and (least := int(map.min())) < 1:
+            raise ValueError(
+                f"map: expected ids from 1, got {least}; 0 stands for the pixels outside the "
+                "image: number from 1"
+            )
         return reference.number_windows(map, limit)
     return _number_windows(kind, map, limit)

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, autocast_enabled, check_device, check_shape, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
@@ -207,6 +208,23 @@ def input_gradient(kind: str, grad: Tensor, sums: Tensor, input: Tensor, mean: T
     return modulation_center(kind, grad, input, mean, rstd, shift.contiguous(), scale.contiguous())
 
 
+def normalized(input: Tensor, mean: Tensor, rstd: Tensor, reduction: str,
+               options: Options) -> Tensor:
+    """x-hat for autograd: statistics of the data move with the input, fixed ones do not."""
+    if reduction == "fixed":
+        centered = input.to(mean.dtype) - mean[:, :, None, None]
+        return (centered * rstd[:, :, None, None]).to(input.dtype)
+    return reference.normalize(
+        input, norm=options.norm, num_groups=options.num_groups, training=True, eps=options.eps,
+        process_group=options.process_group if options.training else None,
+    )
+
+
+def activated(grad: Tensor, output: Tensor | None, slope: float) -> Tensor:
+    """The gradient before the activation, whose slope the sign of the output decides."""
+    return grad if output is None else torch.where(output > 0, grad, grad * slope)
+
+
 class _Modulation(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -229,10 +247,24 @@ class _Modulation(torch.autograd.Function):
         return out, out_s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_s: Tensor) -> tuple[Any, ...]:
         input, gamma, gamma_s, mean, rstd, mean_s, rstd_s, out, out_s = ctx.saved_tensors
         reduction, slope, slope_s, options, kind, pair = ctx.settings
+        if torch.is_grad_enabled():
+            grads = [activated(grad, out, slope), activated(grad_s, out_s, slope_s)]
+
+            def scaled(x: Tensor, *gammas: Tensor) -> tuple[Tensor, ...]:
+                if options.upsample:
+                    x = F.interpolate(x, scale_factor=2, mode="nearest")
+                means = (mean, mean if mean_s is None else mean_s)
+                rstds = (rstd, rstd if rstd_s is None else rstd_s)
+                return tuple(normalized(x, m, r, reduction, options) * (1 + gamma)
+                             for m, r, gamma in zip(means, rstds, gammas, strict=False))
+
+            gammas = (gamma, gamma_s) if pair else (gamma,)
+            dinput, *dgammas = recorded_gradients(scaled, (input, *gammas), grads[: len(gammas)])
+            second = (dgammas[1], grads[1]) if pair else (None, None)
+            return (dinput, dgammas[0], grads[0], *second, *(None,) * 9)
         partial, dgamma, dbeta, dgamma_s, dbeta_s, sums = modulation_backward(
             kind, grad, grad if out is None else out, input, mean, rstd, gamma,
             grad_s if pair else None, (grad_s if out_s is None else out_s) if pair else None,

@@ -1,9 +1,13 @@
 """GPU kernels of modulation. Tiles are [BLOCK_C, BLOCK_P]; ROWS says which axis is dense in memory.
 
-An operand's ``*_n`` is its batch stride and ``*_s`` the stride of the axis that is not dense.
+An operand's ``*_n`` is its batch stride and ``*_s`` the stride of the axis that is not dense; these
+and the dense size come divided by UNIT, so that the compiler sees what loads may be joined.
+Statistics are (1 or N, C), ``per_image`` says which.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -12,62 +16,68 @@ from torch import Tensor
 
 from ...runtime.tensors import acc_dtype, empty_nchw, is_channels_last
 from ...runtime.triton_support import (
+    SIZES,
     CompileCase,
-    acc_type,
-    case_blocks,
     check_plane,
     dense,
-    launch_setting,
+    meta,
+    narrowed,
     on_device,
-    signature,
-    strides,
-    tile_grid,
-    tile_sizes,
+    tiling,
 )
 
-APPLY = {"tile": 1024, "warps": 4}
-BACKWARD = {"tile": 1024, "warps": 8}  # 4 warps spill where two outputs and upsampling meet
-MOMENTS = {"tile": 4096, "warps": 8}
-MOMENT_PROGRAMS = 2048  # several for each multiprocessor of the largest GPUs
-MOMENT_CHUNKS = 64  # of one plane at the most: what one program merges
+# 16 bytes of 16 bits a thread. A block of channels has fewer elements than there are threads: else
+# its statistics reach them through shared memory, with barriers.
+APPLY = BACKWARD = MOMENTS = {"tile": 2048, "warps": 8}
+BACKWARD_PLANES = {"tile": 1024, "warps": 8}  # more spills where two outputs and upsampling meet
+MOMENT_PROGRAMS = 512  # about four for each multiprocessor, of 8 warps with four loads each
+MOMENT_COLUMNS = 8  # channels that one program merges: a sector of float32
+SUMMED_CHANNELS = 64  # of a tile at the most: sums over its pixels are written, so it needs some
 
 
 @triton.jit
-def _offset(c, p, stride, ROWS: tl.constexpr):
+def sizes(C, P, UNIT: tl.constexpr, ROWS: tl.constexpr):
+    if ROWS:
+        return C * UNIT, P
+    return C, P * UNIT
+
+
+@triton.jit
+def _offset(c, p, stride, UNIT: tl.constexpr, ROWS: tl.constexpr):
     # [BLOCK_C, BLOCK_P] offsets inside one image
     if ROWS:
-        return c[:, None] + p.to(tl.int64)[None, :] * stride
-    return c[:, None] * stride + p[None, :]
+        return c[:, None] + p.to(tl.int64)[None, :] * stride * UNIT
+    return c[:, None] * stride * UNIT + p[None, :]
 
 
 @triton.jit
-def load_tile(base, n, stride_n, c, p, stride, mask, ROWS: tl.constexpr, ACC: tl.constexpr):
-    return tl.load(base + n * stride_n + _offset(c, p, stride, ROWS), mask=mask, other=0.0).to(ACC)
+def load_tile(base, n, stride_n, c, p, stride, mask, UNIT: tl.constexpr, ROWS: tl.constexpr,
+              ACC: tl.constexpr):
+    at = n * stride_n * UNIT + _offset(c, p, stride, UNIT, ROWS)
+    return tl.load(base + at, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
 def store_tile(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
     # outputs are dense: their strides follow from the shape
     stride = channels if ROWS else pixels
-    offset = n * channels * pixels + _offset(c, p, stride, ROWS)
-    tl.store(base + offset, value.to(base.dtype.element_ty), mask=mask)
+    offset = n * channels * pixels + _offset(c, p, stride, 1, ROWS)
+    tl.store(base + offset, narrowed(value, base), mask=mask)
 
 
 @triton.jit
-def tile_at(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def tile_at(C, P, first, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     # 64-bit: batch x channels x pixels exceeds 2^31 at sizes that fit one GPU. Pixels of one image
     # do not, and dividing them by the width is several times cheaper in 32 bits.
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(2).to(tl.int64) + first
     return n, c, p, (c < C)[:, None] & (p < P)[None, :]
 
 
 @triton.jit
-def normalize(x, mean, rstd, n, stat_n, c, C):
-    m = tl.load(mean + n * stat_n + c, mask=c < C, other=0.0)[:, None]
-    r = tl.load(rstd + n * stat_n + c, mask=c < C, other=0.0)[:, None]
-    return (x - m) * r, r
+def statistic(base, n, per_image, c, C):
+    return tl.load(base + n * C * per_image + c, mask=c < C, other=0.0)[:, None]
 
 
 @triton.jit
@@ -80,84 +90,86 @@ def activate(z, SLOPE: tl.constexpr):
     return tl.where(z < 0, z * SLOPE, z)
 
 
-@triton.jit
+# Loads stand before the first store: behind it none may move, and all wait for memory together.
+@triton.jit(do_not_specialize=SIZES)
 def modulation_apply_kernel(
-    x, x_n, x_s, mean, rstd, stat_n, gamma, gamma_n, gamma_s, beta, beta_n, beta_s, out,
+    x, x_n, x_s, mean, rstd, per_image, gamma, gamma_n, gamma_s, beta, beta_n, beta_s, out,
     mean2, rstd2, gamma2, gamma2_n, gamma2_s, beta2, beta2_n, beta2_s, out2,
-    C, W, P,
+    C, P, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
+    C, P = sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
     if UPSAMPLE:
         source = (p // W // 2) * (W // 2) + (p % W) // 2
     else:
         source = p
-    value = load_tile(x, n, x_n, c, source, x_s, mask, ROWS, ACC)
-    hat, _ = normalize(value, mean, rstd, n, stat_n, c, C)
-    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
-    b = load_tile(beta, n, beta_n, c, p, beta_s, mask, ROWS, ACC)
-    store_tile(out, activate(hat * (1.0 + g) + b, SLOPE), n, c, p, C, P, mask, ROWS)
+    value = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, UNIT, ROWS, ACC)
+    b = load_tile(beta, n, beta_n, c, p, beta_s, mask, UNIT, ROWS, ACC)
+    m = statistic(mean, n, per_image, c, C)
+    r = statistic(rstd, n, per_image, c, C)
     if PAIR:
-        hat2, _ = normalize(value, mean2, rstd2, n, stat_n, c, C)
-        g2 = load_tile(gamma2, n, gamma2_n, c, p, gamma2_s, mask, ROWS, ACC)
-        b2 = load_tile(beta2, n, beta2_n, c, p, beta2_s, mask, ROWS, ACC)
-        store_tile(out2, activate(hat2 * (1.0 + g2) + b2, SLOPE2), n, c, p, C, P, mask, ROWS)
+        g2 = load_tile(gamma2, n, gamma2_n, c, p, gamma2_s, mask, UNIT, ROWS, ACC)
+        b2 = load_tile(beta2, n, beta2_n, c, p, beta2_s, mask, UNIT, ROWS, ACC)
+        m2 = statistic(mean2, n, per_image, c, C)
+        r2 = statistic(rstd2, n, per_image, c, C)
+    y = activate((value - m) * r * (1.0 + g) + b, SLOPE)
+    store_tile(out, y, n, c, p, C, P, mask, ROWS)
+    if PAIR:
+        y2 = activate((value - m2) * r2 * (1.0 + g2) + b2, SLOPE2)
+        store_tile(out2, y2, n, c, p, C, P, mask, ROWS)
 
 
 @triton.jit
 def activation_gradient(
     grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE: tl.constexpr,
-    ROWS: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):
-    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
+    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
     if SLOPE != 1.0:
-        y = load_tile(out, n, out_n, c, p, out_s, mask, ROWS, ACC)
+        y = load_tile(out, n, out_n, c, p, out_s, mask, UNIT, ROWS, ACC)
         dz = tl.where(y > 0, dz, dz * SLOPE)
     return dz
 
 
 @triton.jit
-def _branch_gradients(
-    grad, grad_n, grad_s, out, out_n, out_s, gamma, gamma_n, gamma_s, dgamma, dbeta, hat, rstd,
-    n, c, p, C, P, mask, SLOPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-):
-    dz = activation_gradient(
-        grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE, ROWS, ACC
-    )
-    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, ROWS, ACC)
-    store_tile(dbeta, dz, n, c, p, C, P, mask, ROWS)
-    store_tile(dgamma, dz * hat, n, c, p, C, P, mask, ROWS)
-    return rstd * dz * (1.0 + g)
-
-
-@triton.jit
-def store_sums(total, hat, partial, partial_s, n, c, C, mask):
-    # [2, N, C, blocks]: summed afterwards in a fixed order, so the result is deterministic
+def store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS: tl.constexpr):
+    # [2, N, ...]: summed afterwards in a fixed order, so the result is deterministic
     kept = tl.where(mask, total, 0.0)
-    at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
+    if ROWS:
+        at = (n * tl.num_programs(0) + tl.program_id(0)) * C + c
+    else:
+        at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
     tl.store(partial + at, tl.sum(kept, 1), mask=c < C)
     tl.store(partial + partial_s + at, tl.sum(kept * hat, 1), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def modulation_backward_kernel(
-    x, x_n, x_s, mean, rstd, stat_n,
+    x, x_n, x_s, mean, rstd, per_image,
     grad, grad_n, grad_s, out, out_n, out_s, gamma, gamma_n, gamma_s, dgamma, dbeta,
     mean2, rstd2, grad2, grad2_n, grad2_s, out2, out2_n, out2_s, gamma2, gamma2_n, gamma2_s,
     dgamma2, dbeta2, dx, partial, partial_s,
-    C, W, P,
+    C, P, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-    hat, r = normalize(value, mean, rstd, n, stat_n, c, C)
+    C, P = sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    m = statistic(mean, n, per_image, c, C)
+    r = statistic(rstd, n, per_image, c, C)
+    hat = (value - m) * r
     if PAIR:
-        hat2, r2 = normalize(value, mean2, rstd2, n, stat_n, c, C)
+        m2 = statistic(mean2, n, per_image, c, C)
+        r2 = statistic(rstd2, n, per_image, c, C)
+        hat2 = (value - m2) * r2
     total = tl.zeros_like(hat)
     for q in tl.static_range(4 if UPSAMPLE else 1):
         if UPSAMPLE:
@@ -166,106 +178,136 @@ def modulation_backward_kernel(
         else:
             wide = p
             pixels = P
-        total += _branch_gradients(
-            grad, grad_n, grad_s, out, out_n, out_s, gamma, gamma_n, gamma_s, dgamma, dbeta, hat,
-            r, n, c, wide, C, pixels, mask, SLOPE, ROWS, ACC,
+        dz = activation_gradient(
+            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, ROWS, ACC
         )
+        g = load_tile(gamma, n, gamma_n, c, wide, gamma_s, mask, UNIT, ROWS, ACC)
         if PAIR:
-            total += _branch_gradients(
-                grad2, grad2_n, grad2_s, out2, out2_n, out2_s, gamma2, gamma2_n, gamma2_s,
-                dgamma2, dbeta2, hat2, r2, n, c, wide, C, pixels, mask, SLOPE2, ROWS, ACC,
+            dz2 = activation_gradient(
+                grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, UNIT,
+                ROWS, ACC,
             )
+            g2 = load_tile(gamma2, n, gamma2_n, c, wide, gamma2_s, mask, UNIT, ROWS, ACC)
+        total += r * dz * (1.0 + g)
+        store_tile(dbeta, dz, n, c, wide, C, pixels, mask, ROWS)
+        store_tile(dgamma, dz * hat, n, c, wide, C, pixels, mask, ROWS)
+        if PAIR:
+            total += r2 * dz2 * (1.0 + g2)
+            store_tile(dbeta2, dz2, n, c, wide, C, pixels, mask, ROWS)
+            store_tile(dgamma2, dz2 * hat2, n, c, wide, C, pixels, mask, ROWS)
     store_tile(dx, total, n, c, p, C, P, mask, ROWS)
     if SUMS:
-        store_sums(total, hat, partial, partial_s, n, c, C, mask)
+        store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def channel_moments_kernel(
-    x, x_n, x_s, mean, square, C, P, CHUNK,
-    ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, x_n, x_s, mean, square, C, P, first, steps,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    # mean and summed squared deviation of CHUNK pixels, tile by tile: no cancellation
+    # Mean and summed squared deviation of ``steps`` tiles. Each slot of the tile follows its own
+    # pixels about the first of them, so that nothing cancels; slots meet once, at the end.
+    C, P = sizes(C, P, UNIT, ROWS)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(0) * CHUNK
-    stop = tl.minimum(start + CHUNK, P)
-    average = tl.zeros((BLOCK_C,), ACC)
-    spread = tl.zeros((BLOCK_C,), ACC)
-    for first in range(start, stop, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        mask = (c < C)[:, None] & (p < stop)[None, :]
-        value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-        count = tl.sum((p < stop).to(ACC), 0)
-        own = tl.sum(value, 1) / count
-        deviation = tl.where(mask, value - own[:, None], 0.0)
-        share = count / (count + (first - start))
-        delta = own - average
-        average += delta * share
-        spread += tl.sum(deviation * deviation, 1) + delta * delta * ((first - start) * share)
-    at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(mean + at, average, mask=c < C)
-    tl.store(square + at, spread, mask=c < C)
+    n = tl.program_id(2).to(tl.int64) + first
+    start = tl.program_id(0) * steps * BLOCK_P
+    stop = tl.minimum(start + steps * BLOCK_P, P)
+    whole = (stop - start) // BLOCK_P  # tiles without a pixel outside
+    inside = (c < C)[:, None]
+    p = start + tl.arange(0, BLOCK_P)
+    pivot = load_tile(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, ROWS, ACC)
+    average = tl.zeros_like(pivot)
+    spread = tl.zeros_like(pivot)
+    seen = tl.full((1, 1), 1.0, ACC)
+    for step in tl.range(1, whole, loop_unroll_factor=4):  # four loads are under way at once
+        p = start + step * BLOCK_P + tl.arange(0, BLOCK_P)
+        value = load_tile(x, n, x_n, c, p, x_s, inside, UNIT, ROWS, ACC) - pivot
+        delta = value - average
+        seen += 1.0
+        average += delta * (1.0 / seen)
+        spread += delta * (value - average)
+    last = start + whole * BLOCK_P + tl.arange(0, BLOCK_P)
+    more = last < stop
+    count = whole + more.to(tl.int32)
+    if start + whole * BLOCK_P < stop:
+        mask = inside & more[None, :]
+        value = load_tile(x, n, x_n, c, last, x_s, mask, UNIT, ROWS, ACC) - pivot
+        delta = tl.where(mask, value - average, 0.0)
+        average += delta * (1.0 / (whole + 1).to(ACC))
+        spread += tl.where(mask, delta * (value - average), 0.0)
+    share = count.to(ACC) / tl.sum(count, 0).to(ACC)
+    center = pivot + average
+    own = tl.sum(center * share[None, :], 1)
+    own += tl.sum((center - own[:, None]) * share[None, :], 1)  # the first sum's rounding
+    delta = center - own[:, None]
+    at = (n * tl.num_programs(0) + tl.program_id(0)) * C + c
+    tl.store(mean + at, own, mask=c < C)
+    tl.store(square + at, tl.sum(spread + count.to(ACC)[None, :] * delta * delta, 1), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_moments_kernel(
-    mean, square, out_mean, out_var, C, P, CHUNK, CHUNKS,
+    mean, square, out_mean, out_var, N, C, P, chunk, chunks,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    # (N * C, CHUNKS) means and summed squared deviations -> (N * C) means and variances
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # (N, chunks, C) means and summed squared deviations -> (N, C) means and variances
+    column = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     t = tl.arange(0, BLOCK_P)
-    mask = (c < C)[:, None] & (t < CHUNKS)[None, :]
-    at = c.to(tl.int64)[:, None] * CHUNKS + t[None, :]
-    count = tl.where(t < CHUNKS, tl.minimum(P - t * CHUNK, CHUNK), 0).to(ACC)[None, :]
+    inside = column < N * C
+    mask = (t < chunks)[:, None] & inside[None, :]
+    at = (column // C * chunks * C + column % C)[None, :] + (t.to(tl.int64) * C)[:, None]
+    count = tl.where(t < chunks, tl.minimum(P - t * chunk, chunk), 0).to(ACC)[:, None]
     means = tl.load(mean + at, mask=mask, other=0.0)
-    average = tl.sum(means * (count / P), 1)
-    delta = means - average[:, None]
-    spread = tl.load(square + at, mask=mask, other=0.0) + count * delta * delta
-    tl.store(out_mean + c, average, mask=c < C)
-    tl.store(out_var + c, tl.sum(tl.where(mask, spread, 0.0), 1) / P, mask=c < C)
+    squares = tl.load(square + at, mask=mask, other=0.0)
+    average = tl.sum(means * (count / P), 0)
+    average += tl.sum(tl.where(mask, means - average[None, :], 0.0) * (count / P), 0)
+    delta = means - average[None, :]
+    spread = tl.where(mask, squares + count * delta * delta, 0.0)
+    tl.store(out_mean + column, average, mask=inside)
+    tl.store(out_var + column, tl.sum(spread, 0) / P, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def modulation_center_kernel(
-    grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, stat_n, shift, scale, dx, C, P,
-    ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, per_image, shift, scale, dx, C, P, first,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-    hat, _ = normalize(value, mean, rstd, n, stat_n, c, C)
-    g = load_tile(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
-    a = tl.load(shift + n * stat_n + c, mask=c < C, other=0.0)[:, None]
-    b = tl.load(scale + n * stat_n + c, mask=c < C, other=0.0)[:, None]
+    C, P = sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    g = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    hat = (value - statistic(mean, n, per_image, c, C)) * statistic(rstd, n, per_image, c, C)
+    a = statistic(shift, n, per_image, c, C)
+    b = statistic(scale, n, per_image, c, C)
     store_tile(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
+
+
+def per_image(statistics: Tensor) -> int:
+    """Whether (1 or N, C) statistics have a row for each image."""
+    return int(statistics.shape[0] > 1)
 
 
 def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
     rows, pixels = is_channels_last(input), h * w
     x = dense(input, rows)
-    chosen = launch_setting("channel_moments", x, rows, MOMENTS)
-    blocks = tile_sizes(c, pixels, rows, chosen["tile"])
-    tiles, groups, _ = tile_grid(n, c, pixels, blocks)
-    chunks = min(tiles, triton.cdiv(MOMENT_PROGRAMS, n * groups), MOMENT_CHUNKS)
-    chunk = triton.cdiv(tiles, chunks) * blocks[1]
-    chunks = triton.cdiv(pixels, chunk)
+    t = tiling("channel_moments", MOMENTS, pixels, rows, x)
+    steps = triton.cdiv(t.tiles, triton.cdiv(MOMENT_PROGRAMS, n * t.groups))
+    chunks = triton.cdiv(t.tiles, steps)
     means, squares = (
-        torch.empty((n, c, chunks), dtype=acc_dtype(x), device=x.device) for _ in range(2)
+        torch.empty((n, chunks, c), dtype=acc_dtype(x), device=x.device) for _ in range(2)
     )
     mean, var = (torch.empty((n, c), dtype=acc_dtype(x), device=x.device) for _ in range(2))
-    block_t = triton.next_power_of_2(chunks)
-    block_c = max(1, 1024 // block_t)
     with on_device(x):
-        channel_moments_kernel[(chunks, groups, n)](
-            x, *strides(x, rows), means, squares, c, pixels, chunk,
-            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1],
-            num_warps=chosen["warps"],
-        )
-        merge_moments_kernel[(triton.cdiv(n * c, block_c),)](
-            means, squares, mean, var, n * c, pixels, chunk, chunks,
-            ACC=acc_type(x), BLOCK_C=block_c, BLOCK_P=block_t, num_warps=4,
+        for first, (_, groups, images) in t.grids():
+            channel_moments_kernel[(chunks, groups, images)](
+                x, *t.strides(x), means, squares, *t.sizes, first, steps, **t.constants)
+        merge_moments_kernel[(triton.cdiv(n * c, MOMENT_COLUMNS),)](
+            means, squares, mean, var, n, c, pixels, steps * t.block_p, chunks,
+            ACC=t.constants["ACC"], BLOCK_C=MOMENT_COLUMNS,
+            BLOCK_P=triton.next_power_of_2(chunks), num_warps=4,
         )
     return mean, var
 
@@ -281,19 +323,16 @@ def modulation_apply(
     g2, b2 = (dense(t, rows) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
-    pixels = h * w * up * up
-    chosen = launch_setting("modulation_apply", x, rows, APPLY)
-    blocks = tile_sizes(c, pixels, rows, chosen["tile"])
+    t = tiling("modulation_apply", APPLY, h * w * up * up, rows, x, g, b, g2, b2)
     with on_device(x):
-        modulation_apply_kernel[tile_grid(n, c, pixels, blocks)](
-            x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
-            g, *strides(g, rows), b, *strides(b, rows), out,
-            mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
-            g2, *strides(g2, rows), b2, *strides(b2, rows), out2 if pair else out,
-            c, w * up, pixels,
-            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, ROWS=rows, ACC=acc_type(x),
-            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
-        )
+        for first, grid in t.grids():
+            modulation_apply_kernel[grid](
+                x, *t.strides(x), mean, rstd, per_image(mean), g, *t.strides(g), b, *t.strides(b),
+                out, mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
+                g2, *t.strides(g2), b2, *t.strides(b2), out2 if pair else out,
+                *t.sizes, w * up, first,
+                SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, **t.constants,
+            )
     return out, out2
 
 
@@ -315,25 +354,23 @@ def modulation_backward(
     )
     dgamma2, dbeta2 = second or (dgamma, dbeta)
     check_plane(h * w * up * up)
-    chosen = launch_setting("modulation_backward", x, rows, BACKWARD)
-    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
-    grid = tile_grid(n, c, h * w, blocks)
-    partial = torch.empty((2, n, c, grid[0]) if sums else (0,), dtype=acc_dtype(x), device=x.device)
+    t = tiling("modulation_backward", BACKWARD if rows else BACKWARD_PLANES, h * w, rows,
+               x, dy, y, g, dy2, y2, g2, widest=SUMMED_CHANNELS)
+    partial = t.partial_sums(x, sums)
     with on_device(x):
-        modulation_backward_kernel[grid](
-            x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
-            dy, *strides(dy, rows), y, *strides(y, rows), g, *strides(g, rows), dgamma, dbeta,
-            mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
-            dy2, *strides(dy2, rows), y2, *strides(y2, rows), g2, *strides(g2, rows),
-            dgamma2, dbeta2, dx, partial, partial.numel() // 2,
-            c, w, h * w,
-            SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums, ROWS=rows,
-            ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
-        )
-    total = partial.sum(3) if sums else partial
+        for first, grid in t.grids():
+            modulation_backward_kernel[grid](
+                x, *t.strides(x), mean, rstd, per_image(mean),
+                dy, *t.strides(dy), y, *t.strides(y), g, *t.strides(g), dgamma, dbeta,
+                mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
+                dy2, *t.strides(dy2), y2, *t.strides(y2), g2, *t.strides(g2), dgamma2, dbeta2,
+                dx, partial, partial.numel() // 2, *t.sizes, w, first,
+                SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums,
+                **t.constants,
+            )
     if not pair:
         dgamma2, dbeta2 = input.new_empty(0), input.new_empty(0)
-    return dx, dgamma, dbeta, dgamma2, dbeta2, total
+    return dx, dgamma, dbeta, dgamma2, dbeta2, t.total(partial)
 
 
 def modulation_center(
@@ -343,50 +380,48 @@ def modulation_center(
     rows = is_channels_last(input)
     x, g = dense(input, rows), dense(grad, rows)
     dx = empty_nchw((n, c, h, w), input)
-    chosen = launch_setting("modulation_center", x, rows, APPLY)
-    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
+    t = tiling("modulation_center", APPLY, h * w, rows, x, g)
     with on_device(x):
-        modulation_center_kernel[tile_grid(n, c, h * w, blocks)](
-            g, *strides(g, rows), x, *strides(x, rows), mean, rstd,
-            c if mean.shape[0] > 1 else 0, shift, scale, dx, c, h * w,
-            ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0], BLOCK_P=blocks[1],
-            num_warps=chosen["warps"],
-        )
+        for first, grid in t.grids():
+            modulation_center_kernel[grid](
+                g, *t.strides(g), x, *t.strides(x), mean, rstd, per_image(mean), shift, scale, dx,
+                *t.sizes, first, **t.constants,
+            )
     return dx
 
 
 def _compile_cases() -> list[CompileCase]:
-    """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
-    statistics = dict.fromkeys(
-        ("mean", "rstd", "mean2", "rstd2", "shift", "scale", "partial", "square"), "*fp32")
-    counts = {"CHUNK": "i32:16", "CHUNKS": "i32"}
     cases: list[CompileCase] = []
-    for element, rows in (("fp32", False), ("bf16", False), ("bf16", True)):
-        layout = "channels_last" if rows else "contiguous"
+    for dtype, rows in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        name = f"{str(dtype).removeprefix('torch.')} {'rows' if rows else 'planes'}"
+        for c, size in ((256, 128), (280, 63)):
 
-        def case(name: str, kernel: triton.JITFunction, usual: dict[str, int],
-                 suffix: str, **constants: object) -> CompileCase:
-            types = signature(kernel, element, {**statistics, **counts})  # noqa: B023
-            blocks = case_blocks(rows, usual["tile"])  # noqa: B023
-            return (f"{name} {suffix}", kernel, types,
-                    {"ACC": tl.float32, **blocks, **constants}, usual["warps"])
+            def case(kind: str, function: Callable[..., object], up: int, pair: bool,
+                     *rest: object) -> CompileCase:
+                def draw(scale: int) -> Tensor:
+                    return meta(2, c, size * scale, size * scale, dtype=dtype,  # noqa: B023
+                                rows=rows)  # noqa: B023
 
-        for both in (False, True):
-            suffix = f"{element} {layout}" + (" upsample pair" if both else "")
-            branches = {"SLOPE": 0.2, "SLOPE2": 1.0, "UPSAMPLE": both, "PAIR": both}
-            cases += [
-                case("modulation_apply", modulation_apply_kernel, APPLY, suffix, **branches),
-                case("modulation_backward", modulation_backward_kernel, BACKWARD, suffix,
-                     SUMS=True, **branches),
-            ]
-        suffix = f"{element} {layout}"
-        cases += [
-            case("modulation_center", modulation_center_kernel, APPLY, suffix),
-            case("channel_moments", channel_moments_kernel, MOMENTS, suffix),
-        ]
-    types = signature(merge_moments_kernel, "fp32", counts)
-    constants: dict[str, object] = {"ACC": tl.float32, "BLOCK_C": 16, "BLOCK_P": MOMENT_CHUNKS}
-    return [*cases, ("merge_moments", merge_moments_kernel, types, constants, 4)]
+                m = meta(2, c)  # noqa: B023
+                second = (m, m, draw(up), draw(up)) if pair else (None,) * 4
+                arguments = {
+                    "apply": (draw(1), m, m, draw(up), draw(up), *second),
+                    "backward": (draw(up), draw(up), draw(1), m, m, draw(up),
+                                 *((draw(up), draw(up), m, m, draw(up)) if pair else (None,) * 5)),
+                    "center": (draw(1), draw(1), m, m, m, m), "moments": (draw(1),),
+                }[kind]
+                suffix = " upsample pair" if pair else ""
+                return CompileCase(f"{name} C={c}{suffix}",  # noqa: B023
+                                   lambda: function(*arguments, *rest))
+
+            for up, pair in ((1, False), (2, True)):
+                cases += [
+                    case("apply", modulation_apply, up, pair, 0.2, 1.0, up == 2),
+                    case("backward", modulation_backward, up, pair, 0.2, 1.0, up == 2, True),
+                ]
+            cases += [case("center", modulation_center, 1, False),
+                      case("moments", channel_moments, 1, False)]
+    return cases
 
 
 COMPILE_CASES = _compile_cases()

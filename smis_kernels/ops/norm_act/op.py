@@ -6,15 +6,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
-from ..modulation.op import Options, activation_slope, check_input, input_gradient, statistics
+from ..modulation.op import (
+    Options,
+    activation_slope,
+    check_input,
+    input_gradient,
+    normalized,
+    statistics,
+)
 from . import reference
 
 KINDS = ("cpu", "triton")
@@ -57,10 +65,15 @@ class _NormAct(torch.autograd.Function):
         return norm_act_op(kind, input, mean, rstd, residual, slope)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, mean, rstd = ctx.saved_tensors
         reduction, slope, options, kind, added = ctx.settings
+        if torch.is_grad_enabled():
+            def active(x: Tensor) -> Tensor:
+                return F.leaky_relu(normalized(x, mean, rstd, reduction, options), slope)
+
+            (dinput,) = recorded_gradients(active, (input,), (grad,))
+            return (dinput, grad if added else None, *(None,) * 6)
         moving = reduction != "fixed"
         partial, sums = norm_act_backward(kind, grad, input, mean, rstd, slope, moving)
         if moving:

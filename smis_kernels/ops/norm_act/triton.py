@@ -2,66 +2,63 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.tensors import acc_dtype, empty_nchw, is_channels_last
-from ...runtime.triton_support import (
-    CompileCase,
-    acc_type,
-    case_blocks,
-    dense,
-    launch_setting,
-    on_device,
-    signature,
-    strides,
-    tile_grid,
-    tile_sizes,
-)
+from ...runtime.tensors import empty_nchw, is_channels_last
+from ...runtime.triton_support import SIZES, CompileCase, dense, meta, on_device, tiling
 from ..modulation.triton import (
     APPLY,
+    SUMMED_CHANNELS,
     activate,
     load_tile,
-    normalize,
+    per_image,
+    sizes,
+    statistic,
     store_sums,
     store_tile,
     tile_at,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_act_kernel(
-    x, x_n, x_s, mean, rstd, stat_n, residual, residual_n, residual_s, out, C, P,
-    SLOPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, x_n, x_s, mean, rstd, per_image, residual, residual_n, residual_s, out, C, P, first,
+    SLOPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    features = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-    hat, _ = normalize(features, mean, rstd, n, stat_n, c, C)
-    value = activate(hat, SLOPE)
+    C, P = sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
+    features = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    hat = features - statistic(mean, n, per_image, c, C)
+    value = activate(hat * statistic(rstd, n, per_image, c, C), SLOPE)
     if ADD:
-        value += load_tile(residual, n, residual_n, c, p, residual_s, mask, ROWS, ACC)
+        value += load_tile(residual, n, residual_n, c, p, residual_s, mask, UNIT, ROWS, ACC)
     store_tile(out, value, n, c, p, C, P, mask, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_act_backward_kernel(
-    grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, stat_n, dx, partial, partial_s, C, P,
-    SLOPE: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, per_image, dx, partial, partial_s, C, P, first,
+    SLOPE: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    n, c, p, mask = tile_at(C, P, BLOCK_C, BLOCK_P)
-    features = load_tile(x, n, x_n, c, p, x_s, mask, ROWS, ACC)
-    hat, r = normalize(features, mean, rstd, n, stat_n, c, C)
-    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, ROWS, ACC)
+    C, P = sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
+    features = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    r = statistic(rstd, n, per_image, c, C)
+    hat = (features - statistic(mean, n, per_image, c, C)) * r
     if SLOPE != 1.0:
         dz = tl.where(hat > 0, dz, dz * SLOPE)
     value = r * dz
     store_tile(dx, value, n, c, p, C, P, mask, ROWS)
     if SUMS:
-        store_sums(value, hat, partial, partial_s, n, c, C, mask)
+        store_sums(value, hat, partial, partial_s, n, c, C, mask, ROWS)
 
 
 def norm_act(input: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None,
@@ -71,15 +68,13 @@ def norm_act(input: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None,
     x = dense(input, rows)
     r = x if residual is None else dense(residual, rows)
     out = empty_nchw((n, c, h, w), input)
-    chosen = launch_setting("norm_act", x, rows, APPLY)
-    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
+    t = tiling("norm_act", APPLY, h * w, rows, x, r)
     with on_device(x):
-        norm_act_kernel[tile_grid(n, c, h * w, blocks)](
-            x, *strides(x, rows), mean, rstd, c if mean.shape[0] > 1 else 0,
-            r, *strides(r, rows), out, c, h * w,
-            SLOPE=slope, ADD=residual is not None, ROWS=rows, ACC=acc_type(x),
-            BLOCK_C=blocks[0], BLOCK_P=blocks[1], num_warps=chosen["warps"],
-        )
+        for first, grid in t.grids():
+            norm_act_kernel[grid](
+                x, *t.strides(x), mean, rstd, per_image(mean), r, *t.strides(r), out, *t.sizes,
+                first, SLOPE=slope, ADD=residual is not None, **t.constants,
+            )
     return out
 
 
@@ -89,35 +84,26 @@ def norm_act_backward(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, s
     rows = is_channels_last(input)
     x, dy = dense(input, rows), dense(grad, rows)
     dx = empty_nchw((n, c, h, w), input)
-    chosen = launch_setting("norm_act_backward", x, rows, APPLY)
-    blocks = tile_sizes(c, h * w, rows, chosen["tile"])
-    grid = tile_grid(n, c, h * w, blocks)
-    shape = (2, n, c, grid[0]) if sums else (0,)
-    partial = torch.empty(shape, dtype=acc_dtype(x), device=x.device)
+    t = tiling("norm_act_backward", APPLY, h * w, rows, x, dy, widest=SUMMED_CHANNELS)
+    sums_of_tiles = t.partial_sums(x, sums)
     with on_device(x):
-        norm_act_backward_kernel[grid](
-            dy, *strides(dy, rows), x, *strides(x, rows), mean, rstd,
-            c if mean.shape[0] > 1 else 0, dx, partial, partial.numel() // 2, c, h * w,
-            SLOPE=slope, SUMS=sums, ROWS=rows, ACC=acc_type(x), BLOCK_C=blocks[0],
-            BLOCK_P=blocks[1], num_warps=chosen["warps"],
-        )
-    return dx, partial.sum(3) if sums else partial
+        for first, grid in t.grids():
+            norm_act_backward_kernel[grid](
+                dy, *t.strides(dy), x, *t.strides(x), mean, rstd, per_image(mean), dx,
+                sums_of_tiles, sums_of_tiles.numel() // 2, *t.sizes, first,
+                SLOPE=slope, SUMS=sums, **t.constants,
+            )
+    return dx, t.total(sums_of_tiles)
 
 
 def _compile_cases() -> list[CompileCase]:
-    """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
     cases = []
-    for element, rows in (("fp32", False), ("bf16", False), ("bf16", True)):
-        common: dict[str, object] = {
-            "SLOPE": 0.0, "ACC": tl.float32, **case_blocks(rows, APPLY["tile"])
-        }
-        suffix = f"{element} {'channels_last' if rows else 'contiguous'}"
-        for name, kernel, extra in (("norm_act", norm_act_kernel, {"ADD": True}),
-                                    ("norm_act_backward", norm_act_backward_kernel,
-                                     {"SUMS": True})):
-            types = signature(kernel, element,
-                              dict.fromkeys(("mean", "rstd", "partial"), "*fp32"))
-            cases.append((f"{name} {suffix}", kernel, types, {**common, **extra}, APPLY["warps"]))
+    for dtype, rows in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        for c, size in ((256, 128), (280, 63)):
+            x, m = meta(2, c, size, size, dtype=dtype, rows=rows), meta(2, c)
+            name = (f"{str(dtype).removeprefix('torch.')} {'rows' if rows else 'planes'} C={c}")
+            cases += [CompileCase(name, partial(norm_act, x, m, m, x, 0.0)),
+                      CompileCase(name, partial(norm_act_backward, x, x, m, m, 0.0, True))]
     return cases
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, autocast_as_conv, check_device, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, is_channels_last, memory_format
@@ -64,10 +64,18 @@ class _VaryingConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, weight = ctx.saved_tensors
         window, kind = ctx.settings
+        if torch.is_grad_enabled():
+            kernel_size, stride, padding, dilation = window
+
+            def conv(x: Tensor, w: Tensor) -> Tensor:
+                return reference.spatially_varying_conv2d(
+                    x, w.unflatten(1, (-1, kernel_size**2)), kernel_size=kernel_size,
+                    stride=stride, padding=padding, dilation=dilation)
+
+            return (*recorded_gradients(conv, (input, weight), (grad,)), None, None)
         dinput = dweight = None
         if ctx.needs_input_grad[0]:
             dinput = _grad_input(kind, grad, weight, input.shape[2], input.shape[3],
@@ -145,7 +153,7 @@ def spatially_varying_conv2d(
         backend: "auto", "reference", "cpu" or "cuda".
 
     Returns:
-        (N, C, h, w) in the input's dtype and memory format; differentiable once in both.
+        (N, C, h, w) in the input's dtype and memory format; differentiable twice in both.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.

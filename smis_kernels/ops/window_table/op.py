@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import check_device, check_shape, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.library import RawOp
 from . import reference
 
@@ -60,13 +60,20 @@ class _WindowSum(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         windows, out = ctx.saved_tensors
         count, kind = ctx.settings
         if out is not None:
             grad = torch.where(out > 0, grad, 0)
-        rows = _window_scatter(kind, grad, windows, count)
+        if torch.is_grad_enabled():
+            def summed(weighted: Tensor) -> Tensor:
+                return reference.window_sum(weighted, windows)
+
+            # Linear: the values of the rows do not matter.
+            like = grad.new_zeros((count, 9, grad.shape[1])).requires_grad_()
+            (rows,) = recorded_gradients(summed, (like,), (grad,))
+        else:
+            rows = _window_scatter(kind, grad, windows, count)
         bias = grad[1:].sum(0) if ctx.needs_input_grad[2] else None
         return rows, None, bias, None, None
 
@@ -86,12 +93,22 @@ class _WindowTable(torch.autograd.Function):
         return table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, weight_gamma, weight_beta, windows = ctx.saved_tensors
         groups, kind = ctx.settings
         rows, depth = hidden.shape
         channels = weight_gamma.shape[0]
+        bias_gamma, bias_beta = grad[1:].sum(0).split(channels)
+        if torch.is_grad_enabled():
+            zero = torch.zeros_like(bias_gamma, requires_grad=False)
+
+            def table(h: Tensor, w_gamma: Tensor, w_beta: Tensor) -> Tensor:
+                return reference.window_table(h, w_gamma, zero, w_beta, zero, windows,
+                                              groups=groups)
+
+            dhidden, dgamma, dbeta = recorded_gradients(
+                table, (hidden, weight_gamma, weight_beta), (grad,))
+            return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
         # T[v, j, tsc] = H[v, j, k] W[j, tsc, k]: groups j, taps t, halves s, channels c
         wide, deep = channels // groups, depth // groups
         scattered = _window_scatter(kind, grad, windows, rows).view(rows, 9, 2, groups, wide)
@@ -104,7 +121,6 @@ class _WindowTable(torch.autograd.Function):
             dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
             dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
         dgamma, dbeta = dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
-        bias_gamma, bias_beta = grad[1:].sum(0).split(channels)
         return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
 
 

@@ -20,6 +20,13 @@ def convolve_windows(
     return torch.cat([torch.zeros_like(out[:1]), out[1:]])
 
 
+def window_sum(rows: Tensor, windows: Tensor) -> Tensor:
+    """(R, 9, C) rows -> (V, C): the sum of row ``windows[v, t]`` at tap t; row 0 is zero."""
+    taps = torch.arange(9, device=windows.device)
+    out = rows[windows.long(), taps].sum(1)
+    return torch.cat([torch.zeros_like(out[:1]), out[1:]])
+
+
 def window_embedding(vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, *,
                      groups: int = 1, relu: bool = True) -> Tensor:
     """``act(b + sum_t W_t E[s_t])`` of every window."""

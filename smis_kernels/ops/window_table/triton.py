@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.triton_support import CompileCase, acc_type, on_device, product_precision, signature
+from ...runtime.triton_support import (
+    SIZES,
+    CompileCase,
+    acc_type,
+    meta,
+    narrowed,
+    on_device,
+    product,
+    product_precision,
+)
 from ...runtime.tuned import setting
 
 # Of a product's tile, by how it is made. A weight of 16 bits is exact in TF32.
@@ -25,7 +36,7 @@ def _wide_offsets(block, SIZE: tl.constexpr):
     return block.to(tl.int64) * SIZE + tl.arange(0, SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def window_product_kernel(
     hidden, weight, bias, windows, out, rows, depth, width, sections, groups,
     ONE_LEVEL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -58,7 +69,7 @@ def window_product_kernel(
                     mask=(r < rows)[:, None] & (k < depth)[None, :], other=0.0)
         b = tl.load(weight + (tap * depth + k)[:, None] * columns + column[None, :],
                     mask=(k < depth)[:, None] & (c < width)[None, :], other=0.0)
-        total = tl.dot(a, b.to(ACC), total, input_precision=PRECISION, out_dtype=ACC)
+        total = product(a, b.to(ACC), total, PRECISION, ACC)
     mask = (r < rows)[:, None] & (c < width)[None, :]
     if ONE_LEVEL:
         total += tl.load(bias + column, mask=c < width, other=0.0)[None, :]
@@ -66,10 +77,10 @@ def window_product_kernel(
         at = r[:, None] * columns + column[None, :]
     else:
         at = (r * 9 + tl.program_id(2))[:, None] * columns + column[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, narrowed(total, out), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def window_sum_kernel(
     source, windows, bias, out, rows, channels,
     BIAS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -89,7 +100,7 @@ def window_sum_kernel(
     if RELU:
         total = tl.where(total < 0, 0.0, total)  # NaN passes
     total = tl.where((r > 0)[:, None], total, 0.0)
-    tl.store(out + r[:, None] * channels + c[None, :], total.to(out.dtype.element_ty),
+    tl.store(out + r[:, None] * channels + c[None, :], narrowed(total, out),
              mask=(r < rows)[:, None] & (c < channels)[None, :])
 
 
@@ -108,7 +119,7 @@ def segment_sum_kernel(
         row = tl.load(order + i, mask=i < last, other=0) if GATHER else i
         total += tl.load(source + row[:, None] * channels + c[None, :],
                          mask=(i < last)[:, None] & (c < channels)[None, :], other=0.0).to(ACC)
-    tl.store(out + segment * channels + c, tl.sum(total, 0).to(out.dtype.element_ty),
+    tl.store(out + segment * channels + c, narrowed(tl.sum(total, 0), out),
              mask=c < channels)
 
 
@@ -210,29 +221,27 @@ def window_scatter(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
 
 
 def _compile_cases() -> list[CompileCase]:
-    """What ``tools.kernel_report`` cross-compiles: (name, kernel, signature, constexprs, warps)."""
-    integers = {"windows": "*i32", "order": "*i64", "bounds": "*i64"} | dict.fromkeys(
-        ("rows", "depth", "width", "sections", "groups", "channels"), "i32")
     cases: list[CompileCase] = []
-    for element, acc in (("fp32", tl.float32), ("fp64", tl.float64)):
-        tile: dict[str, object] = {"ACC": acc, "BLOCK_R": 16, "BLOCK_C": 128}
-        sums = (
-            ("window_sum", window_sum_kernel, {**tile, "BIAS": True, "RELU": True}),
-            ("segment_sum", segment_sum_kernel, {**tile, "BLOCK_R": 8, "GATHER": True}),
-        )
-        cases += [(f"{name} {element}", kernel, signature(kernel, element, integers), constants, 4)
-                  for name, kernel, constants in sums]
-    variants = (("one level", True, 64), ("two levels", False, 64), ("small groups", False, 16))
-    for precision, element in (("tf32", "fp32"), ("tf32x3", "fp32"), ("ieee", "fp64")):
-        usual = PRODUCT[precision]
-        pointers = {**integers, "weight": "*bf16" if precision == "tf32" else f"*{element}"}
-        for name, one_level, columns in variants:
-            cases.append((
-                f"window_table {name} {precision} {element}", window_product_kernel,
-                signature(window_product_kernel, element, pointers),
-                {"ONE_LEVEL": one_level, "PRECISION": precision, "BLOCK_R": usual["rows"],
-                 "BLOCK_C": columns, "BLOCK_K": usual["depth"],
-                 "ACC": tl.float64 if element == "fp64" else tl.float32}, usual["warps"]))
+    windows = meta(1001, 9, dtype=torch.int32)
+    products = (("tf32", torch.float32, torch.bfloat16, "tf32"),
+                ("tf32x3", torch.float32, torch.float32, "tf32"),
+                ("ieee", torch.float64, torch.float64, "f64"))
+    for precision, dtype, kind, operands in products:
+        for c, depth, groups in ((256, 128, 1), (48, 96, 6)):
+            hidden, bias = meta(777, depth, dtype=dtype), meta(c, dtype=dtype)
+            weight = meta(c, depth // groups, 3, 3, dtype=kind)
+            for one_level in (True, False):
+                name = f"{precision} {'one level' if one_level else 'two levels'} groups={groups}"
+                cases.append(CompileCase(
+                    name, partial(window_table, hidden, weight, bias, weight, bias, windows,
+                                  groups, one_level), operands))
+    for dtype in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        rows, bias = meta(777, 9, 256, dtype=dtype), meta(256, dtype=dtype)
+        cases += [
+            CompileCase(name, partial(window_sum, rows, windows, bias, True)),
+            CompileCase(name, partial(window_scatter, meta(1001, 256, dtype=dtype), windows, 777)),
+        ]
     return cases
 
 

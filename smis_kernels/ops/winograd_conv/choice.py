@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import requested, resolve
+from ...runtime.derivatives import transformed
 from ...runtime.explain import record
 from .grouped import direct_conv3x3
 from .op import KINDS, WIDE, winograd_conv2d
@@ -30,7 +31,8 @@ def pays(input: Tensor, outputs: int, groups: int, padding: int = 1) -> bool:
 
 def _runs(input: Tensor, padding: int) -> bool:
     return (
-        input.is_cpu and padding in (0, 1) and requested() in ("auto", "cpu")
+        transformed() is None and input.is_cpu and padding in (0, 1)
+        and requested() in ("auto", "cpu")
         and not torch.is_autocast_enabled("cpu")
         and resolve("winograd_conv2d", input, None, KINDS) == "cpu"
     )

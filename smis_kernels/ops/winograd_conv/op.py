@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
+from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from . import reference
@@ -54,12 +54,18 @@ class _WinogradConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, weight = ctx.saved_tensors
         groups, padding, kind = ctx.options
         need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         d_input = None
+        if torch.is_grad_enabled():
+            def conv(x: Tensor, w: Tensor) -> Tensor:
+                return reference.winograd_conv2d(x, w, None, None, groups, padding)
+
+            d_input, d_weight = recorded_gradients(conv, (input, weight), (grad,))
+            return (d_input, d_weight, grad.sum((0, 2, 3)) if need_bias else None,
+                    grad if need_residual else None, None, None, None)
         if need_input:
             flipped = _transposed(weight, groups)
             d_input = _conv(kind, grad, flipped, None, None, groups, 2 - padding)

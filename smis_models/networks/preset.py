@@ -104,6 +104,29 @@ class LatentPreset(Preset):
         return self.image_size[0] // self.size_step, self.image_size[1] // self.size_step
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodePreset(LatentPreset):
+    """Options of the generators that can start from one code for the whole picture.
+
+    With ``vae`` the generator starts from a latent code, which an image encoder of width ``ngf``
+    gives; else from the semantics at the size of the first features. ``hidden`` is the width of
+    the layer from which modulation (and CC-FPSE's kernels and gates) are predicted.
+    """
+
+    vae: bool = False
+    latent_channels: int = 256
+    hidden: int = 128
+    upsampling: Literal["normal", "more", "most"] = "normal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("hidden")
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.vae
+
+
 P = TypeVar("P", bound=Preset)
 
 

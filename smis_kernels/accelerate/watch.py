@@ -1,0 +1,264 @@
+"""What a result depends on besides its inputs, watched: values of tensors, settings, hooks."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ..ops.content_digest.op import content_digest
+
+OWN = "_smis_"  # prefix of what acceleration keeps on a module
+_INTERNAL = {*vars(nn.Module()), "training", "_compiled_call_impl"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_backward_pre_hooks", "_global_backward_hooks",
+                 "_global_forward_hooks", "_global_forward_pre_hooks")
+_DEPTH = 3  # to which containers and plain objects are looked into
+
+
+def _identity(tensor: Tensor | None) -> tuple[Any, ...]:
+    if tensor is None:
+        return ()
+    version = 0 if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride())
+
+
+class Stamp:
+    """Tensors as they were: the same ones, at the same version, of the same content.
+
+    Versions show most writes, at no cost. The content is compared too, since fused optimizers,
+    batch norms in training, writes through ``.data`` and numpy move no version: each check reads
+    the tensors once. Values on other devices than the CPU are waited for, once for all of them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+        # They stay referenced: no other can take the place of one in memory.
+        self._tensors = list(tensors)
+        self._identities = [_identity(t) for t in self._tensors]
+        self._digests = self._content()
+
+    def _content(self) -> list[int]:
+        found = [content_digest(t, backend="auto") for t in self._tensors
+                 if t is not None and t.numel() and not t.is_meta]
+        if not found:
+            return []
+        digests: list[int] = torch.stack([d.to(found[0].device) for d in found]).tolist()
+        return digests
+
+    def holds(self, tensors: Iterable[Tensor | None]) -> bool:
+        """Whether these are the tensors, unchanged."""
+        now = list(tensors)
+        return (
+            len(now) == len(self._tensors)
+            and all(a is b for a, b in zip(now, self._tensors, strict=True))
+            and [_identity(t) for t in now] == self._identities
+            and self._content() == self._digests
+        )
+
+
+def weight_hooks(module: nn.Module) -> dict[int, Any]:
+    """The pre-hooks that compute a weight, which belong to the module rather than to its user."""
+    return {key: hook for key, hook in module._forward_pre_hooks.items()
+            if isinstance(hook, (SpectralNorm, WeightNorm))}
+
+
+def hooked(*modules: nn.Module, weights: bool = True) -> bool:
+    """Whether a call of one of the modules does more than its class's ``forward``.
+
+    Hooks, those of all modules too, and a ``forward`` of the instance's own; pre-hooks that compute
+    a weight only with ``weights``.
+    """
+    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+        return True
+    for m in modules:
+        own = vars(m)
+        if any(own[name] for name in _HOOKS) or "forward" in own:
+            ours = not weights and len(weight_hooks(m)) == len(own["_forward_pre_hooks"])
+            others = any(own[name] for name in _HOOKS if name != "_forward_pre_hooks")
+            if not ours or others or "forward" in own:
+                return True
+    return False
+
+
+class _Same:
+    """An object that only itself equals."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_FIXED = (*_PLAIN, type, types.FunctionType, types.BuiltinFunctionType, property, staticmethod,
+          classmethod)
+
+
+def _fixed(value: Any) -> bool:
+    """Whether nothing of it can change in place."""
+    return isinstance(value, _FIXED) or (isinstance(value, tuple) and all(map(_fixed, value)))
+
+
+def _content_of(value: Any, depth: int = _DEPTH) -> Any:
+    """What can be compared with the value later on, even if it is changed in place."""
+    if isinstance(value, _PLAIN):
+        return (type(value), repr(value) if isinstance(value, (float, complex)) else value)
+    if isinstance(value, Tensor):
+        return (_Same(value), _identity(value),
+                None if value.is_meta else int(content_digest(value, backend="auto")))
+    if depth and isinstance(value, Mapping):
+        return (type(value), [(_content_of(k, depth - 1), _content_of(v, depth - 1))
+                              for k, v in value.items()])
+    if depth and isinstance(value, (list, tuple)):
+        return (type(value), [_content_of(v, depth - 1) for v in value])
+    if depth and isinstance(value, (set, frozenset)):
+        return (type(value), sorted(map(repr, value)))
+    if hasattr(value, "tobytes"):  # numpy's
+        return (type(value), value.tobytes())
+    if depth and isinstance(getattr(value, "__dict__", None), dict) and not callable(value):
+        return (_Same(value), _content_of(vars(value), depth - 1))
+    if isinstance(value, nn.Module):
+        return (_Same(value), _content_of(_plain_of(value), depth - 1) if depth else None)
+    if callable(value) and hasattr(value, "__func__"):  # bound methods are made anew at each access
+        return (value.__func__, _Same(value.__self__))
+    return _Same(value)
+
+
+def original_type(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without acceleration."""
+    cls: type[nn.Module] = getattr(module, "_smis_original", type(module))
+    return cls
+
+
+def _plain_of(module: nn.Module) -> dict[str, Any]:
+    """A module's plain attributes: neither torch's, nor ours, nor weights that its hooks make."""
+    made = {hook.name for hook in weight_hooks(module).values()}
+    return {k: v for k, v in vars(module).items()
+            if k not in _INTERNAL and k not in made and not k.startswith(OWN)}
+
+
+class _Values:
+    """Named values as they were."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = {k: (v, _fixed(v), _content_of(v)) for k, v in values.items()}
+
+    def change(self, now: Mapping[str, Any]) -> str | None:
+        """A name whose value is another one, or there no longer or not before."""
+        if now.keys() != self._values.keys():
+            return min(now.keys() ^ self._values.keys())
+        for name, value in now.items():
+            before, fixed, content = self._values[name]
+            if not (fixed and value is before) and _content_of(value) != content:
+                return name
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:  # contents suffice
+        return {"_values": {k: (None, False, c) for k, (_, _, c) in self._values.items()}}
+
+
+def _methods(cls: type) -> dict[str, Any]:
+    if cls.__module__.startswith("torch."):
+        return {"forward": getattr(cls, "forward", None)}
+    return {k: v for k, v in vars(cls).items() if k[:2] != "__"}
+
+
+class _Part:
+    """One module: its class, children, attributes, and which parameters and buffers it has."""
+
+    def __init__(self, name: str, module: nn.Module, hooks: bool) -> None:
+        self.name, self.module = name, module
+        self.hooks = self._hooks() if hooks else None
+        self.type = original_type(module)
+        self.children = tuple(module._modules.items())
+        self.attributes = _Values(_plain_of(module))
+        self.present = self._present()
+
+    def _present(self) -> list[tuple[str, bool]]:
+        m = self.module
+        return [(k, t is None) for k, t in (*m._parameters.items(), *m._buffers.items())]
+
+    def _hooks(self) -> list[_Same]:
+        own = vars(self.module)
+        return [_Same(hook) for name in _HOOKS for hook in own[name].values()]
+
+    def change(self) -> str | None:
+        m = self.module
+        if self.hooks is not None and self._hooks() != self.hooks:
+            return "other hooks"
+        if original_type(m) is not self.type:
+            return "another class"
+        now = tuple(m._modules.items())
+        if len(now) != len(self.children) or any(
+                a != b or x is not y
+                for (a, x), (b, y) in zip(now, self.children, strict=True)):
+            return "other parts"
+        if self._present() != self.present:
+            return "other parameters or buffers"
+        attribute = self.attributes.change(_plain_of(m))
+        if attribute is not None:
+            return f"another {attribute}"
+        return None
+
+
+class Settings:
+    """Whatever decides what a module computes but tensors' values, inputs and the training mode.
+
+    Classes, their methods and class attributes; the parts; plain attributes (numbers, containers,
+    plain objects and tensors by content); with ``hooks`` those too. Globals that a forward reads
+    are not seen. Parts ``besides`` are left out.
+    """
+
+    def __init__(self, module: nn.Module, besides: Sequence[nn.Module] = (), *,
+                 hooks: bool = False) -> None:
+        left = {id(m) for part in besides for m in part.modules()}
+        self._parts = [_Part(name, m, hooks) for name, m in module.named_modules()
+                       if id(m) not in left]
+        self.parametrized = any(isinstance(p.module, ParametrizationList) for p in self._parts)
+        self._classes: dict[type, _Values] | None = None
+        self._note_classes()
+
+    def _note_classes(self) -> None:
+        classes = {c for p in self._parts for c in p.type.__mro__
+                   if issubclass(c, nn.Module) and c is not nn.Module}
+        self._classes = {c: _Values(_methods(c)) for c in classes}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that are watched, the outermost first."""
+        return [p.module for p in self._parts]
+
+    def change(self) -> str | None:
+        """What is no longer as it was; None where nothing has changed."""
+        for part in self._parts:
+            found = part.change()
+            if found is not None:
+                return f"{part.name or 'it'} has {found}"
+        if self._classes is None:  # read from a file: classes are what they are here
+            self._note_classes()
+        assert self._classes is not None
+        for cls, values in self._classes.items():
+            attribute = values.change(_methods(cls))
+            if attribute is not None:
+                return f"{cls.__name__} has another {attribute}"
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_classes": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        memo[id(self)] = twin = Settings.__new__(Settings)
+        vars(twin).update(_parts=copy.deepcopy(self._parts, memo), parametrized=self.parametrized,
+                          _classes=self._classes)
+        return twin

@@ -1,0 +1,46 @@
+"""Gradients of gradients, and transforms: where the definition computes in a kernel's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+
+def transformed() -> str | None:
+    """What is being done to the call that no kernel takes part in; None where nothing is."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (vmap, grad, jvp)"
+    return None
+
+
+def recorded_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``function(*inputs)``, differentiable themselves in inputs and ``grads``.
+
+    For the backward of an autograd.Function while gradients are enabled (``create_graph``): the
+    kernels' own results would be constants there, whose missing derivatives nobody is told of.
+    ``once_differentiable`` is no guard: it lets every call pass whose ``grads`` are constants.
+
+    Returns:
+        One gradient for each input, None where it requires none.
+    """
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        # Views, so that an input that depends on another is not differentiated through.
+        leaves = [x.view_as(x) for x in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [x for x in leaves if x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, tuple(grads), create_graph=True,
+                                         materialize_grads=True) if wanted else ())
+    return tuple(next(found) if x.requires_grad else None for x in leaves)

@@ -1,0 +1,310 @@
+"""Every CUDA op on the emulated device against its reference: random cases, and the worst ones."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from smis_kernels.runtime.native import cuda_emulated
+
+if not cuda_emulated():
+    pytest.skip("SMIS_CUDA_EMULATED=1 runs it", allow_module_level=True)
+
+from cuda_on_cpu.plugin import DEVICE, MODE, SEED
+
+from smis_kernels.ops.class_crops.op import class_boxes, class_crops
+from smis_kernels.ops.instance_edges.op import instance_edges
+from smis_kernels.ops.instance_pool.op import (
+    MAX_ID,
+    instance_avg_pool2d,
+    instance_mean_table,
+    instance_means_op,
+    instance_pool_op,
+)
+from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
+from smis_kernels.testing import LAYOUTS, gradients, max_error, with_layout
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+BOUND = {torch.float32: 3e-6, torch.float64: 1e-13, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+SIZES = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 40, 65)
+COUNT = {"plain": 60, "race": 15, "asan": 25}[MODE]  # random cases of an op and schedule
+
+
+class Draw:
+    """What one random case is made of; the device's schedule and bounds of grids come with it."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(1000 * SEED + seed)
+        self.torch = torch.Generator().manual_seed(seed)
+        DEVICE.set(seed=1000 * SEED + seed + 1, resident=self.random.randint(1, 6),
+                   preempt=self.random.choice((0.0, 0.1, 0.5)),
+                   grid_x=self.random.choice((1, 2, 3, 1e18)),
+                   grid_y=self.random.choice((1, 2, 1e18)))
+
+    def size(self, limit: int = 65) -> int:
+        return min(self.random.choice(SIZES), limit)
+
+    def floats(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        x = torch.randn(shape, generator=self.torch).to(dtype)
+        return with_layout(x, self.random.choice(LAYOUTS))
+
+    def map(self, n: int, h: int, w: int, dtype: torch.dtype, low: int = 0) -> Tensor:
+        """Blocks, stripes, noise, or an id for every pixel; ids may lie anywhere in their range."""
+        count = self.random.choice((1, 2, 9, 40, n * h * w))
+        block = self.random.choice((1, 1, 4, 9))
+        coarse = torch.randint(count, (n, -(-h // block), -(-w // block)), generator=self.torch)
+        rows = coarse.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w]
+        top = min(torch.iinfo(dtype).max, MAX_ID)
+        spread = torch.randint(low, top, (count,), generator=self.torch)
+        spread[-1] = top
+        small = (torch.arange(count) + low) % (top + 1 - low)
+        ids = spread if self.random.random() < 0.5 else small
+        held = ids.clamp(min=low)[rows].to(dtype)
+        return with_layout(held[:, None], self.random.choice(LAYOUTS))[:, 0]
+
+
+def close(got: Tensor, truth: Tensor, scale: float = 1.0) -> None:
+    """Equal but for the rounding of its dtype; the same where there is no number."""
+    assert got.shape == truth.shape
+    error = (got.double() - truth.double()).abs()
+    fine = (error <= scale * BOUND[got.dtype] * truth.double().abs().clamp(min=1)) | (
+        got.double() == truth.double()) | (got.isnan() & truth.isnan())
+    wrong = int((~fine).sum())
+    assert wrong == 0, f"{wrong} of {fine.numel()} differ, by {error.nan_to_num().max()}"
+
+
+def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def refused(got: tuple[Tensor, Tensor]) -> None:
+    assert len(got[1]) == 0
+    assert not got[0].any()
+
+
+def pooled(x: Tensor, ids: Tensor) -> Tensor:
+    """The definition's mean in fp64, by index_add where its loops would take long."""
+    n, c, h, w = x.shape
+    keys = (torch.arange(n).view(n, 1, 1) << 32 | ids.long()).flatten()
+    _, index, count = keys.unique(return_inverse=True, return_counts=True)
+    rows = x.double().permute(0, 2, 3, 1).reshape(-1, c)
+    means = rows.new_zeros((len(count), c)).index_add_(0, index, rows) / count[:, None]
+    return means[index].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def edges(d: Draw) -> None:
+    ids = d.map(d.random.randint(1, 3), d.size(), d.size(), d.random.choice(INTEGERS))
+    dtype = d.random.choice((*FLOATS, torch.bool, torch.uint8))
+    same((instance_edges(ids, dtype=dtype, backend="cuda"),),
+         (instance_edges(ids, dtype=dtype, backend="reference"),))
+
+
+def pool(d: Draw) -> None:
+    n, h, w = d.random.randint(1, 3), d.size(40), d.size(40)
+    x = d.floats(n, d.random.choice((1, 3, 4, 9, 16, 33)), h, w, dtype=d.random.choice(FLOATS))
+    ids = d.map(n, h, w, d.random.choice(INTEGERS))
+    close(instance_pool_op("cuda", x, ids), pooled(x, ids), 3)
+    table = instance_mean_table(x, ids, backend="cuda")
+    expected = instance_mean_table(x.double(), ids, backend="cpu")
+    same((table.image, table.id, table.area), (expected.image, expected.id, expected.area))
+    close(table.mean, expected.mean, 3)
+
+
+def conv(d: Draw) -> None:
+    k, stride, dilation = d.random.choice((1, 3, 5)), d.random.randint(1, 3), d.random.randint(1, 2)
+    padding, h, w = d.random.randint(0, 3), d.size(20) + 9, d.size(20) + 9
+    n, groups, each = d.random.randint(1, 2), d.random.randint(1, 4), d.random.choice((1, 2, 5))
+    out = [(s + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for s in (h, w)]
+    dtype = d.random.choice(FLOATS)
+    x = d.floats(n, groups * each, h, w, dtype=dtype)
+    weight = d.floats(n, groups * k * k, *out, dtype=dtype)
+
+    def results(backend: str, *inputs: Tensor) -> list[Tensor]:
+        def call(a: Tensor, b: Tensor) -> Tensor:
+            return spatially_varying_conv2d(a, b, kernel_size=k, stride=stride, padding=padding,
+                                            dilation=dilation, backend=backend)
+        return [call(*inputs), *gradients(call, inputs)]
+
+    for got, truth in zip(results("cuda", x, weight),
+                          results("reference", x.double(), weight.double()), strict=True):
+        assert max_error(got, truth) < 5 * BOUND[dtype]
+
+
+def crops(d: Draw) -> None:
+    n, k, h, w = d.random.randint(1, 2), d.random.randint(1, 4), d.size(33), d.size(33)
+    classes = d.random.choice((1, 2, 3, 8, 19))
+    many = d.random.random() < 0.1  # more classes than shared memory holds boxes of
+    image = d.floats(n, k, h, w, dtype=d.random.choice(FLOATS))
+    if d.random.random() < 0.4:
+        image[:, :, torch.rand((h, w), generator=d.torch) < 0.3] = 0
+    if d.random.random() < 0.2:
+        image[0, 0, d.random.randrange(h), d.random.randrange(w)] = d.random.choice(
+            (math.nan, math.inf, -math.inf))
+    labels = d.map(n, h, w, torch.int64) % classes
+    semantics = labels.to(d.random.choice(INTEGERS))
+    if many:
+        classes = d.random.choice((2047, 2048, 2100))
+    elif d.random.random() < 0.5:
+        semantics = torch.nn.functional.one_hot(labels, classes).permute(0, 3, 1, 2).to(image.dtype)
+        if d.random.random() < 0.5:
+            semantics = semantics * torch.rand(semantics.shape, generator=d.torch).to(image.dtype)
+    size = (h, w) if d.random.random() < 0.3 else (d.size(40), d.size(40))
+    same((class_boxes(image, semantics, classes, backend="cuda"),),
+         (class_boxes(image, semantics, classes, backend="cpu" if many else "reference"),))
+    got = class_crops(image, semantics, classes, size=size, backend="cuda")
+    expected = class_crops(image, semantics, classes, size=size, backend="cpu")
+    close(got, expected, 0)
+    if not many and image.isfinite().all():
+        (a,), (b,) = (gradients(lambda x, s=s, kind=kind: class_crops(
+            x, s, classes, size=size, backend=kind), (x_,)) for x_, s, kind in (
+                (image, semantics, "cuda"), (image, semantics, "cpu")))
+        close(a, b, 100)
+
+
+def windows(d: Draw) -> None:
+    map_ = d.map(d.random.randint(1, 3), d.size(), d.size(), torch.int32, 1)
+    fits = int(map_.max()) < 2**21 or d.random.random() < 0.8
+    map_ = map_.remainder(2**21 - 1) + 1 if fits else map_
+    index, rows = number_windows(map_, 10**9, backend="reference")
+    count = len(rows) - 1
+    limit = d.random.choice((10**9, count + 1, count, count - 1, count // 2, 1, 0))
+    got = number_windows(map_, limit, backend="cuda")
+    if count <= limit and int(map_.max()) < 2**21:
+        same(got, (index, rows))
+    else:
+        refused(got)
+
+
+def vectors(d: Draw) -> None:
+    n, k, h, w = d.random.randint(1, 2), d.random.choice((1, 2, 5, 19, 33)), d.size(40), d.size(40)
+    dtype = d.random.choice(FLOATS)
+    map_ = d.map(n, h, w, torch.int64) % d.random.choice((1, 2, 7, 50, 400))
+    rows = torch.eye(400, k) if d.random.random() < 0.3 else torch.randint(
+        -1, 2, (400, k), generator=d.torch).float()
+    x = rows[map_].to(dtype)
+    x = torch.where((x == 0) & (torch.rand(x.shape, generator=d.torch) < 0.5), -x, x)
+    x = with_layout(x.permute(0, 3, 1, 2), d.random.choice(LAYOUTS))
+    nan = d.random.random() < 0.15
+    expected = number_vectors(x, 10**9, backend="reference")
+    count = len(expected[1]) - 1
+    limit = d.random.choice((10**9, count + 1, count, count - 1, count // 2, 1, 0))
+    if nan:
+        x[-1, -1, -1, -1] = math.nan
+    got = number_vectors(x, limit, backend="cuda")
+    if nan or count > limit:
+        refused(got)
+    else:
+        same(got, expected)
+
+
+CASES = (edges, pool, conv, crops, windows, vectors)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
+def test_random_cases(case: Callable[[Draw], None]) -> None:
+    for seed in range(COUNT):
+        try:
+            case(Draw(seed))
+        except Exception as error:
+            raise AssertionError(f"case {seed} of schedule {SEED}: {error}") from error
+
+
+def colliding(count: int, capacity: int) -> Tensor:
+    """Ids whose keys start at one slot of instance_pool's table."""
+    ids = torch.arange(count * capacity * 3)
+    slots = [((int(i) + 1) * 0x9E3779B97F4A7C15 % 2**64 >> 32) % capacity for i in ids]
+    return ids[torch.tensor(slots) == 5][:count]
+
+
+@pytest.mark.parametrize("preempt", [0.0, 0.5, 1.0])
+def test_keys_that_collide_and_a_table_as_full_as_it_gets(preempt: float) -> None:
+    DEVICE.set(preempt=preempt, resident=5)
+    generator = torch.Generator().manual_seed(0)
+    ids = colliding(60, 1024)[torch.randint(60, (1, 16, 32), generator=generator)]
+    x = torch.randn((1, 3, 16, 32), generator=generator)
+    close(instance_pool_op("cuda", x, ids), pooled(x, ids))
+    ids = (torch.randperm(512, generator=generator) * 2097143 % 2**31).view(1, 16, 32)
+    close(instance_pool_op("cuda", x, ids), x)
+
+
+def test_ids_at_the_ends_of_their_range() -> None:
+    x = torch.arange(8.0).view(2, 1, 1, 4)
+    ids = torch.tensor([[[0, MAX_ID, 0, MAX_ID - 1]], [[MAX_ID, 0, 1, MAX_ID]]])
+    close(instance_pool_op("cuda", x, ids), instance_avg_pool2d(x, ids, backend="reference"))
+    wrong = torch.tensor([[[-1, 2**31, 5, 5]], [[-(2**63), 2**40, 7, 7]]])
+    assert instance_pool_op("cuda", x, wrong).isnan().flatten().tolist() == 2 * [
+        True, True, False, False]
+    with pytest.raises(RuntimeError, match="instance_map"):
+        instance_mean_table(x, wrong, backend="cuda")
+    map_ = torch.ones((1, 5, 40), dtype=torch.int32)
+    for value, fits in ((2**21 - 1, True), (2**21, False), (2**31 - 1, False)):
+        map_[0, 3, 17] = value
+        got = number_windows(map_, 10**6, backend="cuda")
+        (same if fits else lambda a, b: refused(a))(
+            got, number_windows(map_, 10**6, backend="reference"))
+    map_[0, 3, 17] = -5
+    with pytest.raises(RuntimeError, match="map: expected ids from"):
+        number_windows(map_, 10, backend="cuda")
+
+
+def test_far_more_windows_than_the_limit() -> None:
+    map_ = torch.randint(1, 1000, (1, 48, 65), generator=torch.Generator().manual_seed(4)).int()
+    expected = number_windows(map_, 10**9, backend="reference")
+    count = len(expected[1]) - 1
+    for limit in (0, 1, 31, 32, 33, 1000, count - 1, count, count + 1):
+        got = number_windows(map_, limit, backend="cuda")
+        (same if count <= limit else lambda a, b: refused(a))(got, expected)
+
+
+def far(x: Tensor, *strides: int) -> Tensor:
+    """A view with these strides, in memory of which only the touched pages exist."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    no_reserve = 0x4000
+    held = mmap.mmap(-1, (last + 1) * x.element_size(),
+                     flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    view = torch.frombuffer(held, dtype=x.dtype).as_strided(tuple(x.shape), strides)
+    return view.copy_(x)
+
+
+@pytest.mark.skipif(MODE == "asan", reason="AddressSanitizer's shadow of it is not sparse")
+def test_strides_beyond_32_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (2, 5, 6), generator=generator)
+    ids = far(labels.byte(), 2**32 + 7, 97, 3)
+    edges_ = instance_edges(ids, dtype=torch.uint8, backend="cuda")
+    assert torch.equal(edges_, instance_edges(labels, dtype=torch.uint8, backend="reference"))
+    near = torch.randn((2, 3, 5, 6), generator=generator).half()
+    x = far(near, 2**32 + 64, 2**31 + 64, 6, 1)
+    close(instance_pool_op("cuda", x, labels), pooled(near, labels), 3)
+    for crops_ in (lambda y, kind: class_boxes(y, labels, 3, backend=kind),
+                   lambda y, kind: class_crops(y, labels, 3, size=(9, 8), backend=kind)):
+        assert torch.equal(crops_(x, "cuda"), crops_(near, "reference"))
+    same(number_vectors(x, 10**6, backend="cuda"), number_vectors(near, 10**6, backend="reference"))
+    weight = torch.randn((2, 27, 5, 6), generator=generator).half()
+    y = spatially_varying_conv2d(
+        x, far(weight, 27 * (2**28 + 8), 2**28 + 8, 6, 1), backend="cuda")
+    close(y, spatially_varying_conv2d(near.double(), weight.double(), backend="reference"), 20)
+
+
+def test_host_waits() -> None:
+    x, ids = torch.randn((1, 3, 8, 9)), torch.arange(72).view(1, 8, 9) // 5
+    for waits, call in (
+        (1, lambda: number_windows(ids.int() + 1, 99, backend="cuda")),
+        (1, lambda: number_vectors(x, 99, backend="cuda")),
+        (1, lambda: instance_means_op("cuda", x, ids)),
+        (0, lambda: instance_pool_op("cuda", x, ids)),
+        (0, lambda: class_crops(x, ids, 15, backend="cuda")),
+        (0, lambda: instance_edges(ids, backend="cuda")),
+        (0, lambda: spatially_varying_conv2d(x, torch.randn((1, 27, 8, 9)), backend="cuda")),
+    ):
+        before = DEVICE.waits
+        call()
+        assert DEVICE.waits - before == waits

@@ -1,0 +1,150 @@
+"""Codes, seeds and splits: what a step draws, what repeats, and which pictures it sees."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from smis_models import cli, create_model
+from smis_models.data import GeneratedScenes, build_dataset
+from smis_models.families import DEEPFASHION
+from smis_models.io.images import write_indices, write_png
+from smis_models.training import Run, TrainConfig, from_dict
+from smis_models.training.batches import Batches, MicroBatch, dataset, seed_of
+from smis_models.training.processes import Processes
+from smis_models.training.trainer import Trainer, _first_pictures
+
+pytest.importorskip("jsonargparse")
+CPU = torch.device("cpu")
+
+
+def tiny(*arguments: str) -> TrainConfig:
+    return from_dict({
+        "recipe": "groupdnet_deepfashion",
+        "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
+        "data": {"name": "scenes", "batch": 4, "workers": 0, "count": 12},
+        "losses": {"perceptual": 0.0}, "log": {"grid_every": 1, "rows": 2, "tensorboard": False},
+    }, arguments)
+
+
+def steps(config: TrainConfig, count: int, processes: Processes | None = None,
+          start: int = 0) -> list[list[MicroBatch]]:
+    made = Batches(dataset(config, "train"), config, processes or Processes(), CPU, start)
+    return [made.step() for _ in range(count)]
+
+
+def drawn(batches: list[list[MicroBatch]]) -> list[Tensor]:
+    """Every code of these steps, one row each, of two draws."""
+    like = torch.empty(1, 5, 3)
+    return [batch.noise(like, draw) for step in batches for batch in step for draw in (0, 1)]
+
+
+def test_no_code_comes_twice() -> None:
+    config = tiny("--optimizer.accumulate", "2")
+    rows = torch.cat(drawn(steps(config, 4))).flatten(1)
+    assert len(rows) == 4 * 2 * 2 * 2
+    assert len(rows.unique(dim=0)) == len(rows)
+    many = steps(config, 1)[0][0].noise(torch.empty(1, 500, 100))
+    assert abs(float(many.mean())) < 0.01 and abs(float(many.std()) - 1) < 0.01
+
+
+def test_codes_follow_seed_and_step_alone() -> None:
+    config, other = tiny(), tiny("--seed", "1")
+    first = drawn(steps(config, 3))
+    assert all(map(torch.equal, first, drawn(steps(config, 3))))
+    assert all(map(torch.equal, first[2:], drawn(steps(config, 2, start=1))))
+    assert not any(map(torch.equal, first, drawn(steps(other, 3))))
+    shares = [drawn(steps(config, 3, Processes(rank, 2))) for rank in range(2)]
+    assert all(torch.equal(torch.cat(pair), whole)
+               for pair, whole in zip(zip(*shares, strict=True), first, strict=True))
+
+
+def test_every_step_seeds_torch_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[tuple[int, float]] = []
+    config = tiny()
+    for rank in (0, 1):
+        trainer = Trainer(config)
+        objective = trainer.objective
+        plain = objective.generator
+
+        def looking(batch: MicroBatch, plain=plain) -> object:
+            seeds.append((torch.initial_seed(), float(torch.rand(()))))
+            return plain(batch)
+
+        monkeypatch.setattr(objective, "generator", looking)
+        trainer.processes = Processes(rank, 1)
+        for batches in steps(config, 3):
+            trainer.step(batches, 0)
+    assert len({seed for seed, _ in seeds}) == len({value for _, value in seeds}) == 6
+    assert [seed for seed, _ in seeds[:3]] == [seed_of(0, step, 0) for step in range(3)]
+
+
+def test_generated_pictures_are_of_their_split(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("--seed", "3")
+    run = Run(config, tmp_path)
+    train = GeneratedScenes(12, 64, "train", seed=3)
+    known = {train[i]["image"].numpy().tobytes() for i in range(12)}
+    seen = [image.numpy().tobytes() for _ in range(3) for batch in run.batches.step()
+            for image in batch.image]
+    assert set(seen) == known  # an epoch shows each once
+    held_out = GeneratedScenes(2, 64, "val", seed=3)
+    assert run._shown is not None
+    for i in range(2):
+        assert torch.equal(run._shown.image[i], held_out[i]["image"])
+    monkeypatch.setattr("smis_models.training.trainer._WHITENED", 12)
+    whitening = [image for batch in _first_pictures(config, CPU) for image in batch.image]
+    assert {image.numpy().tobytes() for image in whitening} == known
+    other = Run(tiny("--seed", "3", "--log.grid_split", "test"), tmp_path / "other")
+    assert other._shown is not None
+    assert torch.equal(other._shown.image[0], GeneratedScenes(2, 64, "test", seed=3)[0]["image"])
+
+
+GREY = {"train": 50, "val": 200, "test": 120}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Splits of one grey level each."""
+    for split, grey in GREY.items():
+        for i in range(4):
+            write_png(tmp_path / f"{split}/images/{i}.png", np.full((64, 64, 3), grey, np.uint8))
+            write_indices(tmp_path / f"{split}/labels/{i}.png", np.zeros((64, 64), np.int64))
+    return tmp_path
+
+
+def test_pictures_on_disk_are_of_their_split(folder: Path, tmp_path: Path) -> None:
+    for split, grey in GREY.items():
+        found = build_dataset("folder", folder, DEEPFASHION, split)[0]["image"]
+        assert int(((found[0, 0, 0] + 1) * 127.5).round()) == grey
+    run = Run(tiny("--data.name", "folder", "--data.root", str(folder)), tmp_path / "run")
+    for batches in (run.batches.step(), [run._shown]):
+        grey = GREY["train" if batches[0] is not run._shown else "val"]
+        assert all(bool((((b.image + 1) * 127.5).round() == grey).all()) for b in batches)
+
+
+def test_evaluation_takes_the_held_out_split(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                             tmp_path: Path) -> None:
+    asked: list[tuple[str, bool | None]] = []
+    evaluating = import_module("smis_models.cli.evaluate")
+
+    def asking(name: str, root: object, preset: object, split: str, **options: object) -> object:
+        asked.append((split, options["augment"]))
+        return build_dataset(name, root, preset, split, **options)
+
+    monkeypatch.setattr(evaluating, "build_dataset", asking)
+    monkeypatch.setattr(evaluating, "load_model", lambda *_: create_model(
+        "groupdnet_deepfashion", ngf=8, nef=8, image_size=(64, 64), upsampling="normal").eval())
+    command = ["evaluate", "--model", "groupdnet_deepfashion", "--dataset", "folder", "--root",
+               str(folder), "--out", str(tmp_path / "r.json"), "--distance", "pixel"]
+    CliRunner().invoke(cli.app, command)
+    assert asked == [("val", False)]
+    CliRunner().invoke(cli.app, [*command, "--split", "train"])
+    assert asked[-1] == ("train", False)
+

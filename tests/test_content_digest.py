@@ -1,0 +1,56 @@
+"""content_digest: the definition's number, which every change moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smis_kernels.ops.content_digest.op import content_digest
+from smis_kernels.runtime.backend import missing
+
+needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason="no native CPU library")
+
+
+def values(count: int, dtype: torch.dtype) -> Tensor:
+    drawn = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    return (10 * drawn).to(dtype)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8,
+                                   torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 64, 1021, 65_536, 200_001])
+def test_the_kernel_is_the_definition(count: int, dtype: torch.dtype) -> None:
+    x = values(count, dtype)
+    found = content_digest(x, backend="cpu")
+    assert found.dtype == torch.int64
+    assert found.shape == ()
+    assert torch.equal(found, content_digest(x, backend="reference"))
+
+
+@needs_cpu
+def test_threads_and_strides_do_not_matter() -> None:
+    x = values(300_000, torch.float32).view(30, 100, 10, 10)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = content_digest(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(content_digest(x), single)
+    assert torch.equal(content_digest(x.to(memory_format=torch.channels_last)), single)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("change", [
+    lambda x: x.neg_(), lambda x: x.copy_(x.flip(0)), lambda x: x.copy_(x.roll(1)),
+    lambda x: x[5:7].copy_(x[5:7].flip(0)), lambda x: x[-1:].add_(1e-6), lambda x: x.mul_(2),
+    lambda x: x[0].fill_(float("nan")), lambda x: x.copy_(x.view(-1, 9).flip(1).flatten()),
+], ids=["sign", "order", "shift", "exchange", "one", "exponent", "nan", "kernels"])
+def test_every_change_is_seen(change: object, backend: str) -> None:
+    x = values(9 * 128, torch.float32)
+    before, version = content_digest(x, backend=backend), x._version
+    change(x.data)  # type: ignore[operator]
+    assert x._version == version
+    assert not torch.equal(content_digest(x, backend=backend), before)

@@ -1,0 +1,107 @@
+"""The planner's rates: the key by which they are found, and what a fixed cost changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from smis_kernels import SPADE
+from smis_kernels.layout import planner
+from smis_kernels.runtime import tuned
+
+
+class Level(NamedTuple):
+    counts: tuple[int, int]
+    repeats: bool = True
+
+
+class Input(NamedTuple):
+    """What the rates are asked for: there may be no GPU to make a tensor on."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def flags() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def best(costs: dict[str, float]) -> str:
+    return min(costs, key=lambda path: costs[path])
+
+
+def rates(dtype: torch.dtype) -> planner.Rates:
+    return planner.rates_of(Input(GPU, dtype))  # type: ignore[arg-type]
+
+
+def test_float32_products_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "_trials", {"rates": {}})
+    torch.backends.cudnn.allow_tf32 = True
+    assert planner.products_key(torch.float32) == "float32"
+    fast, half = rates(torch.float32), rates(torch.bfloat16)
+    torch.backends.cudnn.allow_tf32 = False
+    assert planner.products_key(torch.float32) == "float32 without tf32"
+    assert planner.products_key(torch.bfloat16) == "bfloat16"
+    slow = rates(torch.float32)
+    assert rates(torch.bfloat16) == half
+    assert slow.dense == fast.dense / 8 and slow[1:] == fast[1:]
+    # Nearly as many windows as pixels: TF32 convs win, and convs without tensor cores lose.
+    norm, level = SPADE(128, 183), Level((14000, 14000))
+    assert best(planner.costs(norm, level, 16384, fast)) == "dense"  # type: ignore[arg-type]
+    assert best(planner.costs(norm, level, 16384, slow)) != "dense"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_key_is_the_same_under_compile(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+
+    def mark(x: torch.Tensor) -> torch.Tensor:
+        return x + len(planner.products_key(x.dtype))
+
+    x = torch.zeros(1)
+    assert torch.equal(torch.compile(mark, backend="eager", fullgraph=True)(x), mark(x))
+
+
+def test_measured_rates_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    old = {"dense": 1.0, "two_level": 2.0, "one_level": 3.0, "sums": 4.0}
+    table: dict[str, Any] = {"float32": {**old, "fixed_dense": 5.0},
+                             "float32 without tf32": {**old, "fixed_two_level": 6.0}}
+    with tuned.trial("rates", table):
+        assert rates(torch.float32) == planner.Rates(1, 2, 3, 4, fixed_two_level=6.0)
+        torch.backends.cudnn.allow_tf32 = True
+        assert rates(torch.float32) == planner.Rates(1, 2, 3, 4, fixed_dense=5.0)
+        assert planner.rates_of(torch.zeros(1)) == planner.CPU_RATES
+
+
+def test_a_fixed_cost_decides_small_maps_only() -> None:
+    slopes = planner.Rates(dense=1000.0, two_level=500.0, one_level=500.0, sums=100.0)
+    fixed = slopes._replace(fixed_dense=10e3, fixed_two_level=120e3, fixed_one_level=90e3)
+    norm = SPADE(256, 183)
+    small, large = (Level((16, 20)), 64), (Level((600, 1500)), 65536)
+    for rates, expected in ((slopes, "two_level"), (fixed, "dense")):
+        assert best(planner.costs(norm, *small, rates)) == expected  # type: ignore[arg-type]
+        assert best(planner.costs(norm, *large, rates)) == "two_level"  # type: ignore[arg-type]
+    for level, pixels in (small, large):
+        plain, more = (planner.costs(norm, level, pixels, r)  # type: ignore[arg-type]
+                       for r in (slopes, fixed))
+        assert {path: more[path] - plain[path] for path in plain} == pytest.approx(
+            {"dense": 10e3, "one_level": 90e3, "two_level": 120e3})
+    single = SPADE(256, 183, hidden=0)
+    plain, more = (planner.costs(single, small[0], 64, r)  # type: ignore[arg-type]
+                   for r in (slopes, fixed))
+    assert {path: more[path] - plain[path] for path in plain} == pytest.approx(
+        {"dense": 10e3, "one_level": 90e3})
+
+
+def test_the_cpu_s_choice_has_no_fixed_cost() -> None:
+    assert tuple(planner.CPU_RATES) == (130.0, 170.0, 175.0, 16.0, 0.0, 0.0, 0.0)

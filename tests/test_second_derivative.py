@@ -1,0 +1,202 @@
+"""Every op is differentiated twice as its definition is, or says that it cannot be."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from smis_kernels import LabelLayout, ops
+from smis_kernels.ops.class_crops.op import class_crops
+from smis_kernels.ops.conditional_attention.op import conditional_attention
+from smis_kernels.ops.conditional_conv.op import conditional_conv2d
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from smis_kernels.ops.instance_pool.op import instance_avg_pool2d
+from smis_kernels.ops.modulation.op import modulation, modulation_pair
+from smis_kernels.ops.norm_act.op import norm_act
+from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
+from smis_kernels.ops.spectral_weight.op import spectral_weight
+from smis_kernels.ops.window_table.op import window_embedding, window_table
+from smis_kernels.ops.winograd_conv.op import winograd_conv2d
+from smis_kernels.runtime.backend import missing
+
+pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason="no native CPU library")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+LEVEL = LabelLayout.from_labels(
+    torch.randint(3, (2, 6, 5), generator=torch.Generator().manual_seed(1)), 3).level((6, 5))
+MEAN, VAR = normal(4, seed=5), normal(4, seed=6).square() + 0.5
+X, TABLE, TABLE_S = normal(2, 4, 6, 5), normal(9, 8, seed=1), normal(9, 8, seed=2)
+INDEX = torch.randint(1, 9, (2, 6, 5), generator=torch.Generator().manual_seed(3)).int()
+WIDE_INDEX = INDEX.repeat_interleave(2, 1).repeat_interleave(2, 2)
+DENSE = tuple(normal(2, 4, 6, 5, seed=i) for i in range(1, 5))
+WIDE = tuple(normal(2, 4, 12, 10, seed=i) for i in range(1, 3))
+FIXED: dict[str, Any] = {"running_mean": MEAN, "running_var": VAR}
+LEAKY: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": 0.3}
+
+# The autograd.Function that serves it, the call, and what it is differentiated by.
+Case = tuple[str, Callable[..., Any], tuple[Tensor, ...]]
+CASES: dict[str, Case] = {
+    "modulation_batch": ("_Modulation", lambda *t, **b: modulation(
+        *t, training=True, **LEAKY, **b), (X, *DENSE[:2])),
+    "modulation_fixed": ("_Modulation", lambda *t, **b: modulation(
+        *t, activation="relu", **FIXED, **b), (X, *DENSE[:2])),
+    "modulation_instance": ("_Modulation", lambda *t, **b: modulation(
+        *t, norm="instance", **b), (X, *DENSE[:2])),
+    "modulation_group": ("_Modulation", lambda *t, **b: modulation(
+        *t, norm="group", num_groups=2, **LEAKY, **b), (X, *DENSE[:2])),
+    "modulation_none": ("_Modulation", lambda *t, **b: modulation(
+        *t, norm="none", **LEAKY, **b), (X, *DENSE[:2])),
+    "modulation_upsample": ("_Modulation", lambda *t, **b: modulation(
+        *t, training=True, upsample=True, **LEAKY, **b), (X, *WIDE)),
+    "modulation_pair": ("_Modulation", lambda *t, **b: modulation_pair(
+        *t, training=True, **b), (X, *DENSE)),
+    "modulation_pair_fixed": ("_Modulation", lambda *t, **b: modulation_pair(
+        *t, **FIXED, running_mean_s=VAR, running_var_s=VAR + 1, **b), (X, *DENSE)),
+    "norm_act": ("_NormAct", lambda x, **b: norm_act(x, **LEAKY, **b), (X,)),
+    "norm_act_relu": ("_NormAct", lambda x, r, **b: norm_act(
+        x, r, norm="batch", training=True, activation="relu", **b), (X, DENSE[0])),
+    "norm_act_fixed": ("_NormAct", lambda x, **b: norm_act(
+        x, norm="batch", **FIXED, **LEAKY, **b), (X,)),
+    "indexed_modulation": ("_IndexedModulation", lambda x, t, **b: indexed_modulation(
+        x, INDEX, t, training=True, **LEAKY, **b), (X, TABLE)),
+    "indexed_modulation_fixed": ("_IndexedModulation", lambda x, t, **b: indexed_modulation(
+        x, INDEX, t, activation="relu", **FIXED, **b), (X, TABLE)),
+    "indexed_modulation_upsample": ("_IndexedModulation", lambda x, t, **b: indexed_modulation(
+        x, WIDE_INDEX, t, norm="instance", upsample=True, **b), (X, TABLE)),
+    "indexed_modulation_pair": ("_IndexedModulation", lambda x, *t, **b: indexed_modulation_pair(
+        x, INDEX, *t, training=True, **b), (X, TABLE, TABLE_S)),
+    "window_embedding": ("_WindowSum", lambda v, w, c, **b: window_embedding(
+        v, w, c, LEVEL.windows3, **b), (normal(4, 3), normal(6, 3, 3, 3, seed=1), normal(6))),
+    "window_embedding_linear": ("_WindowSum", lambda v, w, **b: window_embedding(
+        v, w, None, LEVEL.windows3, relu=False, groups=3, **b),
+        (normal(4, 3), normal(6, 1, 3, 3, seed=1))),
+    "window_table": ("_WindowTable", lambda h, g, c, d, e, **b: window_table(
+        h, g, c, d, e, LEVEL.windows5, groups=2, **b),
+        (normal(len(LEVEL.windows3), 6), normal(4, 3, 3, 3, seed=1), normal(4, seed=2),
+         normal(4, 3, 3, 3, seed=3), normal(4, seed=4))),
+    "winograd_conv2d": ("_WinogradConv", lambda x, w, c, r, **b: winograd_conv2d(
+        x, w, c, residual=r, groups=2, **b),
+        (X, normal(6, 2, 3, 3, seed=1), normal(6), normal(2, 6, 6, 5, seed=2))),
+    "conditional_conv2d": ("_ConditionalConv", conditional_conv2d,
+                           (X, normal(2, 3, 6, 5, seed=1), normal(36, 3, 3, 3), normal(36))),
+    "conditional_conv2d_plain": ("_ConditionalConv", conditional_conv2d,
+                                 (X, normal(2, 3, 6, 5, seed=1), normal(36, 3, 3, 3))),
+    "conditional_attention": ("_ConditionalAttention", conditional_attention, (X, DENSE[0])),
+    "spatially_varying_conv2d": ("_VaryingConv", lambda x, w, **b: spatially_varying_conv2d(
+        x, w, stride=2, **b), (X, normal(2, 2, 9, 3, 3))),
+    "spectral_weight": ("_SpectralWeight", lambda w, **b: spectral_weight(
+        w, MEAN, normal(6, seed=8), **b), (normal(4, 2, 3, seed=9),)),
+    "class_crops": ("_ClassCrops", lambda x, **b: class_crops(
+        x, INDEX[:, :6, :5].long() % 3, 3, size=(5, 7), **b), (X,)),
+    "instance_avg_pool2d": ("_InstancePool", lambda x, **b: instance_avg_pool2d(
+        x, INDEX % 3, **b), (X,)),
+}
+
+
+def outputs(call: Callable[..., Any], inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
+    found = call(*inputs, backend=backend)
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def second(call: Callable[..., Any], values: tuple[Tensor, ...], backend: str,
+           square: bool) -> list[Tensor]:
+    """Gradients of a penalty on the gradients; unless ``square`` the outer gradient is constant."""
+    leaves = [v.clone().requires_grad_() for v in values]
+    inputs = tuple(2 * leaf for leaf in leaves)  # not leaves: as inside of a network
+    found = outputs(call, inputs, backend)
+    loss = sum(((y.square() if square else y) * normal(*y.shape, seed=40)).sum() for y in found)
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    penalty = sum((g.square() * normal(*g.shape, seed=50)).sum() for g in first)
+    if not penalty.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(penalty, leaves, materialize_grads=True))
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["constant", "moving"])
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_are_those_of_the_definition(name: str, square: bool) -> None:
+    _, call, values = CASES[name]
+    expected = second(call, values, "reference", square)
+    found = second(call, values, "auto", square)
+    linear = name in ("class_crops", "instance_avg_pool2d", "norm_act_fixed")
+    assert any(bool(e.any()) for e in expected) != (linear and not square)
+    for a, b in zip(found, expected, strict=True):
+        # Row 0 of a table stands for the outside: what it would learn is never used.
+        a, b = (t[1:] if t.dim() == 2 and len(t) != 4 else t for t in (a, b))
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max() + 1e-30))
+
+
+def graph_names(output: Tensor) -> set[str]:
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [n for n, _ in node.next_functions]
+    return {type(n).__name__.removesuffix("Backward") for n in seen}
+
+
+def functions_of_the_library() -> Iterator[str]:
+    for info in pkgutil.walk_packages(ops.__path__, "smis_kernels.ops."):
+        if info.name.endswith(".op"):
+            for value in vars(importlib.import_module(info.name)).values():
+                if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+                    yield value.__name__
+
+
+def test_no_op_is_forgotten() -> None:
+    for function, call, values in CASES.values():
+        leaves = tuple(v.clone().requires_grad_() for v in values)
+        assert function in graph_names(outputs(call, leaves, "auto")[0])
+    own_adjoint = {"_ClassCropsGradient"}
+    assert {function for function, _, _ in CASES.values()} == {
+        *functions_of_the_library()} - own_adjoint
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_is_that_of_the_definition(name: str) -> None:
+    _, call, values = CASES[name]
+    if name in ("class_crops", "instance_avg_pool2d"):
+        pytest.skip("their definitions write in place")
+    tangents = []
+    for backend in ("auto", "reference"):
+        with forward_ad.dual_level():
+            duals = tuple(forward_ad.make_dual(v, normal(*v.shape, seed=60)) for v in values)
+            tangents.append([forward_ad.unpack_dual(y).tangent
+                             for y in outputs(call, duals, backend)])
+    for a, b in zip(*tangents, strict=True):
+        assert torch.equal(a, b)
+        assert bool(a.any())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_refuses_forward_mode(name: str) -> None:
+    _, call, values = CASES[name]
+    with forward_ad.dual_level():
+        duals = tuple(forward_ad.make_dual(v, torch.ones_like(v)) for v in values)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            outputs(call, duals, "cpu")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vmap_is_right_or_refused(name: str) -> None:
+    _, call, values = CASES[name]
+    stacked = tuple(torch.stack([v, v]) for v in values)
+    try:
+        found = torch.vmap(lambda *t: tuple(outputs(call, t, "auto")))(*stacked)
+    except (RuntimeError, ValueError):
+        return
+    for a, b in zip(found, outputs(call, values, "reference"), strict=True):
+        assert torch.allclose(a[1], b, rtol=1e-9, atol=1e-12)
