@@ -31,7 +31,8 @@ def test_an_absent_backend_raises(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_missing_library_is_no_silent_fallback(name: str,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selector, "missing", lambda kind, device=None: "it was not built; cure: build it")
+    monkeypatch.setattr(selector, "missing",
+                        lambda kind, device=None: "it was not built; cure: build it")
     monkeypatch.setattr(selector, "_warned", set())
     with pytest.raises(BackendError, match="cannot run: it was not built"):
         PUBLIC[name](backend="cpu")

@@ -99,7 +99,7 @@ def _refused_by_gpu(kind: str, index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # a device's capability does not change
+@torch.compiler.assume_constant_result  # type: ignore  # a device's capability stays
 def _gpu_problem(kind: str, index: int) -> str | None:
     return _refused_by_gpu(kind, index)
 
