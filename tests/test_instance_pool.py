@@ -238,7 +238,7 @@ def test_determinism_is_honoured(function: Callable[..., Iterable[Tensor]],
         found = function(image, ids)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert (choice.backend, choice.path) == ("cuda", "sorted")
+    assert choice.backend.startswith("cuda") and choice.path == "sorted"  # CPU tensors: emulated
     expected = function(image, ids, backend="reference")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
