@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from drawn_norms import Spec, build, call, inputs, specs
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from torch import Tensor, nn
 
 from smis_kernels import accelerate
@@ -82,7 +82,7 @@ def examined(spec: Spec) -> Any:
 
 @given(spec=specs())
 @settings(max_examples=int(COUNT or 30), deadline=None, derandomize=COUNT is None,
-          print_blob=True, suppress_health_check=list(HealthCheck))
+          phases=set(Phase) - {Phase.explain}, suppress_health_check=list(HealthCheck))
 def test_a_drawn_norm_is_replaced_and_equal_or_left_with_a_reason(spec: Spec) -> None:
     row = examined(spec)
     replaced = row is not None and row.replaced
