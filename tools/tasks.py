@@ -102,6 +102,11 @@ def bench(*arguments: str) -> None:
     _python("-m", "benchmarks.report", "out.json")
 
 
+def headers(*version: str) -> None:
+    """Both libraries compiled against the oldest torch's headers: headers [VERSION]."""
+    _python("-m", "tools.headers", *version)
+
+
 def abi(folder: str = "smis_kernels") -> None:
     """Both libraries: LibTorch stable ABI, torch 2.10, no Python symbol outside the stable ABI."""
     path = str((ROOT / folder).resolve())
@@ -157,8 +162,8 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel,
-                 readme, ci)
+    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, headers,
+                 abi, wheel, readme, ci)
 }
 
 
