@@ -1,9 +1,9 @@
 """Compiles both libraries against the headers of the oldest torch that is supported.
 
-An index's wheel is the CUDA build (0.9 GB, for 2.10.0 of CUDA 12.8), so these are the headers that a
-user with a GPU has; torch/include and torch/version.py of it are kept in build/headers. Nothing is
-linked: ``python -m tools.tasks abi`` holds the symbols. The CUDA sources are compiled for the least
-GPU that README names, which the ordinary build leaves out.
+An index's wheel is the CUDA build (0.9 GB, for 2.10.0 of CUDA 12.8), so these are the headers
+that a user with a GPU has; torch/include and torch/version.py of it are kept in build/headers.
+Nothing is linked: ``python -m tools.tasks abi`` holds the symbols. The CUDA sources are compiled
+for the least GPU that README names, which the ordinary build leaves out.
 """
 
 from __future__ import annotations
