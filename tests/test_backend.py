@@ -125,7 +125,8 @@ def on_gpu() -> torch.Tensor:
 
 @pytest.mark.parametrize(("capability", "built"), [
     ((7, 0), DEFAULT), ((7, 5), DEFAULT), ((12, 0), "8.0 9.0 10.0"), ((8, 0), "8.6"),
-    ((9, 0), "8.0"), ((7, 0), "7.5+PTX"), ((10, 0), "9.0a+PTX"), ((12, 0), "10.0f+PTX"),
+    ((9, 0), "8.0"), ((7, 0), "7.5+PTX"), ((10, 0), "9.0a+PTX"), ((10, 3), "10.0a"),
+    ((12, 0), "10.0f+PTX"),
 ])
 def test_a_gpu_that_the_library_is_not_built_for(gpu: SetGPU, capability: Capability,
                                                  built: str) -> None:
