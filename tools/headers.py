@@ -18,10 +18,11 @@ import zipfile
 from pathlib import Path
 
 from smis_kernels import build
+from smis_kernels.runtime.backend import CUDA_LEAST
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "{}.{}.0".format(*build.MINIMUM_TORCH)
-LEAST_GPU = "7.5"
+LEAST_GPU = "{}.{}".format(*CUDA_LEAST)
 
 
 def headers(version: str, cache: Path) -> build.Torch:
