@@ -183,6 +183,9 @@ class _Recorder(TorchFunctionMode):
         in_place = name.endswith("_") and not name.endswith("__")
         reverse = name in _REVERSED
         plain = _REVERSED.get(name) or _SAME.get(name, name.rstrip("_") if in_place else name)
+        if not isinstance(out, (Tensor, tuple, list)) and not any(
+                isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+            return out  # a switch, or a question about one
         if out is None:
             raise Unclear(f"it writes into a tensor ({name})")
         if (in_place or name[:3] == "__i") and self._of.get(id(out)) in (FEATURES, MAP):

@@ -65,6 +65,7 @@ class Form:
         convs: those on the way from the map.
         pair: the last convs of gamma and beta, where they read the same and look alike.
         label_channels: of the map; 0 for any number.
+        per_image: whether the map's results are normalised over an image.
     """
 
     graph: Graph
@@ -78,11 +79,25 @@ class Form:
     convs: tuple[Conv, ...]
     pair: tuple[int, int] | None
     label_channels: int
+    per_image: bool
 
     @cached_property
     def reach(self) -> int:
         """How far gamma and beta reach on the map."""
         return max(self.levels[self.gamma], self.levels[self.beta], 0)
+
+    @property
+    def outline(self) -> Any:
+        """What two norms that differ in their widths alone have in common."""
+        def masked(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(masked, value))
+            return "width" if type(value) is int and value > 4 else value
+
+        steps = tuple((s.op, s.inputs, masked(s.settings)) for s in self.graph.steps)
+        convs = tuple((c.step, c.kernel, c.groups > 1) for c in self.convs)
+        return (steps, convs, self.levels, self.no_tables, self.pair, self.norm, self.resized,
+                self.source, self.gamma, self.beta, bool(self.label_channels))
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "reach"}
@@ -305,10 +320,10 @@ def match(graph: Graph, module: nn.Module, size: tuple[int, int], map_size: tupl
     kept = pruned(m.steps, joint)
     source, gamma, shift = kept.steps[kept.output].inputs
     kept = Graph(kept.steps[:-1], source)
-    levels, why, convs = _levels(kept, module)
+    levels, why, convs, per_image = _levels(kept, module)
     return Form(kept, source, gamma, shift, norm, m.resized, levels, why, convs,
                 _pair(kept, module, convs, gamma, shift),
-                _label_channels(kept, convs, label_channels))
+                _label_channels(kept, convs, label_channels), per_image)
 
 
 def serves_statistics(norm: nn.Module) -> bool:
@@ -327,8 +342,9 @@ def _label_channels(graph: Graph, convs: Sequence[Conv], channels: int) -> int:
         starts & set(graph.steps[c.step].inputs) for c in convs) else 0
 
 
-def _levels(graph: Graph, module: nn.Module) -> tuple[tuple[int, ...], str, tuple[Conv, ...]]:
-    """How far each step reaches on the map; why there are no tables; the convs."""
+def _levels(graph: Graph, module: nn.Module,
+            ) -> tuple[tuple[int, ...], str, tuple[Conv, ...], bool]:
+    """How far each step reaches on the map; why there are no tables; the convs; norms of images."""
     levels: list[int] = []
     per_image: set[int] = set()
     why, convs = "", []
@@ -362,7 +378,7 @@ def _levels(graph: Graph, module: nn.Module) -> tuple[tuple[int, ...], str, tupl
             per_image.add(i)
         if level > 2:
             why = why or "windows are larger than 5x5"
-    return tuple(levels), why, tuple(convs)
+    return tuple(levels), why, tuple(convs), bool(per_image)
 
 
 def _pair(graph: Graph, module: nn.Module, convs: Sequence[Conv], gamma: int,

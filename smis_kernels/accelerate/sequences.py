@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..ops.norm_act.op import norm_act
 from .folding import Folded, constant
 from .formats import channels_last
-from .norms import is_plain_conv
+from .graph import is_plain_conv
 from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, shadow
 from .swap import FOLDED, PLAN, Change, Fused, Plan, serves
 from .watch import hooked, original_type, weight_hooks

@@ -16,7 +16,7 @@ from ..modules.spade import CGNorm
 from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
 from ..runtime.tensors import acc_dtype
-from .graph import MAP, Step, call, is_plain_conv
+from .graph import FEATURES, MAP, Step, call
 from .match import Conv, Form
 from .watch import weight_hooks
 
@@ -132,7 +132,6 @@ class _Rows(_Evaluation):
         inputs = {i: vectors for i, s in enumerate(form.graph.steps) if s.op == "resize"}
         super().__init__(owner, form, {MAP: vectors, **inputs})
         self._convs = {conv.step: conv for conv in form.convs}
-        self._convs_by_step = {id(form.graph.steps[conv.step]): conv for conv in form.convs}
         self.table: Tensor | None = None  # of both last convs, whole
 
     def windows(self, level: int) -> Tensor:
@@ -146,6 +145,10 @@ class _Rows(_Evaluation):
             return self._layout.resized(self._size)
         found = self._layout.level(self._size)
         return found.index3 if level == 1 else found.index5
+
+    def count(self, level: int) -> int:
+        """How many rows a level has."""
+        return len(self.windows(level)) if level else len(self._layout.vectors)
 
     def lifted(self, i: int, level: int) -> Any:
         """A step's rows at a higher level: what is at the centre of each window."""
@@ -313,8 +316,13 @@ class ForeignNorm(CGNorm):
         """What is modulated: the features, where the kernels or nothing normalise them."""
         if self.norm is not None:
             return input
-        found: Tensor = _Evaluation(self.owner, self.form, {0: input}).value(self.form.source)
+        found: Tensor = _Evaluation(self.owner, self.form, {FEATURES: input}).value(self.form.source)
         return found
+
+    @property
+    def shares_features(self) -> bool:
+        """Whether it modulates what it is given, so that one read may serve two norms."""
+        return self.norm is not None or self.form.source == FEATURES
 
     def gamma_beta(self, segmap: Tensor, size: tuple[int, int],
                    fused: bool) -> tuple[Tensor, Tensor]:
@@ -345,23 +353,19 @@ class ForeignNorm(CGNorm):
         with torch.autocast(layout.vectors.device.type, enabled=False):
             rows = _Rows(self.owner, self.form, layout, size, path, dtype)
             level = self.form.reach
-            count = int(rows.index(level).max()) + 1 if False else self._count(rows, level)
             gamma, beta = (rows.lifted(i, level) for i in (self.form.gamma, self.form.beta))
             if rows.table is not None and self.form.pair == (
                     self.form.gamma, self.form.beta) and getattr(self.norm, "weight", None) is None:
                 table = rows.table
             else:
                 shape = (max(len(v) if isinstance(v, Tensor) else 1 for v in (gamma, beta)),
-                         count, 1)
+                         rows.count(level), 1)
                 both = self._with_affine(self._whole(gamma, shape), self._whole(beta, shape))
                 table = torch.cat(both, 1).squeeze(3).transpose(1, 2).reshape(
                     -1, 2 * self.channels)
         weight = next(self.owner.parameters())
         low = table.is_cuda and not table.requires_grad and weight.element_size() == 2
         return table.to(weight.dtype) if low else table
-
-    def _count(self, rows: _Rows, level: int) -> int:
-        return len(rows.windows(level)) if level else len(rows._layout.vectors)
 
     def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
         """The row of :meth:`table` at each pixel; after norms of the image every one has its own."""
@@ -370,4 +374,4 @@ class ForeignNorm(CGNorm):
         if not self.form.per_image or len(index) == 1:
             return index
         offset = torch.arange(len(index), dtype=index.dtype, device=index.device)
-        return index + self._count(rows, self.form.reach) * offset[:, None, None]
+        return index + rows.count(self.form.reach) * offset[:, None, None]
