@@ -260,12 +260,18 @@ class _Matcher:
             if step.op not in _KNOWN and not sizes:
                 why = "stops a gradient" if step.op == "detach" else "is not known to be safe"
                 raise Mismatch(f"{what}: {step.op} {why}")
-            if step.op == "__getitem__" and not constant and not _slices_channels(step):
+            if step.op == "__getitem__" and not constant and not self._picks_rows(step) and (
+                    not _slices_channels(step)):
                 raise Mismatch(f"{what} is cut to another size")
             if step.op == "batch_norm" or (step.op == "module" and isinstance(
                     self.module.get_submodule(step.settings), (
                         nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Upsample))):
                 raise Mismatch(f"{what}: {described(step, self.module)}")
+
+    def _picks_rows(self, step: Step) -> bool:
+        """Whether it is an index of each pixel into what does not depend on the inputs."""
+        table, index = step.settings[1]
+        return isinstance(table, Ref) and isinstance(index, Ref) and not self.reads(table.step)
 
     def below(self, output: int) -> list[int]:
         """The steps that one depends on, and itself, in order."""
