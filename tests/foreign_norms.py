@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from foreign import LayoutNorm
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
-
-from foreign import LayoutNorm
 
 
 class Noised(nn.Module):

@@ -250,9 +250,8 @@ def record(module: nn.Module, features: Tensor, segmap: Tensor,
         Unclear: it cannot be recorded. Whatever the module raises.
     """
     recorder = _Recorder(module, (features, segmap))
-    with _leaves_recorded(module, recorder), torch.no_grad():
-        with recorder:
-            out = module(*(arguments or (features, segmap)))
+    with _leaves_recorded(module, recorder), torch.no_grad(), recorder:
+        out = module(*(arguments or (features, segmap)))
     if not isinstance(out, Tensor):
         raise Unclear(f"it returns {type(out).__name__}, not a tensor")
     return pruned(recorder.steps, recorder.step_of(out))
