@@ -194,7 +194,8 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(out, Tensor):
             self._called(origin, plain, args, kwargs, out)
         elif plain in ARITHMETIC and len(args) == 2 and not kwargs and numbers:
-            self._arithmetic(plain, *(reversed(args) if reverse else args), out)
+            left, right = reversed(args) if reverse else args
+            self._arithmetic(plain, left, right, out)
         elif plain == "neg":
             self._arithmetic("mul", args[0], -1.0, out)
         elif plain in _IDENTITIES:
@@ -215,7 +216,8 @@ class _Recorder(TorchFunctionMode):
 @contextmanager
 def _leaves_recorded(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Calls of parts that are one step are noted as such."""
-    leaves = {name: part for name, part in module.named_modules() if name and _is_leaf(part)}
+    leaves = {name: part for name, part in module.named_modules()
+              if name and _is_leaf(part) and type(part) is not nn.Identity}
 
     def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -216,9 +216,6 @@ class _Matcher:
         if MAP not in self.reads(i):
             return i, self.number(1), self.number(0)
         features = [FEATURES in self.reads(j) for j in step.inputs]
-        if step.op == "module" and isinstance(
-                self.module.get_submodule(step.settings), nn.Identity):
-            return self.affine(step.inputs[0])
         if step.op in ("add", "sub"):
             (a, b), sign = step.inputs, self.number(1 if step.op == "add" else -1)
             if all(features):

@@ -33,7 +33,7 @@ _MOST_SHAPES = 24  # of inputs that are tried on one
 
 @dataclass(frozen=True)
 class NormPlan(Plan):
-    """What a norm computes; ``channels``: of the features.
+    """What a norm computes; ``channels``: of the features, ``labels``: of the map that was probed.
 
     ``counts``: whether the norm advances ``num_batches_tracked``; ``swapped``: whether its forward
     takes the map first.
@@ -41,6 +41,7 @@ class NormPlan(Plan):
 
     form: Form
     channels: int
+    labels: int
     counts: bool
     swapped: bool = False
 
@@ -168,8 +169,7 @@ def inputs_of(weight: Tensor, channels: int, labels: int, size: tuple[int, int],
 def probe_inputs(plan: NormPlan, like: Tensor, size: tuple[int, int],
                  scale: int) -> tuple[Tensor, Tensor]:
     """:func:`inputs_of` for a norm; a map of the features' size where it takes no other."""
-    labels = plan.form.label_channels or 7
-    return inputs_of(like, plan.channels, labels, size, scale if plan.form.resized else 1)
+    return inputs_of(like, plan.channels, plan.labels, size, scale if plan.form.resized else 1)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def _recorded(twin: nn.Module) -> Iterator[_Recorded]:
             if graphs[0] != graphs[1]:
                 raise Mismatch("in training it computes something else than in eval mode")
             ran = True
-            yield _Recorded(graphs[0], swapped, channels, labels, tuple(inputs[1].shape[2:]))
+            height, width = inputs[1].shape[2:]
+            yield _Recorded(graphs[0], swapped, channels, labels, (height, width))
             break
     if not ran:
         raise CannotRun(problem)
@@ -246,22 +247,28 @@ def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
             continue
         norm = module.get_submodule(form.norm) if form.norm else None
         known = not isinstance(norm, _BatchNorm) or type(norm) in _COUNTING
-        return [NormPlan(arguments, form, found.channels, counts, found.swapped)
+        return [NormPlan(arguments, form, found.channels, found.labels, counts, found.swapped)
                 for counts in ((True,) if known else (False, True))]
     if why is not None:
         raise Mismatch(f"nearest is {PATTERN}, but {why}")
     return []
 
 
+def _of_another_size(x: Tensor) -> Tensor:
+    """One image, twice as high and three times as wide."""
+    wide = torch.cat([x, x.flip(3), x.roll(1, 3)], 3)[:1]
+    return torch.cat([wide, wide.flip(2)], 2)
+
+
 def _trials(x: Tensor, planes: Tensor, form: Form) -> list[Trial]:
     soft = planes + 0.3 * torch.rand_like(planes)  # whose vectors do not repeat
     first, second = ("dense", "dense") if form.no_tables else ("two_level", "one_level")
-    larger = torch.cat([x, x.flip(3)], 3), torch.cat([planes, planes.flip(3)], 3)
+    other = (_of_another_size(x), _of_another_size(planes))
     return [Trial((x, planes), True, path=first),
             Trial((x, planes), True, path="dense"),
             Trial((x, planes), False, parameters=False, path=second),
             Trial((x, soft), False, differentiable=(0, 1), parameters=False),
-            Trial(larger, False, parameters=False, path=first),
+            Trial(other, False, parameters=False, path=first),
             *at_scales((x, planes))]
 
 

@@ -115,7 +115,7 @@ class Recognition:
     def _all_norms(self, named: Mapping[str, nn.Module]) -> list[Finding]:
         """The innermost modules that take features and a map and normalise, in order."""
         readings: dict[str, norms.Reading] = {}
-        for name, module in reversed(named.items()):  # parts come before what holds them
+        for name, module in reversed(list(named.items())):  # parts come before what holds them
             prefix = f"{name}." if name else ""
             if any(other.startswith(prefix) for other in readings):
                 continue

@@ -254,6 +254,11 @@ class ForeignNorm(CGNorm):
     Made for each call, so that no part can be out of date.
     """
 
+    owner: nn.Module
+    form: Form
+    counts: bool
+    norm: nn.Module | None
+
     def __init__(self, owner: nn.Module, form: Form, counts: bool, channels: int) -> None:
         norm = owner.get_submodule(form.norm) if form.norm else None
         vars(self).update(
@@ -316,7 +321,8 @@ class ForeignNorm(CGNorm):
         """What is modulated: the features, where the kernels or nothing normalise them."""
         if self.norm is not None:
             return input
-        found: Tensor = _Evaluation(self.owner, self.form, {FEATURES: input}).value(self.form.source)
+        steps = _Evaluation(self.owner, self.form, {FEATURES: input})
+        found: Tensor = steps.value(self.form.source)
         return found
 
     @property
@@ -368,7 +374,7 @@ class ForeignNorm(CGNorm):
         return table.to(weight.dtype) if low else table
 
     def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
-        """The row of :meth:`table` at each pixel; after norms of the image every one has its own."""
+        """The row of :meth:`table` at each pixel; each image has its own after norms of it."""
         rows = _Rows(self.owner, self.form, layout, size, "", torch.float32)
         index = rows.index(self.form.reach)
         if not self.form.per_image or len(index) == 1:

@@ -107,7 +107,7 @@ def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
 def arguments_of(module: nn.Module, count: int) -> tuple[str, ...] | None:
     """Names of the arguments of ``forward`` without a default; None unless they are ``count``.
 
-    The last may be the first of any number: then it is called as in ``def forward(self, x, *maps)``.
+    The last may be the first of any number, as in ``def forward(self, x, *maps)``.
     """
     kinds = inspect.Parameter
     parameters = list(inspect.signature(original_type(module).forward).parameters.values())[1:]
