@@ -13,7 +13,7 @@ from ..modules.spade import modulate_pair
 from ..modules.winograd_conv import WinogradConv2d
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
-from .formats import channels_last, in_format_of, network_call
+from .formats import channels_last, gradient_in_format, in_format_of, network_call
 from .graph import is_plain_conv
 from .norms import FusedNorm, NormPlan, probe_inputs
 from .probe import PROBE_SIZE, Trial, agreeing, shadow, unit_outputs
@@ -150,7 +150,7 @@ class FusedBlock(Fused):
         assert conv_0 is not None and conv_1 is not None
         norm_0, norm_1, *rest = ready
         with network_call():
-            h = shortcut = channels_last(x)
+            h = shortcut = channels_last(gradient_in_format(x))
             if rest:
                 h, shortcut = _both(norm_0, rest[0], h, segmap, active)
                 assert plan.shortcut is not None

@@ -268,7 +268,7 @@ def _trials(x: Tensor, planes: Tensor, form: Form) -> list[Trial]:
             Trial((x, planes), True, path="dense"),
             Trial((x, planes), False, parameters=False, path=second),
             Trial((x, soft), False, differentiable=(0, 1), parameters=False),
-            Trial(other, False, parameters=False, path=first),
+            Trial(other, True, path=first),
             *at_scales((x, planes))]
 
 

@@ -16,6 +16,7 @@ from ..modules.spade import CGNorm
 from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
 from ..runtime.tensors import acc_dtype
+from .formats import gradient_in_format
 from .graph import FEATURES, MAP, Step, call
 from .match import Conv, Form
 from .watch import weight_hooks
@@ -315,7 +316,8 @@ class ForeignNorm(CGNorm):
     def forward(self, input: Tensor, segmap: Tensor | LabelLayout, **options: Any) -> Tensor:
         if not self.label_channels:
             vars(self)["label_channels"] = segmap.shape[1]
-        return super().forward(self.source(input), segmap, **options)
+        source = gradient_in_format(self.source(gradient_in_format(input)))
+        return super().forward(source, segmap, **options)
 
     def source(self, input: Tensor) -> Tensor:
         """What is modulated: the features, where the kernels or nothing normalise them."""
@@ -333,8 +335,9 @@ class ForeignNorm(CGNorm):
     def gamma_beta(self, segmap: Tensor, size: tuple[int, int],
                    fused: bool) -> tuple[Tensor, Tensor]:
         values = _Pixels(self.owner, self.form, segmap, size, fused)
-        return self._with_affine(*(self._whole(values.value(i), (len(segmap), *size))
-                                   for i in (self.form.gamma, self.form.beta)))
+        gamma, beta = self._with_affine(*(self._whole(values.value(i), (len(segmap), *size))
+                                          for i in (self.form.gamma, self.form.beta)))
+        return gradient_in_format(gamma), gradient_in_format(beta)
 
     def _whole(self, value: Any, shape: tuple[int, int, int]) -> Any:
         n, h, w = shape
