@@ -92,20 +92,14 @@ class _Pixels(_Evaluation):
 
     def _module(self, i: int, step: Step) -> Tensor:
         pair = self.form.pair
-        if not self._fused or pair is None or i not in pair:
+        known = next((c for c in self.form.convs if c.step == i), None)
+        if not self._fused or pair is None or i not in pair or known is None or (
+                known.kernel != 3 or known.groups > 1):  # grouped outputs would interleave
             return super()._module(i, step)
         convs = [_conv(self.owner, self.form.graph.steps[j]) for j in pair]
-        source = self.value(step.inputs[0])
-        if convs[0].groups > 1:  # grouped outputs would interleave
-            outs: Any = [conv._conv_forward(source, conv.weight, conv.bias) for conv in convs]
-        else:
-            weight, bias = torch.cat([conv.weight for conv in convs]), _joined_bias(convs)
-            if convs[0].kernel_size == (3, 3):
-                both = conv3x3(source, weight, bias)
-            else:
-                both = F.conv2d(source, weight, bias, padding=convs[0].padding)
-            outs = both.split(convs[0].out_channels, 1)
-        self._found.update(zip(pair, outs, strict=True))
+        both = conv3x3(self.value(step.inputs[0]), torch.cat([conv.weight for conv in convs]),
+                       _joined_bias(convs))
+        self._found.update(zip(pair, both.split(known.channels, 1), strict=True))
         out: Tensor = self._found[i]
         return out
 
