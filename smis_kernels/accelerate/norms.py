@@ -132,7 +132,7 @@ def _shapes(module: nn.Module) -> Iterator[tuple[int, int]]:
             if isinstance(part, nn.LayerNorm):
                 yield part.normalized_shape[-1]
         for part in reversed(parts):
-            if isinstance(part, (nn.Conv2d, nn.Conv3d)):
+            if isinstance(part, nn.Conv2d):
                 yield part.out_channels
                 yield part.out_channels // 2
         for p in module.parameters():
@@ -143,7 +143,7 @@ def _shapes(module: nn.Module) -> Iterator[tuple[int, int]]:
 
     def maps() -> Iterator[int]:
         for part in parts:
-            if isinstance(part, (nn.Conv2d, nn.Conv3d)):
+            if isinstance(part, nn.Conv2d):
                 yield part.in_channels
             if isinstance(part, nn.Embedding):
                 yield part.num_embeddings
@@ -281,12 +281,14 @@ def read(module: nn.Module) -> Reading:
         return "it is fused already"
     arguments = arguments_of(module, 2)
     assert arguments is not None
+    listed = any(is_norm_layer(part) for part in module.modules())
+    if any(isinstance(part, nn.Conv3d) for part in module.modules()):
+        return "it is three-dimensional: the kernels take (N, C, H, W)" if listed else None
     try:
         return _plans(module, arguments) or None
     except Mismatch as error:
         return str(error)
     except CannotRun as error:
-        listed = any(is_norm_layer(part) for part in module.modules())
         return f"the probe cannot run it: {error}" if listed else None
 
 
