@@ -5,14 +5,24 @@ SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from smis_kernels.accelerate.swap import at_any_size
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.native import cuda_emulated
 
 if cuda_emulated():
     from cuda_on_cpu.plugin import no_findings, pytest_terminal_summary  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def fused_at_any_size() -> Iterator[None]:
+    """Small inputs take the fused forms of ``accelerate``, too."""
+    with at_any_size():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

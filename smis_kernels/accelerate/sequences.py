@@ -15,9 +15,8 @@ from .folding import Folded, constant
 from .formats import channels_last, gradient_in_format
 from .graph import is_plain_conv
 from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, shadow
-from .swap import FOLDED, PLAN, Change, Fused, Plan, serves
+from .swap import FOLDED, PLAN, Change, Fused, Plan, is_small, serves
 from .watch import hooked, original_type, weight_hooks
-
 
 # On the CPU a call of norm_act costs 80 us more than torch's: what that pays for, in values.
 # Measured on one thread (66 us against 119 us at 16,384 values, 165 us against 145 us at 65,536).
@@ -96,7 +95,7 @@ class FusedSequence(Fused):
             following = ready[i + 1] if i + 1 < len(ready) else None
             i += 1
             fits = isinstance(h, Tensor) and serves(h, None)
-            small = fits and h.is_cpu and h.numel() < SMALL
+            small = fits and is_small(h, h.numel(), SMALL)
             if fits and not small and is_instance_norm(layer) and not hooked(layer):
                 options = None if following is None or hooked(following) else activation_of(
                     following)
@@ -164,10 +163,7 @@ def judge(sequence: nn.Module, inference: bool) -> Verdict | None:
         twin = shadow(nn.Sequential(*(p for p in parts if p is not None)))
         like = next(sequence.parameters(), torch.empty(0))
         generator = torch.Generator().manual_seed(SEED)
-        height, width = PROBE_SIZE
-        times = -(-SMALL // (2 * norm.num_features * height * width))
-        size = (2, norm.num_features, height, width * max(1, times))
-        x = torch.randn(size, generator=generator).to(like)
+        x = torch.randn((2, norm.num_features, *PROBE_SIZE), generator=generator).to(like)
         trials = [*(Trial((x,), training) for training in (True, False)), *at_scales((x,))]
         chosen, why = agreeing(twin, trials, [[Change(twin, FusedSequence, plan)]])
         if chosen is None:
