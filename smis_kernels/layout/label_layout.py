@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,9 +62,9 @@ def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
 
 def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
     """Source index of each target index, exactly as F.interpolate: floor(fp32 dst * fp32 scale)."""
-    scale = torch.tensor(source, dtype=torch.float32) / torch.tensor(size, dtype=torch.float32)
+    scale = float(np.float32(source) / np.float32(size))
     # made on the device: a copy from the host could not be captured in a CUDA graph
-    index = torch.arange(size, dtype=torch.float32, device=device) * scale.item()
+    index = torch.arange(size, dtype=torch.float32, device=device) * scale
     return index.floor().long().clamp_(max=source - 1)
 
 
