@@ -158,7 +158,9 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         if layout is None:
             problem = "the map's vectors do not repeat (or hold NaN)"
     if layout is not None:
-        level = layout.level(size, unlimited=wanted != "auto")
+        # Tables that are kept serve every further sample: they are made even of unique windows.
+        kept = layout.tables is not None
+        level = layout.level(size, unlimited=kept or wanted != "auto")
         if not level.repeats:
             problem = "the map's windows do not repeat"
     if problem is not None or layout is None:
@@ -173,9 +175,13 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
     for norm in norms:
         for path, cost in costs(norm, level, pixels, rates_of(input)).items():
             total[path] = total.get(path, 0.0) + cost
+    dense = total["dense"]
+    if kept:
+        del total["dense"]
     best = min(total, key=lambda path: total[path])
-    gain = round(total["dense"] / total[best], 1)
-    return plan(best, None if best == "dense" else layout, "least expected cost",
+    gain = round(dense / total[best], 1)
+    reason = "tables are kept" if kept else "least expected cost"
+    return plan(best, None if best == "dense" else layout, reason,
                 V=v, U=u, pixels=pixels, expected_gain=f"{gain}x")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import check_device, check_shape, check_tensor
+from ...runtime.constants import constant
 from ...runtime.derivatives import recorded_gradients
 from ...runtime.library import RawOp
 from . import reference
@@ -148,6 +150,13 @@ def _check_conv(suffix: str, weight: Tensor, bias: Tensor | None, like: Tensor,
         check_device(name, tensor, like, "the rows")
 
 
+def _taps(weight: Tensor, groups: int) -> Tensor:
+    """(D, K / groups, 3, 3) as (groups, K / groups, 9 D / groups): a product's second operand."""
+    outputs, depth = weight.shape[0] // groups, weight.shape[1]
+    taps = weight.reshape(groups, outputs, depth, 9).permute(0, 2, 3, 1)
+    return taps.reshape(groups, depth, 9 * outputs)
+
+
 def window_embedding(
     vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, *, groups: int = 1,
     relu: bool = True, backend: str | None = None,
@@ -180,10 +189,10 @@ def window_embedding(
             vectors, weight, bias, windows, groups=groups, relu=relu
         )
     count, channels = vectors.shape[0], weight.shape[0]
-    grouped = vectors.view(count, groups, -1)
-    taps = weight.view(groups, channels // groups, -1, 9)
+    taps = constant(("taps", groups), partial(_taps, weight, groups), weight)
     with torch.autocast(vectors.device.type, enabled=False):  # tables stay in fp32
-        rows = torch.einsum("rgk,gdkt->rtgd", grouped, taps).reshape(count, 9, channels)
+        rows = torch.bmm(vectors.view(count, groups, -1).transpose(0, 1), taps)
+    rows = rows.view(groups, count, 9, -1).permute(1, 2, 0, 3).reshape(count, 9, channels)
     out: Tensor = _WindowSum.apply(rows, windows, bias, relu, kind)
     return out
 
@@ -223,10 +232,16 @@ def window_table(
     _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape, _LOW)
     _check_conv("_beta", weight_beta, bias_beta, hidden, shape, _LOW)
     kind = resolve("window_table", hidden, backend, KINDS)
-    bias_gamma, bias_beta = bias_gamma.to(hidden.dtype), bias_beta.to(hidden.dtype)
+    bias_gamma, bias_beta = (
+        constant(("wide", hidden.dtype), partial(bias.to, hidden.dtype), bias)
+        for bias in (bias_gamma, bias_beta)
+    )
     trained = torch.is_grad_enabled() and (weight_gamma.requires_grad or weight_beta.requires_grad)
     if kind != "triton" or trained or hidden.dtype == torch.float64:
-        weight_gamma, weight_beta = weight_gamma.to(hidden.dtype), weight_beta.to(hidden.dtype)
+        weight_gamma, weight_beta = (
+            constant(("wide", hidden.dtype), partial(weight.to, hidden.dtype), weight)
+            for weight in (weight_gamma, weight_beta)
+        )
     if kind == "reference":
         return reference.window_table(
             hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups=groups

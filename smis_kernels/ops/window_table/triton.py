@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.constants import constant
 from ...runtime.triton_support import (
     SIZES,
     CompileCase,
@@ -193,8 +194,9 @@ def window_table(
     bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
 ) -> Tensor:
     hidden, windows = hidden.contiguous(), windows.contiguous()
-    weight = _packed((weight_gamma, weight_beta))
-    bias = torch.cat([bias_gamma, bias_beta])
+    weights, biases = (weight_gamma, weight_beta), (bias_gamma, bias_beta)
+    weight = constant("packed", partial(_packed, weights), *weights)
+    bias = constant("gamma and beta", partial(torch.cat, biases), *biases)
     product = _product(hidden, weight, bias, windows, groups, one_level)
     return product if one_level else window_sum(product, windows, bias, False)
 
