@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,6 +28,9 @@ class Prepared:
         self._network = network
         self._stamp: Stamp | None = None
         self._store: Store | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # constants are known by where their sources lie
+        return {"_network": self._network, "_stamp": None, "_store": None}
 
     def _tensors(self) -> list[Tensor]:
         return [*self._network.parameters(), *self._network.buffers()]
