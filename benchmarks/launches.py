@@ -263,7 +263,8 @@ def count_forward(name: str, layout: LabelLayout, way: str, *,
         z = generator.sample_latent(layout.shape[0])
         prepared = Prepared(generator)  # as a Synthesizer's
         with prepared.vouched():
-            generator(semantic, z)
+            with Count():  # launchers run here alone, and have constants too
+                generator(semantic, z)
             with Count() as count, count.marking():
                 generator(semantic, z)
     return count

@@ -8,6 +8,7 @@ from .modules.label_conv import LabelConv2d
 from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import requested, resolve
+from .runtime.constants import constant
 from .runtime.library import NAMESPACE
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TableCache",
     "WindowLevel",
     "channel_moments",
+    "constant",
     "conv3x3",
     "prepare_map",
     "requested",

@@ -156,12 +156,10 @@ class CGNorm(Normalizing):
             windows = renamed[1:].view_as(windows).int()
         hidden = window_embedding(vectors, *wide(shared), windows3, groups=shared.groups)
         assert gamma.bias is not None and beta.bias is not None
-        table = window_table(
+        return window_table(
             hidden, gamma.weight, gamma.bias, beta.weight, beta.bias, windows,
             groups=gamma.groups, one_level=path == "one_level",
         )
-        low = table.is_cuda and not table.requires_grad and gamma.weight.element_size() == 2
-        return table.to(gamma.weight.dtype) if low else table
 
     @property
     def shared_conv(self) -> nn.Conv2d | None:

@@ -25,6 +25,7 @@ from ..normalization import (
     channel_moments,
     check_input,
     input_gradient,
+    modulation_center,
     normalized,
     statistics,
 )
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 KINDS = ("cpu", "triton")
 _TRITON = "smis_kernels.ops.modulation.triton:"
-__all__ = ["channel_moments", "modulation", "modulation_pair"]
+__all__ = ["channel_moments", "modulation", "modulation_center", "modulation_pair"]
 
 
 def modulation(

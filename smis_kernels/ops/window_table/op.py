@@ -78,7 +78,8 @@ def window_table(
         hidden: H, (V + 1, D), float32 or float64; row 0 zero.
         weight_gamma, weight_beta: (C, D / groups, 3, 3). bias_gamma, bias_beta: (C,). Of hidden's
             dtype, or of 16 bits: then a GPU makes single TF32 products, in which such weights are
-            exact, and hidden rounds to 10 bits; elsewhere, and with gradients, they are cast.
+            exact, and hidden rounds to 10 bits, and the table is of 16 bits too; elsewhere, and
+            with gradients, they are cast.
         windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
         groups: of the two convs.
         one_level: multiply the nine rows of each window directly, U x 9D; else the products of
@@ -107,7 +108,8 @@ def window_table(
         constant(("wide", hidden.dtype), partial(bias.to, hidden.dtype), bias)
         for bias in (bias_gamma, bias_beta)
     )
-    trained = torch.is_grad_enabled() and (weight_gamma.requires_grad or weight_beta.requires_grad)
+    trained = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (hidden, weight_gamma, weight_beta, bias_gamma, bias_beta))
     if kind != "triton" or trained or hidden.dtype == torch.float64:
         weight_gamma, weight_beta = (
             constant(("wide", hidden.dtype), partial(weight.to, hidden.dtype), weight)
@@ -232,7 +234,8 @@ def _table_fake(
     hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
     bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
 ) -> Tensor:
-    return hidden.new_empty((windows.shape[0], 2 * weight_gamma.shape[0]))
+    # Weights of 16 bits come to a GPU's kernel alone, which rounds the table as convs would.
+    return weight_gamma.new_empty((windows.shape[0], 2 * weight_gamma.shape[0]))
 
 
 def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
