@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -113,7 +114,8 @@ class Branch(NamedTuple):
     activation: str | None
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Source:
     """Where gamma and beta come from: tensors of every pixel, or rows of a table.
 
     ``names`` are those of a branch's arguments, ``check`` returns one as the kernels take it, and
