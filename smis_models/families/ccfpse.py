@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ from smis_kernels import (
     modulation,
     window_embedding,
 )
-from smis_kernels.interface import conv3x3, requested
+from smis_kernels.interface import constant, conv3x3, requested
 
 from ..networks.blocks import check_maps, conv, fast_format
 from ..networks.generator import WIDTHS, CodeGenerator
@@ -100,22 +101,27 @@ class Condition:
         self.both = torch.cat([fast_format(resized), features], 1)
 
     def _tables(self, layout: LabelLayout, windows: Tensor) -> tuple[Tensor, ...]:
-        """The label part of every conv for each distinct window: (V + 1, D) each."""
+        """The label part of every conv for each distinct window, rows [0 | part]: (V + 1, 2D)."""
         labels = layout.shape[1]
         dtype = torch.float64 if self.features.dtype == torch.float64 else torch.float32
-        weight = torch.cat([c.weight[:, :labels] for c in self.convs]).to(dtype)
-        bias = torch.cat([c.bias for c in self.convs if c.bias is not None]).to(dtype)
+        weights = tuple(c.weight for c in self.convs)
+        biases = tuple(c.bias for c in self.convs if c.bias is not None)
+        weight = constant(("label parts", labels, dtype), lambda: torch.cat(
+            [w[:, :labels] for w in weights]).to(dtype), *weights)
+        bias = constant(("biases", dtype), lambda: torch.cat(biases).to(dtype), *biases)
         table = window_embedding(layout.vectors.to(dtype), weight, bias, windows, relu=False)
-        return table.split([c.out_channels for c in self.convs], 1)
+        parts = table.view(len(table), len(self.convs), -1).transpose(0, 1)
+        return torch.cat([torch.zeros_like(parts), parts], 2).unbind()
 
     def __call__(self, layer: nn.Conv2d) -> Tensor:
         if self.layout is None:
             return F.relu(layer(self.both))
-        part = self.tables[self.convs.index(layer)]
-        weight = layer.weight[:, self.layout.shape[1]:]
+        labels = self.layout.shape[1]
+        weight = constant(("features' part", labels), lambda: layer.weight[:, labels:].clone(),
+                          layer.weight)
         x = conv3x3(self.features, weight)
         # x + table[index], ReLU: a modulation whose gamma is zero.
-        table = torch.cat([torch.zeros_like(part), part], 1)
+        table = self.tables[self.convs.index(layer)]
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")
 
 
@@ -294,8 +300,9 @@ class CCFPSEGenerator(CodeGenerator):
             return self._first_features(segmap.dense(size, dtype))
         (layer, norm), activation = first[0], first[1]  # type: ignore[index]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        table = window_embedding(segmap.vectors.to(wide), _weight(layer).to(wide), None,
-                                 level.windows3, relu=False)
+        weight = _weight(layer)
+        weight = constant(("wide", wide), partial(weight.to, wide), weight)
+        table = window_embedding(segmap.vectors.to(wide), weight, None, level.windows3, relu=False)
         rows = F.embedding(level.index3, table.to(dtype))
         out: Tensor = activation(norm(rows.permute(0, 3, 1, 2)))
         return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout
-from smis_kernels.interface import Settings, Stamp, TableCache
+from smis_kernels.interface import Prepared, Settings, Stamp, TableCache
 
 from ..networks import semantics as label_maps
 from .graphs import GraphedGenerator, capture
@@ -72,6 +72,7 @@ class Synthesizer:
         self._stamp = Stamp(self._tensors())
         self._settings = Settings(self._source, hooks=True)
         self._generator: Any = frozen_copy(self._source)
+        self._prepared = Prepared(self._generator)
         self._layout = self._compile(labels, instances)
         self._layout.tables = TableCache()
         self._graphed: GraphedGenerator | None = None
@@ -121,7 +122,13 @@ class Synthesizer:
         self.z = self.code(seed) if z is None else z
         if self._record is not None:
             return self._replayed(self.z)
-        image: Tensor = self._generator(self._layout, self.z)
+        return self._picture(self._layout, self.z)
+
+    def _picture(self, layout: LabelLayout, z: Tensor | None) -> Tensor:
+        # Of what the copy computes with, the source's tensors have been looked at; the others are
+        # its own.
+        with self._prepared.vouched():
+            image: Tensor = self._generator(layout, z)
         return image
 
     def _replayed(self, z: Tensor | None) -> Tensor:
@@ -129,11 +136,11 @@ class Synthesizer:
         if self._loaded is self._layout:
             assert self._graphed is not None
             return self._graphed(z)
-        image: Tensor = self._generator(self._layout, z)
+        image = self._picture(self._layout, z)
         if self._graphed is not None and self._graphed.fits(self._layout):
             self._graphed.load(self._layout)
         else:
-            self._graphed = GraphedGenerator(self._generator, self._layout, z, self._record)
+            self._graphed = GraphedGenerator(self._picture, self._layout, z, self._record)
         self._loaded = self._layout
         return image
 
