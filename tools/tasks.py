@@ -60,6 +60,11 @@ def test(*arguments: str) -> None:
     _python("-m", "pytest", *arguments)
 
 
+def doctest(*arguments: str) -> None:
+    """The examples of all docstrings."""
+    _python("-m", "pytest", "--doctest-modules", "smis_kernels", "smis_models", *arguments)
+
+
 def interpreter(*arguments: str) -> None:
     """The Triton kernels on CPU tensors, under Triton's interpreter."""
     _python("-m", "pytest", "-m", "triton", *arguments, TRITON_INTERPRET="1")
@@ -157,8 +162,8 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel,
-                 readme, ci)
+    for task in (lint, types, test, doctest, interpreter, emulation, parity, kernels, bench, abi,
+                 wheel, readme, ci)
 }
 
 

@@ -161,7 +161,9 @@ def indexed_modulation(
         As :func:`modulation`. Differentiable in input and table.
 
     Example:
-        >>> y = indexed_modulation(x, level.index, table, training=True)
+        >>> x, table = torch.randn(1, 8, 4, 4), torch.randn(3, 16)
+        >>> index = torch.arange(16, dtype=torch.int32).view(1, 4, 4) % 3
+        >>> y = indexed_modulation(x, index, table, training=True)
     """
     options = Options(norm, num_groups, training, momentum, eps, upsample, process_group)
     slope = activation_slope(activation, negative_slope)
@@ -199,7 +201,9 @@ def indexed_modulation_pair(
     the second is not.
 
     Example:
-        >>> y, y_s = indexed_modulation_pair(x, level.index, table, table_s, training=True)
+        >>> x, table = torch.randn(1, 8, 4, 4), torch.randn(3, 16)
+        >>> index = torch.arange(16, dtype=torch.int32).view(1, 4, 4) % 3
+        >>> y, y_s = indexed_modulation_pair(x, index, table, 2 * table, training=True)
     """
     options = Options(norm, num_groups, training, momentum, eps, upsample, process_group)
     slope = activation_slope(activation, negative_slope)

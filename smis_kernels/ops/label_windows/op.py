@@ -45,7 +45,10 @@ def number_vectors(input: Tensor, limit: int, *,
         ``limit`` vectors, the vectors are empty (0, K).
 
     Example:
+        >>> one_hot = torch.eye(3)[torch.tensor([[[2, 0], [0, 2]]])].permute(0, 3, 1, 2)
         >>> symbols, vectors = number_vectors(one_hot, 1000)
+        >>> len(vectors)  # the zero vector and two others
+        3
     """
     check_tensor("input", input, 4, "(N, K, H, W)", FLOATS)
     kind = resolve("number_vectors", input, backend, KINDS)
@@ -74,7 +77,10 @@ def number_windows(map: Tensor, limit: int, *,
         (native kernels): an id below 1.
 
     Example:
+        >>> symbols = torch.ones(1, 5, 5, dtype=torch.int32)
         >>> index, windows = number_windows(symbols, symbols.numel())
+        >>> len(windows)  # the empty window, then corners, sides and the inside
+        10
     """
     check_tensor("map", map, 3, "(N, H, W)", (torch.int32,))
     kind = resolve("number_windows", map, backend, KINDS)

@@ -167,7 +167,11 @@ def window_embedding(
         (V + 1, D); row 0 is zero. Differentiable in vectors, weight and bias.
 
     Example:
-        >>> hidden = window_embedding(level.vectors, conv.weight, conv.bias, level.windows)
+        >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])
+        >>> windows = torch.randint(5, (7, 9), dtype=torch.int32)
+        >>> hidden = window_embedding(vectors, torch.randn(6, 4, 3, 3), torch.zeros(6), windows)
+        >>> hidden.shape
+        torch.Size([7, 6])
     """
     check_tensor("vectors", vectors, 2, "(S, K)", _WIDE)
     _check_windows(windows, vectors, "vectors")
@@ -213,7 +217,10 @@ def window_table(
         (U + 1, 2C), rows [gamma | beta]; row 0 is zero. Differentiable in all but windows.
 
     Example:
-        >>> table = window_table(hidden, g.weight, g.bias, b.weight, b.bias, level.windows)
+        >>> hidden, windows = torch.rand(5, 6), torch.randint(5, (7, 9), dtype=torch.int32)
+        >>> gamma, beta = torch.randn(2, 8, 6, 3, 3)
+        >>> window_table(hidden, gamma, torch.zeros(8), beta, torch.zeros(8), windows).shape
+        torch.Size([7, 16])
     """
     check_tensor("hidden", hidden, 2, "(V, D)", _WIDE)
     _check_windows(windows, hidden, "hidden")
