@@ -185,7 +185,7 @@ def window_embedding(
         )
     count, channels = vectors.shape[0], weight.shape[0]
     grouped = vectors.view(count, groups, -1)
-    taps = weight.view(groups, channels // groups, -1, 9)
+    taps = weight.reshape(groups, channels // groups, -1, 9)
     with torch.autocast(vectors.device.type, enabled=False):  # tables stay in fp32
         rows = torch.einsum("rgk,gdkt->rtgd", grouped, taps).reshape(count, 9, channels)
     out: Tensor = _WindowSum.apply(rows, windows, bias, relu, kind)
