@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # torch.compile is asked (errors, opcheck, graphs), and maps too large for fibers.
 EMULATED_OPS = (
     "tests/gpu/test_ops.py", *(f"tests/test_{op}.py" for op in (
-        "label_windows", "instance_edges", "instance_pool", "class_crops",
+        "ops", "label_windows", "instance_edges", "instance_pool", "class_crops",
         "spatially_varying_conv")),
     "-k", " and ".join(f"not {word}" for word in (
         "bad_input", "compile", "opcheck", "large", "streamed", "extreme", "channel_blocks",
