@@ -62,7 +62,7 @@ def test_the_measures_are_of_the_weights_in_the_folder(compared, name):
     folder, result, _ = compared
     (weights,) = (folder / name).glob("*.safetensors")
     model = create_model(checkpoint=weights).eval()
-    scenes = GeneratedScenes(2, Settings().size, "test", 0)
+    scenes = GeneratedScenes(2, 64, "test", 0)
     first, second = painted(model, scenes[0]["labels"],
                             sample_codes(model, 2, derived_seed(0, 0)))
     found = result["systems"][name]
