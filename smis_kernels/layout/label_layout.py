@@ -81,9 +81,14 @@ class LabelLayout:
         vectors: (S + 1, K), the conditioning vector of each symbol; row 0 (outside) is zero.
 
     Example:
-        >>> layout = LabelLayout.from_labels(labels, num_classes=35, instances=instances)
-        >>> y = norm(x, layout)
+        >>> from smis_kernels import SPADE
+        >>> labels = torch.arange(4).repeat(1, 64, 16)
+        >>> layout = LabelLayout.from_labels(labels, num_classes=35)
+        >>> y = SPADE(16, 35)(torch.randn(1, 16, 64, 64), layout)
         >>> print(layout.summary())
+        LabelLayout(1x35x64x64, 4 symbols)
+           size      pixels  3x3 windows          5x5 windows
+           64x64        4096       18 (  0.4%)         40 (  1.0%)
     """
 
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:

@@ -70,8 +70,14 @@ def build_dataset(name: str, root: str | Path | None, preset: Preset, split: str
         FileNotFoundError: a missing folder.
 
     Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from smis_models import create_model
+        >>> from smis_models.data import Collate
+        >>> preset = create_model("groupdnet_scenes", device="meta").preset
         >>> dataset = build_dataset("scenes", None, preset, count=8)
-        >>> loader = DataLoader(dataset, 2, collate_fn=Collate(preset), num_workers=1)
+        >>> loader = DataLoader(dataset, batch_size=2, collate_fn=Collate(preset))
+        >>> len(loader)
+        4
     """
     if name not in DATASETS:
         raise ValueError(f"data set: expected {', '.join(DATASETS)}; got {name!r}")

@@ -180,8 +180,11 @@ def examine(listings: dict[str, Listing], rule: LabelRule | None = None, *,
         step: called with the name of each scene when it has been checked.
 
     Example:
-        >>> diagnosis = examine(find_splits("coco_stuff", "COCO"), LABEL_RULES["coco_stuff"])
+        >>> from smis_models.data import write_scenes
+        >>> _ = write_scenes("scenes", {"train": 2}, 64)
+        >>> diagnosis = examine(find_splits("folder", "scenes"))
         >>> print(*diagnosis.problems, sep="\\n")
+        <BLANKLINE>
     """
     diagnosis = Diagnosis()
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:

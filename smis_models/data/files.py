@@ -51,8 +51,11 @@ class FileScenes(SceneDataset):
             the message names file, value and cure.
 
     Example:
-        >>> records = list_scenes("folder", "my_data").records
-        >>> dataset = FileScenes(records, 8, Preprocess("fixed", (256, 256)))
+        >>> from smis_models.data import list_scenes, write_scenes
+        >>> (folder,) = write_scenes("my_data", {"train": 2}, 64)
+        >>> records = list_scenes("folder", folder).records
+        >>> FileScenes(records, 8, Preprocess("fixed", (256, 256)))[0]["image"].shape
+        torch.Size([3, 256, 256])
     """
 
     def __init__(self, records: Sequence[Record], classes: int, preprocess: Preprocess, *,

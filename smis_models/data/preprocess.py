@@ -78,8 +78,10 @@ class Preprocess:
         ValueError: an unknown mode, a size below 1, a crop larger than what it is cut from.
 
     Example:
+        >>> r = np.random.default_rng(0)
         >>> plan = Preprocess("resize_and_crop", (256, 256), (286, 286)).plan((480, 640), r)
-        >>> image, labels = plan.picture(image), plan.indices(labels)
+        >>> plan.indices(np.zeros((480, 640), np.uint8)).shape
+        (256, 256)
     """
 
     mode: Mode

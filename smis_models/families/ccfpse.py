@@ -236,8 +236,9 @@ class CCFPSEGenerator(CodeGenerator):
     Image Synthesis", NeurIPS 2019.
 
     Example:
-        >>> generator = create_model("ccfpse_coco", part="generator")
-        >>> image = generator(semantics, generator.sample_latent(len(semantics)))
+        >>> from smis_models import create_model
+        >>> generator = create_model("ccfpse_coco", part="generator", ngf=8, image_size=(64, 64))
+        >>> image = generator(torch.rand(1, 184, 64, 64), generator.sample_latent(1))
     """
 
     preset: CCFPSEPreset
@@ -338,8 +339,12 @@ class FPSEDiscriminator(nn.Module):
     Image Synthesis", NeurIPS 2019.
 
     Example:
-        >>> discriminator = create_model("ccfpse_coco", part="discriminator")
+        >>> from smis_models import create_model
+        >>> discriminator = create_model("ccfpse_coco", part="discriminator", ndf=8)
+        >>> image, semantics = torch.rand(1, 3, 64, 64), torch.rand(1, 184, 64, 64)
         >>> features, predictions = discriminator(image, semantics)
+        >>> len(features), len(predictions)
+        (4, 3)
     """
 
     def __init__(self, preset: CCFPSEPreset) -> None:
@@ -430,7 +435,9 @@ def pyramid_matching_loss(fake: Sequence[Tensor], real: Sequence[Tensor],
         weight: λ; 20 as published.
 
     Example:
-        >>> loss = pyramid_matching_loss(fake_features, real_features)
+        >>> fake, real = [torch.zeros(1, 2, 4, 4)] * 4, [torch.ones(1, 2, 4, 4)] * 4
+        >>> float(pyramid_matching_loss(fake, real))
+        20.0
     """
     # A scale's last entry is its prediction, which the loss leaves out; here all are features.
     return feature_matching_loss([(f, f) for f in fake], [(r, r) for r in real], weight)

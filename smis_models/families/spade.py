@@ -88,8 +88,10 @@ class SPADEGenerator(CodeGenerator):
     Paper: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
 
     Example:
-        >>> generator = create_model("spade_coco", part="generator")
-        >>> image = generator(semantics)
+        >>> import torch
+        >>> from smis_models import create_model
+        >>> generator = create_model("spade_coco", part="generator", ngf=8, image_size=(64, 64))
+        >>> image = generator(torch.rand(1, 184, 64, 64))
     """
 
     preset: SPADEPreset
@@ -135,8 +137,10 @@ class SPADEEncoder(StridedEncoder):
     Paper: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
 
     Example:
-        >>> encoder = create_model("spade_coco_vae", part="encoder")
-        >>> z = reparameterize(*encoder(image))
+        >>> import torch
+        >>> from smis_models import create_model, reparameterize
+        >>> encoder = create_model("spade_coco_vae", part="encoder", ngf=8)
+        >>> z = reparameterize(*encoder(torch.rand(1, 3, 256, 256)))
     """
 
     def __init__(self, preset: CodePreset) -> None:

@@ -34,7 +34,9 @@ def read_checkpoint(path: str | Path) -> State:
         CheckpointError: no file, an image or other content, truncated, pickled code, no tensors.
 
     Example:
-        >>> state = read_checkpoint("latest_net_G.pth")
+        >>> torch.save({"module.weight": torch.ones(2)}, "latest_net_G.pth")
+        >>> list(read_checkpoint("latest_net_G.pth"))
+        ['weight']
     """
     path = Path(path)
     head = _head(path)
@@ -182,7 +184,9 @@ def save_checkpoint(module: nn.Module, path: str | Path) -> None:
         CheckpointError: the name does not end in ``.safetensors``, or the folder is not writable.
 
     Example:
-        >>> save_checkpoint(model, "groupdnet.safetensors")
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8)
+        >>> _ = save_checkpoint(model, "groupdnet.safetensors")
         >>> model = create_model(checkpoint="groupdnet.safetensors")
     """
     from safetensors import SafetensorError

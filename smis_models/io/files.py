@@ -17,8 +17,8 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     the content is on the disk before, so that a power cut leaves one of the two whole.
 
     Example:
-        >>> with replacing("state.pt") as partial:
-        ...     torch.save(state, partial)
+        >>> with replacing("notes.txt") as partial:
+        ...     _ = partial.write_text("all of it, or nothing")
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -21,6 +21,7 @@ class Distance(nn.Module):
     Shapes: pictures (N, 3, H, W) in [-1, 1] -> distances (N,) or (N, H, W).
 
     Example:
+        >>> from smis_models.metrics import create_distance
         >>> distance = create_distance("pixel")
         >>> a, b = torch.rand(2, 4, 3, 64, 64).mul(2).sub(1)
         >>> distance(a, b).shape

@@ -212,7 +212,14 @@ def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
     of theirs was published, see :class:`DiversityProtocol` for the readings.
 
     Example:
-        >>> found = diversity(model, layouts, create_distance("pixel"))
-        >>> print(found.mcsd, found.mocd)
+        >>> from smis_models import create_model
+        >>> from smis_models.data import GeneratedScenes
+        >>> from smis_models.metrics import DiversityProtocol, PixelDistance, Scenes
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> layout = Scenes(GeneratedScenes(1, 128), {}).layout(0)
+        >>> short = DiversityProtocol(layouts=1, samples=2, pairs=1)
+        >>> found = diversity(model, [layout], PixelDistance(), short)
+        >>> found.mcsd > 0
+        True
     """
     return diversities(model, layouts, [distance], protocol, seed=seed, step=step, batch=batch)[0]

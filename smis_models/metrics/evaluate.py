@@ -38,8 +38,10 @@ class Scenes:
         facts: what the result says of where they come from.
 
     Example:
+        >>> from smis_models.data import GeneratedScenes
         >>> scenes = Scenes(GeneratedScenes(4, 64, "test"), {"dataset": "scenes"})
-        >>> scenes.layout(0).present
+        >>> scenes.layout(0).labels.shape
+        (64, 64)
     """
 
     def __init__(self, source: SceneDataset | Sequence[Layout], facts: dict[str, Any]) -> None:
@@ -189,8 +191,15 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
             measure.
 
     Example:
-        >>> result = evaluate(model, scenes, Judges([PixelDistance()]), protocol("n100-m19"))
-        >>> result["results"]["diversity"]["pixel L1"]["mcsd"]
+        >>> from smis_models import create_model
+        >>> from smis_models.data import GeneratedScenes
+        >>> from smis_models.metrics import PixelDistance, protocol
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> scenes = Scenes(GeneratedScenes(1, 128, "test"), {"dataset": "scenes"})
+        >>> short = protocol("n100-m19", layouts=1, samples=2, pairs=1)
+        >>> result = evaluate(model, scenes, Judges([PixelDistance()]), short)
+        >>> result["results"]["diversity"]["pixel L1"]["mcsd"] > 0
+        True
     """
     size = tuple(model.preset.image_size)
     if protocol.size is not None and size != tuple(protocol.size):

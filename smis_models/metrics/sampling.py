@@ -50,8 +50,13 @@ class LayoutSampler:
         batch: pictures made at once.
 
     Example:
-        >>> draw = LayoutSampler(model).load(layout)
-        >>> pictures = draw(sample_codes(model, 20, seed=0, index=3))
+        >>> from smis_models import create_model
+        >>> from smis_models.synthesis.scene import Layout
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
+        >>> draw = LayoutSampler(model, 2).load(layout)
+        >>> draw(sample_codes(model, 4, seed=0, index=3)).shape
+        torch.Size([4, 3, 128, 128])
     """
 
     def __init__(self, model: Any, batch: int = BATCH) -> None:

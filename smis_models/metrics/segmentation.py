@@ -83,8 +83,9 @@ class SegmentationScore:
 
     Example:
         >>> score = SegmentationScore(8, LabelRule("same", frozenset()))
-        >>> score.add(labels, predictions)
-        >>> score.result()["miou"]
+        >>> score.add(np.array([[0, 0, 1, 1]]), np.array([[0, 0, 1, 0]]))
+        >>> round(score.result()["miou"], 3)
+        0.583
     """
 
     def __init__(self, classes: int, rule: LabelRule) -> None:

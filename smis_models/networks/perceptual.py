@@ -54,8 +54,8 @@ class PerceptualLoss(nn.Module):
     and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2014.
 
     Example:
-        >>> perceptual = load_perceptual_loss("vgg19-dcbb9e9d.pth")
-        >>> loss = 10 * perceptual(fake, real)
+        >>> perceptual = load_perceptual_loss("vgg19-dcbb9e9d.pth")  # doctest: +SKIP
+        >>> loss = 10 * perceptual(fake, real)  # doctest: +SKIP
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -117,6 +117,7 @@ def load_perceptual_loss(weights: str | Path | None = None) -> PerceptualLoss | 
 
     Example:
         >>> perceptual = load_perceptual_loss()
+        >>> fake, real = torch.rand(2, 1, 3, 32, 32)
         >>> loss = 0 if perceptual is None else 10 * perceptual(fake, real)
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE if weights is None else Path(weights)

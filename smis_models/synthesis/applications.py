@@ -47,8 +47,11 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
         ValueError: a model without such an encoder.
 
     Example:
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> image, labels = torch.rand(1, 3, 128, 128), torch.zeros(1, 128, 128).long()
         >>> z = encode(model, image, labels)
-        >>> model(model.semantics(labels), z)  # paints the picture again
+        >>> again = model(model.semantics(labels), z)
     """
     parts = dict(model.named_children())
     if "encoder" not in parts or not hasattr(parts["encoder"], "encode"):
@@ -113,7 +116,13 @@ def mix(model: Any, layout: Layout, codes: Sequence[Tensor], take: Mapping[int, 
         names: of the pictures, for captions.
 
     Example:
-        >>> frames = list(mix(model, layout, [encode(model, a, la), encode(model, b, lb)]))
+        >>> import numpy as np
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
+        >>> codes = [drawn_code(model, seed) for seed in (0, 1)]  # or of pictures: encode
+        >>> [frame.caption for frame in mix(model, layout, codes)]
+        ['all from picture 0', 'class 0 from picture 1']
     """
     _check_class_codes(model)
     if take is None:
@@ -141,7 +150,13 @@ def edit(model: Any, layouts: Sequence[Layout],
             map as instances do, those of each layout.
 
     Example:
-        >>> frames = list(edit(model, [layout, edited], encode(model, image, labels)))
+        >>> import numpy as np
+        >>> from smis_models import create_model
+        >>> from smis_models.synthesis.edits import painted
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
+        >>> edited = painted(layout, "3:10,20,30,60", classes=8)
+        >>> frames = list(edit(model, [layout, edited], drawn_code(model, 0)))
     """
     made = synthesizer(model, layouts[0])
     for k, layout in enumerate(layouts):

@@ -59,7 +59,11 @@ def encode_features(
         Class -> (instances, channels), in the order of the scenes.
 
     Example:
-        >>> features = encode_features(model.encoder, [(image, ids)])
+        >>> from smis_models import create_model
+        >>> encoder = create_model("pix2pixhd_cityscapes_features", part="encoder", nef=8).eval()
+        >>> image, ids = torch.rand(1, 3, 64, 128), torch.full((1, 64, 128), 26001)
+        >>> {label: mean.shape for label, mean in encode_features(encoder, [(image, ids)]).items()}
+        {26: (1, 3)}
     """
     found: dict[int, list[Centers]] = defaultdict(list)
     for image, ids in scenes:
@@ -81,9 +85,11 @@ class FeatureClusters:
     Conditional GANs", 2018, section 3.4.
 
     Example:
-        >>> clusters = FeatureClusters.fit(encode_features(encoder, scenes))
-        >>> clusters.save("features.npz")
-        >>> image = model(semantics, clusters.sample(ids, seed=1))
+        >>> features = {26: np.array([[0.1, 0.2, 0.3], [0.5, 0.6, 0.7]], np.float32)}
+        >>> clusters = FeatureClusters.fit(features)  # of encode_features
+        >>> path = clusters.save("features.npz")
+        >>> clusters.sample(torch.full((1, 64, 128), 26001), seed=1).shape
+        torch.Size([1, 3, 64, 128])
     """
 
     centers: Mapping[int, Centers]
@@ -196,7 +202,10 @@ class FeatureClusters:
                 instance that is not in the map, or has no such cluster.
 
         Example:
-            >>> planes = clusters.sample(ids, seed=3, chosen={26001: 4})
+            >>> clusters = FeatureClusters({26: np.array([[0.25], [0.75]], np.float32)})
+            >>> ids = torch.tensor([[[26001, 26002]]])
+            >>> clusters.sample(ids, seed=3, chosen={26001: 0, 26002: 1}).tolist()
+            [[[[0.25, 0.75]]]]
         """
         maps = as_maps("instances", instances)
         if int(maps.min()) < 0:

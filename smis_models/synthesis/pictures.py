@@ -30,7 +30,11 @@ def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset
         ValueError: another number of label maps than pictures.
 
     Example:
-        >>> pictures = read_pictures([Path("photos")], [Path("labels")], preset)
+        >>> from smis_models import create_model
+        >>> from smis_models.data import write_scenes
+        >>> (folder,) = write_scenes("scenes", {"train": 2}, 64)
+        >>> preset = create_model("groupdnet_scenes", device="meta").preset
+        >>> pictures = read_pictures([folder / "images"], [folder / "labels"], preset)
     """
     found = [p for path in images for p in map_files("images", path, PICTURE_SUFFIXES)]
     maps = [p for path in labels for p in map_files("image-labels", path)]

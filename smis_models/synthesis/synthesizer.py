@@ -22,7 +22,8 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     Parameters that nothing folds are shared with the original, not copied.
 
     Example:
-        >>> fast = frozen_copy(generator)
+        >>> from smis_models import create_model
+        >>> fast = frozen_copy(create_model("groupdnet_scenes", part="generator", ngf=8).eval())
     """
     shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
     frozen = copy.deepcopy(network, shared).eval()
@@ -59,7 +60,9 @@ class Synthesizer:
             looked at), hooks, parts or attributes have changed.
 
     Example:
-        >>> s = Synthesizer(model, labels)
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> s = Synthesizer(model, torch.zeros(1, 128, 128).long())
         >>> first = s.sample(seed=0)
         >>> again = s.resample(3, seed=1)     # class 3 drawn anew, all else held
         >>> frames = s.morph(s.code(0), s.code(1), steps=8)

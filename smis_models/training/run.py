@@ -208,8 +208,14 @@ def train(config: TrainConfig, folder: str | Path, *, device: torch.device | str
         stop: asked after every step.
 
     Example:
-        >>> outcome = train(load_config("groupdnet_scenes"), "runs/scenes", minutes=40)
-        >>> model = create_model("groupdnet_deepfashion", outcome.weights)
+        >>> from smis_models import create_model
+        >>> from smis_models.training import load_config
+        >>> small = ["--network.ngf=8", "--network.nef=8", "--data.batch=2", "--data.count=2"]
+        >>> quiet = ["--data.workers=0", "--log.grid_every=0", "--log.tensorboard=false"]
+        >>> short = ["--schedule.epochs=1", "--schedule.decay_epochs=1"]
+        >>> config = load_config("groupdnet_scenes_codes", [*small, *quiet, *short])
+        >>> outcome = train(config, "runs/scenes")
+        >>> model = create_model(checkpoint=outcome.weights)
     """
     with joined(torch.device(device)) as (processes, place):
         run: Any = Run(config, folder, device=place, resume=resume, processes=processes)

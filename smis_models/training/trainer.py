@@ -46,7 +46,12 @@ class Trainer:
         CheckpointError: ``config.init`` does not fit.
 
     Example:
-        >>> trainer = Trainer(load_config("groupdnet_deepfashion"))
+        >>> from smis_models.training import load_config
+        >>> from smis_models.training.batches import Batches, dataset
+        >>> small = ["--network.ngf=8", "--network.nef=8", "--data.batch=2", "--data.count=8"]
+        >>> config = load_config("groupdnet_scenes_codes", [*small, "--data.workers=0"])
+        >>> trainer = Trainer(config)
+        >>> batches = Batches(dataset(config, "train"), config, trainer.processes, trainer.device)
         >>> losses = trainer.step(batches.step(), epoch=0)
     """
 
