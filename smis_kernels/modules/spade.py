@@ -93,7 +93,7 @@ class CGNorm(Normalizing):
         weight = torch.cat([gamma.weight, beta.weight])
         bias = torch.cat([gamma.bias, beta.bias])
         if gamma.kernel_size == (3, 3):
-            both = conv3x3(hidden, weight, bias)
+            both = conv3x3(hidden, weight, bias, largest=2 if self.training else 4)
         else:
             both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
         return both[:, : self.channels], both[:, self.channels :]

@@ -114,7 +114,7 @@ class Condition:
             return F.relu(layer(self.both))
         part = self.tables[self.convs.index(layer)]
         weight = layer.weight[:, self.layout.shape[1]:]
-        x = conv3x3(self.features, weight)
+        x = conv3x3(self.features, weight, largest=2 if layer.training else 4)
         # x + table[index], ReLU: a modulation whose gamma is zero.
         table = torch.cat([torch.zeros_like(part), part], 1)
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")
