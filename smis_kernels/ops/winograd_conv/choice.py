@@ -48,7 +48,12 @@ def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest:
         return ((KEPT_KERNEL if kept else KERNEL)[tile] + values / PRODUCT_RATE[tile]
                 + values * (1 / k + 1 / m) * TILE_VALUE[tile])
 
-    return min((0, *(t for t in TILES if t <= min(largest, largest_tile()))), key=cost)
+    allowed = min(largest, largest_tile())
+    best = 0
+    for tile in TILES:  # a loop, which torch.compile traces
+        if tile <= allowed and cost(tile) < cost(best):
+            best = tile
+    return best
 
 
 def _runs(input: Tensor, padding: int) -> bool:
