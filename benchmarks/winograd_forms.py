@@ -1,15 +1,16 @@
-"""Direct and Winograd forms of the zoo's 3x3 convs on one CPU core: ``python -m benchmarks.winograd_forms``.
+"""Direct and Winograd forms of the zoo's 3x3 convs on one CPU core.
 
-Every form once a round, the rounds interleaved; the figures are medians, over rounds, of the ratio to
-the direct conv in the same round, in the process's own processor seconds, so that other load shifts
-all forms alike. ``--fit`` derives the constants of ``smis_kernels/ops/winograd_conv/choice.py``.
+``python -m benchmarks.winograd_forms`` calls every form once a round, the rounds interleaved. The
+figures are medians, over rounds, of the ratio to the direct conv in the same round, in the
+process's own processor seconds, so that other load shifts all forms alike. ``--fit`` derives the
+constants of ``smis_kernels/ops/winograd_conv/choice.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 
@@ -63,7 +64,7 @@ def measured(calls: Forms, rounds: int) -> dict[str, tuple[float, float]]:
             for name, t in times.items()}
 
 
-def fitted(rows: list[tuple[tuple[int, ...], dict[str, tuple[float, float]]]], name: str,
+def fitted(rows: Sequence[tuple[tuple[int, ...], dict[str, tuple[float, float]]]], name: str,
            tile: int) -> str:
     """Least squares, relative, of nanoseconds = kernel + products / rate + values * tile_value."""
     left, right = [], []
@@ -85,7 +86,8 @@ def fitted(rows: list[tuple[tuple[int, ...], dict[str, tuple[float, float]]]], n
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--default-allocator", action="store_true",

@@ -15,12 +15,12 @@ from .kept import KeptWeight
 from .op import KINDS, TILES, WIDE, winograd_conv2d
 
 ENVIRONMENT = "SMIS_WINOGRAD"
-# Of one core, by benchmarks/winograd_forms.py: multiply-adds per nanosecond, nanoseconds for each
-# transformed value of a tile, and for each 3x3 kernel that is reordered or transformed. Only their
-# ratios matter.
-DIRECT_RATE, DIRECT_KERNEL = 50.0, 4.0
-PRODUCT_RATE, TILE_VALUE = {2: 45.0, 4: 45.0}, {2: 0.3, 4: 0.4}
-KERNEL, KEPT_KERNEL = {2: 14.0, 4: 27.0}, {2: 4.0, 4: 9.0}
+# Of one core with AVX2, by benchmarks/winograd_forms.py --fit: multiply-adds per nanosecond,
+# nanoseconds for each transformed value of a tile, and for each 3x3 kernel that is reordered,
+# transformed or, where that is kept, read. Only their ratios matter.
+DIRECT_RATE, DIRECT_KERNEL = 35.0, 14.0
+PRODUCT_RATE, TILE_VALUE = {2: 33.5, 4: 33.5}, {2: 0.4, 4: 0.85}
+KERNEL, KEPT_KERNEL = {2: 17.0, 4: 34.0}, {2: 13.0, 4: 21.5}
 LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles stay half empty
 
 

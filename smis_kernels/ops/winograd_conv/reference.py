@@ -1,4 +1,4 @@
-"""The definition: a 3x3 conv, and a tensor added to it. Beside it what the kernels compute instead."""
+"""The definition: a 3x3 conv, and a tensor added to it. Beside it what the kernels compute."""
 
 from __future__ import annotations
 
