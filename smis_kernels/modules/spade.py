@@ -100,7 +100,7 @@ class CGNorm(Normalizing):
             for parts in ((gamma.weight, beta.weight), (gamma.bias, beta.bias))
         )
         if gamma.kernel_size == (3, 3):
-            both = conv3x3(hidden, weight, bias)
+            both = conv3x3(hidden, weight, bias, largest=2 if self.training else 4)
         else:
             both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
         return both[:, : self.channels], both[:, self.channels :]
