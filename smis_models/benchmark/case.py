@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.scenes import sample_scene
 from ..io import images
+from ..io.names import SUFFIXES
 
 Inputs = tuple[Any, ...]
 DIRECTIONS = ("forward", "backward", "step")
@@ -43,7 +44,7 @@ class Maps:
                 return  # maps come from `named`
             if not place.is_dir():
                 raise FileNotFoundError(f"maps: {folder} is no folder of label PNGs")
-            self._files = sorted(p for p in place.iterdir() if p.suffix.lower() in images.SUFFIXES)
+            self._files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
             if not self._files:
                 raise FileNotFoundError(f"maps: no label PNG in {place}")
 

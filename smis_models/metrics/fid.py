@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
-from .lpips import file_hash
+from ..io.files import file_hash
+from ..io.images import as_bytes
 
 Extractor = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) uint8 -> features (N, F)."""
@@ -120,13 +121,11 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
+        if pictures.dtype != torch.uint8:
+            raise ValueError(f"pictures: expected uint8, got {pictures.dtype}; fid() and "
+                             "io.images.as_bytes take floats in [-1, 1]")
         features: Tensor = self._network(pictures.to(self._device))[0]
         return features
-
-
-def as_bytes(pictures: Tensor) -> Tensor:
-    """(N, 3, H, W) in [-1, 1] -> uint8, rounded as pictures are when they are written."""
-    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def fid_of_features(real: Tensor, fake: Tensor) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def fid(real: Iterable[Tensor], fake: Iterable[Tensor], extractor: Extractor) ->
         extractor: :class:`Inception`; with another the number is no FID, only a Fréchet distance.
 
     Raises:
-        ValueError: fewer than two pictures in a set.
+        ValueError: fewer than two pictures in a set, or pictures that are no floats in [-1, 1].
 
     Example:
         >>> result = fid(real, fake, Inception(weights))  # doctest: +SKIP

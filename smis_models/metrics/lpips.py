@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
-from .distance import Distance, Features, PixelDistance, check_pictures
+from ..io.files import file_hash
+from ..io.images import check_pictures
+from .distance import Distance, Features, PixelDistance
 
 # A conv (channels, kernel, stride, padding) and its ReLU, or a max pooling (kernel, stride).
 _Layer = tuple[int, ...]
@@ -66,15 +67,6 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
 _HEAD_FILES = {"lpips": "weights/v0.1", "torchmetrics": "functional/image/lpips_models"}
 _RANDOM_SEED = 0
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read(name: str, path: str | Path) -> dict[str, Tensor]:

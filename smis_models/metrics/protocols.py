@@ -84,7 +84,7 @@ class Protocol:
     name: str
     size: tuple[int, int] | None = None
     picture_filter: str = "bicubic"
-    label_filter: str = "nearest, floor"
+    label_filter: str = "nearest, pixel centres (Pillow NEAREST)"
     reference: str = "every photograph of the validation set, resized without cropping"
     fid_features: str = "Inception V3 of 2015-12-05, pool3, bilinear to 299x299 as TensorFlow 1"
     dont_care: Literal["ignore", "count"] = "ignore"

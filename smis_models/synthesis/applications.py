@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.images import Picture, to_pictures
+from ..io.images import Picture, check_pictures, to_pictures
 from .features import FeatureClusters
 from .scene import Layout, draw_code, drawn_code, resample_class
 from .shapes import ShapeLibrary, exchange_shape, target_region
@@ -54,6 +54,7 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
     if "encoder" not in parts or not hasattr(parts["encoder"], "encode"):
         raise ValueError(f"model: expected one with an encoder of latent codes, got {model.name}; "
                          "pass a checkpoint that holds the encoder, or draw codes by seed")
+    check_pictures(image, name="image")
     weight = next(model.encoder.parameters())
     mean, logvar = model.encoder.encode(image.to(weight), labels.to(weight.device))
     if seed is None:

@@ -37,6 +37,7 @@ def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneD
     return build_dataset(
         data.name, data.root, config.network, split, count=count or data.count, mode=data.mode,
         load=data.load, flip=data.flip, unknown=data.unknown, seed=config.seed,
+        option="--data.unknown",
     )
 
 

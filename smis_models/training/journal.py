@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import resource
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -47,6 +47,10 @@ def memory(device: torch.device) -> float:
     """Peak memory in MB: of the GPU, or the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
