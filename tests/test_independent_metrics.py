@@ -29,7 +29,8 @@ from smis_models.metrics import (
     frechet_distance,
 )
 from smis_models.metrics.diversity import area_distances
-from smis_models.metrics.fid import as_bytes, fid_of_features
+from smis_models.io.images import as_bytes
+from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.segmentation import FileSegmenter, predict
 from smis_models.synthesis.scene import Layout
 
@@ -251,7 +252,8 @@ class _Generator(nn.Module):
 
 def test_mcsd_and_mocd_by_hand() -> None:
     """Two layouts, in one of which class 1 is absent: means over the layouts that show a class."""
-    from smis_models.metrics.sampling import derived_seed, sample_codes
+    from smis_models.io.seeds import derived_seed
+    from smis_models.metrics.sampling import sample_codes
 
     generator = _Generator()
     model: Any = SimpleNamespace(generator=generator, preset=generator.preset,

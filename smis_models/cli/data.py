@@ -13,7 +13,7 @@ from rich.table import Table
 from ..data.doctor import LABEL_RULES, Diagnosis, LabelRule, examine, find_splits
 from ..data.listing import LAYOUTS, Problem, detect_layout
 from ..data.write import write_scenes
-from .common import Seed, Unknown, app, console, progress
+from .common import Seed, Unknown, app, console, folder_to_write, progress
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -93,7 +93,8 @@ def doctor(
 
 @app.command()
 def scenes(
-    out: Annotated[Path, typer.Argument(help="folder to write to, new or empty")],
+    out: Annotated[Path, typer.Argument(
+        help="folder to write to, new or empty", callback=folder_to_write)],
     count: Annotated[int, typer.Option(help="scenes to train on", min=1)] = 1000,
     held_out: Annotated[int, typer.Option(help="scenes to evaluate on", min=0)] = 100,
     size: Annotated[int, typer.Option(help="height and width in pixels", min=1)] = 128,

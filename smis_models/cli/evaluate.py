@@ -26,6 +26,7 @@ from .common import (
     Unknown,
     app,
     console,
+    file_to_write,
     load_model,
     progress,
     resolve_device,
@@ -50,7 +51,7 @@ SegmenterFile = Annotated[str | None, typer.Option(
 @app.command()
 def evaluate(
     model: Model,
-    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    out: Annotated[Path, typer.Option(help="JSON file to write", callback=file_to_write(""))],
     checkpoint: Checkpoint = None,
     labels: Labels = None, instances: Instances = None, unknown: Unknown = None,
     dataset: Annotated[str | None, typer.Option(

@@ -112,11 +112,11 @@ def _check_sizes(records: Sequence[SceneFiles], preprocess: Preprocess, preset: 
     """
     if not isinstance(preset, LatentPreset):
         return
+    sizes: dict[tuple[int, int], Path | None] = {}
     if preprocess.output_size is not None:
-        sizes = {preprocess.output_size: None}
+        sizes[preprocess.output_size] = None
     else:
         r = np.random.default_rng(0)
-        sizes = {}
         for record in records:
             assert record.labels is not None
             sizes.setdefault(preprocess.plan(image_size(record.labels), r).resized, record.labels)

@@ -64,7 +64,7 @@ def files_under(folder: str | Path) -> list[str]:
     """
     found: list[str] = []
     root = os.path.realpath(folder)
-    pending = [(root, "", (root,))]
+    pending: list[tuple[str, str, tuple[str, ...]]] = [(root, "", (root,))]
     while pending:
         place, relative, way = pending.pop()
         with os.scandir(place) as entries:
@@ -143,7 +143,8 @@ def map_files(option: str, path: str | Path, role: str = LABELS,
         if found not in (None, role, PICTURE):
             cure = ("; its train ids are no label ids: give the file ..._labelIds.png"
                     if found == TRAIN_IDS else "")
-            raise ValueError(f"{option}: expected a {role}, got {path}, by its name a {found}{cure}")
+            raise ValueError(f"{option}: expected a {role}, got {path}, by its name a {found}"
+                             f"{cure}")
         return {scene: path}
     try:
         files = by_scene(path, role, suffixes)

@@ -14,7 +14,9 @@ _PARAMETRIZED = {".parametrizations.weight.original": ".weight_orig",
 
 
 def networks_keys(state: State) -> State:
-    """``state`` without wrappers' prefixes, in any order and number, and with spectral norm's ``_orig``, ``_u`` and ``_v``.
+    """``state`` without wrappers' prefixes, with spectral norm's ``_orig``, ``_u`` and ``_v``.
+
+    Prefixes may be in any order and number.
 
     Up to PyTorch 1.0 spectral norm kept ``weight`` (the normalised one) and no ``weight_v``: v is
     found again such that uᵀWv is the norm that they were divided by. The keys of

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..io.seeds import derived_seed
-from ..synthesis.scene import Layout, drawn_code
+from ..synthesis.codes import drawn_code
+from ..synthesis.scene import Layout
 from ..synthesis.synthesizer import Synthesizer
 
 Draw = Callable[[Tensor], Tensor]

@@ -33,9 +33,9 @@ class LabelRule:
 
     Attributes:
         name: "same": predictions are the model's own classes, and its class of pixels without one
-            (unlabelled, else don't-care) is left out; "cityscapes": predictions are the 19 train ids, all
-            other labels are left out; "ade20k": predictions 0..149 mean labels 1..150, label 0
-            is left out.
+            (unlabelled, else don't-care) is left out; "cityscapes": predictions are the 19 train
+            ids, all other labels are left out; "ade20k": predictions 0..149 mean labels 1..150,
+            label 0 is left out.
         ignored: labels whose pixels are left out.
         meaning: the label that prediction k stands for; None: k itself.
     """

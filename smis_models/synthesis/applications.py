@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..io.images import Picture, check_pictures, to_pictures
+from .codes import code_parts, draw_code, drawn_code, interpolate, resample_class
 from .features import FeatureClusters
-from .scene import Layout, draw_code, drawn_code, resample_class
+from .scene import Layout
 from .shapes import ShapeLibrary, exchange_shape, target_region
 from .synthesizer import Synthesizer
 
@@ -154,7 +155,7 @@ def edit(model: Any, layouts: Sequence[Layout],
 
 def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
           classes: Sequence[int] | None = None) -> Iterator[Frame]:
-    """Style morphing: linear interpolation from one code to another, both ends included.
+    """Style morphing: from one code to another on the sphere, both ends included.
 
     Args:
         model: with a code.
@@ -172,7 +173,8 @@ def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
         end = mixed_code(model, [start, end], dict.fromkeys(classes, 1))
     made = synthesizer(model, layout)
     for t in torch.linspace(0, 1, steps).tolist():
-        yield _frame(made, f"{t:.0%}", torch.lerp(start, end, t), layout)
+        z = interpolate(start, end, t, code_parts(model.generator))
+        yield _frame(made, f"{t:.0%}", z, layout)
 
 
 def resample(model: Any, layout: Layout, index: int, samples: int, seed: int = 0,

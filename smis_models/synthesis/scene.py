@@ -17,9 +17,10 @@ from smis_kernels import use_backend
 from ..data.sample import image_tensor
 from ..data.scenes import palette, sample_scene
 from ..families import Pix2pixHDPreset, Preset
-from ..io.images import Picture, resize_nearest, resize_picture, to_pictures
+from ..io.images import Picture, resize_nearest, resize_picture
 from ..io.names import INSTANCES, LABELS, PICTURE, PICTURE_SUFFIXES, map_files, match
 from ..io.scene import SceneFiles, read_scene
+from .codes import draw_code
 from .features import FeatureClusters
 
 # What a model's data set shows: by the model's name, else by its number of classes.
@@ -146,25 +147,6 @@ def semantics(model: Any, layout: Layout) -> Tensor:
     return planes
 
 
-def draw_code(model: Any, seed: int) -> Tensor:
-    """A latent code (1, 8C, h, w) from N(0, 1); the same seed, the same code."""
-    code: Tensor = model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
-    return code
-
-
-def drawn_code(model: Any, seed: int) -> Tensor:
-    """As :func:`draw_code`, of a model that must read one.
-
-    Raises:
-        ValueError: a model that reads none.
-    """
-    z: Tensor | None = draw_code(model, seed)
-    if z is None:
-        raise ValueError(f"model: expected one with a latent code, got {model.name}, which paints "
-                         "one picture for a layout")
-    return z
-
-
 def read_clusters(preset: Preset, path: str | Path | None) -> FeatureClusters | None:
     """The clusters of instance features that a model reads, or None for a model that reads none.
 
@@ -212,29 +194,6 @@ def read_photographs(images: str | Path, instances: str | Path, size: tuple[int,
         assert scene.picture is not None and scene.instances is not None
         yield (image_tensor(resize_picture(scene.picture, size))[None],
                torch.from_numpy(resize_nearest(scene.instances, size))[None])
-
-
-def resample_class(model: Any, z: Tensor, index: int, seed: int) -> Tensor:
-    """``z`` with the code of class ``index`` drawn anew and all others held."""
-    channels = model.generator.class_channels(index)
-    changed = z.clone()
-    changed[:, channels] = draw_code(model, seed)[:, channels]
-    return changed
-
-
-def morph(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """From ``start`` (t = 0) to ``end`` (t = 1), with the variance of a code all the way.
-
-    .. math:: z = ((1 - t) z_0 + t z_1) / \\sqrt{(1 - t)^2 + t^2}
-    """
-    mixed: Tensor = torch.lerp(start, end, t) / ((1 - t) ** 2 + t**2) ** 0.5
-    return mixed
-
-
-@torch.no_grad()
-def pictures(model: Any, planes: Tensor, codes: Sequence[Tensor | None]) -> list[Picture]:
-    """One picture per code."""
-    return [picture for z in codes for picture in to_pictures(model(planes, z))]
 
 
 def _scale_to(deviation: float) -> Any:
