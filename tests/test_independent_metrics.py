@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_models.io.images import to_pictures
+from smis_models.io.images import as_bytes, to_pictures
 from smis_models.metrics import (
     LPIPS,
     DiversityProtocol,
@@ -29,7 +29,6 @@ from smis_models.metrics import (
     frechet_distance,
 )
 from smis_models.metrics.diversity import area_distances
-from smis_models.io.images import as_bytes
 from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.segmentation import FileSegmenter, predict
 from smis_models.synthesis.scene import Layout

@@ -52,6 +52,7 @@ PUBLISHED: dict[str, tuple[str, int, int, int, int, dict[str, Any], dict[str, An
     "spade_coco_vae": ("coco_stuff", 32, 100, 0, 0, TTUR, ON_8),
     "spade_ade20k": ("ade20k", 32, 100, 100, 0, TTUR, HINGE),
     "spade_cityscapes": ("cityscapes", 32, 100, 100, 0, TTUR, HINGE),
+    "spade_celebamask": ("folder", 32, 50, 0, 0, TTUR, HINGE),
     "ccfpse_coco": ("coco_stuff", 16, 100, 100, 0, TTUR, {**ON_16, "feature_matching": 20.0}),
     "ccfpse_ade20k": ("ade20k", 16, 100, 100, 0, TTUR, {**ON_16, "feature_matching": 20.0}),
     "ccfpse_cityscapes": ("cityscapes", 16, 100, 100, 0, TTUR,

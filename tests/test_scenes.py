@@ -101,10 +101,10 @@ def test_four_bit_grey_levels_are_indices(tmp_path):
     np.testing.assert_array_equal(images.read_labels(tmp_path / "grey4.png", 16), [[3, 10]])
 
 
-def test_resize_takes_the_floor(tmp_path):
+def test_resize_takes_pixel_centres(tmp_path):
     images.write_indices(tmp_path / "map.png", np.arange(10).reshape(2, 5))
     resized = images.read_labels(tmp_path / "map.png", 10, size=(3, 3))
-    np.testing.assert_array_equal(resized, np.arange(10).reshape(2, 5)[[0, 0, 1]][:, [0, 1, 3]])
+    np.testing.assert_array_equal(resized, np.arange(10).reshape(2, 5)[[0, 1, 1]][:, [0, 2, 4]])
 
 
 def _bad_maps(folder):

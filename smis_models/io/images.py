@@ -153,6 +153,34 @@ def read_instances(path: str | Path, size: tuple[int, int] | None = None) -> NDA
     return ids if size is None else resize_nearest(ids, size)
 
 
+def read_exact(path: str | Path) -> Picture:
+    """Read an image whose very colours count, as opaque (H, W, 3); of palettes the colours.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageError: not an image, a lossy format, more than 8 bits, transparent pixels.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected a PNG")
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            kind = "lossy TIFF" if image.info.get("compression") in _LOSSY else str(image.format)
+            pixels = np.asarray(image.convert("RGBA"))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error})") from error
+    if kind not in _EXACT:
+        raise ImageError(f"{path}: expected colours as PNG, got a {kind} file, which does not keep "
+                         "them; make the map again as PNG")
+    if mode.startswith(("I", "F")):
+        raise ImageError(f"{path}: expected 8 bits per channel, got mode {mode}")
+    if (pixels[..., 3] != 255).any():
+        raise ImageError(f"{path}: expected opaque pixels, got transparent ones; fill them with "
+                         "the colour of their class")
+    return np.ascontiguousarray(pixels[..., :3])
+
+
 def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> Picture:
     """Read a photograph as (H, W, 3), resized bicubically to ``size`` (height, width).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..families import (
     ADE20K,
@@ -22,6 +23,7 @@ from ..families import (
     PIX2PIXHD_CITYSCAPES_FEATURES,
     SCENES,
     SPADE_ADE20K,
+    SPADE_CELEBAMASK,
     SPADE_CITYSCAPES,
     SPADE_COCO,
     SPADE_COCO_VAE,
@@ -45,6 +47,15 @@ def _spade(model: str, network: Preset, data: str, *, batch: int, epochs: int, d
         losses=LossConfig(kl=kl, feature_matching=matching),
         schedule=ScheduleConfig(epochs=epochs, decay_epochs=decay),
     )
+
+
+def _faces() -> TrainConfig:
+    """SPADE's options on CelebAMask-HQ, for which its paper has none.
+
+    Nothing is mirrored: its classes tell left from right.
+    """
+    recipe = _spade("spade_celebamask", SPADE_CELEBAMASK, "folder", batch=32, epochs=50, decay=0)
+    return replace(recipe, data=replace(recipe.data, mode="fixed", flip=False))
 
 
 def _pix2pixhd(model: str, network: Pix2pixHDPreset, *, epochs: int = 100, decay: int = 100,
@@ -125,6 +136,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         "spade_ade20k", SPADE_ADE20K, "ade20k", batch=32, epochs=100, decay=100),
     "spade_cityscapes": lambda: _spade(
         "spade_cityscapes", SPADE_CITYSCAPES, "cityscapes", batch=32, epochs=100, decay=100),
+    "spade_celebamask": _faces,
     "ccfpse_coco": lambda: _spade(
         "ccfpse_coco", CCFPSE_COCO, "coco_stuff", batch=16, epochs=100, decay=100, kl=_kl(16),
         matching=20.0),
