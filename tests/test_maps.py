@@ -154,7 +154,8 @@ def test_roles_in_names_are_heeded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stem", "expected"), [
     ("a_gtFine_labelIds", ("a", LABELS)), ("a_leftImg8bit", ("a", "picture")),
-    ("label", ("label", None)), ("_label", ("_label", None)), ("water_color", ("water_color", None)),
+    ("label", ("label", None)), ("_label", ("_label", None)),
+    ("water_color", ("water_color", None)),
     ("bluelabel", ("bluelabel", None)), ("a_inst", ("a", INSTANCES)), ("0001", ("0001", None)),
 ])
 def test_what_a_name_says(stem: str, expected: tuple[str, str | None]) -> None:
@@ -389,7 +390,8 @@ def test_celebamask_becomes_a_data_set(tmp_path: Path, smis: Any) -> None:
                             "--held-out", 2)
     assert code == 0, error
     assert "2 faces to train on and 1 held out" in out
-    np.testing.assert_array_equal(read_labels(tmp_path / "out/train/labels/00000.png", 19), expected)
+    found = read_labels(tmp_path / "out/train/labels/00000.png", 19)
+    np.testing.assert_array_equal(found, expected)
     pair = read_labels(tmp_path / "out/val/labels/00002.png", 19)
     np.testing.assert_array_equal(np.unique(pair), [0, 1, 2])
     names = [record.name for record in list_scenes("folder", tmp_path / "out").records]

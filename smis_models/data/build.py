@@ -112,7 +112,7 @@ def _check_sizes(records: Sequence[SceneFiles], preprocess: Preprocess, preset: 
     """
     if not isinstance(preset, LatentPreset):
         return
-    sizes: dict[tuple[int, int], Path | None] = {}
+    sizes: dict[tuple[int, int], str | Path | None] = {}
     if preprocess.output_size is not None:
         sizes[preprocess.output_size] = None
     else:

@@ -113,29 +113,31 @@ def check_scene(record: SceneFiles, rule: LabelRule | None = None) -> SceneCheck
     """
     check = SceneCheck()
     assert record.labels is not None and record.image is not None
+    label_file, image_file = Path(record.labels), Path(record.image)
     sizes: dict[Path, tuple[int, ...]] = {}
     try:
-        labels = read_labels(record.labels, _NO_RULE)
-        sizes[record.labels] = labels.shape
+        labels = read_labels(label_file, _NO_RULE)
+        sizes[label_file] = labels.shape
         counts = np.bincount(labels.ravel())
         check.values = Counter({int(v): int(counts[v]) for v in np.flatnonzero(counts)})
-        check.problems += _bits(record.labels)
-        check.palette = record.labels if _has_colours(record.labels) else None
+        check.problems += _bits(label_file)
+        check.palette = label_file if _has_colours(label_file) else None
         if rule is not None:
-            check.problems += _bad_values(record.labels, check.values, rule)
+            check.problems += _bad_values(label_file, check.values, rule)
     except (ImageError, OSError) as error:
-        check.problems.append(_unreadable(record.labels, error))
+        check.problems.append(_unreadable(label_file, error))
     try:
-        sizes[record.image] = read_picture(record.image).shape[:2]
+        sizes[image_file] = read_picture(image_file).shape[:2]
     except (ImageError, OSError) as error:
-        check.problems.append(_unreadable(record.image, error))
+        check.problems.append(_unreadable(image_file, error))
     if record.instances is not None:
+        id_file = Path(record.instances)
         try:
-            sizes[record.instances] = read_instances(record.instances).shape
+            sizes[id_file] = read_instances(id_file).shape
         except (ImageError, OSError) as error:
-            check.problems.append(_unreadable(record.instances, error))
-    if record.labels in sizes:
-        height, width = sizes[record.labels]
+            check.problems.append(_unreadable(id_file, error))
+    if label_file in sizes:
+        height, width = sizes[label_file]
         check.size = height, width
         check.problems += [Problem(*found) for found in misfits(sizes, exactly=False)]
     return check

@@ -40,14 +40,14 @@ class Listing:
     problems: list[Problem] = field(default_factory=list)
 
 
-Files = dict[str, Path]
+Files = dict[str, str]
 
 
 def _gather(folder: Path, role: str, listing: Listing,
             suffixes: tuple[str, ...] = SUFFIXES) -> Files:
     """The files of one role under ``folder`` by scene; two of one scene are a problem."""
-    def clash(held: Path, path: Path) -> None:
-        listing.problems.append(Problem(path, f"the same scene as {held}; remove one"))
+    def clash(held: str, path: str) -> None:
+        listing.problems.append(Problem(Path(path), f"the same scene as {held}; remove one"))
 
     return by_scene(folder, role, suffixes, clash)
 
@@ -66,14 +66,16 @@ def _pair(listing: Listing, images: Files, labels: Files, instances: Files | Non
     roles = {"picture": images, "label map": labels}
     if instances is not None:
         roles["instance map"] = instances
-    for name in sorted(set().union(*roles.values())):
+    paired = all(files.keys() == images.keys() for files in roles.values())
+    for name in sorted(images if paired else set().union(*roles.values())):
         absent = [role for role, files in roles.items() if name not in files]
         if not absent:
             listing.records.append(SceneFiles(name, images[name], labels[name],
                                               None if instances is None else instances[name]))
             continue
         present = next(files[name] for files in roles.values() if name in files)
-        listing.problems.append(Problem(present, f"no {' and no '.join(absent)} of this scene"))
+        reason = f"no {' and no '.join(absent)} of this scene"
+        listing.problems.append(Problem(Path(present), reason))
     return listing
 
 
@@ -137,9 +139,10 @@ def _ade20k(root: Path, split: str, instances: bool) -> Listing:
                 f"{root}: this is the full ADE20K (files ..._seg.png, ..._parts_1.png); expected "
                 "the scene parsing benchmark, ADEChallengeData2016"
             )
-        path = root / file
+        path = str(root / file)
         if name in kind:
-            listing.problems.append(Problem(path, f"the same scene as {kind[name]}; remove one"))
+            clash = f"the same scene as {kind[name]}; remove one"
+            listing.problems.append(Problem(Path(path), clash))
         else:
             kind[name] = path
     return _pair(listing, images, labels, None)

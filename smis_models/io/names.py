@@ -82,7 +82,7 @@ def files_under(folder: str | Path) -> list[str]:
 
 
 def by_scene(folder: str | Path, role: str, suffixes: tuple[str, ...] = SUFFIXES,
-             clash: Callable[[Path, Path], None] | None = None) -> dict[str, Path]:
+             clash: Callable[[str, str], None] | None = None) -> dict[str, str]:
     """The files of one role under a folder by scene: ``subfolder/scene`` -> path.
 
     Files whose names tell another role are passed over; where all are named as pictures, a data
@@ -110,13 +110,15 @@ def by_scene(folder: str | Path, role: str, suffixes: tuple[str, ...] = SUFFIXES
             named[found].append((place + slash + scene, file))
         else:
             other = file, found
-    files = sorted(named[None] + named[role], key=itemgetter(1)) or named[PICTURE]
+    plain, own = named[None], named[role]
+    files = sorted(plain + own, key=itemgetter(1)) if plain and own else plain or own
+    files = files or named[PICTURE]
     if not files and other is not None:
         raise ValueError(f"expected {role}s in {folder}, got {other[0]}, by its name a {other[1]}")
-    held: dict[str, Path] = {}
-    root = Path(folder)
+    held: dict[str, str] = {}
+    root = os.path.join(folder, "")  # for a Path each would take most of a listing's time
     for scene, file in files:
-        path = root / file
+        path = root + file
         if scene not in held:
             held[scene] = path
         elif clash is not None:
@@ -156,7 +158,7 @@ def map_files(option: str, path: str | Path, role: str = LABELS,
         why = "" if lossy is None or suffixes != SUFFIXES else (
             f"; {lossy} is of a format that cannot keep indices")
         raise FileNotFoundError(f"{option}: no {', '.join(suffixes)} file in {path}{why}")
-    return files
+    return {scene: Path(file) for scene, file in files.items()}
 
 
 def match(option: str, scenes: Sequence[str], files: dict[str, Path]) -> list[Path]:

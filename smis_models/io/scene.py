@@ -18,9 +18,9 @@ class SceneFiles:
     """Where a scene's picture and maps lie; None for those that it has not."""
 
     name: str
-    image: Path | None = None
-    labels: Path | None = None
-    instances: Path | None = None
+    image: str | Path | None = None
+    labels: str | Path | None = None
+    instances: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,16 @@ def read_scene(files: SceneFiles, classes: int, *, unknown: int | None = None,
         >>> scene = read_scene(SceneFiles("a", labels=Path("a.png")), 8)  # doctest: +SKIP
     """
     labels = ids = picture = None
+    label_file, image_file, id_file = (
+        None if path is None else Path(path)
+        for path in (files.labels, files.image, files.instances))
     maps: dict[Path, NDArray[Any]] = {}
-    if files.labels is not None:
-        labels = maps[files.labels] = read_labels(files.labels, classes, None, unknown, option)
-    if files.image is not None:
-        picture = maps[files.image] = read_picture(files.image)
-    if files.instances is not None:
-        ids = maps[files.instances] = read_instances(files.instances)
+    if label_file is not None:
+        labels = maps[label_file] = read_labels(label_file, classes, None, unknown, option)
+    if image_file is not None:
+        picture = maps[image_file] = read_picture(image_file)
+    if id_file is not None:
+        ids = maps[id_file] = read_instances(id_file)
     sizes = {path: pixels.shape[:2] for path, pixels in maps.items()}
     for path, reason in misfits(sizes, exactly=exactly):
         raise ImageError(f"{path}: {reason}")

@@ -10,25 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
+from .trunks import build_trunk, trunk_state, vgg_layers
 
 FILE = "vgg19-dcbb9e9d.pth"
-_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512)  # 0: pooling
+_LAYERS = vgg_layers(2, 2, 4, 4, 1)
 _TAPS = (1, 6, 11, 20, 29)  # relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
 _WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 _SMALLEST = 16  # four poolings
-
-
-def _layers() -> nn.Sequential:
-    """VGG19 up to relu5_1, numbered as in torchvision's ``features``."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width in _WIDTHS:
-        if not width:
-            layers.append(nn.MaxPool2d(2))
-            continue
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-        channels = width
-    return nn.Sequential(*layers)
 
 
 class PerceptualLoss(nn.Module):
@@ -61,15 +49,11 @@ class PerceptualLoss(nn.Module):
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         with torch.device("meta"):
-            layers = _layers()
-        own = layers.state_dict()
-        prefix = "features." if any(key.startswith("features.") for key in state) else ""
-        found = {key: state[prefix + key] for key in own if prefix + key in state}
-        bad = next((k for k in own if k not in found or found[k].shape != own[k].shape), None)
-        if bad is not None:
-            got = tuple(found[bad].shape) if bad in found else "none"
-            raise ValueError(f"state: expected tensors of torchvision's vgg19 ({bad}: "
-                             f"{tuple(own[bad].shape)}), got {got}")
+            layers = build_trunk(_LAYERS)
+        try:
+            found = trunk_state(state, layers)
+        except ValueError as error:
+            raise ValueError(f"state: expected tensors of torchvision's vgg19: {error}") from error
         layers.load_state_dict(found, assign=True)
         # Outside of the module's own children: a model's checkpoint holds no VGG.
         self._network = [layers.eval().requires_grad_(False)]
