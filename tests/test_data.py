@@ -291,7 +291,7 @@ def test_doctor_tells_a_split_that_lacks_its_instance_maps(tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [(1, "cannot be read as a picture"), (2, "expected labels 0..182, got 200"),
-     (3, "4x8, but"), (4, "got 40000"), (5, "got a RGB image")],
+     (3, r"8x4 \(width x height\), but train_label/000004\.png is 8x8"), (4, "got 40000"), (5, "got a RGB image")],
 )
 def test_reading_a_bad_scene_names_the_file(tmp_path, index, message):
     _damage(tmp_path)
