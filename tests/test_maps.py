@@ -188,6 +188,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     os.symlink(folder, folder / "a/itself")       # to a folder on the way
     os.symlink(tmp_path, folder / "above")        # to one above the root
     os.symlink("/", folder / "a/root")
+    os.symlink("dead.png", folder / "dead.png")  # to itself
     os.symlink(folder / "a", tmp_path / "disk/b/across")  # a cycle of two links
     os.symlink(tmp_path / "disk/b", folder / "a/across")
     found = files_under(folder)

@@ -152,7 +152,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_pictures_and_grids():
-    batch = torch.tensor([-1.0, 0.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 2, 5)
+    batch = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 5)
     (picture,) = images.to_pictures(batch)
     assert picture.shape == (2, 5, 3)
     assert picture[0, 0].tolist() == [0, 128, 255]

@@ -71,7 +71,11 @@ def files_under(folder: str | Path) -> list[str]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if not entry.is_dir():
+                try:
+                    inner = entry.is_dir()
+                except OSError:  # a link to itself: its reader will name it
+                    inner = False
+                if not inner:
                     found.append(relative + entry.name)
                     continue
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path

@@ -6,10 +6,10 @@ import numpy as np
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed below 2³² from whole numbers of at least 0; near ones give unrelated seeds.
+    """A seed below 2⁶³ from whole numbers of at least 0; near ones give unrelated seeds.
 
     Example:
         >>> derived_seed(0, 1) != derived_seed(1, 0)
         True
     """
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

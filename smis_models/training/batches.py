@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -18,13 +17,9 @@ from smis_kernels.interface import requested
 from ..data import Batch, Collate, Draw, Sample, SceneDataset
 from ..data.build import build_dataset
 from ..families import Preset
+from ..io.seeds import derived_seed
 from .config import TrainConfig
 from .processes import Processes
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers; near ones give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneDataset:
@@ -88,7 +83,7 @@ class MicroBatch:
 
     def noise(self, like: Tensor, draw: int = 0) -> Tensor:
         """N(0, 1) of the shape of ``like`` (N, ...); ``draw`` numbers the draws of a step."""
-        generator = torch.Generator().manual_seed(seed_of(self.noise_seed, draw))
+        generator = torch.Generator().manual_seed(derived_seed(self.noise_seed, draw))
         shape = (self.drawn or len(self), *like.shape[1:])
         drawn = torch.randn(shape, generator=generator)
         return drawn[self.first : self.first + len(self)].to(like)
@@ -117,7 +112,7 @@ class Order(Sampler[list[Draw]]):
         first = self.processes.rank * own
         epoch, skipped = divmod(self.start, steps)
         while True:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
             for begin in range(skipped * self.batch + first, steps * self.batch, micro):
                 yield [Draw(index, epoch) for index in order[begin : begin + own]]
@@ -209,7 +204,7 @@ class Batches:
         made = []
         for i in range(self._accumulate):
             batch = MicroBatch.of(self._next(), self._device)
-            batch.noise_seed = seed_of(self._seed, self._step, i)
+            batch.noise_seed = derived_seed(self._seed, self._step, i)
             batch.first, batch.drawn = self._first, self._micro
             made.append(batch)
         self._step += 1

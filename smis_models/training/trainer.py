@@ -14,8 +14,9 @@ from ..data import Collate
 from ..families import SynthesisModel, create_model
 from ..families.pix2pixhd import LocalEnhancer
 from ..io.checkpoint import read_checkpoint
+from ..io.seeds import derived_seed
 from ..networks.perceptual import load_perceptual_loss
-from .batches import MicroBatch, dataset, seed_of
+from .batches import MicroBatch, dataset
 from .config import TrainConfig
 from .objective import DiscriminatorStep, GeneratorStep, Losses, held, objective
 from .optimizers import PRECISIONS, Average, adam, scaler, set_rate, trained_parameters
@@ -99,7 +100,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: before the weights that it would spoil are changed.
         """
-        torch.manual_seed(seed_of(self.config.seed, self.step_count, self.processes.rank))
+        torch.manual_seed(derived_seed(self.config.seed, self.step_count, self.processes.rank))
         self._epoch = epoch
         self._prepare(epoch)
         for optimizer, rate in zip((self._optimizer_g, self._optimizer_d), self.rates(epoch),
