@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from smis_models import cli, create_model
+from smis_kernels.modules.spade import CGNorm
+from smis_models import cli, create_model, shipped_weights
 from smis_models.data.scenes import sample_scene
+from smis_models.demo.page import strips
 from smis_models.io import images
 from smis_models.synthesis import codes
 from smis_models.synthesis import scene as synthesis
@@ -254,6 +256,34 @@ def test_a_morph_is_spherical_for_each_class_and_holds_what_both_ends_share():
     assert torch.isfinite(opposite).all()
     with pytest.raises(ValueError, match="end: expected the start's shape"):
         codes.interpolate(start, end[:, :2], 0.5)
+
+
+def test_further_samples_build_no_further_tables(smis, scene, tmp_path, monkeypatch):
+    """`smis synthesize` and the demo's strips compute a layout's tables once, whatever is drawn."""
+    built = []
+    build = CGNorm._build_table
+
+    def counting(self, *arguments):
+        built.append(self)
+        return build(self, *arguments)
+
+    monkeypatch.setattr(CGNorm, "_build_table", counting)
+    counts = []
+    for samples in (1, 3):
+        built.clear()
+        code, _, error = smis("synthesize", "--model", "groupdnet_scenes", "--labels",
+                              scene / "person/0.png", "--samples", samples,
+                              "--out", tmp_path / "out")
+        assert code == 0, error
+        counts.append(len(built))
+    model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
+    layout = synthesis.sample_layouts(model.preset, 1)[0]
+    for samples in (1, 4):
+        built.clear()
+        strips(model, layout, samples, 0)
+        counts.append(len(built))
+    assert len(set(counts)) == 1
+    assert counts[0] > 0
 
 
 def test_features_are_made_and_read(small, smis, scene, tmp_path):

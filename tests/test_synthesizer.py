@@ -117,6 +117,32 @@ def test_resampling_and_morphing() -> None:
         s.resample(8)
 
 
+def test_an_images_code_depends_on_its_place_alone() -> None:
+    model, labels, _ = small("groupdnet_deepfashion")
+    codes = [Synthesizer(model, labels.expand(n, -1, -1)).code(3) for n in (1, 2, 3)]
+    for few, more in zip(codes, codes[1:], strict=False):
+        assert few is not None and more is not None
+        assert torch.equal(more[: len(few)], few)
+        assert not torch.equal(more[-1], few[-1])
+
+
+def test_a_morph_keeps_the_codes_deviation() -> None:
+    """In the middle of a straight line 0.71 of it is left."""
+    model, labels, _ = small("groupdnet_deepfashion")
+    s, seen = Synthesizer(model, labels), []
+    sample = s.sample
+    s.sample = lambda z: (seen.append(z), sample(z))[1]  # type: ignore[method-assign]
+    start, end = s.code(0), s.code(1)
+    assert start is not None and end is not None
+    end[:, 8:16] = start[:, 8:16]
+    s.morph(start, end, steps=5)
+    assert torch.equal(seen[0], start)
+    assert torch.equal(seen[-1], end)
+    for z in seen:
+        torch.testing.assert_close(z[:, 8:16], start[:, 8:16], rtol=0, atol=0)
+        assert 0.9 < float(z.std()) / float(torch.cat([start, end]).std()) < 1.1
+
+
 @torch.no_grad()
 def test_changed_weights_are_refused() -> None:
     """Parameters and buffers alike, changed in place, exchanged or loaded."""
