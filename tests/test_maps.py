@@ -463,3 +463,16 @@ def test_the_grid_is_bounded(tmp_path: Path, smis: Any) -> None:
     assert "the first 16 scenes on" in out
     assert images.read_picture(tmp_path / "out/grid.png").shape[0] == 16 * 132 - 4
     assert len(list((tmp_path / "out").iterdir())) == 21
+
+
+def test_converted_faces_train_in_one_line(tmp_path: Path, smis: Any) -> None:
+    pytest.importorskip("jsonargparse")
+    faces(tmp_path)
+    convert_celebamask(tmp_path, tmp_path / "out", held_out=2)
+    code, out, error = smis(
+        "train", "spade_celebamask", "--data.root", tmp_path / "out", "--out", tmp_path / "run",
+        "--data.batch", 2, "--data.workers", 0, "--schedule.epochs", 1, "--losses.perceptual", 0,
+        "--network.ngf", 4, "--network.ndf", 4, "--network.hidden", 8,
+        "--network.image_size", "[64,64]", "--log.grid_every", 0, "--log.tensorboard", "false")
+    assert code == 0, error
+    assert "1 of 1 steps" in out
