@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -37,3 +38,17 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def published_hash(name: str) -> str:
+    """The first digits of a file's SHA-256, where its name tells them: ``vgg19-dcbb9e9d.pth``."""
+    return Path(name).stem.rpartition("-")[2]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import SceneClassifier, SceneDataset
+from ..io.files import file_hash
 from ..io.images import read_labels, scene_name
 from ..io.provenance import commit, versions
 from ..synthesis.features import FeatureClusters
@@ -22,7 +23,6 @@ from ..synthesis.scene import Layout, draw_input
 from .distance import Distance
 from .diversity import diversities
 from .fid import Extractor, as_bytes, fid_of_features
-from .lpips import file_hash
 from .protocols import Protocol
 from .sampling import LayoutSampler, derived_seed
 from .segmentation import LabelRule, SegmentationScore, Segmenter, predict

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
-from .lpips import file_hash
+from ..io.files import file_hash
 
 Extractor = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) uint8 -> features (N, F)."""

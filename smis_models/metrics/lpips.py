@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
+from ..io.files import file_hash, published_hash
 from .distance import Distance, Features, PixelDistance, check_pictures
 
 # A conv (channels, kernel, stride, padding) and its ReLU, or a max pooling (kernel, stride).
@@ -66,15 +66,6 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
 _HEAD_FILES = {"lpips": "weights/v0.1", "torchmetrics": "functional/image/lpips_models"}
 _RANDOM_SEED = 0
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read(name: str, path: str | Path) -> dict[str, Tensor]:
@@ -202,7 +193,7 @@ class LPIPS(Distance):
         linear = _find_heads(kind) if heads is None else Path(heads)
         self._set_heads(_head_weights(_read("heads", linear), self.trunk, linear))
         digest = file_hash(path)
-        published = digest.startswith(self.trunk.file.rpartition("-")[2].removesuffix(".pth"))
+        published = digest.startswith(published_hash(self.trunk.file))
         self.name = f"LPIPS ({self.trunk.title})"
         if not published:
             self.name += f" with weights of {path.name}, which are not torchvision's"

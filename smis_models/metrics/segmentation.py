@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..families import Preset
-from .lpips import file_hash
+from ..io.files import file_hash
 
 Segmenter = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) in [-1, 1] -> labels (N, H, W), or scores (N, classes, h, w)."""

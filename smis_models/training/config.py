@@ -31,7 +31,7 @@ class LossConfig:
         feature_matching: L1 between the discriminator's features of fake and real.
         perceptual: L1 between VGG19 features of fake and real.
         vgg: file with torchvision's VGG19 weights, or None for the copy in torch's cache; where
-            there is none, the term is off, and a warning says so.
+            there is none, training does not start.
         kl: divergence of the codes from N(0, 1), summed over the images of a whole step.
         code_noise: factor of the posterior's noise in the codes that are painted from; 1 as
             published, 0 paints from the mean, which starts codes that noise would keep unused.

@@ -65,7 +65,7 @@ class Objective:
         config: weights.
         parts: of the batch that a step's gradients are averaged over (processes x micro-batches);
             terms that sum over images are multiplied by it.
-        perceptual: the VGG19 loss; None leaves the term out.
+        perceptual: the VGG19 loss; None where no loss is computed, as for grids of samples.
 
     Raises:
         ValueError: a term that the model cannot have.
@@ -127,7 +127,10 @@ class Objective:
                 verdicts.fake, True, discriminator=False)
             if weights.feature_matching > 0:
                 losses["feature_matching"] = weights.feature_matching * verdicts.matching()
-        if self.perceptual is not None:
+        if weights.perceptual > 0:
+            if self.perceptual is None:
+                raise ValueError("perceptual: expected the VGG19 loss, for losses.perceptual is "
+                                 f"{weights.perceptual:g}; got None")
             losses["perceptual"] = weights.perceptual * self.perceptual(fake, batch.image)
         if weights.pixel > 0:
             losses["pixel"] = weights.pixel * self.distance(fake.float(), batch)
