@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
@@ -38,6 +39,17 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partial(path: str | Path) -> None:
+    """Remove what :func:`replacing` left of ``path`` in a process that was killed.
+
+    For a folder that one process at a time writes to.
+    """
+    path = Path(path)
+    if path.parent.is_dir():
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}"):
+            left.unlink(missing_ok=True)
 
 
 def file_hash(path: str | Path) -> str:

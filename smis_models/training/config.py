@@ -115,14 +115,19 @@ class ScheduleConfig:
     Args:
         epochs: with constant learning rates (the papers' niter).
         decay_epochs: with falling ones (niter_decay).
+        decay_over: epochs in which the rates would fall to 0; by default ``decay_epochs``. The
+            published loops of BicycleGAN divide by one more than they train for.
         freeze_global_epochs: train pix2pixHD's local enhancers alone at first (niter_fix_global).
     """
 
     epochs: int = 50
     decay_epochs: int = 0
     freeze_global_epochs: int = 0
+    decay_over: int | None = None
 
     def __post_init__(self) -> None:
+        if self.decay_over is not None:
+            _at_least("schedule", self, max(1, self.decay_epochs), "decay_over")
         _at_least("schedule", self, 0, "epochs", "decay_epochs", "freeze_global_epochs")
         if self.epochs + self.decay_epochs == 0:
             raise ValueError("schedule.epochs: expected at least one epoch, got 0 + 0")
@@ -135,7 +140,7 @@ class ScheduleConfig:
     def factor(self, epoch: int) -> float:
         """What the learning rates are multiplied by in epoch 0, 1, ..."""
         late = max(0, epoch - self.epochs)
-        return 1 - late / self.decay_epochs if late else 1.0
+        return 1 - late / (self.decay_over or self.decay_epochs) if late else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,26 +179,41 @@ class LogConfig:
     """What is written while training, and how often (in steps).
 
     Args:
-        every: losses to losses.csv, TensorBoard and the progress bar.
+        every: losses to losses.csv, TensorBoard, Weights & Biases and the progress bar.
         checkpoint_every: state to checkpoint.pt and weights to model.safetensors.
+        keep: the last states that stay; more than one lie in kept/.
+        keep_epochs: every so many epochs the state stays for good, in kept/; 0: none does.
+        best: keep the weights that do best on held-out scenes at a checkpoint, best.safetensors:
+            by the L1 of "pixel"s or the "perceptual" loss between photographs and pictures of
+            their own codes.
+        best_scenes: how many held-out scenes that is measured on.
         grid_every: a grid of samples to grids/; 0 for none.
         grid_split: split whose first scenes are on the grids.
         rows: scenes on a grid.
         samples: pictures of each scene on a grid.
         tensorboard: write TensorBoard files too.
+        wandb: log to Weights & Biases too.
     """
 
     every: int = 50
     checkpoint_every: int = 500
+    keep: int = 1
+    keep_epochs: int = 0
+    best: Literal["pixel", "perceptual"] | None = None
+    best_scenes: int = 32
     grid_every: int = 500
     grid_split: Literal["train", "val", "test"] = "val"
     rows: int = 4
     samples: int = 3
     tensorboard: bool = True
+    wandb: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("log", self, 1, "every", "checkpoint_every", "rows", "samples")
-        _at_least("log", self, 0, "grid_every")
+        _at_least("log", self, 1, "every", "checkpoint_every", "rows", "samples", "keep",
+                  "best_scenes")
+        _at_least("log", self, 0, "grid_every", "keep_epochs")
+        if self.best not in (None, "pixel", "perceptual"):
+            raise ValueError(f"log.best: expected pixel, perceptual or null; got {self.best!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +262,9 @@ class TrainConfig:
                 "schedule.freeze_global_epochs: expected fewer than all epochs "
                 f"({self.schedule.total}), got {self.schedule.freeze_global_epochs}"
             )
+        if self.log.best == "perceptual" and not self.losses.perceptual:
+            raise ValueError("log.best: expected pixel, for losses.perceptual is 0 and its network "
+                             "is not loaded; got 'perceptual'")
         if self.data.batch % self.optimizer.accumulate:
             raise ValueError(
                 f"data.batch: expected a multiple of optimizer.accumulate "
