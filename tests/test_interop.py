@@ -20,7 +20,7 @@ from smis_kernels import LabelLayout
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model, frozen_copy, list_models
-from smis_models.families import registry as registry_module
+from smis_models.families import models as models_module
 from smis_models.networks import semantics as labels
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -203,7 +203,7 @@ def test_built_from_a_checkpoint_without_random_weights(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("random weights were drawn")
 
-    monkeypatch.setattr(registry_module, "init_weights", refuse)
+    monkeypatch.setattr(models_module, "init_weights", refuse)
     drawn = torch.random.get_rng_state()
     start = time.process_time()
     model = create_model(name, tmp_path / "latest_net_G.pth")

@@ -8,6 +8,7 @@ namespace smis::SMIS_ISA {
 namespace {
 
 constexpr int64_t kBlock = 64;  // channels that are reordered at a time
+constexpr int64_t kSum = 64;    // products that are summed in T: few lanes would lose digits of more
 
 // (channel, tap) to (tap, channel) for n channels; S fixes the number of taps at compile time.
 template <int S, class T>
@@ -68,10 +69,13 @@ template <int S, class T> void dots(const SpectralWeightArgs& a, int64_t begin, 
     double total = 0;
     by_blocks<S>(a, static_cast<const T*>(a.grad) + o * row, buffer.data(),
                  [&](int64_t first, int64_t n, const T* g) {
-      T sum = 0;
+      for (int64_t j = 0; j < n; j += kSum) {
+        const int64_t end = std::min(n, j + kSum);
+        T sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += g[j] * w[first + j];
-      total += double(sum);
+        for (int64_t k = j; k < end; ++k) sum += g[k] * w[first + k];
+        total += double(sum);
+      }
     });
     a.dots[o] = total;
   }

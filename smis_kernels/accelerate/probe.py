@@ -113,7 +113,8 @@ def at_scales(inputs: tuple[Tensor, ...]) -> list[Trial]:
     x, *rest = inputs
     x = x.clone()
     x[:, -1] = 0.5  # as the scales a power of two: exactly zero once the mean is off
-    scaled = [Trial((x, *rest), training, scale=scale) for scale in (2.0**-10, 1.0, 2.0**10)
+    scaled = [Trial((x, *rest), training, parameters=False, scale=scale)
+              for scale in (2.0**-10, 1.0, 2.0**10)
               for training in (True, False)]
     return [*scaled, *(Trial((x, *rest), training, parameters=False, scale=1.0, frozen=True)
                        for training in (True, False))]
@@ -163,7 +164,8 @@ def _run_as_it_is(module: nn.Module, trial: Trial) -> _Outcome:
         inputs = [x.double() if x.is_floating_point() else x for x in inputs]
         inputs[0].mul_(trial.scale)
         if trial.training:  # the step before
-            module(*(x.flip(0) if i else 2 * x.flip(0) for i, x in enumerate(inputs)))
+            with torch.no_grad():
+                module(*(x.flip(0) if i else 2 * x.flip(0) for i, x in enumerate(inputs)))
     inputs = [x.requires_grad_(i in trial.differentiable) for i, x in enumerate(inputs)]
     output = module(*inputs)
     if not isinstance(output, Tensor):

@@ -21,7 +21,7 @@ template <int fault> __global__ void reverse_kernel(const int32_t* x, int32_t* y
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, last = blockDim.x - 1;
   const int64_t i = thread_index();
   if (fault == kEndedLane && threadIdx.x == 5) return;
-  tile[threadIdx.x + (fault == kBeyondShared ? 1 : 0)] = x[i + (fault == kBeyondTensor ? count : 0)];
+  tile[threadIdx.x + (fault == kBeyondShared ? 1 : 0)] = x[i + (fault == kBeyondTensor ? 1 : 0)];
   if (fault == kDivergentBarrier && warp == 0) __syncthreads();
   else if (fault != kMissingBarrier) __syncthreads();
   int32_t value = tile[last - int(threadIdx.x)];
