@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from typer.core import TyperCommand
 
 from .. import training
+from ..training.checkpoints import STATE, differences
+from ..training.options import to_dict
 from .common import Backend, Device, app, console, resolve_device, selected
 
 _SHOWN = ("images_per_second", "waiting", "memory", "rate_generator", "rate_discriminator")
@@ -32,12 +34,15 @@ class _Asked:
 
 
 @contextmanager
-def _stopping() -> Iterator[_Asked]:
+def _stopping(first: bool) -> Iterator[_Asked]:
     """Ctrl-C and SIGTERM end the run after the present step, with a checkpoint."""
     asked = _Asked()
 
     def ask(number: int, frame: Any) -> None:
-        asked.signal = number
+        if not asked and first:  # written at once: a print may be what was interrupted
+            os.write(2, f"{signal.Signals(number).name}: stopping after this step, with a "
+                        "checkpoint\n".encode())
+        asked.signal = asked.signal or number
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -91,7 +96,7 @@ def _chosen(name: str, arguments: list[str], out: Path, resume: bool) -> trainin
     if chosen.model != configured.model:
         raise ValueError(f"config: {name} is of {configured.model}, the run in {out} of "
                          f"{chosen.model}; give that one's, or another --out")
-    stays = training.differences(training.to_dict(configured), training.to_dict(chosen))
+    stays = differences(to_dict(configured), to_dict(chosen))
     if stays:
         told = ", ".join(f"{key} {held} (not {other})" for key, (other, held) in stays.items())
         warnings.warn(f"resume: the run keeps its own options where {name} has others: {told}",
@@ -121,7 +126,7 @@ def train_command(
     """
     if resume not in (None, "must", "auto"):
         raise ValueError(f"resume: expected auto or nothing behind --resume, got {resume!r}")
-    going = resume == "must" or (resume == "auto" and (out / training.STATE).exists())
+    going = resume == "must" or (resume == "auto" and (out / STATE).exists())
     first = os.environ.get("RANK", "0") == "0"
     with _warnings(first):
         chosen = _chosen(config, context.args, out, going)
@@ -129,7 +134,7 @@ def train_command(
         typer.echo(training.to_json(chosen), nl=False)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with selected(backend), _stopping() as asked, _warnings(first), Progress(
+    with selected(backend), _stopping(first) as asked, _warnings(first), Progress(
             *columns, console=console, disable=not first) as bar:
         task = bar.add_task("starting", total=None)
 

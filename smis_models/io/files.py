@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import tempfile
@@ -41,14 +40,17 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         raise
 
 
-def remove_partial(path: str | Path) -> None:
-    """Remove what :func:`replacing` left of ``path`` in a process that was killed.
+def remove_partial(folder: str | Path, *names: str) -> None:
+    """Remove what :func:`replacing` left in ``folder`` where a process was killed.
 
     For a folder that one process at a time writes to.
+
+    Args:
+        folder: may be missing.
+        names: patterns of the files that were to be written, such as ``*.png``.
     """
-    path = Path(path)
-    if path.parent.is_dir():
-        for left in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}"):
+    for name in names:
+        for left in Path(folder).glob(f".{name}.{'[a-z0-9_]' * 8}"):
             left.unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import SceneClassifier, SceneDataset
+from ..data.preprocess import LABEL_FILTER
 from ..io.files import file_hash
 from ..io.images import read_labels, scene_name
 from ..io.provenance import commit, versions
@@ -62,6 +63,16 @@ class Scenes:
         """The photograph, (1, 3, H, W) in [-1, 1]."""
         assert isinstance(self._source, SceneDataset)
         return self._source[index]["image"][None]
+
+    def used(self) -> dict[str, Any]:
+        """What a protocol may promise of them: data set, split, count, how they are resized."""
+        split = self._facts.get("split")
+        preprocess = getattr(self._source, "preprocess", None)
+        filters = {} if preprocess is None else preprocess.filters
+        if not self.photographed:
+            filters = {"label_filter": LABEL_FILTER}
+        return {"dataset": self._facts.get("dataset"), "scenes": len(self), **filters,
+                "split": "held out" if split in ("val", "test") else split}
 
     def facts(self) -> dict[str, Any]:
         """Where they come from, how many, and a hash of all label maps and names."""
@@ -133,6 +144,17 @@ def _judge_pictures(model: Any, scenes: Scenes, judges: Judges, seed: int,
         judge = judges.segmenter if judges.predictions is None else None
         results["segmentation"] = {**score.result(), **_facts(judge)}
     return results
+
+
+def _used(scenes: Scenes, judges: Judges, promised: str | None) -> dict[str, Any]:
+    """What was really used of what a protocol promises."""
+    used = scenes.used()
+    names = [distance.name for distance in judges.distances]
+    if names:
+        used["distance"] = promised if promised in names else ", ".join(names)
+    if judges.extractor is not None:
+        used["fid_features"] = _facts(judges.extractor).get("network", "a network of the caller")
+    return used
 
 
 def _facts(judge: Any) -> dict[str, Any]:
@@ -216,7 +238,8 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
                          "segmenter")
     return {
         "results": results, "model": model_facts(model, checkpoint, seed),
-        "data": scenes.facts(), "protocol": protocol.facts(), "seed": seed,
+        "data": scenes.facts(), "seed": seed,
+        "protocol": protocol.facts(_used(scenes, judges, protocol.distance)),
         "device": str(next(model.parameters()).device), "versions": versions(),
         "commit": commit(), "command": sys.argv[1:],
         "seconds": round(time.perf_counter() - start, 3),

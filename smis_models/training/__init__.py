@@ -1,15 +1,14 @@
 """Training: one loop for all models, with configurations, checkpoints and logs."""
 
-from .checkpoints import STATE, continued, differences
+from .checkpoints import continued
 from .config import DataConfig, LogConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from .options import from_dict, load_config, recipe, to_dict, to_json
+from .options import from_dict, load_config, recipe, to_json
 from .recipes import RECIPES
 from .run import Outcome, Progress, Run, train
 from .trainer import NonFiniteLoss, Trainer
 
 __all__ = [
     "RECIPES",
-    "STATE",
     "DataConfig",
     "LogConfig",
     "LossConfig",
@@ -22,11 +21,9 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "continued",
-    "differences",
     "from_dict",
     "load_config",
     "recipe",
-    "to_dict",
     "to_json",
     "train",
 ]

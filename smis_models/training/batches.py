@@ -54,6 +54,8 @@ class MicroBatch:
         instances: (N, H, W) ids, or None.
         noise_seed, first, drawn: which random codes are this batch's: N of ``drawn``, from
             ``first`` on, so that several processes draw what one would.
+        share: what a mean over the classes that the pictures show counts for, where the batches of
+            a step show unequal numbers of them: this batch's over their mean.
     """
 
     image: Tensor
@@ -63,6 +65,7 @@ class MicroBatch:
     noise_seed: int = 0
     first: int = 0
     drawn: int | None = None
+    share: float = 1.0
     dense: bool = field(default_factory=lambda: requested() == "reference")
 
     @classmethod
@@ -87,6 +90,11 @@ class MicroBatch:
     def semantics(self) -> Tensor | LabelLayout:
         """What the generator reads: the layout, or for the reference backend the planes."""
         return self.planes if self.dense or self.layout is None else self.layout
+
+    def shown(self, classes: int) -> Tensor:
+        """Which classes each picture shows, (N, classes) bool."""
+        found = torch.zeros(len(self), classes, dtype=torch.bool, device=self.labels.device)
+        return found.scatter_(1, self.labels.flatten(1).long(), True)
 
     def noise(self, like: Tensor, draw: int = 0) -> Tensor:
         """N(0, 1) of the shape of ``like`` (N, ...); ``draw`` numbers the draws of a step."""

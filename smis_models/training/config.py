@@ -115,19 +115,20 @@ class ScheduleConfig:
     Args:
         epochs: with constant learning rates (the papers' niter).
         decay_epochs: with falling ones (niter_decay).
-        decay_over: epochs in which the rates would fall to 0; by default ``decay_epochs``. The
-            published loops of BicycleGAN divide by one more than they train for.
         freeze_global_epochs: train pix2pixHD's local enhancers alone at first (niter_fix_global).
+        falls: "after": the k-th of the falling epochs has 1 - (k - 1) / decay_epochs of the rates,
+            so that the first is as before (pix2pixHD, SPADE, GroupDNet, CC-FPSE); "before":
+            1 - k / (decay_epochs + 1) (BicycleGAN).
     """
 
     epochs: int = 50
     decay_epochs: int = 0
     freeze_global_epochs: int = 0
-    decay_over: int | None = None
+    falls: Literal["after", "before"] = "after"
 
     def __post_init__(self) -> None:
-        if self.decay_over is not None:
-            _at_least("schedule", self, max(1, self.decay_epochs), "decay_over")
+        if self.falls not in ("after", "before"):
+            raise ValueError(f"schedule.falls: expected after or before; got {self.falls!r}")
         _at_least("schedule", self, 0, "epochs", "decay_epochs", "freeze_global_epochs")
         if self.epochs + self.decay_epochs == 0:
             raise ValueError("schedule.epochs: expected at least one epoch, got 0 + 0")
@@ -139,8 +140,12 @@ class ScheduleConfig:
 
     def factor(self, epoch: int) -> float:
         """What the learning rates are multiplied by in epoch 0, 1, ..."""
-        late = max(0, epoch - self.epochs)
-        return 1 - late / (self.decay_over or self.decay_epochs) if late else 1.0
+        late = epoch + 1 - self.epochs
+        if late <= 0:
+            return 1.0
+        if self.falls == "before":
+            return 1 - late / (self.decay_epochs + 1)
+        return 1 - (late - 1) / self.decay_epochs
 
 
 @dataclass(frozen=True, kw_only=True)

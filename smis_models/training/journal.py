@@ -143,12 +143,14 @@ class WandB:
         self._image = wandb.Image
         self._run = wandb.init(project="smis", name=folder.name, dir=str(folder), resume="allow",
                                id=name.read_text(), config=dict(options))
+        # Its own steps never go back, as those of a run do that goes on from a checkpoint.
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, "step": step})
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
-        self._run.log({name: self._image(picture)}, step=step)
+        self._run.log({name: self._image(picture), "step": step})
 
     def close(self) -> None:
         self._run.finish()

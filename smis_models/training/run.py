@@ -22,6 +22,7 @@ from .batches import Batches, MicroBatch, Place, dataset
 from .checkpoints import (
     BEST,
     CONFIG,
+    KEPT,
     LOSSES,
     RECORD,
     STATE,
@@ -129,8 +130,9 @@ class Run:
         self._shown = self._grid_batch() if config.log.grid_every else None
         self._saved = self.trainer.step_count if there else -1
         if self.processes.first:
-            for name in (STATE, WEIGHTS, CONFIG, RECORD, LOSSES, BEST):
-                remove_partial(self.folder / name)
+            remove_partial(self.folder, STATE, WEIGHTS, CONFIG, RECORD, LOSSES, BEST)
+            remove_partial(self.folder / KEPT, "*")
+            remove_partial(self.folder / "grids", "*.png")
             write_atomically(self.folder / CONFIG, to_json(config).encode())
             self._table = LossTable(self.folder / LOSSES, self.trainer.step_count)
             self._board = Board(self._sinks())
@@ -261,9 +263,7 @@ class Run:
 
     def _log(self, losses: dict[str, float], epoch: int, clock: Clock,
              report: Callable[[Progress], None], left: float) -> None:
-        step, names = self.trainer.step_count, list(losses)
-        values = torch.tensor([losses[name] for name in names], dtype=torch.float64)
-        losses = dict(zip(names, self.processes.mean(values).tolist(), strict=True))
+        step = self.trainer.step_count
         if not self.processes.first:
             return
         rate_g, rate_d = self.trainer.rates(epoch)
@@ -305,6 +305,7 @@ class Run:
         """
         if self.processes.first:
             self._write()
+            self._saved = self.trainer.step_count
             keep(self.folder, self.trainer.step_count, epoch, self.config.log.keep)
             if self.config.log.best is not None:
                 self._keep_best(self.config.log.best)
@@ -349,12 +350,13 @@ class Run:
         write_atomically(self.folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
     def _exported(self) -> bool:
-        """Whether the weights on disk are of the state's step."""
+        """Whether the weights and the record on disk are of the state's step."""
         try:
             facts = json.loads(read_metadata(self.folder / WEIGHTS)[TRAINING])
-        except (CheckpointError, KeyError):
+            record = json.loads((self.folder / RECORD).read_text())
+        except (CheckpointError, FileNotFoundError, KeyError):
             return False
-        return bool(facts["step"] == self.trainer.step_count)
+        return bool(facts["step"] == record["step"] == self.trainer.step_count)
 
     @torch.no_grad()
     def _keep_best(self, metric: str) -> None:

@@ -104,10 +104,11 @@ class Trainer:
         return rates.generator * factor, rates.discriminator * factor
 
     def step(self, batches: Sequence[MicroBatch], epoch: int) -> dict[str, float]:
-        """Train on the micro-batches of one step; the losses by name, over all of them.
+        """Train on the micro-batches of one step; the losses by name, over all of them and all
+        processes.
 
         Raises:
-            NonFiniteLoss: before the weights that it would spoil are changed.
+            NonFiniteLoss: a loss or a gradient, before the weights that it would spoil are changed.
         """
         # A forward moves running statistics and spectral norms; an error puts them back.
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -131,6 +132,7 @@ class Trainer:
         torch.manual_seed(seed_of(self.config.seed, self.step_count, self.processes.rank))
         self._epoch = epoch
         self._prepare(epoch)
+        self._share(batches)
         for optimizer, rate in zip((self._optimizer_g, self._optimizer_d), self.rates(epoch),
                                    strict=True):
             set_rate(optimizer, rate)
@@ -160,6 +162,15 @@ class Trainer:
         self.whole = "yes"
         return losses
 
+    def _share(self, batches: Sequence[MicroBatch]) -> None:
+        """Weigh means over shown classes so that the step's is that of all its pictures."""
+        if self.config.losses.latent > 0 and self.objective.coded_by_class:
+            classes = self.model.preset.classes
+            counts = torch.stack([batch.shown(classes).sum() for batch in batches]).double()
+            shares = counts / self.processes.mean(counts.mean())
+            for batch, share in zip(batches, shares.tolist(), strict=True):
+                batch.share = share
+
     def _update(self, batches: Sequence[MicroBatch], wrapped: nn.Module, run: Any,
                 optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Forward, backward and update of one side."""
@@ -174,16 +185,31 @@ class Trainer:
                 self._scaler.scale(share.sum()).backward()
             for name, value in zip(losses, share.detach(), strict=True):
                 total[name] = total[name] + value if name in total else value
-        values = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
+        # All processes see the same values, and so stop together.
+        mean = self.processes.mean(torch.stack(list(total.values())).double())
+        values = dict(zip(total, mean.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLoss(
                     f"losses.{name}: became {value} in step {self.step_count + 1}; lower the "
                     "learning rates or the term's weight, or train with precision fp32"
                 )
+        self._check_gradients(optimizer)
         self.whole = "no"
         self._scaler.step(optimizer)
         return values
+
+    def _check_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Finite losses can have other gradients, which would spoil every weight."""
+        if self._scaler.is_enabled():  # which skips such a step, and scales less from then on
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
+                     if p.grad is not None]
+        if not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            raise NonFiniteLoss(
+                f"losses: a gradient became infinite or NaN in step {self.step_count + 1}; lower "
+                "the learning rates or the terms' weights, or train with precision fp32"
+            )
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: weights, buffers, moments, average, scale, step."""
