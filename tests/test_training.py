@@ -554,18 +554,6 @@ def test_a_bad_picture_is_named_in_one_line(workers: str, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_the_perceptual_term_is_off_without_weights(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    config = tiny("--losses.perceptual", "10")
-    with pytest.warns(UserWarning, match="perceptual loss: off"):
-        run = Run(config, tmp_path / "run")
-    assert "perceptual" not in run.trainer.step(run.batches.step(), 0)
-    with pytest.raises(CheckpointError, match=r"vgg\.pth does not exist"):
-        Run(tiny("--losses.perceptual", "10", "--losses.vgg", str(tmp_path / "vgg.pth")),
-            tmp_path / "run")
-
-
 def test_the_perceptual_term_is_weighed(tmp_path: Path) -> None:
     from smis_models.networks.perceptual import _layers
 

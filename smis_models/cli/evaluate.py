@@ -142,14 +142,17 @@ def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    rows = Table("metric", "value", "measured with")
+    rows = Table("metric", "value", "measured with",
+                 title=metrics.protocol_title(result["protocol"]))
     for name, values in result["results"].get("diversity", {}).items():
         for metric in ("mcsd", "mocd", "lpips"):
             title = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}[metric]
             rows.add_row(title, f"{values[metric]:.4g}", name)
     if "fid" in result["results"]:
         found = result["results"]["fid"]
-        rows.add_row("FID", f"{found['fid']:.2f}", found.get("note", found.get("extractor", "")))
+        rows.add_row("FID" if found["published_weights"] else "Fréchet distance",
+                     f"{found['fid']:.2f}", "; ".join(
+                         found[key] for key in ("network", "note") if key in found))
     if "segmentation" in result["results"]:
         found = result["results"]["segmentation"]
         judge = f"label rule {found['label_rule']}"

@@ -17,6 +17,7 @@ Mode = Literal[
     "scale_shortside", "scale_shortside_and_crop", "fixed", "none",
 ]
 MODES: tuple[str, ...] = get_args(Mode)
+PICTURE_FILTER, LABEL_FILTER = "bicubic", "nearest, pixel centres (Pillow NEAREST)"
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,14 @@ class Preprocess:
             h, w = (max(1, round(s / self.multiple)) * self.multiple for s in (height, width))
             return h, w
         return height, width
+
+    @property
+    def filters(self) -> dict[str, str]:
+        """How pictures and label maps come to their size, for records."""
+        whole = self.mode in ("resize", "fixed", "none") or (
+            self.mode == "resize_and_crop" and self.load in (None, self.size))
+        cut = "" if whole else ", cropped"
+        return {"picture_filter": PICTURE_FILTER + cut, "label_filter": LABEL_FILTER + cut}
 
     def plan(self, size: tuple[int, int], r: np.random.Generator) -> Plan:
         """The plan for a scene of ``size`` (height, width), with draws from ``r``."""

@@ -203,11 +203,12 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
     module.load_state_dict(filled, strict=True, assign=True)
 
 
-def save_checkpoint(module: nn.Module, path: str | Path) -> None:
+def save_checkpoint(module: nn.Module, path: str | Path,
+                    notes: Mapping[str, str] | None = None) -> None:
     """Write the module's state dict as safetensors: the whole file or none.
 
     A model of the zoo is written with its configuration, so that
-    ``create_model(checkpoint=path)`` makes it again.
+    ``create_model(checkpoint=path)`` makes it again; ``notes`` stand beside it in the metadata.
 
     Raises:
         CheckpointError: the name does not end in ``.safetensors``, or the folder is not writable.
@@ -226,10 +227,10 @@ def save_checkpoint(module: nn.Module, path: str | Path) -> None:
         key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()
     }
     configuration = getattr(module, "configuration", None)
-    metadata = None if configuration is None else configuration.to_metadata()
+    metadata = {**(notes or {}), **({} if configuration is None else configuration.to_metadata())}
     try:
         with replacing(path, sync=True) as partial:
-            save_file(state, partial, metadata)
+            save_file(state, partial, metadata or None)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"path: {path} cannot be written: {_first_line(error)}"

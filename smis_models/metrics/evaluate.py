@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import SceneClassifier, SceneDataset
+from ..data.preprocess import LABEL_FILTER
 from ..io.files import file_hash
 from ..io.images import as_bytes, read_labels
 from ..io.names import map_files
@@ -65,6 +66,16 @@ class Scenes:
         layout = Layout(sample["name"], sample["labels"].numpy().astype(np.int64),
                         None if ids is None else ids.numpy().astype(np.int64))
         return layout, sample["image"][None]
+
+    def used(self) -> dict[str, Any]:
+        """What a protocol may promise of them: data set, split, count, how they are resized."""
+        split = self._facts.get("split")
+        preprocess = getattr(self._source, "preprocess", None)
+        filters = {} if preprocess is None else preprocess.filters
+        if not self.photographed:
+            filters = {"label_filter": LABEL_FILTER}
+        return {"dataset": self._facts.get("dataset"), "scenes": len(self), **filters,
+                "split": "held out" if split in ("val", "test") else split}
 
     def facts(self, digest: SceneDigest) -> dict[str, Any]:
         """Where they come from, how many, and a hash of all label maps and names."""
@@ -175,6 +186,17 @@ class _PictureScores:
         return results
 
 
+def _used(scenes: Scenes, judges: Judges, promised: str | None) -> dict[str, Any]:
+    """What was really used of what a protocol promises."""
+    used = scenes.used()
+    names = [distance.name for distance in judges.distances]
+    if names:
+        used["distance"] = promised if promised in names else ", ".join(names)
+    if judges.extractor is not None:
+        used["fid_features"] = _facts(judges.extractor).get("network", "a network of the caller")
+    return used
+
+
 def _facts(judge: Any) -> dict[str, Any]:
     facts: dict[str, Any] = judge.facts() if hasattr(judge, "facts") else {}
     return facts
@@ -255,7 +277,8 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
     results |= scores.result()
     return {
         "results": results, "model": model_facts(model, checkpoint, seed),
-        "data": scenes.facts(digest), "protocol": protocol.facts(), "seed": seed,
+        "data": scenes.facts(digest), "seed": seed,
+        "protocol": protocol.facts(_used(scenes, judges, protocol.distance)),
         "device": str(next(model.parameters()).device), "versions": versions(),
         "commit": commit(), "command": sys.argv[1:],
         "seconds": round(time.perf_counter() - start, 3),

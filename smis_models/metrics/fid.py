@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
-from ..io.files import file_hash
+from ..io.files import file_hash, published_hash
 from ..io.images import as_bytes
 
 Extractor = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) uint8 -> features (N, F)."""
 _FEATURES = 2048
+_FILE = "weights-inception-2015-12-05-6726825d.pth"  # whose name ends in its hash
+INCEPTION = "Inception V3 of 2015-12-05, pool3, bilinear to 299x299 as TensorFlow 1"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Inception:
     """torch-fidelity's Inception V3 of FID, with weights from a local file; nothing is downloaded.
 
     Args:
-        weights: ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's release.
+        weights: ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's release; what is
+            measured with another file is no FID, and ``facts`` say so.
         device: where it runs.
 
     Raises:
@@ -87,7 +90,7 @@ class Inception:
         path = Path(weights)
         if not path.is_file():
             raise ValueError(f"inception-weights: {path} is no file; FID needs torch-fidelity's "
-                             "weights-inception-2015-12-05-6726825d.pth")
+                             f"{_FILE}")
         try:
             read_checkpoint(path)  # torch-fidelity would run code in the file; this refuses it
         except CheckpointError as error:
@@ -115,9 +118,14 @@ class Inception:
         """What a reader needs to compute the same number."""
         from importlib.metadata import version
 
-        return {"extractor": "torch-fidelity inception-v3-compat, 2048",
+        digest = file_hash(self._path)
+        published = digest.startswith(published_hash(_FILE))
+        network = INCEPTION if published else (
+            f"weights of {self._path.name}, which are not Inception's of 2015-12-05")
+        return {"network": network, "published_weights": published,
+                "extractor": "torch-fidelity inception-v3-compat, 2048",
                 "torch_fidelity": version("torch-fidelity"), "weights": self._path.name,
-                "weights_sha256": file_hash(self._path)}
+                "weights_sha256": digest}
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:

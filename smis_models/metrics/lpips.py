@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
-from ..io.files import file_hash
+from ..io.files import file_hash, published_hash
 from ..io.images import check_pictures
 from ..networks.trunks import Layer, build_trunk, trunk_state, vgg_layers
 from .distance import Distance, Features, PixelDistance
@@ -28,10 +28,12 @@ class Trunk:
 
     ``file`` is torchvision's name of its ImageNet weights, which ends in the file's hash; the
     features are read after the ReLUs at ``taps``; smaller pictures than ``smallest`` vanish.
+    ``heads`` is how the hash of the published linear weights (version 0.1) begins.
     """
 
     title: str
     file: str
+    heads: str
     layers: tuple[Layer, ...]
     taps: tuple[int, ...]
     widths: tuple[int, ...]
@@ -39,10 +41,10 @@ class Trunk:
 
 
 TRUNKS = {
-    "alex": Trunk("AlexNet", "alexnet-owt-7be5be79.pth", _ALEX, (1, 4, 7, 9, 11),
+    "alex": Trunk("AlexNet", "alexnet-owt-7be5be79.pth", "df73285e", _ALEX, (1, 4, 7, 9, 11),
                   (64, 192, 384, 256, 256), 31),
-    "vgg": Trunk("VGG16", "vgg16-397923af.pth", vgg_layers(2, 2, 3, 3, 3), (3, 8, 15, 22, 29),
-                 (64, 128, 256, 512, 512), 16),
+    "vgg": Trunk("VGG16", "vgg16-397923af.pth", "a78928a0", vgg_layers(2, 2, 3, 3, 3),
+                 (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
 }
 # Of the published code: ImageNet's mean and deviation, for pictures in [-1, 1].
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -166,14 +168,17 @@ class LPIPS(Distance):
         self.network.load_state_dict(state)
         linear = _find_heads(kind) if heads is None else Path(heads)
         self._set_heads(_head_weights(_read("heads", linear), self.trunk, linear))
-        digest = file_hash(path)
-        published = digest.startswith(self.trunk.file.rpartition("-")[2].removesuffix(".pth"))
+        digest, of_heads = file_hash(path), file_hash(linear)
+        published = digest.startswith(published_hash(self.trunk.file))
+        known = of_heads.startswith(self.trunk.heads)
         self.name = f"LPIPS ({self.trunk.title})"
         if not published:
             self.name += f" with weights of {path.name}, which are not torchvision's"
+        if not known:
+            self.name += f" with heads of {linear.name}, which are not those of version 0.1"
         self._facts |= {
             "weights": path.name, "weights_sha256": digest, "torchvision_weights": published,
-            "heads": linear.name, "heads_sha256": file_hash(linear), "version": "0.1",
+            "heads": linear.name, "heads_sha256": of_heads, "published_heads": known,
         }
 
     def _set_heads(self, weights: list[Tensor]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
+from ..io.files import file_hash, published_hash
 from .trunks import build_trunk, trunk_state, vgg_layers
 
 FILE = "vgg19-dcbb9e9d.pth"
@@ -48,6 +50,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
+        self.facts: dict[str, Any] = {}
         with torch.device("meta"):
             layers = build_trunk(_LAYERS)
         try:
@@ -89,31 +92,37 @@ class PerceptualLoss(nn.Module):
         return torch.stack(terms).sum()
 
 
-def load_perceptual_loss(weights: str | Path | None = None) -> PerceptualLoss | None:
-    """The VGG19 loss, or None and one warning where no weights are at hand: the loss is then off.
+def load_perceptual_loss(weights: str | Path | None = None) -> PerceptualLoss:
+    """The VGG19 loss with torchvision's weights from a local file; nothing is downloaded.
 
     Args:
         weights: a file with torchvision's VGG19 weights (``.pth`` or ``.safetensors``); None for
-            the copy in torch's cache (``$TORCH_HOME/hub/checkpoints``). Nothing is downloaded.
+            the copy in torch's cache (``$TORCH_HOME/hub/checkpoints``). A file with another hash
+            than torchvision's is taken, with a warning, and ``facts`` say so.
 
     Raises:
-        CheckpointError: ``weights`` is given, and is no such file.
+        CheckpointError: there is no such file, or it is of another network.
 
     Example:
-        >>> perceptual = load_perceptual_loss()
-        >>> loss = 0 if perceptual is None else 10 * perceptual(fake, real)
+        >>> loss = 10 * load_perceptual_loss("vgg19-dcbb9e9d.pth")(fake, real)
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE if weights is None else Path(weights)
-    if weights is None and not path.is_file():
-        warnings.warn(
-            f"perceptual loss: off, for {path} does not exist; give a file with torchvision's "
-            f"VGG19 weights ({FILE})", stacklevel=2,
+    if not path.is_file():
+        raise CheckpointError(
+            f"losses.perceptual: expected torchvision's VGG19 weights ({FILE}), and {path} does "
+            "not exist; give the file (--losses.vgg), or --losses.perceptual 0 to do without"
         )
-        return None
     try:
-        return PerceptualLoss(read_checkpoint(path))
+        loss = PerceptualLoss(read_checkpoint(path))
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
         message = str(error).replace("state:", f"weights: {path}:", 1)
         raise CheckpointError(message) from error
+    digest = file_hash(path)
+    loss.facts = {"vgg": path.name, "vgg_sha256": digest,
+                  "torchvision_weights": digest.startswith(published_hash(FILE))}
+    if not loss.facts["torchvision_weights"]:
+        warnings.warn(f"perceptual loss: {path} is not torchvision's file, whose hash begins with "
+                      f"{published_hash(FILE)} ({digest[:8]}); the records say so", stacklevel=2)
+    return loss
