@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smis_models import cli, create_model
+from smis_models.benchmark.case import Maps
 from smis_models.data import FileScenes, Preprocess, detect_layout, list_scenes
 from smis_models.data.celebamask import CLASSES, PARTS, convert_celebamask
 from smis_models.data.doctor import examine, find_splits
@@ -476,3 +477,14 @@ def test_converted_faces_train_in_one_line(tmp_path: Path, smis: Any) -> None:
         "--network.image_size", "[64,64]", "--log.grid_every", 0, "--log.tensorboard", "false")
     assert code == 0, error
     assert "1 of 1 steps" in out
+
+
+def test_a_benchmarks_maps_take_their_own_instances(tmp_path: Path) -> None:
+    for k, name in enumerate(("a", "b")):
+        images.write_indices(tmp_path / f"label/{name}_labelIds.png", np.full((4, 4), k))
+        images.write_indices(tmp_path / f"inst/{name}_instanceIds.png", np.full((4, 4), 7 + k))
+    images.write_indices(tmp_path / "inst/0_instanceIds.png", np.full((4, 4), 99))
+    maps = Maps(tmp_path)
+    for k in range(2):
+        assert (maps.labels("street", (4, 4), 35, k) == k).all()
+        assert (maps.instances("street", (4, 4), k) == 7 + k).all()

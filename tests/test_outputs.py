@@ -72,7 +72,7 @@ def test_outputs_are_tried_first(command: str, refused: Any, tmp_path: Path,
     error = refused(*_arguments(command, tmp_path, tmp_path / "file/deep" / name))
     assert "error: out: " in error
     assert "file; expected a folder" in error
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as where nothing can be written
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     assert "error: out: " in refused(*_arguments(command, tmp_path, tmp_path / "new" / name))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
