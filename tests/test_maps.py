@@ -27,6 +27,7 @@ from smis_models.io.images import ImageError, read_instances, read_labels
 from smis_models.io.names import INSTANCES, LABELS, by_scene, files_under, map_files, parse_stem
 from smis_models.io.scene import SceneFiles, read_scene
 from smis_models.metrics import label_rule
+from smis_models.metrics.diversity import DiversityMeter
 from smis_models.synthesis import scene as synthesis
 from smis_models.synthesis.pictures import read_pictures
 
@@ -488,3 +489,21 @@ def test_a_benchmarks_maps_take_their_own_instances(tmp_path: Path) -> None:
     for k in range(2):
         assert (maps.labels("street", (4, 4), 35, k) == k).all()
         assert (maps.instances("street", (4, 4), k) == 7 + k).all()
+
+
+def test_a_missing_prediction_is_told_before_the_measuring(tmp_path: Path, smis: Any,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(3):
+        images.write_indices(tmp_path / f"maps/{k}.png", np.full((128, 128), k))
+        images.write_indices(tmp_path / f"pred/{k}_labelIds.png", np.full((128, 128), k))
+    (tmp_path / "pred/2_labelIds.png").unlink()
+
+    def untouched(*_: Any, **__: Any) -> None:
+        raise AssertionError("measuring was begun")
+
+    monkeypatch.setattr(DiversityMeter, "add", untouched)
+    code, _, error = smis("evaluate", "--model", "groupdnet_scenes", "--labels", tmp_path / "maps",
+                          "--predictions", tmp_path / "pred", "--distance", "pixel", "--layouts", 1,
+                          "--samples", 2, "--pairs", 1, "--out", tmp_path / "e.json")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "predictions: no map of scene '2'" in error

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import SceneClassifier, SceneDataset
+from ..data import FileScenes, SceneClassifier, SceneDataset
 from ..data.preprocess import LABEL_FILTER
 from ..io.files import file_hash
 from ..io.images import as_bytes, read_labels
@@ -22,7 +22,7 @@ from ..io.names import map_files
 from ..io.provenance import commit, versions
 from ..io.seeds import derived_seed
 from ..synthesis.features import FeatureClusters
-from ..synthesis.scene import Layout, draw_input
+from ..synthesis.scene import Layout, Layouts, draw_input
 from .distance import Distance
 from .diversity import DiversityMeter
 from .fid import Extractor, fid_of_features
@@ -66,6 +66,14 @@ class Scenes:
         layout = Layout(sample["name"], sample["labels"].numpy().astype(np.int64),
                         None if ids is None else ids.numpy().astype(np.int64))
         return layout, sample["image"][None]
+
+    def names(self) -> list[str]:
+        """The scenes' names where they are known before the scenes are read; else none."""
+        if isinstance(self._source, Layouts):
+            return [files.name for files in self._source.files]
+        if isinstance(self._source, FileScenes):
+            return [files.name for files in self._source.records]
+        return []
 
     def used(self) -> dict[str, Any]:
         """What a protocol may promise of them: data set, split, count, how they are resized."""
@@ -138,12 +146,14 @@ class _Painter:
 class _PictureScores:
     """FID and mIoU, from the scenes one after another."""
 
-    def __init__(self, judges: Judges, classes: int) -> None:
+    def __init__(self, judges: Judges, classes: int, names: Sequence[str]) -> None:
         self._judges = judges
         self._score = SegmentationScore(classes, judges.rule)
         self._real: list[Tensor] = []
         self._fake: list[Tensor] = []
         self._files = None if judges.predictions is None else _prediction_files(judges.predictions)
+        for name in names:  # now, and not after hours
+            self._prediction(name)
 
     @property
     def paints(self) -> bool:
@@ -161,17 +171,23 @@ class _PictureScores:
 
     def read(self, layout: Layout) -> None:
         """Count the label map on disk, resized by nearest, that was predicted for a layout."""
-        if self._files is None:
-            return
-        base = layout.name.rpartition("/")[2]
-        path = self._files.get(layout.name) or self._files.get(base)
+        path = self._prediction(layout.name)
         if path is None:
-            raise FileNotFoundError(f"predictions: no map of scene {layout.name!r} in "
-                                    f"{self._judges.predictions}")
+            return
         rule = self._judges.rule
         known = self._score.classes if rule.meaning is None else len(rule.meaning)
         height, width = layout.labels.shape
         self._score.add(layout.labels, read_labels(path, known, (height, width)), str(path))
+
+    def _prediction(self, name: str) -> Path | None:
+        """The map that was predicted for a scene; None where none are read."""
+        if self._files is None:
+            return None
+        path = self._files.get(name) or self._files.get(name.rpartition("/")[2])
+        if path is None:
+            raise FileNotFoundError(f"predictions: no map of scene {name!r} in "
+                                    f"{self._judges.predictions}")
+        return path
 
     def result(self) -> dict[str, Any]:
         """What was measured."""
@@ -255,7 +271,7 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
         raise ValueError("fid: expected scenes with photographs, got label maps alone; give a "
                          "--dataset")
     start = time.perf_counter()
-    scores = _PictureScores(judges, model.preset.classes)
+    scores = _PictureScores(judges, model.preset.classes, scenes.names())
     painter = _Painter(model, seed, clusters)
     meter = DiversityMeter(model, judges.distances, protocol.diversity, len(scenes), seed=seed,
                            step=step) if judges.distances else None
