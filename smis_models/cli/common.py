@@ -23,7 +23,7 @@ from rich.progress import (
 from smis_kernels import BackendError, use_backend
 
 from ..families import Preset, create_model, shipped_weights, stored_configuration
-from ..io.scene import text_size
+from ..io.scene import one_shape, text_size
 from ..synthesis.scene import Layout
 
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
@@ -33,7 +33,6 @@ app = typer.Typer(
     help="Semantic image synthesis: GroupDNet on fused kernels.",
 )
 console = Console()
-
 
 
 def _check_place(path: Path) -> None:
@@ -143,12 +142,10 @@ def resized_line(layout: Layout, count: int = 1) -> str | None:
     """What is said of a map that is not of the model's size; ``count``: how many of them."""
     if layout.source_size is None or layout.source_size == layout.labels.shape:
         return None
-    (h, w), (height, width) = layout.source_size, layout.labels.shape
-    # Half a pixel of each side may have been rounded off.
-    kept = abs(h * width - w * height) * 2 <= max(h, w, height, width)
-    text = (f"resized by nearest, pixel centres: {layout.name}, {text_size((h, w))}, to "
-            f"{text_size((height, width))} (width x height)")
-    return text + ("" if kept else "; its shape is stretched") + (
+    height, width = layout.labels.shape
+    text = (f"resized by nearest, pixel centres: {layout.name}, {text_size(layout.source_size)}, "
+            f"to {text_size((height, width))} (width x height)")
+    return text + ("" if one_shape(layout.source_size, (height, width)) else "; its shape is stretched") + (
         f"; {count} maps in all" if count > 1 else "")
 
 

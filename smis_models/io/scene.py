@@ -43,6 +43,11 @@ def text_size(size: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in size[::-1])
 
 
+def one_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether a (height, width) is another scaled; half a pixel of each side may be rounded off."""
+    return abs(a[0] * b[1] - a[1] * b[0]) * 2 <= max(*a, *b)
+
+
 def misfits(sizes: Mapping[Path, tuple[int, ...]], *, exactly: bool) -> list[tuple[Path, str]]:
     """Each file whose (height, width) does not go with the first one's, and why.
 
@@ -51,9 +56,8 @@ def misfits(sizes: Mapping[Path, tuple[int, ...]], *, exactly: bool) -> list[tup
     (first, (h, w)), *others = sizes.items()
     found = []
     for path, (height, width) in others:
-        # Half a pixel of each side may have been rounded off.
-        scaled = abs(height * w - width * h) * 2 <= max(h, w, height, width)
-        if (height, width) != (h, w) and (exactly or not scaled):
+        same = (height, width) == (h, w) if exactly else one_shape((height, width), (h, w))
+        if not same:
             found.append((path, f"{text_size((height, width))} (width x height), but "
                                 f"{first.parent.name}/{first.name} is {text_size((h, w))}; "
                                 "one scene has one shape"))
