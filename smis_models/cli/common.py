@@ -145,8 +145,9 @@ def resized_line(layout: Layout, count: int = 1) -> str | None:
     height, width = layout.labels.shape
     text = (f"resized by nearest, pixel centres: {layout.name}, {text_size(layout.source_size)}, "
             f"to {text_size((height, width))} (width x height)")
-    return text + ("" if one_shape(layout.source_size, (height, width)) else "; its shape is stretched") + (
-        f"; {count} maps in all" if count > 1 else "")
+    if not one_shape(layout.source_size, (height, width)):
+        text += "; its shape is stretched"
+    return text + (f"; {count} maps in all" if count > 1 else "")
 
 
 def preset_of(model: str, checkpoint: Path | None = None) -> Preset:
