@@ -146,7 +146,7 @@ def test_roles_in_names_are_heeded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"labels: expected a label map, .*a map of train ids; its "
                                          r"train ids are no label ids"):
         map_files("labels", next(folder.glob("*_labelTrainIds.png")))
-    with pytest.raises(ValueError, match="labels: expected a label map, .*a colour-coded map"):
+    with pytest.raises(ValueError, match=r"labels: expected a label map, .*a colour-coded map"):
         map_files("labels", next(folder.glob("*_color.png")))
     for path in folder.glob("*_instanceIds.png"):
         path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -120,7 +121,7 @@ def test_resampling_and_morphing() -> None:
 def test_an_images_code_depends_on_its_place_alone() -> None:
     model, labels, _ = small("groupdnet_deepfashion")
     codes = [Synthesizer(model, labels.expand(n, -1, -1)).code(3) for n in (1, 2, 3)]
-    for few, more in zip(codes, codes[1:], strict=False):
+    for few, more in itertools.pairwise(codes):
         assert few is not None and more is not None
         assert torch.equal(more[: len(few)], few)
         assert not torch.equal(more[-1], few[-1])
