@@ -18,6 +18,7 @@ from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model
 from smis_models.data.scenes import sample_scene
+from smis_models.io.seeds import derived_seed
 from smis_models.synthesis.synthesizer import Synthesizer, frozen_copy
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -178,7 +179,9 @@ def test_codes_are_those_of_their_seed() -> None:
     model, labels, instances = small("groupdnet_deepfashion")
     s = Synthesizer(model, labels.expand(2, -1, -1), instances)
     code = s.code(7)
-    expected = model.generator.sample_latent(2, torch.Generator().manual_seed(7))
+    expected = torch.cat([
+        model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
+        for seed in (7, derived_seed(7, 1))])
     assert code is not None and torch.equal(code, expected)
     assert not torch.equal(code[0], code[1])
     assert not torch.equal(code, s.code(8))

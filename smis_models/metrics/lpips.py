@@ -39,6 +39,10 @@ class Trunk:
     widths: tuple[int, ...]
     smallest: int
 
+    def build(self) -> nn.Sequential:
+        """The layers up to the last tap, numbered as in torchvision's ``features``."""
+        return build_trunk(self.layers)
+
 
 TRUNKS = {
     "alex": Trunk("AlexNet", "alexnet-owt-7be5be79.pth", "df73285e", _ALEX, (1, 4, 7, 9, 11),
@@ -136,7 +140,7 @@ class LPIPS(Distance):
         if trunk not in TRUNKS:
             raise ValueError(f"trunk: expected one of {', '.join(TRUNKS)}; got {trunk!r}")
         self.trunk = TRUNKS[trunk]
-        self.network = build_trunk(self.trunk.layers)
+        self.network = self.trunk.build()
         self._facts: dict[str, Any] = {"trunk": self.trunk.title}
         if weights == "random":
             self._randomise()
