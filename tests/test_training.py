@@ -390,8 +390,8 @@ os._exit(0)
 
 
 def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
-    config = tiny("--data.batch", "4", "--losses.prior", "0.5", "--optimizer.generator", "0",
-                  "--optimizer.discriminator", "0")
+    config = tiny("--data.batch", "4", "--losses.prior", "0.5", "--losses.latent", "2",
+                  "--optimizer.generator", "0", "--optimizer.discriminator", "0")
     (tmp_path / "config.json").write_text(to_json(config))
     ranks = [subprocess.Popen([sys.executable, "-c", _PROCESS, str(tmp_path), str(rank)])
              for rank in range(2)]
@@ -412,6 +412,7 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
     for accumulate in ("1", "2"):
         config = tiny("--data.batch", "4", "--optimizer.accumulate", accumulate,
                       "--network.norm", "instance", "--optimizer.reuse_fake", "true",
+                      "--losses.latent", "2",
                       "--optimizer.generator", "0", "--optimizer.discriminator", "0")
         run = Run(config, tmp_path / accumulate)
         for module in run.trainer.model.modules():  # each forward moves the spectral norms
@@ -422,6 +423,9 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
         for batch in batches:  # the same codes, however the batch is split
             batch.noise = lambda like, draw=0: torch.zeros_like(like)  # type: ignore[method-assign]
         found.append((run.trainer.step(batches, 0), _gradients(run.trainer)))
+        shares = [batch.share for batch in batches]
+        assert sum(shares) == pytest.approx(len(batches))
+        assert (len(set(shares)) == 1) == (accumulate == "1")  # they show unequal numbers
     (losses_1, grads_1), (losses_2, grads_2) = found
     assert losses_1 == pytest.approx(losses_2, rel=1e-4)
     assert_same_gradients(grads_2, grads_1)
