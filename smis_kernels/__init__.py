@@ -26,12 +26,15 @@ from .modules.winograd_conv import WinogradConv2d
 from .ops.class_crops.op import class_boxes, class_crops
 from .ops.conditional_attention.op import conditional_attention
 from .ops.conditional_conv.op import conditional_conv2d
+from .ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from .ops.instance_edges.op import instance_edges
 from .ops.instance_pool.op import InstanceMeans, instance_avg_pool2d, instance_mean_table
+from .ops.label_windows.op import number_vectors, number_windows
 from .ops.modulation.op import modulation, modulation_pair
 from .ops.norm_act.op import norm_act
 from .ops.spatially_varying_conv.op import spatially_varying_conv2d
 from .ops.spectral_weight.op import spectral_weight
+from .ops.window_table.op import window_embedding, window_table
 from .ops.winograd_conv.op import winograd_conv2d
 from .runtime.backend import BackendError, use_backend
 from .runtime.explain import Explanation, explain
@@ -40,7 +43,7 @@ from .runtime.path import use_path
 
 note_absent_kernels()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SPADE",
@@ -66,6 +69,8 @@ __all__ = [
     "conditional_attention",
     "conditional_conv2d",
     "explain",
+    "indexed_modulation",
+    "indexed_modulation_pair",
     "instance_avg_pool2d",
     "instance_edges",
     "instance_mean_table",
@@ -74,6 +79,8 @@ __all__ = [
     "modulation",
     "modulation_pair",
     "norm_act",
+    "number_vectors",
+    "number_windows",
     "restore",
     "share_layouts",
     "spatially_varying_conv2d",
@@ -81,5 +88,7 @@ __all__ = [
     "spectral_weight",
     "use_backend",
     "use_path",
+    "window_embedding",
+    "window_table",
     "winograd_conv2d",
 ]

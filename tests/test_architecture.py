@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a room imports from those before it.
 ROOMS = {
     "smis_kernels": ("build", "runtime", "testing", "ops", "layout", "modules", "accelerate",
-                     "info"),
+                     "info", "interface"),
     "smis_models": ("io", "networks", "families", "data", "synthesis", "metrics", "training",
                     "benchmark", "demo", "cli"),
 }
@@ -55,6 +55,18 @@ def test_every_room_is_placed() -> None:
 def test_kernels_never_import_models() -> None:
     for path in (ROOT / "smis_kernels").rglob("*.py"):
         assert not [name for name in _imports(path) if name.startswith("smis_models")], path
+
+
+def test_models_enter_kernels_by_their_doors() -> None:
+    """The root's names, `interface`, and beside them the references and what a report needs."""
+    doors = {"interface", "testing", "build", "info"}
+    for path in (ROOT / "smis_models").rglob("*.py"):
+        behind = [
+            name for name in _imports(path)
+            if name.startswith("smis_kernels.") and len(parts := name.split(".")) > 2
+            and parts[1] not in doors and not (parts[1] == "ops" and parts[-1] == "reference")
+        ]
+        assert not behind, path
 
 
 def test_the_root_of_the_models_holds_twelve_entries() -> None:

@@ -16,10 +16,11 @@ KERNELS = """
 BackendError CGNorm ClassCrops ConditionalConv2d ConditionalNorm2d Explanation InstanceAvgPool2d
 InstanceEdges InstanceMeans InstanceNormAct2d LabelLayout MultiSPADE Report SPADE
 SpatiallyVaryingConv2d WinogradConv2d accelerate adain class_boxes class_crops
-conditional_attention conditional_conv2d explain instance_avg_pool2d instance_edges
-instance_mean_table layout_scope modulate_pair modulation modulation_pair norm_act restore
-share_layouts spatially_varying_conv2d spectral_norm spectral_weight use_backend use_path
-winograd_conv2d
+conditional_attention conditional_conv2d explain indexed_modulation indexed_modulation_pair
+instance_avg_pool2d instance_edges instance_mean_table layout_scope modulate_pair modulation
+modulation_pair norm_act number_vectors number_windows restore share_layouts
+spatially_varying_conv2d spectral_norm spectral_weight use_backend use_path window_embedding
+window_table winograd_conv2d
 """
 MODELS = """
 CheckpointError ModelInfo SynthesisModel Synthesizer create_model frozen_copy list_models

@@ -28,6 +28,8 @@ CASES = [
     (1, 3, 1, 5, 1, 5, 1, 2, 1), (1, 17, 20, 37, 17, 3, 1, 1, 1), (1, 4, 9, 8, 2, 3, 2, 1, 1),
     (2, 6, 11, 12, 6, 5, 2, 3, 2), (1, 5, 6, 7, 5, 1, 1, 0, 1), (1, 2, 12, 9, 2, 3, 3, 0, 2),
     (1, 8, 7, 6, 8, 3, 1, 4, 1), (1, 2, 40, 300, 2, 3, 1, 1, 1),
+    # The CUDA kernel's bands of 16 rows and 30 columns, and its packs of 2, 4 or 8 elements.
+    (2, 16, 33, 64, 16, 3, 1, 1, 1), (1, 8, 16, 30, 8, 3, 1, 0, 1), (1, 8, 17, 31, 8, 3, 1, 2, 1),
 ]
 
 
@@ -84,7 +86,8 @@ def test_any_shape(n: int, groups: int, each: int, k: int, stride: int, padding:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype, layout: str) -> None:
-    for case in ((2, 19, 33, 17, 19, 3, 1, 1, 1), (1, 12, 9, 11, 3, 5, 2, 2, 1)):
+    for case in ((2, 19, 33, 17, 19, 3, 1, 1, 1), (1, 12, 9, 11, 3, 5, 2, 2, 1),
+                 (1, 16, 18, 40, 16, 3, 1, 1, 1)):
         inputs, options = make(case, layout, dtype=dtype)
         wide = tuple(t.double() for t in inputs)
         for a, b, t in zip(results(inputs, options, "cpu"), results(inputs, options, "reference"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import SPADE, LabelLayout, instance_edges, use_backend, use_path
-from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.interface import TableCache
 
 from ..networks import semantics as label_maps
 from ..synthesis.synthesizer import Synthesizer

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smis_kernels import conditional_attention, conditional_conv2d, spatially_varying_conv2d
 from smis_kernels.ops.conditional_attention import reference as attention_reference
-from smis_kernels.ops.conditional_attention.op import conditional_attention
 from smis_kernels.ops.conditional_conv import reference as conditional_conv_reference
-from smis_kernels.ops.conditional_conv.op import conditional_conv2d
 from smis_kernels.ops.spatially_varying_conv import reference as varying_conv_reference
-from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
 
 from ..families import create_model
 from ..synthesis.synthesizer import frozen_copy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from smis_kernels import ConditionalConv2d
-from smis_kernels.runtime.library import NAMESPACE
+from smis_kernels.interface import NAMESPACE
 
 from .case import Inputs
 from .modulation import conv_macs

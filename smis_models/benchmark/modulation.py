@@ -11,13 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from smis_kernels import use_backend
+from smis_kernels import class_crops, instance_edges, modulation, use_backend
 from smis_kernels.ops.class_crops import reference as class_crops_reference
-from smis_kernels.ops.class_crops.op import class_crops
 from smis_kernels.ops.instance_edges import reference as instance_edges_reference
-from smis_kernels.ops.instance_edges.op import instance_edges
 from smis_kernels.ops.modulation import reference as modulation_reference
-from smis_kernels.ops.modulation.op import modulation
 
 from .case import Case, Inputs, Setting, channels_last, nbytes, providers, unchanged
 

@@ -7,10 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from smis_kernels import instance_avg_pool2d, norm_act
 from smis_kernels.ops.instance_pool import reference as instance_pool_reference
-from smis_kernels.ops.instance_pool.op import instance_avg_pool2d
 from smis_kernels.ops.norm_act import reference as norm_act_reference
-from smis_kernels.ops.norm_act.op import norm_act
 
 from ..families import create_model
 from ..networks.semantics import semantics

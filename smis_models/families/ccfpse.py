@@ -16,12 +16,11 @@ from smis_kernels import (
     LabelLayout,
     SpatiallyVaryingConv2d,
     conditional_attention,
+    indexed_modulation,
     modulation,
+    window_embedding,
 )
-from smis_kernels.ops.indexed_modulation.op import indexed_modulation
-from smis_kernels.ops.window_table.op import window_embedding
-from smis_kernels.ops.winograd_conv.choice import conv3x3
-from smis_kernels.runtime.backend import requested
+from smis_kernels.interface import conv3x3, requested
 
 from ..networks.blocks import check_maps, conv, fast_format
 from ..networks.generator import WIDTHS, CodeGenerator

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import CGNorm, LabelLayout, class_boxes, class_crops
-from smis_kernels.runtime.backend import requested
+from smis_kernels.interface import requested
 
 from ..networks.blocks import NormFactory, SPADEResBlock, check_maps, conv, fast_format
 from ..networks.encoder import StridedEncoder, of_classes

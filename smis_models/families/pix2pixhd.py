@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import InstanceNormAct2d, LabelLayout, WinogradConv2d, instance_avg_pool2d
-from smis_kernels.layout.planner import prepare_map
+from smis_kernels.interface import prepare_map
 
 from ..networks import tiled as stripes
 from ..networks.blocks import check_maps, fast_format

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import CGNorm, LabelLayout, WinogradConv2d, modulate_pair, spectral_norm
-from smis_kernels.runtime.backend import requested
+from smis_kernels.interface import requested
 
 NormFactory = Callable[[int], CGNorm]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout
-from smis_kernels.layout.planner import prepare_map
+from smis_kernels.interface import prepare_map
 
 from .blocks import check_maps, conv
 from .preset import CodePreset, LatentPreset

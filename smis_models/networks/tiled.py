@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, norm_act
-from smis_kernels.modules.label_conv import LabelConv2d
-from smis_kernels.ops.modulation.op import channel_moments
-from smis_kernels.runtime.backend import resolve
+from smis_kernels.interface import LabelConv2d, channel_moments, resolve
 
 ROWS = 64
 _MOST_SYMBOLS = 2048  # larger tables leave the cache and win nothing

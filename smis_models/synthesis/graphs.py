@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smis_kernels import LabelLayout
-from smis_kernels.layout.label_layout import TableCache, WindowLevel
+from smis_kernels.interface import TableCache, WindowLevel
 
 Call = Callable[[], Tensor]
 WARM_UPS = 3  # cuDNN's choice of algorithms and Triton's compilation cannot be captured

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout
-from smis_kernels.accelerate.watch import Settings, Stamp
-from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.interface import Settings, Stamp, TableCache
 
 from ..networks import semantics as label_maps
 from .graphs import GraphedGenerator, capture

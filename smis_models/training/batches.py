@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smis_kernels import LabelLayout
-from smis_kernels.runtime.backend import requested
+from smis_kernels.interface import requested
 
 from ..data import Batch, Collate, Draw, Sample, SceneDataset
 from ..data.build import build_dataset

@@ -1,0 +1,24 @@
+"""What networks are built with beside the public modules: the one door to the rooms behind them."""
+
+from .accelerate.watch import Settings, Stamp
+from .layout.label_layout import TableCache, WindowLevel
+from .layout.planner import prepare_map
+from .modules.label_conv import LabelConv2d
+from .ops.modulation.op import channel_moments
+from .ops.winograd_conv.choice import conv3x3
+from .runtime.backend import requested, resolve
+from .runtime.library import NAMESPACE
+
+__all__ = [
+    "NAMESPACE",
+    "LabelConv2d",
+    "Settings",
+    "Stamp",
+    "TableCache",
+    "WindowLevel",
+    "channel_moments",
+    "conv3x3",
+    "prepare_map",
+    "requested",
+    "resolve",
+]
