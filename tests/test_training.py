@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -259,6 +260,14 @@ def test_batches_are_those_of_a_worker() -> None:
     like = torch.empty(2, 3, 4)
     assert torch.equal(made[0].noise(like), made[1].noise(like))
     assert not torch.equal(made[0].noise(like), made[0].noise(like, 1))
+
+
+def test_one_extra_runs_the_tour() -> None:
+    toml = pytest.importorskip("tomllib")
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    extra = toml.loads(text)["project"]["optional-dependencies"]["models"]
+    assert {"jsonargparse", "pyyaml"} <= {re.split("[<>=]", each)[0] for each in extra}
+    assert not RECIPES["groupdnet_scenes_codes"]().log.tensorboard  # the tour's recipe
 
 
 def test_training_learns(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from smis_models.metrics import protocol_title
+
 _HIGHER = {"mCSD": True, "mOCD": False, "diversity": True, "FPS": True, "FID": False}
 _KEYS = {"mCSD": "mcsd", "mOCD": "mocd", "diversity": "lpips", "FPS": "fps", "FID": "fid"}
 
@@ -85,6 +87,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{settings['batch']}, {settings['size']}x{settings['size']}, on generated scenes; "
         f"perceptual loss {'on' if settings['vgg'] else 'off (no VGG19 weights)'}; the same seed, "
         "learning rates and weights of the losses as published, without decay.",
+        f"Protocol {protocol_title(result['protocol'])}.",
         f"mCSD, mOCD and diversity: {settings['layouts']} held-out layouts, {settings['samples']} "
         f"pictures each, {settings['pairs']} pairs, mask mode "
         f"{result['protocol']['diversity']['mask_mode']}; distances: {'; '.join(names) or 'none'}.",
