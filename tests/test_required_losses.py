@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smis_models.io.checkpoint import CheckpointError
+from smis_models.io.checkpoint import CheckpointError, read_metadata
 from smis_models.io.files import file_hash, published_hash
 from smis_models.networks import perceptual
 from smis_models.training import Run, TrainConfig, from_dict
+from smis_models.training.checkpoints import TRAINING
 from smis_models.training.objective import objective
 
 pytest.importorskip("jsonargparse")
@@ -69,3 +71,25 @@ def test_other_weights_are_told_from_torchvisions(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert perceptual.load_perceptual_loss(weights).facts["torchvision_weights"]
+
+
+def test_records_say_what_was_computed(weights: Path, tmp_path: Path) -> None:
+    def recorded(name: str, *given: str) -> dict[str, object]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = Run(tiny("--losses.vgg", str(weights), *given), tmp_path / name)
+        run(stop=lambda: run.trainer.step_count == 1)
+        record = json.loads((tmp_path / name / "record.json").read_text())
+        of_weights = json.loads(read_metadata(tmp_path / name / "model.safetensors")[TRAINING])
+        assert of_weights.items() <= record.items()
+        return record
+
+    record = recorded("with", "--losses.perceptual", "3", "--losses.feature_matching", "7")
+    assert record["losses"] == {"kl": 0.0125, "gan": 1.0, "feature_matching": 7.0,
+                                "perceptual": 3.0, "fake": 1.0, "real": 1.0}
+    assert record["perceptual"] == {"vgg": "vgg.pth", "vgg_sha256": file_hash(weights),
+                                    "torchvision_weights": False}
+    assert (record["step"], record["pictures"], record["processes"]) == (1, 4, 1)
+    record = recorded("without", "--losses.perceptual", "0", "--losses.kl", "0")
+    assert set(record["losses"]) == {"gan", "feature_matching", "fake", "real"}  # type: ignore
+    assert record["perceptual"] is None

@@ -132,6 +132,15 @@ def test_what_is_given_on_the_way_is_told_and_recorded(smis: Any, tmp_path: Path
     assert json.loads((run / "config.json").read_text()) == to_dict(config)
 
 
+def test_other_decays_reach_the_optimizers(tmp_path: Path) -> None:
+    until(tiny(), tmp_path, 1)
+    with pytest.warns(UserWarning, match=r"optimizer\.betas was \[0\.0, 0\.9\] up to step 1"):
+        trainer = Run(tiny("--optimizer.betas", "[0.5,0.99]"), tmp_path, resume=True).trainer
+    for optimizer in (trainer._optimizer_g, trainer._optimizer_d):
+        assert [tuple(group["betas"]) for group in optimizer.param_groups] == [(0.5, 0.99)]
+        assert all(float(state["step"]) == 1 for state in optimizer.state.values())
+
+
 def test_auto_starts_and_goes_on_with_one_line(smis: Any, tmp_path: Path) -> None:
     line = ("--resume", "auto", "--minutes", "0")
     assert "1 of 8 steps; --resume goes on" in smis(*line)[1]
@@ -535,5 +544,5 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     table = rows(tmp_path / "run")
     assert logged[0]["losses/kl"] == float(table[0]["kl"])
     assert {"run/images_per_second", "run/memory", "run/waiting"} <= set(logged[1])
-    assert logged[4]["samples"] == ("picture", (68 - 4, 5 * 68 - 4, 3))
+    assert logged[4]["samples"] == ("picture", (68 - 4, 6 * 68 - 4, 3))
     assert first.told[-1] == second.told[-1] == ("finish",)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smis_models.benchmark.records import markdown_table
+from smis_models.metrics import protocol_title
 
 _HIGHER = {"mCSD": True, "mOCD": False, "diversity": True, "FPS": True, "FID": False}
 _KEYS = {"mCSD": "mcsd", "mOCD": "mocd", "diversity": "lpips", "FPS": "fps", "FID": "fid"}
@@ -82,6 +83,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{settings['batch']}, {settings['size']}x{settings['size']}, on generated scenes; "
         f"perceptual loss {'on' if settings['vgg'] else 'off (no VGG19 weights)'}; the same seed, "
         "learning rates and weights of the losses as published, without decay.",
+        f"Protocol {protocol_title(result['protocol'])}.",
         f"mCSD, mOCD and diversity: {settings['layouts']} held-out layouts, {settings['samples']} "
         f"pictures each, {settings['pairs']} pairs, mask mode "
         f"{result['protocol']['diversity']['mask_mode']}; distances: {'; '.join(names) or 'none'}.",

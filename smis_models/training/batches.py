@@ -269,6 +269,11 @@ class Batches:
 
     def close(self, step: int, place: Place) -> None:
         """End the workers; the next :meth:`step` is ``step``, at ``place``, with new ones."""
+        iterator: Any = self._iterator
+        if hasattr(iterator, "_shutdown_workers"):  # an error's traceback may hold the iterator
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that hangs; the interpreter would wait for it at its end
         self._iterator, self._step, self._place = None, step, place
 
     def step(self) -> list[MicroBatch]:
