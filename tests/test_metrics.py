@@ -150,18 +150,18 @@ def test_areas_by_both_readings_of_the_masking():
     a, b = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[:2] = True  # a quarter
-    b[:, :, 0] = 2  # half of the mask, in all channels
+    b[:, :, 0] = 1  # half of the mask, in all channels
     pictures, distance = torch.cat([a, b]), PixelDistance()
     (zeroed,) = area_distances(pictures, [mask], distance, [(0, 1)], "zero")
     (spatial,) = area_distances(pictures, [mask], distance, [(0, 1)], "spatial")
-    assert zeroed == (pytest.approx(1 / 8), 0)
-    assert spatial == (pytest.approx(1 / 2), 0)
-    b[:, :, 7] = 2
+    assert zeroed == (pytest.approx(1 / 16), 0)
+    assert spatial == (pytest.approx(1 / 4), 0)
+    b[:, :, 7] = 1
     pictures = torch.cat([a, b])
     (zeroed,) = area_distances(pictures, [mask], distance, [(0, 1)], "zero")
     (spatial,) = area_distances(pictures, [mask], distance, [(0, 1)], "spatial")
-    assert zeroed == (pytest.approx(1 / 8), pytest.approx(1 / 8))
-    assert spatial == (pytest.approx(1 / 2), pytest.approx(1 / 6))
+    assert zeroed == (pytest.approx(1 / 16), pytest.approx(1 / 16))
+    assert spatial == (pytest.approx(1 / 4), pytest.approx(1 / 12))
     everything = torch.ones_like(mask)
     for mode in ("zero", "spatial"):
         assert area_distances(pictures, [everything], distance, [(0, 1)], mode)[0][1] == 0
