@@ -5,7 +5,14 @@ SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/).
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the processors: threads must not spin. OpenMP reads it as torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from smis_kernels.runtime.backend import missing, triton_interpreted

@@ -23,12 +23,13 @@ EMULATED_OPS = (
         "bad_input", "compile", "opcheck", "large", "streamed", "extreme", "channel_blocks",
         "threads_do_not")),
 )
-EMULATED_CASES = ("tests/cuda_on_cpu",)
+EMULATED_CASES = ("tests/cuda_on_cpu/test_cases.py",)
+EMULATED = ("tests/cuda_on_cpu",)  # and the planted faults
 # Per build: (schedule, tests).
 EMULATION_RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "plain": (("1", EMULATED_OPS), *((seed, EMULATED_CASES) for seed in "123")),
-    "race": (("1", EMULATED_CASES),),
-    "asan": (("1", EMULATED_CASES),),
+    "plain": (("1", EMULATED_OPS), ("1", EMULATED), ("2", EMULATED_CASES), ("3", EMULATED_CASES)),
+    "race": (("1", EMULATED),),
+    "asan": (("1", EMULATED),),
 }
 LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")
 
@@ -102,6 +103,11 @@ def bench(*arguments: str) -> None:
     _python("-m", "benchmarks.report", "out.json")
 
 
+def headers(*version: str) -> None:
+    """Both libraries compiled against the oldest torch's headers: headers [VERSION]."""
+    _python("-m", "tools.headers", *version)
+
+
 def abi(folder: str = "smis_kernels") -> None:
     """Both libraries: LibTorch stable ABI, torch 2.10, no Python symbol outside the stable ABI."""
     path = str((ROOT / folder).resolve())
@@ -157,8 +163,8 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel,
-                 readme, ci)
+    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, headers,
+                 abi, wheel, readme, ci)
 }
 
 

@@ -18,7 +18,9 @@ from .derivatives import transformed
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "SMIS_BACKEND"
-TRITON_LEAST = (8, 0)  # the least compute capability that Triton supports
+# The least compute capability: what Triton supports, and what the CUDA sources are compiled for.
+TRITON_LEAST = (8, 0)
+CUDA_LEAST = (7, 5)
 
 
 class BackendError(RuntimeError):
@@ -94,8 +96,9 @@ def _refused_by_gpu(kind: str, index: int) -> str | None:
         return f"{gpu}, triton needs {_dotted(TRITON_LEAST)}; cure: a newer GPU"
     built = _native.build_record().get(kind, {}).get("architectures", "")
     if built and not _native.covers(built, capability):
-        return (f"{gpu}, the library is built for {built}; "
-                f"cure: TORCH_CUDA_ARCH_LIST={_dotted(capability)} {_native.BUILD_COMMAND}")
+        cure = (f"TORCH_CUDA_ARCH_LIST={_dotted(capability)} {_native.BUILD_COMMAND}"
+                if capability >= CUDA_LEAST else f"a GPU of {_dotted(CUDA_LEAST)} or newer")
+        return f"{gpu}, the library is built for {built}; cure: {cure}"
     return None
 
 
