@@ -442,6 +442,7 @@ def specs() -> st.SearchStrategy[Spec]:
         names=st.sampled_from(list(NAMES)), resize=pick("nearest", "default", "none"),
         signature=pick("two", "two", "third", "keyword", "variadic"),
         maps=pick("one_hot", "one_hot", "soft", "noise", "holes", "constant"),
-        dtype=pick(torch.float64, torch.float32), map_scale=pick(1, 2, 2.5, 0.5), map_gradient=bools,
+        dtype=pick(torch.float64, torch.float32), map_scale=pick(1, 2, 2.5, 0.5),
+        map_gradient=bools,
         size=pick((4, 6), (5, 7), (8, 8), (3, 9)), batch=pick(2, 1, 3), channels_last=bools,
     )

@@ -58,6 +58,29 @@ inline dim3 grid(int64_t count, int64_t rows = 1) {
 __device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t thread_stride() { return int64_t(gridDim.x) * blockDim.x; }
 
+// Division by a number that a launch fixes: below 2^31 by a product and a shift.
+template <class I> struct Divider {
+  I by = 1;
+  Divider(int64_t divisor = 1) : by(I(divisor)) {}
+  __device__ I operator()(I n) const { return n / by; }
+};
+template <> struct Divider<int32_t> {
+  uint32_t factor = 1, shift = 0;
+  Divider(int64_t divisor = 1) {
+    while (int64_t(1) << shift < divisor) ++shift;
+    factor = uint32_t((((int64_t(1) << shift) - divisor) << 32) / divisor + 1);
+  }
+  __device__ int32_t operator()(int32_t n) const {
+    return int32_t((uint32_t(uint64_t(uint32_t(n)) * factor >> 32) + uint32_t(n)) >> shift);
+  }
+};
+// The quotient; n becomes the remainder.
+template <class I> __device__ inline I split(I& n, const Divider<I>& divide, I divisor) {
+  const I quotient = divide(n);
+  n -= quotient * divisor;
+  return quotient;
+}
+
 // What another thread may be writing.
 template <class T> __device__ T now(const T& v) { return *const_cast<const volatile T*>(&v); }
 

@@ -1,78 +1,265 @@
-// CUDA kernels of the spatially varying convolution. Bound by memory: every weight is read once,
-// neighbouring threads read neighbouring weights, and the input comes from the caches.
+// CUDA kernels of the spatially varying convolution. Bound by memory: every weight is read once, 16
+// bytes at a time where 3x3 kernels of single channels allow it, and the input comes from the caches.
 #include "common/cuda.h"
-#include "spatially_varying_conv/cpu_kernel.h"
 
 namespace smis::cuda {
 namespace {
 
-// Where thread `i` of an (n, channels, h, w) grid works: channels or columns vary fastest.
-struct Place {
-  int64_t n, c, y, x;
-  __device__ Place(int64_t i, int64_t channels, int64_t h, int64_t w, bool last) {
-    if (last) c = i % channels, i /= channels;
-    x = i % w, i /= w;
-    y = i % h, i /= h;
-    if (!last) c = i % channels, i /= channels;
-    n = i;
+template <class I> struct Strides {
+  void* data = nullptr;
+  I n = 0, c = 0, p = 0;
+  template <class T> __device__ T* at(I image, I channel, I pixel) const {
+    return static_cast<T*>(data) + image * n + channel * c + pixel * p;
   }
 };
 
-template <class T, int K> __global__ void forward_kernel(VaryingConvArgs a, bool last) {
-  const int64_t total = a.N * a.C * a.OH * a.OW, each = a.C / a.G;
+// Extents and strides; I is 32 bits wide where all offsets and counts are below 2^31.
+template <class I> struct Conv {
+  I N = 0, C = 0, G = 0, H = 0, W = 0, OH = 0, OW = 0, stride = 1, padding = 0, dilation = 1;
+  Strides<I> x, w, y;  // whichever is the result is written; y is the gradient in the backward
+};
+
+// An (n, channels, h, w) grid whose channels or columns vary fastest.
+template <class I> struct Grid {
+  I channels, h, w;
+  Divider<I> by_channels, by_h, by_w;
+  bool last;
+  Grid(int64_t c, int64_t height, int64_t width, bool channels_last)
+      : channels(I(c)), h(I(height)), w(I(width)), by_channels(c), by_h(height), by_w(width),
+        last(channels_last) {}
+  struct Place {
+    I n, c, y, x;
+  };
+  __device__ Place operator()(I i) const {
+    Place at{0, 0, 0, 0};
+    if (last) {
+      I rest = split(i, by_channels, channels);
+      at.c = i, i = rest;
+    }
+    I rest = split(i, by_w, w);
+    at.x = i, i = rest;
+    rest = split(i, by_h, h);
+    at.y = i, i = rest;
+    if (!last) {
+      rest = split(i, by_channels, channels);
+      at.c = i, i = rest;
+    }
+    at.n = i;
+    return at;
+  }
+};
+
+// One output a thread: any kernel size, stride, dilation and number of groups.
+template <class T, int K, class I>
+__global__ void forward_kernel(Conv<I> a, Grid<I> places, Divider<I> by_group, int64_t total) {
   for (int64_t i = thread_index(); i < total; i += thread_stride()) {
-    const Place at_(i, a.C, a.OH, a.OW, last);
-    const int64_t pixel = at_.y * a.OW + at_.x, g = at_.c / each;
+    const auto at = places(I(i));
+    const I top = at.y * a.stride - a.padding, left = at.x * a.stride - a.padding;
+    const T* x = a.x.template at<const T>(at.n, at.c, 0);
+    const T* w = a.w.template at<const T>(at.n, by_group(at.c) * K * K, at.y * a.OW + at.x);
     Acc<T> sum = 0;
 #pragma unroll
     for (int tap = 0; tap < K * K; ++tap) {
-      const int64_t y = at_.y * a.stride - a.padding + tap / K * a.dilation;
-      const int64_t x = at_.x * a.stride - a.padding + tap % K * a.dilation;
-      const bool inside = y >= 0 && y < a.H && x >= 0 && x < a.W;  // outside: NaN weights survive
-      const Acc<T> value = inside ? load(*at<const T>(a.x, at_.n, at_.c, y * a.W + x)) : Acc<T>(0);
-      sum += load(*at<const T>(a.w, at_.n, g * K * K + tap, pixel)) * value;
+      const I y = top + tap / K * a.dilation, column = left + tap % K * a.dilation;
+      const bool inside = y >= 0 && y < a.H && column >= 0 && column < a.W;
+      const Acc<T> value = inside ? load(x[(y * a.W + column) * a.x.p]) : Acc<T>(0);
+      sum += load(w[tap * a.w.c]) * value;  // outside too: NaN weights survive
     }
-    *at<T>(a.y, at_.n, at_.c, pixel) = rounded<T>(sum);
+    *a.y.template at<T>(at.n, at.c, at.y * a.OW + at.x) = rounded<T>(sum);
   }
 }
 
-template <class T, int K> __global__ void grad_weight_kernel(VaryingConvArgs a, bool last) {
-  const int64_t total = a.N * a.G * a.OH * a.OW, each = a.C / a.G;
+template <class T, int K, class I>
+__global__ void grad_weight_kernel(Conv<I> a, Grid<I> places, I each, int64_t total) {
   for (int64_t i = thread_index(); i < total; i += thread_stride()) {
-    const Place at_(i, a.G, a.OH, a.OW, last);
-    const int64_t pixel = at_.y * a.OW + at_.x;
+    const auto at = places(I(i));
+    const I pixel = at.y * a.OW + at.x;
 #pragma unroll
     for (int tap = 0; tap < K * K; ++tap) {
-      const int64_t y = at_.y * a.stride - a.padding + tap / K * a.dilation;
-      const int64_t x = at_.x * a.stride - a.padding + tap % K * a.dilation;
+      const I y = at.y * a.stride - a.padding + tap / K * a.dilation;
+      const I x = at.x * a.stride - a.padding + tap % K * a.dilation;
       const bool inside = y >= 0 && y < a.H && x >= 0 && x < a.W;
       Acc<T> sum = 0;
-      for (int64_t c = at_.c * each; c < (at_.c + 1) * each; ++c) {
-        const Acc<T> value = inside ? load(*at<const T>(a.x, at_.n, c, y * a.W + x)) : Acc<T>(0);
-        sum += load(*at<const T>(a.y, at_.n, c, pixel)) * value;
+      for (I c = at.c * each; c < (at.c + 1) * each; ++c) {
+        const Acc<T> value =
+            inside ? load(*a.x.template at<const T>(at.n, c, y * a.W + x)) : Acc<T>(0);
+        sum += load(*a.y.template at<const T>(at.n, c, pixel)) * value;
       }
-      *at<T>(a.w, at_.n, at_.c * K * K + tap, pixel) = rounded<T>(sum);
+      *a.w.template at<T>(at.n, at.c * K * K + tap, pixel) = rounded<T>(sum);
     }
   }
 }
 
-template <class T, int K> __global__ void grad_input_kernel(VaryingConvArgs a, bool last) {
-  const int64_t total = a.N * a.C * a.H * a.W, each = a.C / a.G;
+template <class T, int K, class I>
+__global__ void grad_input_kernel(Conv<I> a, Grid<I> places, Divider<I> by_group,
+                                  Divider<I> by_stride, int64_t total) {
   for (int64_t i = thread_index(); i < total; i += thread_stride()) {
-    const Place at_(i, a.C, a.H, a.W, last);
-    const int64_t g = at_.c / each;
+    const auto at = places(I(i));
+    const T* w = a.w.template at<const T>(at.n, by_group(at.c) * K * K, 0);
+    const T* dy = a.y.template at<const T>(at.n, at.c, 0);
     Acc<T> sum = 0;
 #pragma unroll
     for (int tap = 0; tap < K * K; ++tap) {
-      const int64_t y = at_.y + a.padding - tap / K * a.dilation;
-      const int64_t x = at_.x + a.padding - tap % K * a.dilation;
-      if (y < 0 || x < 0 || y % a.stride || x % a.stride) continue;
-      if (y / a.stride >= a.OH || x / a.stride >= a.OW) continue;
-      const int64_t pixel = y / a.stride * a.OW + x / a.stride;
-      sum += load(*at<const T>(a.w, at_.n, g * K * K + tap, pixel)) *
-             load(*at<const T>(a.y, at_.n, at_.c, pixel));
+      I y = at.y + a.padding - tap / K * a.dilation, x = at.x + a.padding - tap % K * a.dilation;
+      if (y < 0 || x < 0) continue;
+      const I row = split(y, by_stride, a.stride), column = split(x, by_stride, a.stride);
+      if (y != 0 || x != 0 || row >= a.OH || column >= a.OW) continue;
+      const I pixel = row * a.OW + column;
+      sum += load(w[tap * a.w.c + pixel * a.w.p]) * load(dy[pixel * a.y.p]);
     }
-    *at<T>(a.x, at_.n, at_.c, at_.y * a.W + at_.x) = rounded<T>(sum);
+    *a.x.template at<T>(at.n, at.c, at.y * a.W + at.x) = rounded<T>(sum);
+  }
+}
+
+// 16 bytes of 3x3 kernels of single channels, of stride and dilation 1; 32-bit offsets.
+using I = int32_t;
+template <class T> constexpr int kPack = 16 / sizeof(T);
+template <class T> using Packed = Pack<T, kPack<T>>;
+template <class T> __device__ inline Packed<T> packed(const T* p) {
+  return *reinterpret_cast<const Packed<T>*>(p);
+}
+template <class T> __device__ inline void store(T* p, const Packed<T>& v) {
+  *reinterpret_cast<Packed<T>*>(p) = v;
+}
+
+// Planes: a thread has neighbouring columns of one channel, or writes their weights' gradient.
+template <class T, bool gradient>
+__global__ void planes_kernel(Conv<I> a, Grid<I> places, int64_t total) {
+  constexpr int V = kPack<T>;
+  for (int64_t i = thread_index(); i < total; i += thread_stride()) {
+    const auto at = places(I(i));
+    const I column = at.x * V, pixel = at.y * a.OW + column;
+    const T* x = a.x.template at<const T>(at.n, at.c, 0);
+    T* w = a.w.template at<T>(at.n, at.c * 9, pixel);
+    T* out = a.y.template at<T>(at.n, at.c, pixel);
+    Packed<T> y;
+    if (gradient) y = packed<T>(out);
+    Acc<T> sums[V] = {};
+#pragma unroll
+    for (int ky = 0; ky < 3; ++ky) {
+      const I row = at.y - a.padding + ky;
+      const bool inside = row >= 0 && row < a.H;
+      Acc<T> line[V + 2];
+#pragma unroll
+      for (int v = 0; v < V + 2; ++v) {
+        const I place = column - a.padding + v;
+        line[v] = inside && place >= 0 && place < a.W ? load(x[row * a.W + place]) : Acc<T>(0);
+      }
+#pragma unroll
+      for (int kx = 0; kx < 3; ++kx) {
+        T* weights = w + (ky * 3 + kx) * a.w.c;
+        Packed<T> pack;
+        if (!gradient) pack = packed<T>(weights);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (gradient) pack.v[v] = rounded<T>(load(y.v[v]) * line[v + kx]);
+          else sums[v] += load(pack.v[v]) * line[v + kx];
+        }
+        if (gradient) store(weights, pack);
+      }
+    }
+    if (gradient) continue;
+#pragma unroll
+    for (int v = 0; v < V; ++v) y.v[v] = rounded<T>(sums[v]);
+    store(out, y);
+  }
+}
+
+// Rows: a thread has neighbouring channels of one pixel, whose weights lie side by side.
+template <class T, bool gradient>
+__global__ void rows_kernel(Conv<I> a, Grid<I> places, int64_t total) {
+  constexpr int V = kPack<T>;
+  for (int64_t i = thread_index(); i < total; i += thread_stride()) {
+    const auto at = places(I(i));
+    const I c = at.c * V, pixel = at.y * a.OW + at.x;
+    const T* x = a.x.template at<const T>(at.n, c, 0);
+    T* weights = a.w.template at<T>(at.n, c * 9, pixel);
+    T* out = a.y.template at<T>(at.n, c, pixel);
+    Packed<T> w[9], y;  // w[k].v[v] is tap (k * V + v) % 9 of channel (k * V + v) / 9
+    if (gradient) {
+      y = packed<T>(out);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 9; ++k) w[k] = packed<T>(weights + k * V);
+    }
+    Acc<T> sums[V] = {};
+#pragma unroll
+    for (int tap = 0; tap < 9; ++tap) {
+      const I row = at.y - a.padding + tap / 3, column = at.x - a.padding + tap % 3;
+      const bool inside = row >= 0 && row < a.H && column >= 0 && column < a.W;
+      Packed<T> values = {};
+      if (inside) values = packed<T>(x + (row * a.W + column) * a.x.p);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        T& weight = w[(v * 9 + tap) / V].v[(v * 9 + tap) % V];
+        if (gradient) weight = rounded<T>(load(y.v[v]) * load(values.v[v]));
+        else sums[v] += load(weight) * load(values.v[v]);
+      }
+    }
+    if (gradient) {
+#pragma unroll
+      for (int k = 0; k < 9; ++k) store(weights + k * V, w[k]);
+      continue;
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) y.v[v] = rounded<T>(sums[v]);
+    store(out, y);
+  }
+}
+
+// Rows, gradient of the input: the lanes of a warp have neighbouring pixels of one pack of channels
+// and pass what a kernel gives its left and right; three sums go down the rows.
+constexpr int kBand = 16;  // rows of a warp
+constexpr int kColumns = 30;  // of 32, whose last two only give
+template <class T>
+__global__ void grad_input_rows_kernel(Conv<I> a, Grid<I> places, int64_t warps) {
+  constexpr int V = kPack<T>;
+  const int lane = threadIdx.x & kLane;
+  for (int64_t i = thread_index() / 32; i < warps; i += thread_stride() / 32) {
+    const auto at = places(I(i));  // n, pack of channels, band, columns
+    const I c = at.c * V, column = at.x * kColumns + lane, from = column + a.padding - 2;
+    const T* w = a.w.template at<const T>(at.n, c * 9, 0);
+    const T* dy = a.y.template at<const T>(at.n, c, 0);
+    T* dx = a.x.template at<T>(at.n, c, 0);
+    Acc<T> sums[3][V] = {};
+    for (int step = -2; step < kBand; ++step) {
+      const I row = at.y * kBand + step, given = row + a.padding;
+      if (row >= a.H) break;
+      const bool inside = given >= 0 && given < a.OH && from >= 0 && from < a.OW;
+      Packed<T> weights[9] = {}, d = {};
+      if (inside) {
+        const I pixel = given * a.OW + from;
+        d = packed<T>(dy + pixel * a.y.p);
+#pragma unroll
+        for (int k = 0; k < 9; ++k) weights[k] = packed<T>(w + pixel * a.w.p + k * V);
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+#pragma unroll
+        for (int ky = 0; ky < 3; ++ky) {
+          Acc<T> given_by[3];
+#pragma unroll
+          for (int kx = 0; kx < 3; ++kx) {
+            const int place = v * 9 + ky * 3 + kx;
+            given_by[kx] = inside ? load(weights[place / V].v[place % V]) * load(d.v[v]) : Acc<T>(0);
+          }
+          sums[ky][v] += given_by[2] + __shfl_down_sync(kWarp, given_by[1], 1) +
+                         __shfl_down_sync(kWarp, given_by[0], 2);
+        }
+      }
+      if (step >= 0 && lane < kColumns && column < a.W) {
+        Packed<T> out;
+#pragma unroll
+        for (int v = 0; v < V; ++v) out.v[v] = rounded<T>(sums[0][v]);
+        store(dx + (row * a.W + column) * a.x.p, out);
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sums[0][v] = sums[1][v];
+        sums[1][v] = sums[2][v];
+        sums[2][v] = 0;
+      }
+    }
   }
 }
 
@@ -80,36 +267,107 @@ Tensor dense(const Tensor& t) {
   return rows_dense(t) || planes_dense(t) ? t : torch::stable::contiguous(t);
 }
 
-VaryingConvArgs arguments(const Tensor& x, const Tensor& w, const Tensor& y, int64_t kernel_size,
-                          int64_t stride, int64_t padding, int64_t dilation) {
-  VaryingConvArgs a;
-  a.element = element_of(x, "spatially_varying_conv");
-  a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
-  a.K = kernel_size, a.stride = stride, a.padding = padding, a.dilation = dilation;
-  a.G = w.size(1) / a.taps(), a.OH = y.size(2), a.OW = y.size(3);
-  a.x = operand(x), a.w = operand(w), a.y = operand(y);
+// The last element's offset.
+int64_t reach(const Tensor& t) {
+  int64_t offset = 0;
+  for (int64_t axis = 0; axis < 4; ++axis)
+    offset += std::max<int64_t>(t.size(axis) - 1, 0) * t.stride(axis);
+  return offset;
+}
+
+struct Window {
+  int64_t kernel_size, stride, padding, dilation;
+};
+
+template <class I> Strides<I> strides(const Tensor& t) {
+  const Operand o = operand(t);
+  return {o.data, I(o.n), I(o.c), I(o.p)};
+}
+
+template <class I>
+Conv<I> arguments(const Tensor& x, const Tensor& w, const Tensor& y, const Window& window) {
+  Conv<I> a;
+  a.N = I(x.size(0)), a.C = I(x.size(1)), a.H = I(x.size(2)), a.W = I(x.size(3));
+  a.OH = I(y.size(2)), a.OW = I(y.size(3));
+  a.G = I(w.size(1) / (window.kernel_size * window.kernel_size));
+  a.stride = I(window.stride), a.padding = I(window.padding), a.dilation = I(window.dilation);
+  a.x = strides<I>(x), a.w = strides<I>(w), a.y = strides<I>(y);
   return a;
 }
 
-// Calls fn(T{}, integral constant K).
-template <class F> void with_kernel(const VaryingConvArgs& a, const F& fn) {
-  with_element(a.element, [&](auto t) {
-    if (a.K == 1) fn(t, std::integral_constant<int, 1>{});
-    else if (a.K == 3) fn(t, std::integral_constant<int, 3>{});
-    else fn(t, std::integral_constant<int, 5>{});
+// Calls fn(T{}, I{}): 32-bit offsets where they, and the taps around them, are below 2^31.
+template <class F>
+void with_offsets(const Tensor& x, const Tensor& w, const Tensor& y, const Window& window, const F& fn) {
+  const int64_t around = 2 * (window.padding + window.kernel_size * window.dilation) + kBand + kColumns;
+  const int64_t side = std::max({x.size(2), x.size(3), y.size(2) * window.stride, y.size(3) * window.stride});
+  const bool narrow = std::max({reach(x), reach(w), reach(y), side + around}) < (int64_t(1) << 31);
+  with_element(element_of(x, "spatially_varying_conv2d"), [&](auto t) {
+    if (narrow) fn(t, int32_t{});
+    else fn(t, int64_t{});
   });
+}
+
+template <class F> void with_kernel_size(int64_t size, const F& fn) {
+  if (size == 1) fn(std::integral_constant<int, 1>{});
+  else if (size == 3) fn(std::integral_constant<int, 3>{});
+  else fn(std::integral_constant<int, 5>{});
+}
+
+enum class Form { any, planes, rows };
+
+// Whether packs of `width` elements are aligned in all images, and in all rows or planes `other` apart.
+bool aligned(const Tensor& t, int64_t width, int64_t other) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && other % width == 0 &&
+         (t.size(0) == 1 || t.stride(0) % width == 0);
+}
+
+// Which kernel takes packs of `width` elements.
+Form form(const Tensor& x, const Tensor& w, const Tensor& y, const Window& window, int64_t width) {
+  const int64_t c = x.size(1);
+  if (window.kernel_size != 3 || window.stride != 1 || window.dilation != 1 || w.size(1) != 9 * c)
+    return Form::any;
+  const auto rows = [&](const Tensor& t) { return channels_last(t) && aligned(t, width, operand(t).p); };
+  if (c % width == 0 && rows(x) && rows(w) && rows(y)) return Form::rows;
+  const auto planes = [&](const Tensor& t) {
+    return planes_dense(t) && aligned(t, width, t.size(1) > 1 ? t.stride(1) : 0);
+  };
+  if (y.size(3) % width == 0 && planes(w) && planes(y) && planes_dense(x) && x.size(3) > 1)
+    return Form::planes;
+  return Form::any;
 }
 
 Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_size, int64_t stride,
                     int64_t padding, int64_t dilation) {
   const Launch launch(input, "spatially_varying_conv2d");
   const Tensor x = dense(input), w = dense(weight);
-  Tensor y = empty_nchw(x.size(0), x.size(1), w.size(2), w.size(3), channels_last(input), x);
+  const Tensor y = empty_nchw(x.size(0), x.size(1), w.size(2), w.size(3), channels_last(input), x);
   if (y.numel() == 0) return y;
-  const VaryingConvArgs a = arguments(x, w, y, kernel_size, stride, padding, dilation);
-  with_kernel(a, [&](auto t, auto k) {
-    forward_kernel<decltype(t), k()>
-        <<<grid(y.numel()), kThreads, 0, launch.stream>>>(a, channels_last(w));
+  const Window window{kernel_size, stride, padding, dilation};
+  with_offsets(x, w, y, window, [&](auto t, auto offset) {
+    using T = decltype(t);
+    using Offset = decltype(offset);
+    constexpr bool narrow = sizeof(Offset) == 4;
+    const auto a = arguments<Offset>(x, w, y, window);
+    const Form kind = narrow ? form(x, w, y, window, kPack<T>) : Form::any;
+    const int64_t items = y.numel() / (kind == Form::any ? 1 : kPack<T>);
+    const dim3 blocks = grid(items);
+    if constexpr (narrow) {
+      if (kind == Form::rows) {
+        const Grid<I> places(a.C / kPack<T>, a.OH, a.OW, true);
+        rows_kernel<T, false><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+      }
+      if (kind == Form::planes) {
+        const Grid<I> places(a.C, a.OH, a.OW / kPack<T>, false);
+        planes_kernel<T, false><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+      }
+    }
+    if (kind == Form::any) {
+      const Grid<Offset> places(a.C, a.OH, a.OW, channels_last(w));
+      with_kernel_size(kernel_size, [&](auto k) {
+        forward_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
+            a, places, Divider<Offset>(a.C / a.G), items);
+      });
+    }
     launch.check();
   });
   return y;
@@ -119,14 +377,39 @@ Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const T
                                 int64_t kernel_size, int64_t stride, int64_t padding,
                                 int64_t dilation) {
   const Launch launch(grad, "spatially_varying_conv2d");
-  const Tensor x = dense(input), y = dense(grad);
-  Tensor w = empty_nchw(weight.size(0), weight.size(1), weight.size(2), weight.size(3),
-                        channels_last(weight), x);
+  // In the weights' format, nine times as large: a copy costs less than mixed accesses.
+  const bool last = channels_last(weight);
+  const Tensor x = laid_out(input, last), y = laid_out(grad, last);
+  const Tensor w = empty_nchw(weight.size(0), weight.size(1), weight.size(2), weight.size(3),
+                              last, x);
   if (w.numel() == 0) return w;
-  const VaryingConvArgs a = arguments(x, w, y, kernel_size, stride, padding, dilation);
-  with_kernel(a, [&](auto t, auto k) {
-    grad_weight_kernel<decltype(t), k()>
-        <<<grid(w.numel() / (k() * k())), kThreads, 0, launch.stream>>>(a, channels_last(w));
+  const Window window{kernel_size, stride, padding, dilation};
+  with_offsets(x, w, y, window, [&](auto t, auto offset) {
+    using T = decltype(t);
+    using Offset = decltype(offset);
+    constexpr bool narrow = sizeof(Offset) == 4;
+    const auto a = arguments<Offset>(x, w, y, window);
+    const Form kind = narrow ? form(x, w, y, window, kPack<T>) : Form::any;
+    const int64_t kernels = w.numel() / (kernel_size * kernel_size);
+    const int64_t items = kernels / (kind == Form::any ? 1 : kPack<T>);
+    const dim3 blocks = grid(items);
+    if constexpr (narrow) {
+      if (kind == Form::rows) {
+        const Grid<I> places(a.C / kPack<T>, a.OH, a.OW, true);
+        rows_kernel<T, true><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+      }
+      if (kind == Form::planes) {
+        const Grid<I> places(a.C, a.OH, a.OW / kPack<T>, false);
+        planes_kernel<T, true><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+      }
+    }
+    if (kind == Form::any) {
+      const Grid<Offset> places(a.G, a.OH, a.OW, channels_last(w));
+      with_kernel_size(kernel_size, [&](auto k) {
+        grad_weight_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
+            a, places, a.C / a.G, items);
+      });
+    }
     launch.check();
   });
   return w;
@@ -136,13 +419,31 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
                                int64_t width, bool last, int64_t kernel_size, int64_t stride,
                                int64_t padding, int64_t dilation) {
   const Launch launch(grad, "spatially_varying_conv2d");
-  const Tensor w = dense(weight), y = dense(grad);
-  Tensor x = empty_nchw(grad.size(0), grad.size(1), height, width, last, y);
+  const Tensor w = dense(weight), y = laid_out(grad, channels_last(w));
+  const Tensor x = empty_nchw(grad.size(0), grad.size(1), height, width, last, y);
   if (x.numel() == 0) return x;
-  const VaryingConvArgs a = arguments(x, w, y, kernel_size, stride, padding, dilation);
-  with_kernel(a, [&](auto t, auto k) {
-    grad_input_kernel<decltype(t), k()>
-        <<<grid(x.numel()), kThreads, 0, launch.stream>>>(a, channels_last(w));
+  const Window window{kernel_size, stride, padding, dilation};
+  with_offsets(x, w, y, window, [&](auto t, auto offset) {
+    using T = decltype(t);
+    using Offset = decltype(offset);
+    constexpr bool narrow = sizeof(Offset) == 4;
+    const auto a = arguments<Offset>(x, w, y, window);
+    const bool rows = narrow && form(x, w, y, window, kPack<T>) == Form::rows;
+    if constexpr (narrow) {
+      if (rows) {
+        const Grid<I> places(a.C / kPack<T>, ceil_div(a.H, kBand), ceil_div(a.W, kColumns), true);
+        const int64_t warps = int64_t(a.N) * places.channels * places.h * places.w;
+        grad_input_rows_kernel<T>
+            <<<grid(warps * 32), kThreads, 0, launch.stream>>>(a, places, warps);
+      }
+    }
+    if (!rows) {
+      const Grid<Offset> places(a.C, a.H, a.W, channels_last(w));
+      with_kernel_size(kernel_size, [&](auto k) {
+        grad_input_kernel<T, k(), Offset><<<grid(x.numel()), kThreads, 0, launch.stream>>>(
+            a, places, Divider<Offset>(a.C / a.G), Divider<Offset>(stride), x.numel());
+      });
+    }
     launch.check();
   });
   return x;

@@ -130,7 +130,8 @@ class FusedBlock(Fused):
         plan: BlockPlan = vars(self)[PLAN]
         names = [plan.first[0], plan.second[0]] + ([plan.shortcut[0]] if plan.shortcut else [])
         norms = [self._modules.get(name) for name in names]
-        views = []
+        views: list[ForeignNorm] = []
+        small: AsWritten | None = None
         for name, norm in zip(names, norms, strict=True):
             if not isinstance(norm, FusedNorm) or hooked(norm):
                 return f"{name} is not fused, or has hooks"
@@ -140,8 +141,10 @@ class FusedBlock(Fused):
             view = norm._smis_changed() or norm._smis_ready(like, segmap)
             if isinstance(view, str):
                 return f"{name}: {view}"
-            views.append(view)
-        small = next((view for view in views if isinstance(view, AsWritten)), None)
+            if isinstance(view, AsWritten):
+                small = view
+            else:
+                views.append(view)
         return small or views
 
     def _smis_run(self, ready: list[ForeignNorm], x: Tensor, segmap: Tensor) -> Tensor:
