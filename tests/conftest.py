@@ -1,11 +1,13 @@
 """Tests that need Triton run on a GPU or under its interpreter; elsewhere they say why not.
 
-SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/).
+SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/); SMIS_REQUIRE=cpu,triton,...
+ends the run where one of these is missing, instead of skipping its tests (require.py).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,12 +16,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from require import unmet
 
+from smis_kernels.accelerate.swap import at_any_size
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.native import cuda_emulated
 
 if cuda_emulated():
     from cuda_on_cpu.plugin import no_findings, pytest_terminal_summary  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def fused_at_any_size() -> Iterator[None]:
+    """Small inputs take the fused forms of ``accelerate``, too."""
+    with at_any_size():
+        yield
+
+
+def pytest_sessionstart() -> None:
+    if problems := unmet(os.environ.get("SMIS_REQUIRE", "")):
+        raise pytest.UsageError("\n".join(problems))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

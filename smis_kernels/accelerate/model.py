@@ -25,14 +25,19 @@ def accelerate(
 ) -> Report:
     r"""Put fused forwards into a model that was written elsewhere; nothing else about it changes.
 
-    Recognised by structure, whatever the classes are called: SPADE and grouped-SPADE norms
-    (``param_free_norm``, ``mlp_shared``, ``mlp_gamma``, ``mlp_beta``), residual blocks of such
+    A conditional norm is known by what it computes, recorded as it runs once: :math:`N(x) (o +
+    G(m)) + B(m)`, where N is any normalisation, or none, o any number, and G and B are made of the map m,
+    resized by nearest or not, by any convs, activations, norms of the image, or tables of classes.
+    Names, classes and wrappers do not matter. Window tables serve where G and B see no more than
+    5x5 pixels of the map, padded by zeros; else their convs run as they were written, and the
+    features are modulated in one pass. What is near it is listed with the term that differs; 3D
+    norms are, for the kernels take (N, C, H, W). Known by structure: residual blocks of such
     norms, an activation and convs, per-pixel depthwise convs (an ``nn.Unfold`` and a weight
     argument), sequences with instance norms, encoders that pool by instance; and torch's own
-    spectral norm, which takes fewer passes in training on a CPU. Each configuration but of the
-    latter is run once beside its fused form on a small random input, outputs, gradients and
-    buffers, in training and in eval mode; where they do not agree it is left alone, and the report
-    says so.
+    spectral norm, which takes fewer passes in training on a CPU. Of each configuration but of the
+    latter the narrowest is run beside its fused form on small random inputs, on every path,
+    outputs, gradients and buffers, in training and in eval mode, at three scales; where they do not
+    agree it is left alone, and the report says so.
 
     Parameters, buffers, state dict and hooks stay as they are, for only the classes of the modules
     change: the model can be trained, saved, pickled, copied and wrapped as before. Within residual

@@ -45,8 +45,8 @@ class ModulationConvs(Protocol):
 class Rates(NamedTuple):
     """Multiply-adds a nanosecond of dense convs and of tables, and sums of table rows.
 
-    Only their ratios matter, and those hold from machine to machine better than the figures.
-    ``fixed_*``: nanoseconds that a path takes however small its map is.
+    Without fixed costs only their ratios matter, and those hold from machine to machine better
+    than the figures. ``fixed_*``: nanoseconds that a path takes however small its map is.
     """
 
     dense: float
@@ -59,12 +59,17 @@ class Rates(NamedTuple):
 
 
 CPU_RATES = Rates(130.0, 170.0, 175.0, 16.0)  # two threads (benchmarks/NOTES.md)
-_HALF = Rates(4.0, 1.0, 1.0, 0.02)
-# Not measured: tables multiply in TF32 and gather their operands, convs in 16 bits (the tensor
-# cores' rates are 1 : 2), in TF32 too, or without tensor cores (1 : 1/8 of TF32's rate); sums read
-# float32 rows from the cache.
-GPU_RATES = {"bfloat16": _HALF, "float16": _HALF, "float32": Rates(2.0, 1.0, 1.0, 0.02),
-             "float32 without tf32": Rates(0.25, 1.0, 1.0, 0.02)}
+LAUNCH = 2000.0  # nanoseconds of one kernel in a CUDA graph, however little it does
+# Kernels of a path in a frozen network, the pass over the features excepted, which all have: planes
+# (cast, gather), two convs and a ReLU; embedding (product, sum) and table (product, and sum).
+_FIXED = {"fixed_dense": 5 * LAUNCH, "fixed_one_level": 3 * LAUNCH, "fixed_two_level": 4 * LAUNCH}
+# A model of an H100, not measured: tables multiply in TF32 and gather their operands, convs in 16
+# bits (the tensor cores' rates are 1 : 2), in TF32 too, or without tensor cores (1 : 1/8 of TF32's
+# rate); sums read float32 rows from the cache.
+_TABLES = {"two_level": 75e3, "one_level": 75e3, "sums": 1.5e3, **_FIXED}
+_HALF = Rates(dense=300e3, **_TABLES)
+GPU_RATES = {"bfloat16": _HALF, "float16": _HALF, "float32": Rates(dense=150e3, **_TABLES),
+             "float32 without tf32": Rates(dense=18.75e3, **_TABLES)}
 
 
 def products_key(dtype: torch.dtype) -> str:
@@ -169,7 +174,9 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         return plan("one_level" if wanted == "auto" else wanted, layout, "a pixel alone decides",
                     symbols=len(layout.vectors) - 1)
     if layout is not None:
-        level = layout.level(size, unlimited=wanted != "auto")
+        # Tables that are kept serve every further sample: they are made even of unique windows.
+        kept = layout.tables is not None
+        level = layout.level(size, unlimited=kept or wanted != "auto")
         if not level.repeats:
             problem = "the map's windows do not repeat"
     if problem is not None or layout is None:
@@ -185,9 +192,13 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         for path, cost in costs(norm, level, pixels, rates_of(input),
                                 symbols=len(layout.vectors) - 1).items():
             total[path] = total.get(path, 0.0) + cost
+    dense = total["dense"]
+    if kept:
+        del total["dense"]
     best = min(total, key=lambda path: total[path])
-    gain = round(total["dense"] / total[best], 1)
-    return plan(best, None if best == "dense" else layout, "least expected cost",
+    gain = round(dense / total[best], 1)
+    reason = "tables are kept" if kept else "least expected cost"
+    return plan(best, None if best == "dense" else layout, reason,
                 V=v, U=u, pixels=pixels, expected_gain=f"{gain}x")
 
 

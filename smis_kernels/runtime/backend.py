@@ -49,8 +49,9 @@ def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the block on ``backend`` (process-wide, as torch.backends flags are).
 
     Example:
-        >>> with smis_kernels.use_backend("reference"):
-        ...     y = model(x)
+        >>> from smis_kernels import InstanceNormAct2d
+        >>> with use_backend("reference"):
+        ...     y = InstanceNormAct2d(8)(torch.randn(1, 8, 4, 4))
     """
     previous = _selection.backend
     _selection.backend = _validated(backend, "backend")
