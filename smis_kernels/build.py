@@ -327,7 +327,7 @@ def build(package_dir: Path, source_dir: Path, torch: Torch | None, *, cache: Pa
         earlier build.
 
     Example:
-        >>> record = build(Path("smis_kernels"), Path("csrc"), find_torch())
+        >>> record = build(Path("smis_kernels"), Path("csrc"), find_torch())  # doctest: +SKIP
     """
     path = package_dir / RECORD
     record: Record = json.loads(path.read_text()) if path.exists() else {}

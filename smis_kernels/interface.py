@@ -1,5 +1,6 @@
 """What networks are built with beside the public modules: the one door to the rooms behind them."""
 
+from .accelerate.prepared import Prepared
 from .accelerate.watch import Settings
 from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
@@ -8,16 +9,19 @@ from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import requested, resolve
+from .runtime.constants import constant
 from .runtime.library import NAMESPACE
 
 __all__ = [
     "NAMESPACE",
     "LabelConv2d",
+    "Prepared",
     "Settings",
     "Stamp",
     "TableCache",
     "WindowLevel",
     "channel_moments",
+    "constant",
     "conv3x3",
     "prepare_map",
     "requested",

@@ -1,18 +1,32 @@
 """Tests that need Triton run on a GPU or under its interpreter; elsewhere they say why not.
 
-SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/).
+SMIS_CUDA_EMULATED=1 runs the CUDA kernels on the CPU (cuda_on_cpu/); SMIS_REQUIRE=cpu,triton,...
+ends the run where one of these is missing, instead of skipping its tests (require.py).
 """
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the processors: threads must not spin. OpenMP reads it as torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
+from require import unmet
 
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.native import cuda_emulated
 
 if cuda_emulated():
     from cuda_on_cpu.plugin import no_findings, pytest_terminal_summary  # noqa: F401
+
+
+def pytest_sessionstart() -> None:
+    if problems := unmet(os.environ.get("SMIS_REQUIRE", "")):
+        raise pytest.UsageError("\n".join(problems))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

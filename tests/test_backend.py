@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from op_cases import PUBLIC
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smis_kernels import BackendError, explain, use_backend
+from smis_kernels import BackendError, explain, instance_edges, use_backend
 from smis_kernels.runtime import backend as selector
+from smis_kernels.runtime import native
 from smis_kernels.runtime.backend import missing, requested, resolve
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -79,3 +86,112 @@ def test_interpreted_triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(BackendError, match="needs a cpu tensor, got one on meta"):
         resolve("op", torch.zeros(1, device="meta"), "cpu", ("cpu",))
     assert resolve("op", torch.zeros(1, device="meta"), None, ("cpu",)) == "reference"
+
+
+DEFAULT = "8.0 9.0 10.0+PTX"
+Capability = tuple[int, int]
+SetGPU = Callable[[Capability, str], None]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SetGPU]:
+    """A GPU of a capability, beside a loaded CUDA library that was built for architectures."""
+
+    class Torch:
+        cuda: Any = None
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    def put(capability: Capability, built: str) -> None:
+        fake = Torch()
+        fake.cuda = SimpleNamespace(
+            is_available=lambda: True, get_device_capability=lambda index: capability,
+            get_device_name=lambda index: "Tesla T4")
+        monkeypatch.setattr(selector, "torch", fake)
+        monkeypatch.setitem(native.STATUS, "cuda", native.NativeStatus("cuda", True, "library"))
+        monkeypatch.setattr(native, "build_record", lambda: {"cuda": {"architectures": built}})
+        monkeypatch.setattr(selector, "_warned", set())
+        selector._refused_by_gpu.cache_clear()
+
+    yield put
+    selector._refused_by_gpu.cache_clear()
+
+
+def on_gpu() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.zeros((1, 4, 5), dtype=torch.int64, device="cuda:0")
+
+
+@pytest.mark.parametrize(("capability", "built"), [
+    ((7, 0), DEFAULT), ((7, 5), DEFAULT), ((12, 0), "8.0 9.0 10.0"), ((8, 0), "8.6"),
+    ((9, 0), "8.0"), ((7, 0), "7.5+PTX"), ((10, 0), "9.0a+PTX"), ((10, 3), "10.0a"),
+    ((12, 0), "10.0f+PTX"),
+])
+def test_a_gpu_that_the_library_is_not_built_for(gpu: SetGPU, capability: Capability,
+                                                 built: str) -> None:
+    """auto: the reference and one line; an explicit choice: an error with the cure."""
+    gpu(capability, built)
+    number = ".".join(map(str, capability))
+    cure = (f"TORCH_CUDA_ARCH_LIST={number} {native.BUILD_COMMAND}" if capability != (7, 0)
+            else "a GPU of 7.5 or newer")  # which nvcc 13 does not compile for
+    says = re.escape(f"Tesla T4 has compute capability {number}, the library is built for {built}; "
+                     f"cure: {cure}") + "$"
+    ids = on_gpu()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert resolve("edges", ids, None, ("cpu", "cuda")) == "reference"
+    (line,) = [str(warning.message) for warning in told]
+    assert re.fullmatch(f"smis_kernels.edges runs on the reference path: {says}", line)
+    with pytest.raises(BackendError, match="'cuda' of instance_edges cannot run: " + says):
+        instance_edges(ids, backend="cuda")
+
+
+@pytest.mark.parametrize(("capability", "built"), [
+    ((8, 0), DEFAULT), ((8, 6), DEFAULT), ((8, 9), DEFAULT), ((9, 0), DEFAULT), ((10, 3), DEFAULT),
+    ((12, 0), DEFAULT), ((12, 1), DEFAULT), ((7, 5), "7.5"), ((9, 0), "9.0a"), ((10, 3), "10.0f"),
+    ((8, 6), "7.5+PTX"),
+])
+def test_a_gpu_that_the_library_is_built_for(gpu: SetGPU, capability: Capability,
+                                             built: str) -> None:
+    gpu(capability, built)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for backend in ("auto", "cuda"):
+            assert resolve("instance_edges", on_gpu(), backend, ("cpu", "cuda")) == "cuda"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("capability", "runs"), [((7, 0), False), ((7, 5), False), ((8, 0), True),
+                                                  ((12, 0), True)])
+def test_a_gpu_that_triton_does_not_support(gpu: SetGPU, monkeypatch: pytest.MonkeyPatch,
+                                            capability: Capability, runs: bool) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    gpu(capability, "7.5")
+    problem = missing("triton", torch.device("cuda", 0))
+    if runs:
+        assert problem is None
+    else:
+        number = ".".join(map(str, capability))
+        assert problem == (f"Tesla T4 has compute capability {number}, triton needs 8.0; "
+                           "cure: a newer GPU")
+
+
+@pytest.mark.parametrize(("torch_cuda", "loads"), [("12.8", False), ("13.2", True)])
+def test_a_library_of_another_cuda_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                 torch_cuda: str, loads: bool) -> None:
+    loaded: list[Path] = []
+    monkeypatch.delenv("SMIS_CUDA_EMULATED", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "build_record", lambda: {"cuda": {"cuda": "13.0"}})
+    (tmp_path / "_cuda.abi3.so").touch()
+    status = native._load("cuda")
+    assert status.loaded == loads
+    assert loaded == [tmp_path / "_cuda.abi3.so"] * loads
+    if not loads:
+        assert status.reason == ("nvcc is of CUDA 13.0 and torch of CUDA 12.8: "
+                                 "their major versions must agree")
+        assert status.cure == f"set CUDA_HOME to a CUDA 12 toolkit, then {native.BUILD_COMMAND}"

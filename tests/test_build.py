@@ -1,17 +1,21 @@
 """The builder, run for real on tiny sources; torch's headers are read, torch is not imported."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from smis_kernels import build
-from tools import kernel_report
+from smis_kernels import build, info
+from smis_kernels.runtime import native
+from tools import headers, kernel_report
 
 CPU = """
 #include <torch/csrc/stable/library.h>
@@ -181,6 +185,7 @@ def test_a_kernel_that_one_instruction_set_lacks_is_a_link_error(project, monkey
     ("wanted", "flags"),
     [
         ("9.0", ["arch=compute_90,code=sm_90"]),
+        ("7.5", ["arch=compute_75,code=sm_75"]),
         ("8.6;9.0a+PTX", ["arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a",
                           "arch=compute_90a,code=compute_90a"]),
     ],
@@ -203,6 +208,111 @@ def test_default_architectures_end_in_ptx(tmp_path, monkeypatch):
     nvcc.write_text("#!/bin/sh\necho sm_80\necho sm_90\n")
     nvcc.chmod(0o755)
     assert build.architectures(str(nvcc)) == ("8.0", "9.0+PTX")
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """A compiler of CUDA 13.0 that knows sm_75 and sm_80, and refuses every source."""
+    path = tmp_path / "nvcc"
+    path.write_text(NVCC)
+    path.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(path))
+    return path
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  *--list-gpu-code*) echo sm_75; echo sm_80 ;;
+  *) echo 'In file included from a.cu:1:'
+     echo 'cuda.h(30): error: identifier "NEWER_MACRO" is undefined'
+     echo 'cuda.h(31): error: a second one'
+     exit 2 ;;
+esac
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(("cuda", "fits"), [("12.8", False), ("13.2", True), ("", True)])
+def test_nvcc_of_another_cuda_than_torch(project, nvcc, cuda, fits):
+    torch = dataclasses.replace(build.find_torch(), cuda=cuda)
+    (project[1] / "tiny" / "cuda.cu").touch()
+    if fits:
+        assert build.plan_cuda(project[1], torch).facts["cuda"] == "13.0"
+        return
+    with pytest.raises(build.NotBuilt) as told:
+        build.plan_cuda(project[1], torch)
+    assert told.value.reason.startswith("nvcc is of CUDA 13.0 and torch of CUDA 12.8: ")
+    assert told.value.cure == f"set CUDA_HOME to a CUDA 12 toolkit, then {build.COMMAND}"
+
+
+@needs_compiler
+def test_architectures_reach_the_compiler_and_the_record(project, nvcc, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    (project[1] / "tiny" / "cuda.cu").touch()
+    plan = build.plan_cuda(project[1], dataclasses.replace(build.find_torch(), cuda=""))
+    assert plan.facts["architectures"] == "7.5"
+    assert re.findall(r"-gencode=(\S+)", plan.ninja) == ["arch=compute_75,code=sm_75"]
+
+
+@needs_compiler
+def test_info_names_a_library_that_did_not_build(project, nvcc, monkeypatch):
+    """Which, the compiler's first error, and the command; the ops' other kernels stay."""
+    import torch
+
+    package, source = project
+    (source / "tiny" / "cuda.cu").touch()
+    monkeypatch.setenv("SMIS_BUILD", "cuda")
+    monkeypatch.delenv("SMIS_CUDA_EMULATED", raising=False)
+    run(project, dataclasses.replace(build.find_torch(), cuda=""))
+    monkeypatch.setattr(native, "PACKAGE", package)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    before = info.info()["ops"]
+    monkeypatch.setitem(native.STATUS, "cuda", native._load("cuda"))
+    found = info.info()
+    why = ('cuda.h(30): error: identifier "NEWER_MACRO" is undefined; '
+           f"cure: {build.COMMAND} shows the whole message")
+    lines = [line.split(None, 1) for line in info.report(found).splitlines()]
+    assert ["cuda", f"missing: {why}"] in lines
+    assert ["cuda", f"build  not built: {why}"] in lines
+    assert ["cuda", f"the native cuda library is not loaded: {why}"] in lines
+    for op, kinds in found["ops"].items():
+        assert {k: v for k, v in kinds.items() if k != "cuda"} == {
+            k: v for k, v in before[op].items() if k != "cuda"}
+
+
+def wheel(folder, version, cuda):
+    """A file that pip takes for torch's wheel."""
+    info_dir = f"torch-{version}.dist-info"
+    files = {
+        "torch/version.py": f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n",
+        "torch/include/torch/a.h": "", "torch/lib/libtorch.so": "large", "torch/__init__.py": "",
+        f"{info_dir}/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n",
+        f"{info_dir}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info_dir}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def test_headers_are_fetched_once_and_are_of_a_cuda_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    wheel(tmp_path, "2.10.0", "12.8")
+    wheel(tmp_path, "2.10.1", None)
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        found = headers.headers("2.10.0", cache)
+        assert (found.version, found.cuda) == ("2.10.0", "12.8")
+        kept = sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file())
+        assert kept == ["2.10.0/torch/include/torch/a.h", "2.10.0/torch/version.py"]
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"^headers: torch 2\.9\.9 could not .*: ERROR: [^\n]+$"):
+        headers.headers("2.9.9", cache)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"CUDA build of torch 2\.10\.1, got torch 2\.10\.1 wi"):
+        headers.headers("2.10.1", cache)
 
 
 def test_later_build_is_enlisted_for_uninstalling(tmp_path):

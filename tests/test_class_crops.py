@@ -14,11 +14,7 @@ from smis_kernels.modules.crops import ClassCrops
 from smis_kernels.ops.class_crops import reference
 from smis_kernels.ops.class_crops.op import (
     class_boxes,
-    class_boxes_op,
-    class_boxes_sums,
     class_crops,
-    class_crops_backward,
-    class_crops_op,
 )
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.check import FLOATS, INTEGERS
@@ -265,17 +261,6 @@ def test_gradient_layout_and_broadcast_cotangent(layout: str) -> None:
     torch.testing.assert_close(image.grad, x.grad)
 
 
-@needs_cpu
-@pytest.mark.parametrize("form", ["labels", "soft"])
-def test_gradcheck(form: str) -> None:
-    image = _image(1, 4, 5, k=2, dtype=torch.float64).requires_grad_()
-    soft = torch.rand((1, 3, 4, 5), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    semantics = _labels(1, 4, 5, 3) if form == "labels" else soft
-    assert torch.autograd.gradcheck(
-        lambda x: class_crops(x, semantics, 3, size=(7, 3), backend="cpu"), (image,)
-    )
-
-
 def test_masks_that_require_a_gradient_take_the_reference_path() -> None:
     image, masks = _image(1, 6, 6), torch.rand((1, 2, 6, 6)).requires_grad_()
     class_crops(image, masks, 2).sum().backward()
@@ -292,21 +277,6 @@ def test_explain() -> None:
     assert (choice.op, choice.backend, choice.path) == ("class_crops", "cpu", "sums")
     (choice,) = explain(class_boxes, image, labels, 2, backend="reference").choices
     assert (choice.op, choice.backend, choice.path) == ("class_boxes", "reference", "nonzero")
-
-
-@needs_cpu
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("form", ["labels", "planes"])
-def test_opcheck(layout: str, form: str) -> None:
-    image, labels = with_layout(_image(2, 6, 5), layout), _labels(2, 6, 5, 3)
-    semantics = labels if form == "labels" else _planes(labels, 3)
-    boxes = class_boxes(image, semantics, 3, backend="cpu")
-    grad = with_layout(_image(2, 8, 9, k=9), layout)
-    last = layout == "channels_last"
-    torch.library.opcheck(class_boxes_op.overload, (image, semantics, 3))
-    torch.library.opcheck(class_boxes_sums.overload, (image, semantics, boxes))
-    torch.library.opcheck(class_crops_op.overload, (image, semantics, boxes, 8, 9))
-    torch.library.opcheck(class_crops_backward.overload, (grad, semantics, boxes, 6, 5, last))
 
 
 @needs_cpu

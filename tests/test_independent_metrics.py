@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from require import INDEPENDENT, lacking
 from torch import Tensor, nn
 
-from smis_models.io.images import to_pictures
+from smis_models.io.images import as_bytes, to_pictures
 from smis_models.metrics import (
     LPIPS,
     DiversityProtocol,
@@ -29,11 +29,10 @@ from smis_models.metrics import (
     frechet_distance,
 )
 from smis_models.metrics.diversity import area_distances
-from smis_models.metrics.fid import as_bytes, fid_of_features
+from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.segmentation import FileSegmenter, predict
 from smis_models.synthesis.scene import Layout
 
-FOLDER = Path(os.environ.get("SMIS_INDEPENDENT", Path(sys.prefix) / "independent"))
 # torchvision's Python files run beside any torch once its two operators are there.
 _OPERATORS = ("nms", "qnms")
 
@@ -41,18 +40,14 @@ _OPERATORS = ("nms", "qnms")
 @pytest.fixture(scope="module")
 def programs() -> Iterator[SimpleNamespace]:
     """lpips, torchvision and torch-fidelity from a folder of their own."""
-    if not FOLDER.is_dir():
-        reason = (f"{FOLDER}: no such folder; python -m pip install --no-deps --target {FOLDER} "
-                  "-r tests/independent.txt")
-        if "independent" in os.environ.get("SMIS_REQUIRE", "").split(","):
-            pytest.fail(reason)
+    if reason := lacking("independent"):
         pytest.skip(reason)
     library = None
     if not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "DEF")
         for name in _OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    sys.path.append(str(FOLDER))
+    sys.path.append(str(INDEPENDENT))
     try:
         yield SimpleNamespace(
             lpips=importlib.import_module("lpips"), library=library,
@@ -61,7 +56,7 @@ def programs() -> Iterator[SimpleNamespace]:
             fid=importlib.import_module("torch_fidelity.metric_fid"),
         )
     finally:
-        sys.path.remove(str(FOLDER))
+        sys.path.remove(str(INDEPENDENT))
 
 
 def pictures(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
@@ -251,7 +246,8 @@ class _Generator(nn.Module):
 
 def test_mcsd_and_mocd_by_hand() -> None:
     """Two layouts, in one of which class 1 is absent: means over the layouts that show a class."""
-    from smis_models.metrics.sampling import derived_seed, sample_codes
+    from smis_models.io.seeds import derived_seed
+    from smis_models.metrics.sampling import sample_codes
 
     generator = _Generator()
     model: Any = SimpleNamespace(generator=generator, preset=generator.preset,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smis_kernels import explain
 from smis_kernels.modules.edges import InstanceEdges
-from smis_kernels.ops.instance_edges.op import instance_edges, instance_edges_op
+from smis_kernels.ops.instance_edges.op import instance_edges
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.check import INTEGERS
 from smis_kernels.testing import LAYOUTS, poisoned_empty, with_layout
@@ -86,14 +86,6 @@ def test_any_map(data: st.DataObject) -> None:
 def test_empty(backend: str, shape: tuple[int, int, int]) -> None:
     edges = instance_edges(torch.zeros(shape, dtype=torch.int32), backend=backend)
     assert edges.shape == (shape[0], 1, *shape[1:])
-
-
-@needs_cpu
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_opcheck(layout: str) -> None:
-    ids = with_layout(_ids(2, 6, 5).unsqueeze(1), layout)[:, 0]
-    torch.library.opcheck(instance_edges_op.overload, (ids, torch.float32))
-    torch.library.opcheck(instance_edges_op.overload, (ids, torch.bool))
 
 
 @needs_cpu

@@ -37,11 +37,6 @@ pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def agree(call: Callable[..., Tensor], *inputs: Tensor, bound: float = 1e-10) -> None:
     """Value and gradients of the CPU's kernel against the definition."""
     (ours, *our_grads), (theirs, *their_grads) = (

@@ -208,6 +208,8 @@ def test_numbering_has_no_triton_kernel() -> None:
 @pytest.mark.triton
 @pytest.mark.skipif(not triton_interpreted(), reason="emulated digits")
 def test_tf32_products_round_to_the_nearest() -> None:
+    from smis_kernels.ops.window_table import triton as kernels
+
     hidden = (1 + draw(7, 40).abs()).float()  # of one sign: what is cut off adds up
     hidden[0] = 0
     weights = [draw(9, 40, 3, 3, seed=s).abs().bfloat16() for s in (1, 2)]
@@ -217,18 +219,40 @@ def test_tf32_products_round_to_the_nearest() -> None:
     cut = (bits & -(1 << 13)).view(torch.float32)
     rounded = (bits + (1 << 12) & -(1 << 13)).view(torch.float32)
 
-    def table(rows: Tensor, backend: str) -> Tensor:
-        kinds = (w if backend == "triton" else w.double() for w in weights)
-        gamma, beta = kinds
+    def table(rows: Tensor) -> Tensor:
+        gamma, beta = (w.double() for w in weights)
         b = [t.to(rows.dtype) for t in biases]
-        return window_table(rows, gamma, b[0], beta, b[1], windows, one_level=True,
-                            backend=backend)
+        return window_table(rows, gamma, b[0], beta, b[1], windows, backend="reference")
 
-    got, truth = table(hidden, "triton"), table(hidden.double(), "reference")
-    assert max_error(got, table(rounded.double(), "reference")) < 1e-6
-    assert max_error(got, table(cut.double(), "reference")) > 1e-4
+    packed = kernels._packed((weights[0], weights[1]))
+    got = kernels._product(hidden, packed, torch.zeros(18), windows, 1, True, torch.float32)
+    truth = table(hidden.double())
+    assert max_error(got, table(rounded.double())) < 1e-6
+    assert max_error(got, table(cut.double())) > 1e-4
     shift = float(((got.double() - truth)[1:] / truth[1:]).mean())
     assert abs(shift) < 5e-5  # cutting gives -3.5e-4
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("one_level", [False, True])
+def test_tables_of_16_bit_weights_are_rounded_once(one_level: bool) -> None:
+    hidden = draw(7, 40).float()
+    hidden[0] = 0
+    gamma, beta = (draw(9, 40, 3, 3, seed=s).bfloat16() for s in (1, 2))
+    bias, windows = draw(9, seed=3).bfloat16(), draw_windows(70, 7)
+
+    def table(backend: str, dtype: torch.dtype, kind: torch.dtype) -> Tensor:
+        b = bias.to(kind)
+        return window_table(hidden.to(dtype), gamma.to(kind), b, beta.to(kind), b, windows,
+                            one_level=one_level, backend=backend)
+
+    got = table("triton", torch.float32, torch.bfloat16)
+    truth = table("reference", torch.float64, torch.float64)
+    assert got.dtype == torch.bfloat16
+    # half a unit of bfloat16, and what ten bits of hidden leave
+    assert max_error(got, truth) < 0.5 * torch.finfo(torch.bfloat16).eps + 2e-3
+    hidden.requires_grad_()
+    assert table("triton", torch.float32, torch.bfloat16).dtype == torch.float32
 
 
 @pytest.mark.triton

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import LabelLayout
-from smis_kernels.modules.label_conv import LabelConv2d, label_conv_op
+from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.label_conv import reference
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.check import FLOATS
@@ -76,13 +76,6 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = LabelConv2d(layout, weight, bias, backend="cpu").rows(0, 17)
     assert torch.equal(found, expected)
-
-
-@needs_cpu
-def test_opcheck() -> None:
-    conv = LabelConv2d(_layout(2, 9, 11), *_weights(5, 7, 3, torch.float32), backend="cpu")
-    arguments = (conv.layout.symbols, conv._table, conv._sums, conv._bias, conv._like, 2, 7)
-    torch.library.opcheck(label_conv_op.overload, arguments)
 
 
 def test_bad_input() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import BackendError
-from smis_kernels.ops.label_windows import op
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import LAYOUTS, poisoned_empty, with_layout
@@ -255,18 +254,6 @@ def test_every_element_is_written() -> None:
         check_vectors(interleaved(map, 7))
         assert_equal(number_windows(map, map.numel(), backend="cpu"),
                      number_windows(map, map.numel(), backend="reference"))
-
-
-@needs_cpu
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(layout: str) -> None:
-    map = random_map((2, 6, 7), 4)
-    for limit in (100, 1):
-        torch.library.opcheck(op._number_windows.overload, (map, limit))
-        for planes in (one_hot(map, 4), torch.rand(2, 3, 6, 7)):
-            torch.library.opcheck(
-                op._number_vectors.overload, (with_layout(planes, layout), limit)
-            )
 
 
 @needs_cpu

@@ -401,3 +401,44 @@ def test_kept_tables_of_norms_that_see_differently_far() -> None:
         for norm in norms:
             found = norm(x, after)
             assert torch.equal(found, norm(x, LabelLayout.from_labels(edited, 4)))
+
+
+def test_dense_planes_are_those_of_the_compiled_symbols() -> None:
+    layout = LabelLayout.from_labels(blocky(2, 23, 31, 6), 6)
+    whole = layout.dense()
+    for size in ((23, 31), (9, 17)):
+        expected = F.interpolate(whole, size, mode="nearest")
+        for dtype in (None, torch.bfloat16):
+            before = layout.dense(size, dtype)
+            level = layout.level(size)
+            found = layout.dense(size, dtype)
+            assert found.dtype == (dtype or torch.float32)
+            assert torch.equal(found.float(), expected) and torch.equal(before, found)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+        level.symbols = torch.ones_like(level.symbols)  # it is read, not resized anew
+        assert torch.equal(layout.dense(size)[:, :, 0, 0], layout.vectors[1].expand(2, -1))
+
+
+@needs_cpu
+@pytest.mark.parametrize("labels", [blocky(1, 32, 32, 5),
+                                    torch.randint(5, (1, 96, 96),
+                                                  generator=torch.Generator().manual_seed(0))],
+                         ids=["repeating", "unique"])
+def test_kept_tables_are_taken_where_convs_are_cheaper_once(labels: Tensor) -> None:
+    norm = SPADE(8, 5, 16).eval()
+    x = torch.randn(1, 8, *labels.shape[1:])
+    layout = LabelLayout.from_labels(labels, 5)
+    free = smis_kernels.layout.planner.CPU_RATES._replace(dense=1e9)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smis_kernels.layout.planner, "CPU_RATES", free)
+        once = smis_kernels.explain(norm, x, layout)
+        assert [c.path for c in once.choices if c.op == "SPADE"] == ["dense"]
+        layout = LabelLayout.from_labels(labels, 5)
+        layout.tables = TableCache()
+        kept = smis_kernels.explain(norm, x, layout)
+        assert next(c.path for c in kept.choices if c.op == "SPADE") in TABLES
+        assert len(list(layout.tables.items())) == 1
+        with use_backend("reference"):
+            expected = norm.double()(x.double(), LabelLayout.from_labels(labels, 5))
+        norm.float()
+        assert max_error(norm(x, layout), expected) < 1e-5

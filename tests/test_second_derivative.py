@@ -69,13 +69,13 @@ CASES: dict[str, Case] = {
         x, r, norm="batch", training=True, activation="relu", **b), (X, DENSE[0])),
     "norm_act_fixed": ("_NormAct", lambda x, **b: norm_act(
         x, norm="batch", **FIXED, **LEAKY, **b), (X,)),
-    "indexed_modulation": ("_IndexedModulation", lambda x, t, **b: indexed_modulation(
+    "indexed_modulation": ("_Modulation", lambda x, t, **b: indexed_modulation(
         x, INDEX, t, training=True, **LEAKY, **b), (X, TABLE)),
-    "indexed_modulation_fixed": ("_IndexedModulation", lambda x, t, **b: indexed_modulation(
+    "indexed_modulation_fixed": ("_Modulation", lambda x, t, **b: indexed_modulation(
         x, INDEX, t, activation="relu", **FIXED, **b), (X, TABLE)),
-    "indexed_modulation_upsample": ("_IndexedModulation", lambda x, t, **b: indexed_modulation(
+    "indexed_modulation_upsample": ("_Modulation", lambda x, t, **b: indexed_modulation(
         x, WIDE_INDEX, t, norm="instance", upsample=True, **b), (X, TABLE)),
-    "indexed_modulation_pair": ("_IndexedModulation", lambda x, *t, **b: indexed_modulation_pair(
+    "indexed_modulation_pair": ("_Modulation", lambda x, *t, **b: indexed_modulation_pair(
         x, INDEX, *t, training=True, **b), (X, TABLE, TABLE_S)),
     "window_embedding": ("_WindowSum", lambda v, w, c, **b: window_embedding(
         v, w, c, LEVEL.windows3, **b), (normal(4, 3), normal(6, 3, 3, 3, seed=1), normal(6))),

@@ -8,13 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, explain, spectral_norm, spectral_weight, use_backend
 from smis_kernels.modules.spectral_norm import FusedSpectralNorm
-from smis_kernels.ops.spectral_weight.op import _backward, _divide
+from smis_kernels.ops.spectral_weight.op import _backward
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
 
@@ -73,26 +71,6 @@ def test_gradients_of_any_layout(layout: str) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
 
 
-def test_gradcheck() -> None:
-    weight, u, v = _tensors((4, 3, 3, 3), torch.float64)
-    for form in FORMATS:
-        assert torch.autograd.gradcheck(_call(u, v, "cpu", form), weight.requires_grad_())
-        assert torch.autograd.gradgradcheck(_call(u, v, "cpu", form), weight)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(2, 9), st.integers(1, 140), st.integers(1, 5), st.integers(1, 5),
-       st.sampled_from(FORMATS))
-def test_any_shape(out: int, channels: int, kh: int, kw: int, form: torch.memory_format) -> None:
-    weight, u, v = _tensors((out, channels, kh, kw), torch.float64)
-    results = []
-    for backend in ("cpu", "reference"):
-        call = _call(u, v, backend, form)
-        results.append([call(weight), *gradients(call, (weight,))])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
 def test_the_same_whatever_the_threads() -> None:
     weight, u, v = _tensors((300, 200, 3, 3))
     sigma = torch.tensor(3.0)
@@ -106,15 +84,6 @@ def test_the_same_whatever_the_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
-
-
-def test_opcheck() -> None:
-    weight, u, v = _tensors((5, 6, 3, 3))
-    sigma = torch.tensor(2.0)
-    for last in (False, True):
-        torch.library.opcheck(_divide.overload, (weight, sigma, last))
-        grad = with_layout(weight, "channels_last" if last else "contiguous")
-        torch.library.opcheck(_backward.overload, (grad, weight, u, v, sigma))
 
 
 def test_nothing_and_sixteen_bits() -> None:

@@ -8,13 +8,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from smis_kernels import SPADE, BackendError, LabelLayout, use_path
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
-from smis_kernels.ops.window_table import op
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import assert_as_accurate, gradients, max_error, poisoned_empty
@@ -271,36 +268,6 @@ def test_results_repeat_bit_by_bit() -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("one_level", [False, True])
-def test_gradcheck(one_level: bool) -> None:
-    windows = draw_windows(5, 4)
-    leaves = [t.requires_grad_() for t in table_inputs(4, 6, 2, rows=3)]
-    call = tabulate(windows, "cpu", groups=2, one_level=one_level)
-    assert torch.autograd.gradcheck(call, leaves)
-    leaves = [t.requires_grad_() for t in embedding_inputs(4, 6, 2, symbols=3)]
-    assert torch.autograd.gradcheck(embed(windows, "cpu", groups=2), leaves)
-
-
-@needs_cpu
-def test_opcheck() -> None:
-    check = torch.library.opcheck
-    inputs = table_inputs(6, 16, 2)
-    windows = draw_windows(9, 13)
-    for one_level in (False, True):
-        check(op._window_table.overload, (*inputs, windows, 2, one_level))
-        table_last = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
-                      for t in inputs]
-        check(op._window_table.overload, (*table_last, windows, 2, one_level))
-    rows = draw(13, 9, 5)
-    for t in (rows, rows.transpose(0, 2).contiguous().transpose(0, 2)):
-        check(op._window_sum.overload, (t, windows, draw(5), True))
-        check(op._window_sum.overload, (t, windows, None, False))
-    grad = draw(10, 5)
-    for t in (grad, grad.T.contiguous().T):
-        check(op._window_scatter.overload, (t, windows, 13))
-
-
-@needs_cpu
 def test_compiles_without_a_graph_break() -> None:
     shared = embedding_inputs(6, 8, 2)
     windows3, windows5 = draw_windows(12, 13), draw_windows(20, 13)
@@ -318,20 +285,6 @@ def test_compiles_without_a_graph_break() -> None:
     expected = [call(*inputs), *gradients(call, inputs)]
     for a, b in zip([compiled(*inputs), *gradients(compiled, inputs)], expected, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@needs_cpu
-@settings(max_examples=30, deadline=None)
-@given(groups=st.integers(1, 4), depth=st.integers(1, 5), channels=st.integers(1, 20),
-       rows=st.integers(0, 9), count=st.integers(0, 9), one_level=st.booleans(),
-       relu=st.booleans(), seed=st.integers(0, 1000))
-def test_any_shape(groups: int, depth: int, channels: int, rows: int, count: int,
-                   one_level: bool, relu: bool, seed: int) -> None:
-    windows = draw_windows(count, rows + 1, seed)
-    compare(tabulate, table_inputs(groups * depth, groups * channels, groups, rows), windows,
-            groups=groups, one_level=one_level)
-    compare(embed, embedding_inputs(groups * depth, groups * channels, groups, rows), windows,
-            groups=groups, relu=relu)
 
 
 @needs_cpu

@@ -116,16 +116,6 @@ def test_gradients_in_float32(shape, out, groups):
         assert_as_accurate(*three, what=name)
 
 
-@pytest.mark.parametrize("padding", [0, 1])
-def test_gradcheck(padding):
-    x, w, b, r = _tensors((2, 4, 4, 5), 6, 2, torch.float64)
-    r = r if padding else r[:, :, 1:-1, 1:-1]
-    leaves = [t.clone().requires_grad_() for t in (x, w, b, r)]
-    assert torch.autograd.gradcheck(
-        lambda x, w, b, r: winograd_conv2d(x, w, b, residual=r, padding=padding, groups=2,
-                                           backend="cpu"), leaves, fast_mode=True)
-
-
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_gradients_of_large_tiles(create_graph):
     tensors = _tensors((2, 34, 9, 7), 36, 2, torch.float64)

@@ -23,8 +23,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +176,8 @@ def products(ptx: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _triton_cases() -> Iterator[tuple[str, Any]]:
-    for path in sorted(Path(build.__file__).parent.glob("ops/*/triton.py")):
-        op = path.parent.name
-        for case in importlib.import_module(f"smis_kernels.ops.{op}.triton").COMPILE_CASES:
-            yield op, case
+def _triton_cases(op: str) -> list[Any]:
+    return list(importlib.import_module(f"smis_kernels.ops.{op}.triton").COMPILE_CASES)
 
 
 def _assembled(ptx: str, folder: str) -> str:
@@ -192,17 +192,23 @@ def _assembled(ptx: str, folder: str) -> str:
 
 
 def triton_usage() -> list[Usage]:
-    """The kernels of every COMPILE_CASE for each of TRITON_ARCHITECTURES.
+    """The kernels of every COMPILE_CASE for each of TRITON_ARCHITECTURES, a process an op.
 
     Raises:
         ValueError: a kernel multiplies other operands than its case declares, or none.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("TRITON_INTERPRET: expected unset, since interpreted kernels do not compile")
+    paths = sorted(Path(build.__file__).parent.glob("ops/*/triton.py"))
+    with ProcessPoolExecutor(build.jobs(), mp_context=get_context("spawn")) as pool:
+        return list(chain.from_iterable(pool.map(_usage_of, [p.parent.name for p in paths])))
+
+
+def _usage_of(op: str) -> list[Usage]:
     found: dict[tuple[str, str], Usage] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        for op, case in _triton_cases():
+        for case in _triton_cases(op):
             for arch in TRITON_ARCHITECTURES:
                 with compiling(arch) as launched:
                     case.call()

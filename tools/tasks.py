@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +18,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # torch.compile is asked (errors, opcheck, graphs), and maps too large for fibers.
 EMULATED_OPS = (
     "tests/gpu/test_ops.py", *(f"tests/test_{op}.py" for op in (
-        "label_windows", "instance_edges", "instance_pool", "class_crops",
+        "ops", "label_windows", "instance_edges", "instance_pool", "class_crops",
         "spatially_varying_conv")),
     "-k", " and ".join(f"not {word}" for word in (
         "bad_input", "compile", "opcheck", "large", "streamed", "extreme", "channel_blocks",
         "threads_do_not")),
 )
-EMULATED_CASES = ("tests/cuda_on_cpu",)
+EMULATED_CASES = ("tests/cuda_on_cpu/test_cases.py",)
+EMULATED = ("tests/cuda_on_cpu",)  # and the planted faults
 # Per build: (schedule, tests).
 EMULATION_RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "plain": (("1", EMULATED_OPS), *((seed, EMULATED_CASES) for seed in "123")),
-    "race": (("1", EMULATED_CASES),),
-    "asan": (("1", EMULATED_CASES),),
+    "plain": (("1", EMULATED_OPS), ("1", EMULATED), ("2", EMULATED_CASES), ("3", EMULATED_CASES)),
+    "race": (("1", EMULATED),),
+    "asan": (("1", EMULATED),),
 }
+INSTRUCTION_TESTS = (*(f"tests/test_{name}.py" for name in (
+    "ops", "internal_sizes", "spectral_weight", "content_digest")), "-k", "not opcheck")
 LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")
 
 
@@ -60,9 +64,36 @@ def test(*arguments: str) -> None:
     _python("-m", "pytest", *arguments)
 
 
+def doctest(*arguments: str) -> None:
+    """The examples of all docstrings."""
+    _python("-m", "pytest", "--doctest-modules", "smis_kernels", "smis_models", *arguments)
+
+
 def interpreter(*arguments: str) -> None:
     """The Triton kernels on CPU tensors, under Triton's interpreter."""
-    _python("-m", "pytest", "-m", "triton", *arguments, TRITON_INTERPRET="1")
+    _python("-m", "pytest", "-m", "triton", *arguments, TRITON_INTERPRET="1",
+            SMIS_REQUIRE="triton")
+
+
+def instructions(*arguments: str) -> None:
+    """The ops on each instruction set of the CPU kernels but the best, which all tests run on."""
+    from smis_kernels.build import INSTRUCTION_SETS
+
+    ask = "from smis_kernels.runtime.native import STATUS; print(STATUS['cpu'].isa)"
+
+    def runs_on(**environment: str) -> str:
+        return subprocess.run((sys.executable, "-c", ask), cwd=ROOT, text=True, capture_output=True,
+                              env={**os.environ, **environment}).stdout.strip()
+
+    best = runs_on()
+    print(f"{best or 'no set'}: all tests run on it", flush=True)
+    for isa in INSTRUCTION_SETS:
+        if isa == best:
+            continue
+        if (found := runs_on(SMIS_ISA=isa)) == isa:
+            _python("-m", "pytest", *INSTRUCTION_TESTS, *arguments, SMIS_ISA=isa)
+        else:
+            print(f"{isa}: skipped: {found or 'the CPU library does not load'}", flush=True)
 
 
 def emulation(*modes: str) -> None:
@@ -102,6 +133,11 @@ def bench(*arguments: str) -> None:
     _python("-m", "benchmarks.report", "out.json")
 
 
+def headers(*version: str) -> None:
+    """Both libraries compiled against the oldest torch's headers: headers [VERSION]."""
+    _python("-m", "tools.headers", *version)
+
+
 def abi(folder: str = "smis_kernels") -> None:
     """Both libraries: LibTorch stable ABI, torch 2.10, no Python symbol outside the stable ABI."""
     path = str((ROOT / folder).resolve())
@@ -122,22 +158,45 @@ def abi(folder: str = "smis_kernels") -> None:
         sys.exit(f"abi: expected {expected}, got {found}")
 
 
+def _built(source: Path, folder: Path, *kinds: str, **environment: str) -> list[Path]:
+    """Distributions of ``source``, judged by twine; made in this environment, which has torch."""
+    _python("-m", "build", "--no-isolation", *kinds, "--outdir", str(folder), str(source),
+            **environment)
+    built = sorted(folder.iterdir())
+    _python("-m", "twine", "check", "--strict", *map(str, built))
+    return built
+
+
 def wheel() -> None:
-    """Build a wheel and look inside: the tag, the libraries, the sources, nothing else."""
-    with tempfile.TemporaryDirectory() as folder:
-        _python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, str(ROOT))
-        (path,) = Path(folder).glob("*.whl")
-        names = zipfile.ZipFile(path).namelist()
-        print(f"{path.name}: {len(names)} files, {path.stat().st_size / 1e6:.1f} MB")
+    """Build sdist and wheel: the tag, the libraries, the sources, and the same from the sdist."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (path,) = _built(ROOT, folder / "wheel", "--wheel")
+        found = zipfile.ZipFile(path)
+        contents = {name: found.read(name) for name in found.namelist()}
+        print(f"{path.name}: {len(contents)} files, {path.stat().st_size / 1e6:.1f} MB")
+        (archive,) = _built(ROOT, folder / "sdist", "--sdist")
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder / "unpacked", filter="data")
+        (source,) = (folder / "unpacked").iterdir()
+        # The libraries are of the same sources: what is compared is what they are made of.
+        (again,) = _built(source, folder / "again", "--wheel", SMIS_BUILD="none")
+        second = zipfile.ZipFile(again)
+        others = {name: second.read(name) for name in second.namelist()}
     sources = {f"smis_kernels/{p.relative_to(ROOT)}" for p in ROOT.glob("csrc/*/*") if p.is_file()}
     wanted = {f"smis_kernels/{name}" for name in (*LIBRARIES, "py.typed")} | sources
-    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    if missing := wanted.difference(names):
+    tops = {name.split("/")[0] for name in contents if ".dist-info/" not in name}
+    if missing := wanted.difference(contents):
         sys.exit(f"wheel: missing {sorted(missing)}")
     if tops != {"smis_kernels", "smis_models"}:
         sys.exit(f"wheel: expected smis_kernels and smis_models, got {sorted(tops)}")
     if "-cp310-abi3-" not in path.name:
         sys.exit(f"wheel: expected the tag cp310-abi3, got {path.name}")
+    of_build = {f"smis_kernels/{name}" for name in (*LIBRARIES, "_build_record.json")}
+    kept = {name for name in contents.keys() | others.keys()
+            if ".dist-info/" not in name and name not in of_build}
+    if differing := sorted(n for n in kept if contents.get(n) != others.get(n)):
+        sys.exit(f"wheel: the sdist builds another one: {differing}")
 
 
 def readme(heading: str) -> None:
@@ -157,8 +216,8 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, interpreter, emulation, parity, kernels, bench, abi, wheel,
-                 readme, ci)
+    for task in (lint, types, test, doctest, instructions, interpreter, emulation, parity,
+                 kernels, bench, headers, abi, wheel, readme, ci)
 }
 
 

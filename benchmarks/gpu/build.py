@@ -55,10 +55,10 @@ def kernels() -> Row:
     import torch
 
     from smis_kernels.runtime import native as _native
-    from smis_kernels.runtime.library import NAMESPACE, _names
+    from smis_kernels.runtime.library import NAMESPACE, raw_ops
 
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    counts = {key: sum(has(f"{NAMESPACE}::{name}", key) for name in _names)
+    counts = {key: sum(has(f"{NAMESPACE}::{name}", key) for name in raw_ops)
               for key in ("CPU", "CUDA")}
     missing = []
     for path in sorted(Path(_native.__file__).parent.parent.glob("ops/*/op.py")):

@@ -25,7 +25,8 @@ struct PoolArgs {
   Operand x, out;
   const int32_t* slots = nullptr;  // (N, H, W), -1 where the id is out of range
   double* sums = nullptr;          // (rows, channels)
-  void* means = nullptr;           // the same of the accumulation type
+  void* means = nullptr;           // of the accumulation type, over the sums or apart
+  int64_t mean_row = 0;            // elements between its rows
   Table table;
 };
 
@@ -179,20 +180,27 @@ template <class T> __global__ void sum_rows_kernel(PoolArgs a) {
     }
 }
 
+// A warp takes a row. Means may lie over its sums: the 32 that are written lie over sums that this
+// step or an earlier one has read.
 template <class A> __global__ void divide_kernel(PoolArgs a) {
   for (int64_t i = thread_index() / 32; i < a.table.capacity; i += thread_stride() / 32) {
     if (a.table.keys[i] == 0ull) continue;
-    const int64_t row = int64_t(a.table.rows[i]) * a.channels;
+    const double* sums = a.sums + int64_t(a.table.rows[i]) * a.channels;
+    A* means = static_cast<A*>(a.means) + int64_t(a.table.rows[i]) * a.mean_row;
     const double count = a.table.counts[i];
-    for (int64_t c = threadIdx.x & kLane; c < a.channels; c += 32)
-      static_cast<A*>(a.means)[row + c] = A(a.sums[row + c] / count);
+    for (int64_t c = threadIdx.x & kLane; c - (threadIdx.x & kLane) < a.channels; c += 32) {
+      const bool inside = c < a.channels;
+      const A mean = inside ? A(sums[c] / count) : A(0);
+      __syncwarp();
+      if (inside) means[c] = mean;
+    }
   }
 }
 
 template <class A> __device__ A mean_at(const PoolArgs& a, int32_t slot, int64_t c) {
   // An id out of range: the host was not made to wait for the check, so the pixel shows it.
   if (slot < 0) return A(nanf(""));
-  return static_cast<const A*>(a.means)[int64_t(a.table.rows[slot]) * a.channels + c];
+  return static_cast<const A*>(a.means)[int64_t(a.table.rows[slot]) * a.mean_row + c];
 }
 
 template <class T, int V> __global__ void spread_planes_kernel(PoolArgs a) {
@@ -328,13 +336,13 @@ Tensor instance_pool(const Tensor& input, const Tensor& instance_map) {
   const int64_t rows = a.N * a.H * a.W;
   const int64_t block = std::min(std::max(kSumBytes / (rows * 8), kLeastChannels), a.C);
   const Tensor sums = empty_of(x, {rows * block}, ScalarType::Double);
-  const Tensor means = empty_of(x, {rows * block}, acc_type(x));
   a.sums = static_cast<double*>(sums.mutable_data_ptr());
-  a.means = means.mutable_data_ptr();
+  a.means = a.sums;
   with_element(element_of(x, "instance_avg_pool2d"), [&](auto tag) {
     using T = decltype(tag);
     for (a.c0 = 0; a.c0 < a.C; a.c0 += block) {
       a.channels = std::min(block, a.C - a.c0);
+      a.mean_row = a.channels * int64_t(sizeof(double) / sizeof(Acc<T>));
       sum_block<T>(a, last, launch);
       spread_block<T>(a, last, launch);
     }
@@ -363,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> instance_means(const Tensor& input,
       static_cast<int64_t*>(ids.mutable_data_ptr()),
       static_cast<int64_t*>(counts.mutable_data_ptr()));
   launch.check();
-  a.channels = a.C;
+  a.channels = a.mean_row = a.C;
   a.sums = static_cast<double*>(sums.mutable_data_ptr());
   a.means = mean.mutable_data_ptr();
   with_element(element_of(x, "instance_mean_table"),

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.instance_edges.op import instance_edges
@@ -61,9 +63,9 @@ def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
 
 def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
     """Source index of each target index, exactly as F.interpolate: floor(fp32 dst * fp32 scale)."""
-    scale = torch.tensor(source, dtype=torch.float32) / torch.tensor(size, dtype=torch.float32)
+    scale = float(np.float32(source) / np.float32(size))
     # made on the device: a copy from the host could not be captured in a CUDA graph
-    index = torch.arange(size, dtype=torch.float32, device=device) * scale.item()
+    index = torch.arange(size, dtype=torch.float32, device=device) * scale
     return index.floor().long().clamp_(max=source - 1)
 
 
@@ -79,9 +81,14 @@ class LabelLayout:
         vectors: (S + 1, K), the conditioning vector of each symbol; row 0 (outside) is zero.
 
     Example:
-        >>> layout = LabelLayout.from_labels(labels, num_classes=35, instances=instances)
-        >>> y = norm(x, layout)
+        >>> from smis_kernels import SPADE
+        >>> labels = torch.arange(4).repeat(1, 64, 16)
+        >>> layout = LabelLayout.from_labels(labels, num_classes=35)
+        >>> y = SPADE(16, 35)(torch.randn(1, 16, 64, 64), layout)
         >>> print(layout.summary())
+        LabelLayout(1x35x64x64, 4 symbols)
+           size      pixels  3x3 windows          5x5 windows
+           64x64        4096       18 (  0.4%)         40 (  1.0%)
     """
 
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
@@ -168,10 +175,14 @@ class LabelLayout:
 
     def dense(self, size: tuple[int, int] | None = None,
               dtype: torch.dtype | None = None) -> Tensor:
-        """The conditioning tensor (N, K, h, w) itself, for code that needs it."""
-        symbols = self.symbols if size is None else self.resized(size)
+        """The conditioning tensor (N, K, h, w) itself, channels-last, for code that needs it."""
+        known = None if size is None else self._levels.get(size)
+        if known is not None:
+            symbols = known.symbols
+        else:
+            symbols = self.symbols if size is None else self.resized(size)
         vectors = self.vectors if dtype is None else self.vectors.to(dtype)
-        return vectors[symbols.long()].permute(0, 3, 1, 2).contiguous()
+        return F.embedding(symbols, vectors).permute(0, 3, 1, 2)
 
     def patches(self, size: tuple[int, int]) -> Tensor:
         """(U + 1, 25) symbols of each distinct 5x5 window, row-major, 0 outside the image."""

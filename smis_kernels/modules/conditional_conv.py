@@ -24,6 +24,7 @@ class ConditionalConv2d(nn.Conv2d):
     Image Synthesis", 2019.
 
     Example:
+        >>> import torch
         >>> conv = ConditionalConv2d(8, 128)
         >>> y = conv(torch.randn(1, 8, 16, 16), torch.randn(1, 128, 16, 16))
     """

@@ -56,7 +56,9 @@ class MultiSPADE(Normalizing):
 
     Example:
         >>> norm = MultiSPADE(64, [(35, 0), (3, 0), (4, 128)])
-        >>> y = norm(x, label_map, warped_frame, None)  # None: this condition is absent
+        >>> labels, frame = torch.rand(1, 35, 32, 32), torch.rand(1, 3, 32, 32)
+        >>> x = torch.randn(1, 64, 16, 16)
+        >>> y = norm(x, labels, frame, None)  # None: this condition is absent
     """
 
     def __init__(self, channels: int, conditions: Sequence[tuple[int, int]], *,

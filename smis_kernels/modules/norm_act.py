@@ -22,6 +22,7 @@ class InstanceNormAct2d(nn.InstanceNorm2d):
     2016.
 
     Example:
+        >>> import torch
         >>> norm = InstanceNormAct2d(64, activation="relu")
         >>> y = norm(torch.randn(1, 64, 32, 32))
     """

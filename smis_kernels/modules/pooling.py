@@ -16,6 +16,7 @@ class InstanceAvgPool2d(nn.Module):
     Shape: input (N, C, H, W), instance_map (N, H, W) or (N, 1, H, W) -> (N, C, H, W).
 
     Example:
+        >>> import torch
         >>> pool = InstanceAvgPool2d()
         >>> pool(torch.randn(1, 3, 64, 64), torch.randint(9, (1, 64, 64))).shape
         torch.Size([1, 3, 64, 64])

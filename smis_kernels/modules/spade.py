@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ..ops.indexed_modulation.op import indexed_modulation, indexed_modulation_p
 from ..ops.modulation.op import modulation, modulation_pair
 from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
+from ..runtime.constants import constant
 from ..runtime.tensors import acc_dtype
 from .normalizing import Normalizing
 
@@ -81,7 +83,10 @@ class CGNorm(Normalizing):
         self, segmap: Tensor, size: tuple[int, int], fused: bool
     ) -> tuple[Tensor, Tensor]:
         """Gamma and beta (N, C, *size) by dense convs; ``fused``: one conv with 2C outputs."""
-        resized = F.interpolate(segmap, size=size, mode="nearest")
+        if fused and tuple(segmap.shape[2:]) == tuple(size):
+            resized = segmap
+        else:
+            resized = F.interpolate(segmap, size=size, mode="nearest")
         return self.convolved(self.mlp_shared(resized) if self.hidden else resized, fused)
 
     def convolved(self, hidden: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
@@ -90,8 +95,10 @@ class CGNorm(Normalizing):
         if not fused or gamma.groups > 1:  # grouped outputs would interleave
             return gamma(hidden), beta(hidden)
         assert gamma.bias is not None and beta.bias is not None
-        weight = torch.cat([gamma.weight, beta.weight])
-        bias = torch.cat([gamma.bias, beta.bias])
+        weight, bias = (
+            constant("gamma and beta", partial(torch.cat, parts), *parts)
+            for parts in ((gamma.weight, beta.weight), (gamma.bias, beta.bias))
+        )
         if gamma.kernel_size == (3, 3):
             both = conv3x3(hidden, weight, bias, largest=2 if self.training else 4)
         else:
@@ -129,7 +136,9 @@ class CGNorm(Normalizing):
 
         def wide(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
             assert conv.bias is not None
-            return conv.weight.to(dtype), conv.bias.to(dtype)
+            weight, bias = (constant(("wide", dtype), partial(t.to, dtype), t)
+                            for t in (conv.weight, conv.bias))
+            return weight, bias
 
         vectors = layout.vectors.to(dtype)
         shared = self.shared_conv
@@ -147,12 +156,10 @@ class CGNorm(Normalizing):
             windows = renamed[1:].view_as(windows).int()
         hidden = window_embedding(vectors, *wide(shared), windows3, groups=shared.groups)
         assert gamma.bias is not None and beta.bias is not None
-        table = window_table(
+        return window_table(
             hidden, gamma.weight, gamma.bias, beta.weight, beta.bias, windows,
             groups=gamma.groups, one_level=path == "one_level",
         )
-        low = table.is_cuda and not table.requires_grad and gamma.weight.element_size() == 2
-        return table.to(gamma.weight.dtype) if low else table
 
     @property
     def shared_conv(self) -> nn.Conv2d | None:
@@ -162,6 +169,23 @@ class CGNorm(Normalizing):
         conv = self.mlp_shared[0]
         assert isinstance(conv, nn.Conv2d)
         return conv
+
+    @property
+    def reach(self) -> int:
+        """How far the convs see together: 1 a 3x3 window, 2 a 5x5 window."""
+        return 2 if self.hidden else 1
+
+    @property
+    def no_tables(self) -> str:
+        """Why window tables do not serve; "" where they do."""
+        size = self.mlp_gamma.kernel_size[0]
+        return "" if size == 3 else f"kernel_size is {size}, tables are for 3"
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Multiply-adds at one pixel: of gamma and beta's convs, and of the shared one."""
+        shared = self.shared_conv
+        return 2 * self.mlp_gamma.weight.numel(), 0 if shared is None else shared.weight.numel()
 
     def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
         """The row of :meth:`table` at each pixel of ``size``."""

@@ -24,6 +24,7 @@ class SpatiallyVaryingConv2d(nn.Module):
     Image Synthesis", 2019.
 
     Example:
+        >>> import torch
         >>> conv = SpatiallyVaryingConv2d(8)
         >>> y = conv(torch.randn(1, 8, 16, 16), torch.randn(1, 72, 16, 16))
     """

@@ -18,7 +18,9 @@ from .derivatives import transformed
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "SMIS_BACKEND"
-TRITON_LEAST = (8, 0)  # the least compute capability that Triton supports
+# The least compute capability: what Triton supports, and what the CUDA sources are compiled for.
+TRITON_LEAST = (8, 0)
+CUDA_LEAST = (7, 5)
 
 
 class BackendError(RuntimeError):
@@ -47,8 +49,9 @@ def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the block on ``backend`` (process-wide, as torch.backends flags are).
 
     Example:
-        >>> with smis_kernels.use_backend("reference"):
-        ...     y = model(x)
+        >>> from smis_kernels import InstanceNormAct2d
+        >>> with use_backend("reference"):
+        ...     y = InstanceNormAct2d(8)(torch.randn(1, 8, 4, 4))
     """
     previous = _selection.backend
     _selection.backend = _validated(backend, "backend")
@@ -94,8 +97,9 @@ def _refused_by_gpu(kind: str, index: int) -> str | None:
         return f"{gpu}, triton needs {_dotted(TRITON_LEAST)}; cure: a newer GPU"
     built = _native.build_record().get(kind, {}).get("architectures", "")
     if built and not _native.covers(built, capability):
-        return (f"{gpu}, the library is built for {built}; "
-                f"cure: TORCH_CUDA_ARCH_LIST={_dotted(capability)} {_native.BUILD_COMMAND}")
+        cure = (f"TORCH_CUDA_ARCH_LIST={_dotted(capability)} {_native.BUILD_COMMAND}"
+                if capability >= CUDA_LEAST else f"a GPU of {_dotted(CUDA_LEAST)} or newer")
+        return f"{gpu}, the library is built for {built}; cure: {cure}"
     return None
 
 

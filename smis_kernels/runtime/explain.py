@@ -79,7 +79,12 @@ def explain(module_or_op: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Ex
         inputs, kwargs: its arguments.
 
     Example:
-        >>> print(smis_kernels.explain(model, labels, z))
+        >>> from smis_kernels import SPADE
+        >>> norm = SPADE(16, 8)
+        >>> x, labels = torch.randn(1, 16, 32, 32), torch.rand(1, 8, 32, 32)
+        >>> print(explain(norm, x, labels))  # doctest: +ELLIPSIS
+        op ... backend ... path ... shape ... reason ...
+        SPADE ...
     """
     with torch.no_grad(), _recording() as choices:
         module_or_op(*inputs, **kwargs)

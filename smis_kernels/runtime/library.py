@@ -19,7 +19,7 @@ _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
-_names: list[str] = []
+raw_ops: dict[str, RawOp] = {}
 
 
 def note_absent_kernels() -> None:
@@ -27,7 +27,7 @@ def note_absent_kernels() -> None:
     if _native.STATUS["cpu"].loaded:
         has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
         _native.absent_kernels[:] = [
-            name for name in _names if not has_kernel(f"{NAMESPACE}::{name}", "CPU")
+            name for name in raw_ops if not has_kernel(f"{NAMESPACE}::{name}", "CPU")
         ]
 
 
@@ -45,20 +45,21 @@ class RawOp:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         self.name = name
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        _names.append(name)
-        self._triton = triton
+        raw_ops[name] = self
+        self.triton = triton
         if triton is not None:
-            _LIBRARY.impl(name, self._launch, "CUDA")
+            _LIBRARY.impl(name, self.launch, "CUDA")
 
-    def _launch(self, *args: Any) -> Any:
-        assert self._triton is not None
-        module, _, function = self._triton.partition(":")
+    def launch(self, *args: Any) -> Any:
+        """Call the Triton launcher."""
+        assert self.triton is not None
+        module, _, function = self.triton.partition(":")
         return getattr(importlib.import_module(module), function)(*args)
 
     def __call__(self, backend: str, *args: Any) -> Any:
         # Triton's interpreter runs on CPU tensors, where the dispatcher would pick the C++ kernel.
         if backend == "triton" and args[0].device.type == "cpu":
-            return self._launch(*args)
+            return self.launch(*args)
         if backend == "cuda" and args[0].device.type == "cpu":
             return self.overload.redispatch(_CUDA, *args)
         return self.overload(*args)

@@ -34,8 +34,11 @@ def use_path(path: str) -> Iterator[None]:
     size than 3, windows that do not repeat); ``backend="reference"`` implies "dense".
 
     Example:
-        >>> with smis_kernels.use_path("two_level"):
-        ...     y = model(labels, z)
+        >>> import torch
+        >>> from smis_kernels import SPADE, LabelLayout
+        >>> layout = LabelLayout.from_labels(torch.zeros(1, 32, 32).long(), 8)
+        >>> with use_path("two_level"):
+        ...     y = SPADE(16, 8)(torch.randn(1, 16, 32, 32), layout)
     """
     previous = _selection.path
     _selection.path = _validated(path, "path")

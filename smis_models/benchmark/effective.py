@@ -80,7 +80,8 @@ def effective_macs(call: Callable[[], Any]) -> int:
     """Multiply-accumulates of one run of ``call``, without gradients.
 
     Example:
-        >>> effective_macs(lambda: generator(semantics, z))
+        >>> effective_macs(lambda: torch.nn.Conv2d(3, 5, 1)(torch.randn(1, 3, 4, 4)))
+        240
     """
     ops = getattr(torch.ops, NAMESPACE)
     formulas = {getattr(ops, name): _flops(formula) for name, formula in _FORMULAS.items()}

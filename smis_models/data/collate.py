@@ -57,8 +57,13 @@ class Collate:
         ValueError: samples of different sizes, or without instances where the model reads them.
 
     Example:
-        >>> loader = DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=Collate(preset))
-        >>> image = model.generator(next(iter(loader))["layout"], z)
+        >>> from smis_models import create_model
+        >>> from smis_models.data import GeneratedScenes
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> dataset = GeneratedScenes(2, model.preset.image_size)
+        >>> collate = Collate(model.preset)  # a DataLoader's collate_fn
+        >>> batch = collate([dataset[0], dataset[1]])
+        >>> image = model(batch["layout"])
     """
 
     def __init__(self, preset: Preset) -> None:
@@ -71,7 +76,8 @@ class Collate:
                 raise ValueError(
                     f"samples: expected one size in a batch, got {tuple(first['labels'].shape)} "
                     f"({first['name']}) and {tuple(sample['labels'].shape)} ({sample['name']}); "
-                    "choose a preprocess mode that crops or resizes, or batch_size=1"
+                    "choose a preprocess mode that crops or resizes (data.mode), or batches of one "
+                    "(data.batch)"
                 )
         labels = torch.stack([sample["labels"] for sample in samples])
         instances = (torch.stack([sample["instances"] for sample in samples])

@@ -100,8 +100,9 @@ class UNetGenerator(nn.Module):
     Paper: Zhu et al., "Toward Multimodal Image-to-Image Translation", NeurIPS 2017.
 
     Example:
-        >>> generator = create_model("bicyclegan_deepfashion", part="generator")
-        >>> image = generator(semantics, generator.sample_latent(len(semantics)))
+        >>> from smis_models import create_model
+        >>> generator = create_model("bicyclegan_deepfashion", part="generator", ngf=8)
+        >>> image = generator(torch.rand(1, 8, 256, 256), generator.sample_latent(1))
     """
 
     def __init__(self, preset: UNetPreset) -> None:
@@ -183,8 +184,9 @@ class ResNetEncoder(nn.Module):
     Paper: Zhu et al., "Toward Multimodal Image-to-Image Translation", NeurIPS 2017.
 
     Example:
-        >>> encoder = create_model("bicyclegan_deepfashion", part="encoder")
-        >>> z = reparameterize(*encoder(image))
+        >>> from smis_models import create_model, reparameterize
+        >>> encoder = create_model("bicyclegan_deepfashion", part="encoder", nef=8)
+        >>> z = reparameterize(*encoder(torch.rand(1, 3, 256, 256)))
     """
 
     def __init__(self, preset: UNetPreset) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ from smis_kernels import (
     modulation,
     window_embedding,
 )
-from smis_kernels.interface import conv3x3, requested
+from smis_kernels.interface import constant, conv3x3, requested
 
 from ..networks.blocks import check_maps, conv, fast_format
 from ..networks.generator import WIDTHS, CodeGenerator
@@ -100,22 +101,27 @@ class Condition:
         self.both = torch.cat([fast_format(resized), features], 1)
 
     def _tables(self, layout: LabelLayout, windows: Tensor) -> tuple[Tensor, ...]:
-        """The label part of every conv for each distinct window: (V + 1, D) each."""
+        """The label part of every conv for each distinct window, rows [0 | part]: (V + 1, 2D)."""
         labels = layout.shape[1]
         dtype = torch.float64 if self.features.dtype == torch.float64 else torch.float32
-        weight = torch.cat([c.weight[:, :labels] for c in self.convs]).to(dtype)
-        bias = torch.cat([c.bias for c in self.convs if c.bias is not None]).to(dtype)
+        weights = tuple(c.weight for c in self.convs)
+        biases = tuple(c.bias for c in self.convs if c.bias is not None)
+        weight = constant(("label parts", labels, dtype), lambda: torch.cat(
+            [w[:, :labels] for w in weights]).to(dtype), *weights)
+        bias = constant(("biases", dtype), lambda: torch.cat(biases).to(dtype), *biases)
         table = window_embedding(layout.vectors.to(dtype), weight, bias, windows, relu=False)
-        return table.split([c.out_channels for c in self.convs], 1)
+        parts = table.view(len(table), len(self.convs), -1).transpose(0, 1)
+        return torch.cat([torch.zeros_like(parts), parts], 2).unbind()
 
     def __call__(self, layer: nn.Conv2d) -> Tensor:
         if self.layout is None:
             return F.relu(layer(self.both))
-        part = self.tables[self.convs.index(layer)]
-        weight = layer.weight[:, self.layout.shape[1]:]
+        labels = self.layout.shape[1]
+        weight = constant(("features' part", labels), lambda: layer.weight[:, labels:].clone(),
+                          layer.weight)
         x = conv3x3(self.features, weight, largest=2 if layer.training else 4)
         # x + table[index], ReLU: a modulation whose gamma is zero.
-        table = torch.cat([torch.zeros_like(part), part], 1)
+        table = self.tables[self.convs.index(layer)]
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")
 
 
@@ -230,8 +236,9 @@ class CCFPSEGenerator(CodeGenerator):
     Image Synthesis", NeurIPS 2019.
 
     Example:
-        >>> generator = create_model("ccfpse_coco", part="generator")
-        >>> image = generator(semantics, generator.sample_latent(len(semantics)))
+        >>> from smis_models import create_model
+        >>> generator = create_model("ccfpse_coco", part="generator", ngf=8, image_size=(64, 64))
+        >>> image = generator(torch.rand(1, 184, 64, 64), generator.sample_latent(1))
     """
 
     preset: CCFPSEPreset
@@ -294,8 +301,9 @@ class CCFPSEGenerator(CodeGenerator):
             return self._first_features(segmap.dense(size, dtype))
         (layer, norm), activation = first[0], first[1]  # type: ignore[index]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        table = window_embedding(segmap.vectors.to(wide), _weight(layer).to(wide), None,
-                                 level.windows3, relu=False)
+        weight = _weight(layer)
+        weight = constant(("wide", wide), partial(weight.to, wide), weight)
+        table = window_embedding(segmap.vectors.to(wide), weight, None, level.windows3, relu=False)
         rows = F.embedding(level.index3, table.to(dtype))
         out: Tensor = activation(norm(rows.permute(0, 3, 1, 2)))
         return out
@@ -331,8 +339,12 @@ class FPSEDiscriminator(nn.Module):
     Image Synthesis", NeurIPS 2019.
 
     Example:
-        >>> discriminator = create_model("ccfpse_coco", part="discriminator")
+        >>> from smis_models import create_model
+        >>> discriminator = create_model("ccfpse_coco", part="discriminator", ndf=8)
+        >>> image, semantics = torch.rand(1, 3, 64, 64), torch.rand(1, 184, 64, 64)
         >>> features, predictions = discriminator(image, semantics)
+        >>> len(features), len(predictions)
+        (4, 3)
     """
 
     def __init__(self, preset: CCFPSEPreset) -> None:
@@ -423,7 +435,9 @@ def pyramid_matching_loss(fake: Sequence[Tensor], real: Sequence[Tensor],
         weight: λ; 20 as published.
 
     Example:
-        >>> loss = pyramid_matching_loss(fake_features, real_features)
+        >>> fake, real = [torch.zeros(1, 2, 4, 4)] * 4, [torch.ones(1, 2, 4, 4)] * 4
+        >>> float(pyramid_matching_loss(fake, real))
+        20.0
     """
     # A scale's last entry is its prediction, which the loss leaves out; here all are features.
     return feature_matching_loss([(f, f) for f in fake], [(r, r) for r in real], weight)

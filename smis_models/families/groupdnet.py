@@ -200,8 +200,9 @@ class GroupDNetGenerator(UpwardGenerator):
     Paper: Zhu et al., "Semantically Multi-modal Image Synthesis", CVPR 2020.
 
     Example:
-        >>> generator = create_model("groupdnet_deepfashion", part="generator")
-        >>> image = generator(semantics, generator.sample_latent(len(semantics)))
+        >>> from smis_models import create_model
+        >>> generator = create_model("groupdnet_scenes", part="generator", ngf=8).eval()
+        >>> image = generator(torch.rand(1, 8, 128, 128), generator.sample_latent(1))
     """
 
     preset: GroupDNetPreset
@@ -314,7 +315,9 @@ class GroupDNetEncoder(StridedEncoder):
     Paper: Zhu et al., "Semantically Multi-modal Image Synthesis", CVPR 2020, section 3.2.
 
     Example:
-        >>> encoder = create_model("groupdnet_deepfashion", part="encoder")
+        >>> from smis_models import create_model, reparameterize
+        >>> encoder = create_model("groupdnet_scenes", part="encoder", nef=8)
+        >>> image, labels = torch.rand(1, 3, 128, 128), torch.zeros(1, 128, 128).long()
         >>> mu, logvar = encoder.encode(image, labels)
         >>> z = reparameterize(mu, logvar)
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smis_kernels import LabelLayout
 
 from ..io.checkpoint import CheckpointError, load_state, mismatch, read_checkpoint, read_metadata
-from ..io.state_dict_keys import State
+from ..io.state_dict_keys import State, networks_keys
 from ..networks.blocks import init_weights
 from ..networks.preset import Preset, with_options
 from ..networks.semantics import semantics
@@ -45,8 +45,9 @@ class SynthesisModel(nn.Module):
     raises one line.
 
     Example:
-        >>> model = create_model("groupdnet_deepfashion").eval()
-        >>> image = model(model.semantics(labels))
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> model(model.semantics(torch.zeros(1, 128, 128).long())).shape
+        torch.Size([1, 3, 128, 128])
     """
 
     def __init__(self, name: str, preset: Preset, parts: Mapping[str, nn.Module]) -> None:
@@ -111,8 +112,8 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
                 f"{', '.join(sorted(held))}"
             )
         return {
-            part: {k.removeprefix(part + "."): v for k, v in state.items()
-                   if k.startswith(part + ".")}
+            part: networks_keys({k.removeprefix(part + "."): v for k, v in state.items()
+                                 if k.startswith(part + ".")})
             for part in modules if part in held
         }
     # One bare part: the one whose keys it shares most, so that an error speaks of that one.
@@ -124,8 +125,8 @@ def stored_configuration(checkpoint: str | Path) -> Configuration | None:
     """The configuration inside a checkpoint; None for a file without one, or a folder.
 
     Example:
-        >>> stored_configuration("model.safetensors").preset.image_size
-        (256, 256)
+        >>> stored_configuration(shipped_weights("groupdnet_scenes")).preset.image_size
+        (128, 128)
     """
     path = Path(checkpoint)
     if path.suffix != ".safetensors" or not path.is_file():
@@ -179,9 +180,11 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
         CheckpointError: the file cannot be read or is of another model.
 
     Example:
+        >>> from smis_models import create_model, save_checkpoint, shipped_weights
         >>> model = create_model("groupdnet_deepfashion", ngf=16, nef=32).eval()
-        >>> generator = create_model("groupdnet_ade20k", "latest_net_G.pth", part="generator")
-        >>> mine = create_model(checkpoint="trained.safetensors")
+        >>> _ = save_checkpoint(model, "mine.safetensors")
+        >>> mine = create_model(checkpoint="mine.safetensors")
+        >>> trained = create_model("groupdnet_scenes", shipped_weights("groupdnet_scenes"))
     """
     name, preset = configured_preset(name, checkpoint, options)
     makers = network_parts(preset)

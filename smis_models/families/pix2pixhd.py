@@ -246,8 +246,9 @@ class GlobalGenerator(_Generator):
     GANs", CVPR 2018, section 3.1.
 
     Example:
-        >>> generator = create_model("pix2pixhd_cityscapes", part="generator")
-        >>> image = generator(semantics)
+        >>> from smis_models import create_model
+        >>> generator = create_model("pix2pixhd_cityscapes", part="generator", ngf=8)
+        >>> image = generator(torch.rand(1, 36, 64, 128))
     """
 
     def __init__(self, preset: Pix2pixHDPreset) -> None:
@@ -279,8 +280,11 @@ class LocalEnhancer(_Generator):
     GANs", CVPR 2018, section 3.1.
 
     Example:
-        >>> enhanced = LocalEnhancer(preset).load_global(trained.state_dict())
-        >>> enhanced.freeze_global()  # for the first epochs; then freeze_global(False)
+        >>> from smis_models import create_model
+        >>> trained = create_model("pix2pixhd_cityscapes", part="generator", ngf=8)
+        >>> enhanced = create_model("pix2pixhd_cityscapes_1024", part="generator", ngf=4)
+        >>> enhanced = enhanced.load_global(trained.state_dict())
+        >>> enhanced = enhanced.freeze_global()  # for the first epochs; then freeze_global(False)
     """
 
     def __init__(self, preset: Pix2pixHDPreset) -> None:
@@ -366,7 +370,9 @@ class FeatureEncoder(nn.Module):
     GANs", CVPR 2018, section 3.4.
 
     Example:
-        >>> features = create_model("pix2pixhd_cityscapes_features", part="encoder")(image, ids)
+        >>> from smis_models import create_model
+        >>> encoder = create_model("pix2pixhd_cityscapes_features", part="encoder", nef=8)
+        >>> features = encoder(torch.rand(1, 3, 64, 128), torch.zeros(1, 64, 128).long())
     """
 
     def __init__(self, preset: Pix2pixHDPreset) -> None:
@@ -407,7 +413,9 @@ class Pix2pixHDDiscriminator(nn.Module):
     GANs", CVPR 2018, section 3.2.
 
     Example:
-        >>> predictions = Pix2pixHDDiscriminator(preset)(torch.cat([semantics, image], 1))
+        >>> from smis_models import create_model
+        >>> discriminator = create_model("pix2pixhd_cityscapes", part="discriminator", ndf=8)
+        >>> predictions = discriminator(torch.rand(1, 36 + 3, 64, 128))
     """
 
     def __init__(self, preset: Pix2pixHDPreset) -> None:
@@ -484,6 +492,9 @@ def pix2pixhd_losses(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[T
     Conditional GANs", 2018, section 3.3.
 
     Example:
+        >>> from smis_models import create_model
+        >>> d = create_model("pix2pixhd_cityscapes", part="discriminator", ndf=8)
+        >>> fake, real = torch.rand(2, 1, 39, 64, 64, requires_grad=True)
         >>> losses = pix2pixhd_losses(d(fake), d(real), fake_detached=d(fake.detach()))
         >>> losses.generator.backward(retain_graph=True)
     """

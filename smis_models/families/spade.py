@@ -56,6 +56,10 @@ SPADE_CITYSCAPES = register_model(
 )
 # VSPADE, of GroupDNet's table: SPADE with its VAE, the schedule of one group everywhere. So read it
 # has 106,808,707 parameters, the table's 106.8 M.
+SPADE_CELEBAMASK = register_model(
+    "spade_celebamask", "SPADE for CelebAMask-HQ: 19 classes, 256x256",
+    SPADEPreset(classes=19, image_size=(256, 256), ngf=64),
+)
 VSPADE = register_model(
     "vspade_deepfashion",
     "VSPADE for DeepFashion: SPADE with a latent code and its image encoder, 256x256",
@@ -88,8 +92,10 @@ class SPADEGenerator(CodeGenerator):
     Paper: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
 
     Example:
-        >>> generator = create_model("spade_coco", part="generator")
-        >>> image = generator(semantics)
+        >>> import torch
+        >>> from smis_models import create_model
+        >>> generator = create_model("spade_coco", part="generator", ngf=8, image_size=(64, 64))
+        >>> image = generator(torch.rand(1, 184, 64, 64))
     """
 
     preset: SPADEPreset
@@ -135,8 +141,10 @@ class SPADEEncoder(StridedEncoder):
     Paper: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
 
     Example:
-        >>> encoder = create_model("spade_coco_vae", part="encoder")
-        >>> z = reparameterize(*encoder(image))
+        >>> import torch
+        >>> from smis_models import create_model, reparameterize
+        >>> encoder = create_model("spade_coco_vae", part="encoder", ngf=8)
+        >>> z = reparameterize(*encoder(torch.rand(1, 3, 256, 256)))
     """
 
     def __init__(self, preset: CodePreset) -> None:

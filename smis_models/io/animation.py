@@ -44,7 +44,9 @@ def write_animation(path: str | Path, frames: Sequence[Picture], format: str = "
         ValueError: an unknown format, no frames, frames of several sizes, no time.
 
     Example:
-        >>> write_animation("out/morph", frames, "webp")
+        >>> import numpy as np
+        >>> frames = np.zeros((3, 16, 16, 3), np.uint8)
+        >>> path = write_animation("out/morph", frames, "webp")
     """
     check_format(format)
     sizes = {frame.shape for frame in frames}

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..synthesis.scene import Layout, drawn_code
+from ..io.seeds import derived_seed
+from ..synthesis.codes import drawn_code
+from ..synthesis.scene import Layout
 from ..synthesis.synthesizer import Synthesizer
 
 Draw = Callable[[Tensor], Tensor]
 """Codes (N, ...) of one layout -> pictures (N, 3, H, W)."""
 BATCH = 4  # pictures at once: small layers fill the processor better, memory grows little
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed of its own for each tuple of numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def has_class_codes(model: Any) -> bool:
@@ -50,8 +46,13 @@ class LayoutSampler:
         batch: pictures made at once.
 
     Example:
-        >>> draw = LayoutSampler(model).load(layout)
-        >>> pictures = draw(sample_codes(model, 20, seed=0, index=3))
+        >>> from smis_models import create_model
+        >>> from smis_models.synthesis.scene import Layout
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
+        >>> draw = LayoutSampler(model, 2).load(layout)
+        >>> draw(sample_codes(model, 4, seed=0, index=3)).shape
+        torch.Size([4, 3, 128, 128])
     """
 
     def __init__(self, model: Any, batch: int = BATCH) -> None:

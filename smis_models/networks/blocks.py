@@ -145,7 +145,7 @@ def init_weights(module: nn.Module, *, seed: int = 0, gain: float = 0.02,
         ValueError: an unknown rule.
 
     Example:
-        >>> net = init_weights(MultiscaleDiscriminator(11), seed=1)
+        >>> net = init_weights(nn.Conv2d(3, 8, 3), seed=1)
     """
     if rule not in ("xavier", "normal"):
         raise ValueError(f"rule: expected 'xavier' or 'normal', got {rule!r}")

@@ -53,6 +53,7 @@ class MultiscaleDiscriminator(nn.Module):
     Papers: Wang et al., pix2pixHD, CVPR 2018; Park et al., SPADE, CVPR 2019.
 
     Example:
+        >>> semantics, image = torch.rand(1, 8, 64, 64), torch.rand(1, 3, 64, 64)
         >>> predictions = MultiscaleDiscriminator(8 + 3)(torch.cat([semantics, image], 1))
     """
 

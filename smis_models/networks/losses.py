@@ -71,6 +71,8 @@ def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: b
             target.
 
     Example:
+        >>> feature, prediction = torch.rand(1, 4, 8, 8), torch.randn(1, 1, 8, 8)
+        >>> pred_fake, pred_real = [[feature, prediction]], [[2 * feature, 1 - prediction]]
         >>> loss_d = gan_loss(pred_fake, False) + gan_loss(pred_real, True)
         >>> loss_g = gan_loss(pred_fake, True, discriminator=False)
     """
@@ -114,6 +116,8 @@ def feature_matching_loss(fake: Sequence[Sequence[Tensor]], real: Sequence[Seque
     GANs", CVPR 2018.
 
     Example:
+        >>> feature, prediction = torch.rand(1, 4, 8, 8), torch.randn(1, 1, 8, 8)
+        >>> pred_fake, pred_real = [[feature, prediction]], [[2 * feature, 1 - prediction]]
         >>> loss = feature_matching_loss(pred_fake, pred_real)
     """
     if weighting not in ("spade", "pix2pixhd"):
@@ -151,6 +155,8 @@ def class_l1_loss(fake: Tensor, real: Tensor, labels: Tensor) -> Tensor:
     Source: this package; the papers average over pixels.
 
     Example:
+        >>> fake, image = torch.rand(2, 1, 3, 16, 16)
+        >>> labels = torch.randint(4, (1, 16, 16))
         >>> loss = 10 * class_l1_loss(fake, image, labels)
     """
     if fake.shape != real.shape:
@@ -189,6 +195,7 @@ def kl_loss(mu: Tensor, logvar: Tensor, *, reduction: str = "sum") -> Tensor:
     Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014.
 
     Example:
+        >>> mu, logvar = torch.randn(2, 1, 16)
         >>> loss = 0.05 * kl_loss(mu, logvar)
     """
     if mu.shape != logvar.shape:
@@ -217,7 +224,9 @@ def latent_regression_loss(mean: Tensor, z: Tensor) -> Tensor:
     Paper: Zhu et al., "Toward Multimodal Image-to-Image Translation", NeurIPS 2017.
 
     Example:
-        >>> loss = 0.5 * latent_regression_loss(encoder(generator(semantics, z))[0], z)
+        >>> z = torch.randn(1, 16)
+        >>> read = z + 0.1  # what the encoder reads off the picture of z
+        >>> loss = 0.5 * latent_regression_loss(read, z)
     """
     if mean.shape != z.shape:
         raise ValueError(f"z: expected the mean's shape {tuple(mean.shape)}, got {tuple(z.shape)}")
@@ -250,7 +259,8 @@ def diversity_loss(image_0: Tensor, image_1: Tensor, z_0: Tensor, z_1: Tensor, *
     2019.
 
     Example:
-        >>> images = [generator(semantics, z) for z in (z_0, z_1)]
+        >>> z_0, z_1 = torch.randn(2, 1, 16)
+        >>> images = torch.rand(2, 1, 3, 16, 16)  # of the two codes
         >>> loss = 8 * diversity_loss(*images, z_0, z_1)
     """
     for name, x, like in (("image_1", image_1, image_0), ("z_1", z_1, z_0)):

@@ -17,6 +17,9 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, to
 
 def as_maps(name: str, labels: Tensor) -> Tensor:
     """(N, H, W) int64 from (N, H, W) or (N, 1, H, W) of any integer type."""
+    if not isinstance(labels, Tensor):
+        got = f"{type(labels).__module__}.{type(labels).__name__}"
+        raise TypeError(f"{name}: expected a torch.Tensor, got {got}; torch.from_numpy makes one")
     if labels.dtype not in _INTEGERS:
         got = str(labels.dtype).removeprefix("torch.")
         raise TypeError(f"{name}: expected integers, got {got}; round and cast them first")
@@ -47,7 +50,8 @@ def prepare_labels(labels: Tensor, classes: int, *, dont_care: int | None = None
         TypeError: labels that are no integers.
 
     Example:
-        >>> labels = prepare_labels(labels, 151, dont_care=150)
+        >>> prepare_labels(torch.tensor([[[3, 255]]]), 151, dont_care=150).tolist()
+        [[[3, 150]]]
     """
     maps = as_maps("labels", labels)
     if dont_care is not None:
@@ -80,7 +84,10 @@ def layout(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
     """The compiled form of :func:`semantics`: no plane is built. Arguments and errors as there.
 
     Example:
-        >>> image = generator(layout(labels, CITYSCAPES, instances), z)
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> labels = torch.zeros(1, 128, 128).long()
+        >>> image = model(layout(labels, model.preset))
     """
     maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care, source=source)
     ids = _instance_ids(instances, maps) if preset.instance_edge else None
@@ -118,7 +125,11 @@ def semantics(labels: Tensor, preset: Preset, instances: Tensor | None = None, *
         ValueError: labels out of range, instances missing or of another shape.
 
     Example:
-        >>> x = semantics(labels, CITYSCAPES, instances)
+        >>> from smis_models import create_model
+        >>> preset = create_model("spade_cityscapes", device="meta").preset
+        >>> labels = torch.randint(35, (1, 8, 16))
+        >>> semantics(labels, preset, instances=labels).shape
+        torch.Size([1, 36, 8, 16])
     """
     maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care, source=source)
     planes = one_hot(maps, preset.classes, dtype)

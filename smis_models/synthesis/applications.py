@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.images import Picture, to_pictures
+from ..io.images import Picture, check_pictures, to_pictures
+from .codes import code_parts, draw_code, drawn_code, interpolate, resample_class
 from .features import FeatureClusters
-from .scene import Layout, draw_code, drawn_code, resample_class
+from .scene import Layout
 from .shapes import ShapeLibrary, exchange_shape, target_region
 from .synthesizer import Synthesizer
 
@@ -47,13 +48,17 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
         ValueError: a model without such an encoder.
 
     Example:
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> image, labels = torch.rand(1, 3, 128, 128), torch.zeros(1, 128, 128).long()
         >>> z = encode(model, image, labels)
-        >>> model(model.semantics(labels), z)  # paints the picture again
+        >>> again = model(model.semantics(labels), z)
     """
     parts = dict(model.named_children())
     if "encoder" not in parts or not hasattr(parts["encoder"], "encode"):
         raise ValueError(f"model: expected one with an encoder of latent codes, got {model.name}; "
                          "pass a checkpoint that holds the encoder, or draw codes by seed")
+    check_pictures(image, name="image")
     weight = next(model.encoder.parameters())
     mean, logvar = model.encoder.encode(image.to(weight), labels.to(weight.device))
     if seed is None:
@@ -113,7 +118,13 @@ def mix(model: Any, layout: Layout, codes: Sequence[Tensor], take: Mapping[int, 
         names: of the pictures, for captions.
 
     Example:
-        >>> frames = list(mix(model, layout, [encode(model, a, la), encode(model, b, lb)]))
+        >>> import numpy as np
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
+        >>> codes = [drawn_code(model, seed) for seed in (0, 1)]  # or of pictures: encode
+        >>> [frame.caption for frame in mix(model, layout, codes)]
+        ['all from picture 0', 'class 0 from picture 1']
     """
     _check_class_codes(model)
     if take is None:
@@ -141,7 +152,13 @@ def edit(model: Any, layouts: Sequence[Layout],
             map as instances do, those of each layout.
 
     Example:
-        >>> frames = list(edit(model, [layout, edited], encode(model, image, labels)))
+        >>> import numpy as np
+        >>> from smis_models import create_model
+        >>> from smis_models.synthesis.edits import painted
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
+        >>> edited = painted(layout, "3:10,20,30,60", classes=8)
+        >>> frames = list(edit(model, [layout, edited], drawn_code(model, 0)))
     """
     made = synthesizer(model, layouts[0])
     for k, layout in enumerate(layouts):
@@ -153,7 +170,7 @@ def edit(model: Any, layouts: Sequence[Layout],
 
 def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
           classes: Sequence[int] | None = None) -> Iterator[Frame]:
-    """Style morphing: linear interpolation from one code to another, both ends included.
+    """Style morphing: from one code to another on the sphere, both ends included.
 
     Args:
         model: with a code.
@@ -171,7 +188,8 @@ def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
         end = mixed_code(model, [start, end], dict.fromkeys(classes, 1))
     made = synthesizer(model, layout)
     for t in torch.linspace(0, 1, steps).tolist():
-        yield _frame(made, f"{t:.0%}", torch.lerp(start, end, t), layout)
+        z = interpolate(start, end, t, code_parts(model.generator))
+        yield _frame(made, f"{t:.0%}", z, layout)
 
 
 def resample(model: Any, layout: Layout, index: int, samples: int, seed: int = 0,

@@ -22,7 +22,9 @@ def painted(layout: Layout, text: str, classes: int) -> Layout:
         ValueError: another form, an unknown class, a box outside the map.
 
     Example:
-        >>> painted(layout, "3:10,20,30,60", classes=8)
+        >>> layout = Layout("plain", np.zeros((64, 64), np.int64), None)
+        >>> int((painted(layout, "3:10,20,30,60", classes=8).labels == 3).sum())
+        800
     """
     match = _PAINT.fullmatch(text)
     if match is None:
@@ -45,7 +47,9 @@ def relabelled(layout: Layout, text: str, classes: int) -> Layout:
         ValueError: another form, an unknown class, no pixel of the first.
 
     Example:
-        >>> relabelled(layout, "3=5", classes=8)
+        >>> layout = Layout("plain", np.full((64, 64), 3), None)
+        >>> relabelled(layout, "3=5", classes=8).present
+        [5]
     """
     match = _RELABEL.fullmatch(text)
     if match is None:
@@ -74,6 +78,9 @@ def parse_takes(texts: Sequence[str], names: Sequence[str]) -> dict[int, int]:
         index, separator, picture = text.partition("=")
         if not index.isdigit() or not separator:
             raise ValueError(f"take: expected CLASS=PICTURE, got {text!r}")
+        if list(names).count(picture) > 1:
+            raise ValueError(f"take: expected one picture called {picture!r}, got several; give "
+                             f"its number, 0..{len(names) - 1}")
         if picture in names:
             found[int(index)] = list(names).index(picture)
         elif picture.isdigit() and int(picture) < len(names):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from smis_kernels import instance_mean_table
 
-from ..io.images import write_atomically
+from ..io.images import check_pictures, write_atomically
+from ..io.seeds import derived_seed
 from ..networks.semantics import as_maps
 
 CLUSTERS = 10
@@ -59,10 +60,15 @@ def encode_features(
         Class -> (instances, channels), in the order of the scenes.
 
     Example:
-        >>> features = encode_features(model.encoder, [(image, ids)])
+        >>> from smis_models import create_model
+        >>> encoder = create_model("pix2pixhd_cityscapes_features", part="encoder", nef=8).eval()
+        >>> image, ids = torch.rand(1, 3, 64, 128), torch.full((1, 64, 128), 26001)
+        >>> {label: mean.shape for label, mean in encode_features(encoder, [(image, ids)]).items()}
+        {26: (1, 3)}
     """
     found: dict[int, list[Centers]] = defaultdict(list)
     for image, ids in scenes:
+        check_pictures(image, name="image")
         table = instance_mean_table(encoder.features(image), ids)
         unit = image.shape[2] * image.shape[3] // _AREA_UNIT
         large = table.area > 0.5 * unit
@@ -81,9 +87,11 @@ class FeatureClusters:
     Conditional GANs", 2018, section 3.4.
 
     Example:
-        >>> clusters = FeatureClusters.fit(encode_features(encoder, scenes))
-        >>> clusters.save("features.npz")
-        >>> image = model(semantics, clusters.sample(ids, seed=1))
+        >>> features = {26: np.array([[0.1, 0.2, 0.3], [0.5, 0.6, 0.7]], np.float32)}
+        >>> clusters = FeatureClusters.fit(features)  # of encode_features
+        >>> path = clusters.save("features.npz")
+        >>> clusters.sample(torch.full((1, 64, 128), 26001), seed=1).shape
+        torch.Size([1, 3, 64, 128])
     """
 
     centers: Mapping[int, Centers]
@@ -179,8 +187,9 @@ class FeatureClusters:
                chosen: Mapping[int, int] | None = None) -> Tensor:
         """Feature planes: one cluster for each instance of each image.
 
-        Every image of the batch draws its own. Instances of a class without clusters get zeros, as
-        published.
+        An instance's draw depends on the seed, the image's place in the batch and its id alone, so
+        that an edit elsewhere in the map changes nothing of it. Instances of a class without
+        clusters get zeros, as published.
 
         Args:
             instances: ids (N, H, W) or (N, 1, H, W), integers.
@@ -196,16 +205,18 @@ class FeatureClusters:
                 instance that is not in the map, or has no such cluster.
 
         Example:
-            >>> planes = clusters.sample(ids, seed=3, chosen={26001: 4})
+            >>> clusters = FeatureClusters({26: np.array([[0.25], [0.75]], np.float32)})
+            >>> ids = torch.tensor([[[26001, 26002]]])
+            >>> clusters.sample(ids, seed=3, chosen={26001: 0, 26002: 1}).tolist()
+            [[[[0.25, 0.75]]]]
         """
         maps = as_maps("instances", instances)
         if int(maps.min()) < 0:
             raise ValueError(f"instances: expected ids from 0 on, got {int(maps.min())}; renumber "
                              "the instances first")
         chosen = dict(chosen or {})
-        generator = np.random.default_rng(seed)
         planes, seen = [], set()
-        for ids in maps:
+        for image, ids in enumerate(maps):
             present, where = ids.unique(return_inverse=True)
             rows = np.zeros((len(present), self.channels), np.float32)
             for row, instance in enumerate(present.tolist()):
@@ -215,8 +226,8 @@ class FeatureClusters:
                 if centers is None:
                     self._check_chosen(instance, chosen, 0)
                     continue
-                drawn = int(generator.integers(len(centers)))
-                pick = drawn if index is None else index % len(centers)
+                pick = (derived_seed(seed, image, instance) if index is None else index
+                        ) % len(centers)
                 self._check_chosen(instance, chosen, len(centers))
                 rows[row] = centers[chosen.get(instance, pick)]
             planes.append(torch.from_numpy(rows).to(where.device)[where].permute(2, 0, 1))

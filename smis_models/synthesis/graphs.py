@@ -140,8 +140,8 @@ class GraphedGenerator:
         record: makes a replay of a call; default: :func:`capture`.
 
     Example:
-        >>> fast = GraphedGenerator(generator, layout, z)
-        >>> image = fast(z)
+        >>> fast = GraphedGenerator(generator, layout, z)  # doctest: +SKIP
+        >>> image = fast(z)  # doctest: +SKIP
     """
 
     def __init__(self, generator: Any, used: LabelLayout, z: Tensor | None,

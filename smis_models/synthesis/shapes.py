@@ -46,8 +46,11 @@ class ShapeLibrary:
     """Shapes by class: masks cut to their boxes.
 
     Example:
-        >>> library = ShapeLibrary.from_layouts(read_layouts("labels", "instances", preset))
+        >>> ids = np.zeros((64, 64), np.int64)
+        >>> ids[20:40, 20:40] = 26001
+        >>> library = ShapeLibrary.from_layouts([Layout("street", ids // 1000, ids)])
         >>> len(library.shapes[26])
+        1
     """
 
     shapes: dict[int, list[Mask]]
@@ -111,6 +114,10 @@ def exchange_shape(layout: Layout, target: int, shape: Mask) -> Layout:
         ValueError: no such instance or class; a region that fills the whole map.
 
     Example:
+        >>> ids = np.zeros((64, 64), np.int64)
+        >>> ids[20:40, 20:40] = 26001
+        >>> layout = Layout("street", ids // 1000, ids)
+        >>> library = ShapeLibrary.from_layouts([layout])
         >>> other = exchange_shape(layout, 26001, library.of(26)[0])
     """
     from scipy import ndimage

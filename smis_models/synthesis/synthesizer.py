@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout
-from smis_kernels.interface import Settings, Stamp, TableCache
+from smis_kernels.interface import Prepared, Settings, Stamp, TableCache
 
+from ..io.seeds import derived_seed
 from ..networks import semantics as label_maps
+from .codes import code_parts, interpolate
 from .graphs import GraphedGenerator, capture
 
 
@@ -22,7 +24,8 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     Parameters that nothing folds are shared with the original, not copied.
 
     Example:
-        >>> fast = frozen_copy(generator)
+        >>> from smis_models import create_model
+        >>> fast = frozen_copy(create_model("groupdnet_scenes", part="generator", ngf=8).eval())
     """
     shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
     frozen = copy.deepcopy(network, shared).eval()
@@ -59,7 +62,9 @@ class Synthesizer:
             looked at), hooks, parts or attributes have changed.
 
     Example:
-        >>> s = Synthesizer(model, labels)
+        >>> from smis_models import create_model
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> s = Synthesizer(model, torch.zeros(1, 128, 128).long())
         >>> first = s.sample(seed=0)
         >>> again = s.resample(3, seed=1)     # class 3 drawn anew, all else held
         >>> frames = s.morph(s.code(0), s.code(1), steps=8)
@@ -72,6 +77,7 @@ class Synthesizer:
         self._stamp = Stamp(self._tensors())
         self._settings = Settings(self._source, hooks=True)
         self._generator: Any = frozen_copy(self._source)
+        self._prepared = Prepared(self._generator)
         self._layout = self._compile(labels, instances)
         self._layout.tables = TableCache()
         self._graphed: GraphedGenerator | None = None
@@ -110,9 +116,12 @@ class Synthesizer:
 
     def code(self, seed: int) -> Tensor | None:
         """A latent code for every image of the layout, from N(0, 1); None for a model without."""
-        generator = torch.Generator().manual_seed(seed)
-        z: Tensor | None = self._generator.sample_latent(self._layout.shape[0], generator)
-        return z
+        codes = [self._generator.sample_latent(1, torch.Generator().manual_seed(own))
+                 for own in (seed, *(derived_seed(seed, n) for n in range(1, len(self))))]
+        return None if codes[0] is None else torch.cat(codes)
+
+    def __len__(self) -> int:
+        return self._layout.shape[0]
 
     @torch.no_grad()
     def sample(self, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
@@ -121,7 +130,13 @@ class Synthesizer:
         self.z = self.code(seed) if z is None else z
         if self._record is not None:
             return self._replayed(self.z)
-        image: Tensor = self._generator(self._layout, self.z)
+        return self._picture(self._layout, self.z)
+
+    def _picture(self, layout: LabelLayout, z: Tensor | None) -> Tensor:
+        # Of what the copy computes with, the source's tensors have been looked at; the others are
+        # its own.
+        with self._prepared.vouched():
+            image: Tensor = self._generator(layout, z)
         return image
 
     def _replayed(self, z: Tensor | None) -> Tensor:
@@ -129,11 +144,11 @@ class Synthesizer:
         if self._loaded is self._layout:
             assert self._graphed is not None
             return self._graphed(z)
-        image: Tensor = self._generator(self._layout, z)
+        image = self._picture(self._layout, z)
         if self._graphed is not None and self._graphed.fits(self._layout):
             self._graphed.load(self._layout)
         else:
-            self._graphed = GraphedGenerator(self._generator, self._layout, z, self._record)
+            self._graphed = GraphedGenerator(self._picture, self._layout, z, self._record)
         self._loaded = self._layout
         return image
 
@@ -157,11 +172,16 @@ class Synthesizer:
         return self.sample(changed)
 
     def morph(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
-        """Pictures (steps, N, 3, H, W) on the line from ``z0`` to ``z1``, both ends included."""
+        """Pictures (steps, N, 3, H, W) on the way from ``z0`` to ``z1``, both ends included.
+
+        The way is :func:`smis_models.synthesis.codes.interpolate`'s: each class's code keeps its
+        length.
+        """
         if steps < 2:
             raise ValueError(f"steps: expected at least 2, got {steps}")
         weights = torch.linspace(0, 1, steps).tolist()
-        return torch.stack([self.sample(torch.lerp(z0, z1, t)) for t in weights])
+        parts = code_parts(self._generator)
+        return torch.stack([self.sample(interpolate(z0, z1, t, parts)) for t in weights])
 
     def update(self, labels: Tensor | LabelLayout, instances: Tensor | None = None) -> None:
         """Go on with an edited map: table rows are computed only for windows not seen before."""

@@ -18,131 +18,6 @@ KINDS = ("cpu", "cuda")
 BOXES = ("nonzero", "sums")
 
 
-def _boxes_fake(image: Tensor, semantics: Tensor, num_classes: int) -> Tensor:
-    return image.new_empty((image.shape[0], num_classes, 4), dtype=torch.int32)
-
-
-def _sums_fake(image: Tensor, semantics: Tensor, boxes: Tensor) -> Tensor:
-    return torch.empty_like(boxes, memory_format=torch.contiguous_format)
-
-
-def _crops_fake(image: Tensor, semantics: Tensor, boxes: Tensor, height: int,
-                width: int) -> Tensor:
-    n, k = image.shape[:2]
-    return empty_nchw((n, boxes.shape[1] * k, height, width), image)
-
-
-def _backward_fake(grad: Tensor, semantics: Tensor, boxes: Tensor, height: int, width: int,
-                   channels_last: bool) -> Tensor:
-    n, k = grad.shape[0], grad.shape[1] // boxes.shape[1]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((n, k, height, width), dtype=grad.dtype, device=grad.device,
-                       memory_format=layout)
-
-
-# Semantics are labels (N, H, W) or, in the image's dtype, planes (N, C, H, W).
-# Boxes of the nonzero pixels, (N, C, 4) int32: y0, y1, x0, x1, ends exclusive, zeros if absent.
-class_boxes_op = RawOp(
-    "class_boxes(Tensor image, Tensor semantics, SymInt num_classes) -> Tensor", _boxes_fake
-)
-# The same by the published rule, from the boxes above.
-class_boxes_sums = RawOp(
-    "class_boxes_sums(Tensor image, Tensor semantics, Tensor boxes) -> Tensor", _sums_fake
-)
-class_crops_op = RawOp(
-    "class_crops(Tensor image, Tensor semantics, Tensor boxes, SymInt height, SymInt width) "
-    "-> Tensor",
-    _crops_fake,
-)
-class_crops_backward = RawOp(
-    "class_crops_backward(Tensor grad, Tensor semantics, Tensor boxes, SymInt height, "
-    "SymInt width, bool channels_last) -> Tensor",
-    _backward_fake,
-)
-
-
-@torch.library.impl("smis_kernels::class_boxes_sums", "default")
-@torch.no_grad()
-def _boxes_by_sums(image: Tensor, semantics: Tensor, boxes: Tensor) -> Tensor:
-    """torch's own sums, whose order decides which rows cancel; present classes only."""
-    out = boxes.clone(memory_format=torch.contiguous_format)
-    for n, c in (boxes[..., 1] > 0).nonzero().tolist():
-        mask = semantics[n, c] if semantics.dim() == 4 else (semantics[n] == c).to(image.dtype)
-        found = reference.bounds(image[n] * mask, "sums")
-        out[n, c] = torch.tensor(found, dtype=torch.int32)
-    return out
-
-
-class _ClassCrops(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, semantics: Tensor, boxes: Tensor, height: int,
-                width: int, kind: str) -> Tensor:
-        ctx.save_for_backward(semantics, boxes)
-        ctx.settings = (image.shape[2], image.shape[3], is_channels_last(image), kind)
-        return class_crops_op(kind, image, semantics, boxes, height, width)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        semantics, boxes = ctx.saved_tensors
-        height, width, channels_last, kind = ctx.settings
-        found = _ClassCropsGradient.apply(grad, semantics, boxes, height, width, channels_last,
-                                          kind)
-        return found, None, None, None, None, None
-
-
-class _ClassCropsGradient(torch.autograd.Function):
-    """The crops are linear in the image: the gradient of their gradient is crops again."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, semantics: Tensor, boxes: Tensor, height: int,
-                width: int, channels_last: bool, kind: str) -> Tensor:
-        ctx.save_for_backward(semantics, boxes)
-        ctx.settings = (grad.shape[2], grad.shape[3], kind)
-        return class_crops_backward(kind, grad, semantics, boxes, height, width, channels_last)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        semantics, boxes = ctx.saved_tensors
-        height, width, kind = ctx.settings
-        return (_ClassCrops.apply(grad, semantics, boxes, height, width, kind), *(None,) * 6)
-
-
-def _checked(image: Tensor, semantics: Tensor, num_classes: int, box: str) -> Tensor:
-    """The semantics as the raw ops take them."""
-    check_tensor("image", image, 4, "(N, K, H, W)", FLOATS)
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-    if box not in BOXES:
-        raise ValueError(f"box: expected one of {', '.join(BOXES)}; got {box!r}")
-    n, k, h, w = image.shape
-    if k == 0:
-        raise ValueError(f"image: expected at least one channel, got shape {tuple(image.shape)}")
-    layout = f"labels (N, H, W) or (N, 1, H, W), or planes (N, {num_classes}, H, W)"
-    check_tensor("semantics", semantics, (3, 4), layout, (*INTEGERS, torch.bool, *FLOATS))
-    check_device("semantics", semantics, image, "image")
-    if semantics.dtype in INTEGERS:
-        labels = semantics.squeeze(1) if semantics.dim() == 4 else semantics
-        if tuple(labels.shape) != (n, h, w):
-            raise ValueError(
-                f"semantics: expected integer labels {(n, h, w)} or {(n, 1, h, w)} to match image, "
-                f"got {tuple(semantics.shape)}; a one-hot must be of a float dtype or bool"
-            )
-        return labels
-    if tuple(semantics.shape) != (n, num_classes, h, w):
-        raise ValueError(
-            f"semantics: expected one plane per class {(n, num_classes, h, w)} to match image, "
-            f"got {tuple(semantics.shape)}; labels must be of an integer dtype"
-        )
-    return semantics.to(image.dtype)
-
-
-def _found_boxes(image: Tensor, semantics: Tensor, num_classes: int, box: str,
-                 kind: str) -> Tensor:
-    image, semantics = image.detach(), semantics.detach()
-    boxes = class_boxes_op(kind, image, semantics, num_classes)
-    return class_boxes_sums(kind, image, semantics, boxes) if box == "sums" else boxes
-
-
 def class_boxes(image: Tensor, semantics: Tensor, num_classes: int, *, box: str = "nonzero",
                 backend: str | None = None) -> Tensor:
     r"""The box of each class's part of the image.
@@ -173,15 +48,6 @@ def class_boxes(image: Tensor, semantics: Tensor, num_classes: int, *, box: str 
             check_range("semantics", semantics, num_classes)
         return reference.class_boxes(image.detach(), semantics.detach(), num_classes, box)
     return _found_boxes(image, semantics, num_classes, box, kind)
-
-
-def _checked_size(size: int | tuple[int, int] | None, image: Tensor) -> tuple[int, int]:
-    if size is None:
-        return image.shape[2], image.shape[3]
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"size: expected positive (height, width), got {(height, width)}")
-    return height, width
 
 
 def class_crops(image: Tensor, semantics: Tensor, num_classes: int, *,
@@ -246,3 +112,143 @@ def class_crops(image: Tensor, semantics: Tensor, num_classes: int, *,
     boxes = _found_boxes(image, semantics, num_classes, box, kind)
     out: Tensor = _ClassCrops.apply(image, semantics, boxes, height, width, kind)
     return out
+
+
+@torch.library.impl("smis_kernels::class_boxes_sums", "default")
+@torch.no_grad()
+def _boxes_by_sums(image: Tensor, semantics: Tensor, boxes: Tensor) -> Tensor:
+    """torch's own sums, whose order decides which rows cancel; present classes only."""
+    out = boxes.clone(memory_format=torch.contiguous_format)
+    for n, c in (boxes[..., 1] > 0).nonzero().tolist():
+        mask = semantics[n, c] if semantics.dim() == 4 else (semantics[n] == c).to(image.dtype)
+        found = reference.bounds(image[n] * mask, "sums")
+        out[n, c] = torch.tensor(found, dtype=torch.int32)
+    return out
+
+
+def _checked(image: Tensor, semantics: Tensor, num_classes: int, box: str) -> Tensor:
+    """The semantics as the raw ops take them."""
+    check_tensor("image", image, 4, "(N, K, H, W)", FLOATS)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    if box not in BOXES:
+        raise ValueError(f"box: expected one of {', '.join(BOXES)}; got {box!r}")
+    n, k, h, w = image.shape
+    if k == 0:
+        raise ValueError(f"image: expected at least one channel, got shape {tuple(image.shape)}")
+    layout = f"labels (N, H, W) or (N, 1, H, W), or planes (N, {num_classes}, H, W)"
+    check_tensor("semantics", semantics, (3, 4), layout, (*INTEGERS, torch.bool, *FLOATS))
+    check_device("semantics", semantics, image, "image")
+    if semantics.dtype in INTEGERS:
+        labels = semantics.squeeze(1) if semantics.dim() == 4 else semantics
+        if tuple(labels.shape) != (n, h, w):
+            raise ValueError(
+                f"semantics: expected integer labels {(n, h, w)} or {(n, 1, h, w)} to match image, "
+                f"got {tuple(semantics.shape)}; a one-hot must be of a float dtype or bool"
+            )
+        return labels
+    if tuple(semantics.shape) != (n, num_classes, h, w):
+        raise ValueError(
+            f"semantics: expected one plane per class {(n, num_classes, h, w)} to match image, "
+            f"got {tuple(semantics.shape)}; labels must be of an integer dtype"
+        )
+    return semantics.to(image.dtype)
+
+
+def _found_boxes(image: Tensor, semantics: Tensor, num_classes: int, box: str,
+                 kind: str) -> Tensor:
+    image, semantics = image.detach(), semantics.detach()
+    boxes = class_boxes_op(kind, image, semantics, num_classes)
+    return class_boxes_sums(kind, image, semantics, boxes) if box == "sums" else boxes
+
+
+def _checked_size(size: int | tuple[int, int] | None, image: Tensor) -> tuple[int, int]:
+    if size is None:
+        return image.shape[2], image.shape[3]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"size: expected positive (height, width), got {(height, width)}")
+    return height, width
+
+
+class _ClassCrops(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, semantics: Tensor, boxes: Tensor, height: int,
+                width: int, kind: str) -> Tensor:
+        ctx.save_for_backward(semantics, boxes)
+        ctx.settings = (image.shape[2], image.shape[3], is_channels_last(image), kind)
+        return class_crops_op(kind, image, semantics, boxes, height, width)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        semantics, boxes = ctx.saved_tensors
+        height, width, channels_last, kind = ctx.settings
+        found = _ClassCropsGradient.apply(grad, semantics, boxes, height, width, channels_last,
+                                          kind)
+        return found, None, None, None, None, None
+
+
+class _ClassCropsGradient(torch.autograd.Function):
+    """The crops are linear in the image: the gradient of their gradient is crops again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, semantics: Tensor, boxes: Tensor, height: int,
+                width: int, channels_last: bool, kind: str) -> Tensor:
+        ctx.save_for_backward(semantics, boxes)
+        ctx.settings = (grad.shape[2], grad.shape[3], kind)
+        return class_crops_backward(kind, grad, semantics, boxes, height, width, channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        semantics, boxes = ctx.saved_tensors
+        height, width, kind = ctx.settings
+        return (_ClassCrops.apply(grad, semantics, boxes, height, width, kind), *(None,) * 6)
+
+
+def _boxes_fake(image: Tensor, semantics: Tensor, num_classes: int) -> Tensor:
+    return image.new_empty((image.shape[0], num_classes, 4), dtype=torch.int32)
+
+
+def _sums_fake(image: Tensor, semantics: Tensor, boxes: Tensor) -> Tensor:
+    return torch.empty_like(boxes, memory_format=torch.contiguous_format)
+
+
+def _crops_fake(image: Tensor, semantics: Tensor, boxes: Tensor, height: int,
+                width: int) -> Tensor:
+    n, k = image.shape[:2]
+    return empty_nchw((n, boxes.shape[1] * k, height, width), image)
+
+
+def _backward_fake(grad: Tensor, semantics: Tensor, boxes: Tensor, height: int, width: int,
+                   channels_last: bool) -> Tensor:
+    n, k = grad.shape[0], grad.shape[1] // boxes.shape[1]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((n, k, height, width), dtype=grad.dtype, device=grad.device,
+                       memory_format=layout)
+
+
+# Semantics are labels (N, H, W) or, in the image's dtype, planes (N, C, H, W).
+# Boxes of the nonzero pixels, (N, C, 4) int32: y0, y1, x0, x1, ends exclusive, zeros if absent.
+class_boxes_op = RawOp(
+    "class_boxes(Tensor image, Tensor semantics, SymInt num_classes) -> Tensor", _boxes_fake
+)
+
+
+# The same by the published rule, from the boxes above.
+class_boxes_sums = RawOp(
+    "class_boxes_sums(Tensor image, Tensor semantics, Tensor boxes) -> Tensor", _sums_fake
+)
+
+
+class_crops_op = RawOp(
+    "class_crops(Tensor image, Tensor semantics, Tensor boxes, SymInt height, SymInt width) "
+    "-> Tensor",
+    _crops_fake,
+)
+
+
+class_crops_backward = RawOp(
+    "class_crops_backward(Tensor grad, Tensor semantics, Tensor boxes, SymInt height, "
+    "SymInt width, bool channels_last) -> Tensor",
+    _backward_fake,
+)

@@ -19,48 +19,6 @@ KINDS = ("cpu", "triton")
 _TRITON = "smis_kernels.ops.conditional_attention.triton"
 
 
-def _fake(input: Tensor, logits: Tensor, negative_slope: float) -> Tensor:
-    return empty_nchw(tuple(input.shape), input)
-
-
-def _backward_fake(grad: Tensor, input: Tensor, logits: Tensor,
-                   negative_slope: float) -> tuple[Tensor, Tensor]:
-    return empty_nchw(tuple(input.shape), input), empty_nchw(tuple(input.shape), input)
-
-
-_attention = RawOp(
-    "conditional_attention(Tensor input, Tensor logits, float negative_slope) -> Tensor",
-    _fake, triton=f"{_TRITON}:conditional_attention",
-)
-# -> gradients of input and logits, both in the input's memory format
-_backward = RawOp(
-    "conditional_attention_backward(Tensor grad, Tensor input, Tensor logits, "
-    "float negative_slope) -> (Tensor, Tensor)",
-    _backward_fake, triton=f"{_TRITON}:conditional_attention_backward",
-)
-
-
-class _ConditionalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, logits: Tensor, negative_slope: float,
-                kind: str) -> Tensor:
-        ctx.save_for_backward(input, logits)
-        ctx.settings = (negative_slope, kind)
-        out: Tensor = _attention(kind, input, logits, negative_slope)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, logits = ctx.saved_tensors
-        negative_slope, kind = ctx.settings
-        if torch.is_grad_enabled():
-            def gated(x: Tensor, s: Tensor) -> Tensor:
-                return reference.conditional_attention(x, s, negative_slope)
-
-            return (*recorded_gradients(gated, (input, logits), (grad,)), None, None)
-        return (*_backward(kind, grad, input, logits, negative_slope), None, None)
-
-
 def conditional_attention(input: Tensor, logits: Tensor, *, negative_slope: float = 0.2,
                           backend: str | None = None) -> Tensor:
     r"""CC-FPSE's conditional attention in one pass: a sigmoid gate, then LeakyReLU.
@@ -99,3 +57,45 @@ def conditional_attention(input: Tensor, logits: Tensor, *, negative_slope: floa
         return y.contiguous(memory_format=memory_format(input))
     out: Tensor = _ConditionalAttention.apply(input, logits, negative_slope, kind)
     return out
+
+
+class _ConditionalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, logits: Tensor, negative_slope: float,
+                kind: str) -> Tensor:
+        ctx.save_for_backward(input, logits)
+        ctx.settings = (negative_slope, kind)
+        out: Tensor = _attention(kind, input, logits, negative_slope)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        input, logits = ctx.saved_tensors
+        negative_slope, kind = ctx.settings
+        if torch.is_grad_enabled():
+            def gated(x: Tensor, s: Tensor) -> Tensor:
+                return reference.conditional_attention(x, s, negative_slope)
+
+            return (*recorded_gradients(gated, (input, logits), (grad,)), None, None)
+        return (*_backward(kind, grad, input, logits, negative_slope), None, None)
+
+
+def _fake(input: Tensor, logits: Tensor, negative_slope: float) -> Tensor:
+    return empty_nchw(tuple(input.shape), input)
+
+
+def _backward_fake(grad: Tensor, input: Tensor, logits: Tensor,
+                   negative_slope: float) -> tuple[Tensor, Tensor]:
+    return empty_nchw(tuple(input.shape), input), empty_nchw(tuple(input.shape), input)
+
+
+_attention = RawOp(
+    "conditional_attention(Tensor input, Tensor logits, float negative_slope) -> Tensor",
+    _fake, triton=f"{_TRITON}:conditional_attention",
+)
+# -> gradients of input and logits, both in the input's memory format
+_backward = RawOp(
+    "conditional_attention_backward(Tensor grad, Tensor input, Tensor logits, "
+    "float negative_slope) -> (Tensor, Tensor)",
+    _backward_fake, triton=f"{_TRITON}:conditional_attention_backward",
+)

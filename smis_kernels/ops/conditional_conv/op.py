@@ -19,65 +19,6 @@ KINDS = ("cpu", "triton")
 _TRITON = "smis_kernels.ops.conditional_conv.triton"
 
 
-def _conv_fake(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return empty_nchw(tuple(input.shape), input)
-
-
-def _backward_fake(
-    grad: Tensor, input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
-    need_input: bool, need_condition: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = input.new_empty(0)
-    return (
-        empty_nchw(tuple(input.shape), input) if need_input else none,
-        empty_nchw(tuple(condition.shape), condition) if need_condition else input.new_empty(0),
-        input.new_empty(weight.shape) if need_weight else input.new_empty(0),
-        input.new_empty(weight.shape[0]) if need_weight else input.new_empty(0),
-    )
-
-
-_conv = RawOp(
-    "conditional_conv(Tensor input, Tensor condition, Tensor weight, Tensor? bias) -> Tensor",
-    _conv_fake, triton=f"{_TRITON}:conditional_conv",
-)
-# -> gradients of input, condition, weight and bias; those not needed are empty. The predicted
-# kernels are computed anew.
-_backward = RawOp(
-    "conditional_conv_backward(Tensor grad, Tensor input, Tensor condition, Tensor weight, "
-    "Tensor? bias, bool need_input, bool need_condition, bool need_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_fake, triton=f"{_TRITON}:conditional_conv_backward",
-)
-
-
-class _ConditionalConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
-                kind: str) -> Tensor:
-        ctx.save_for_backward(input, condition, weight, bias)
-        ctx.kind = kind
-        out: Tensor = _conv(kind, input, condition, weight, bias)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        need_input, need_condition, need_weight, need_bias = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            given = [t for t in ctx.saved_tensors if t is not None]
-
-            def conv(x: Tensor, condition: Tensor, weight: Tensor,
-                     bias: Tensor | None = None) -> Tensor:
-                return reference.conditional_conv2d(x, condition, weight, bias)
-
-            gradients = recorded_gradients(conv, given, (grad,))
-            return (*gradients, *(None,) * (5 - len(gradients)))
-        need_weight = need_weight or need_bias
-        needs = (need_input, need_condition, need_weight, need_bias)
-        found = _backward(ctx.kind, grad, *ctx.saved_tensors, need_input, need_condition,
-                          need_weight)
-        return (*(t if need else None for t, need in zip(found, needs, strict=True)), None)
-
-
 def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None = None,
                        *, backend: str | None = None) -> Tensor:
     r"""A depthwise 3x3 convolution whose kernels another 3x3 convolution predicts, in one pass.
@@ -134,3 +75,62 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
         return y.contiguous(memory_format=memory_format(input))
     out: Tensor = _ConditionalConv.apply(input, condition, weight, bias, kind)
     return out
+
+
+class _ConditionalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
+                kind: str) -> Tensor:
+        ctx.save_for_backward(input, condition, weight, bias)
+        ctx.kind = kind
+        out: Tensor = _conv(kind, input, condition, weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        need_input, need_condition, need_weight, need_bias = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            given = [t for t in ctx.saved_tensors if t is not None]
+
+            def conv(x: Tensor, condition: Tensor, weight: Tensor,
+                     bias: Tensor | None = None) -> Tensor:
+                return reference.conditional_conv2d(x, condition, weight, bias)
+
+            gradients = recorded_gradients(conv, given, (grad,))
+            return (*gradients, *(None,) * (5 - len(gradients)))
+        need_weight = need_weight or need_bias
+        needs = (need_input, need_condition, need_weight, need_bias)
+        found = _backward(ctx.kind, grad, *ctx.saved_tensors, need_input, need_condition,
+                          need_weight)
+        return (*(t if need else None for t, need in zip(found, needs, strict=True)), None)
+
+
+def _conv_fake(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return empty_nchw(tuple(input.shape), input)
+
+
+def _backward_fake(
+    grad: Tensor, input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
+    need_input: bool, need_condition: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = input.new_empty(0)
+    return (
+        empty_nchw(tuple(input.shape), input) if need_input else none,
+        empty_nchw(tuple(condition.shape), condition) if need_condition else input.new_empty(0),
+        input.new_empty(weight.shape) if need_weight else input.new_empty(0),
+        input.new_empty(weight.shape[0]) if need_weight else input.new_empty(0),
+    )
+
+
+_conv = RawOp(
+    "conditional_conv(Tensor input, Tensor condition, Tensor weight, Tensor? bias) -> Tensor",
+    _conv_fake, triton=f"{_TRITON}:conditional_conv",
+)
+# -> gradients of input, condition, weight and bias; those not needed are empty. The predicted
+# kernels are computed anew.
+_backward = RawOp(
+    "conditional_conv_backward(Tensor grad, Tensor input, Tensor condition, Tensor weight, "
+    "Tensor? bias, bool need_input, bool need_condition, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake, triton=f"{_TRITON}:conditional_conv_backward",
+)

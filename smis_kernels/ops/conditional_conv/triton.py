@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.constants import constant
 from ...runtime.tensors import acc_dtype, empty_nchw
 from ...runtime.triton_support import (
     CompileCase,
@@ -198,7 +199,8 @@ def conditional_conv(input: Tensor, condition: Tensor, weight: Tensor,
     """Launch the forward kernel."""
     if input.numel() == 0:
         return empty_nchw(tuple(input.shape), input)
-    return _apply(input, condition, _packed(weight), bias, input, False)
+    packed = constant("packed kernels", partial(_packed, weight), weight)
+    return _apply(input, condition, packed, bias, input, False)
 
 
 def conditional_conv_backward(

@@ -12,13 +12,6 @@ from . import reference
 KINDS = ("cpu",)
 
 
-def _fake(input: Tensor) -> Tensor:
-    return input.new_empty((), dtype=torch.int64)
-
-
-_digest = RawOp("content_digest(Tensor input) -> Tensor", _fake)
-
-
 @torch.no_grad()
 def content_digest(input: Tensor, *, backend: str | None = None) -> Tensor:
     r"""A digest of a tensor's bytes, in one read of it.
@@ -49,3 +42,10 @@ def content_digest(input: Tensor, *, backend: str | None = None) -> Tensor:
         return reference.content_digest(input.detach())
     out: Tensor = _digest(kind, input.detach())
     return out
+
+
+def _fake(input: Tensor) -> Tensor:
+    return input.new_empty((), dtype=torch.int64)
+
+
+_digest = RawOp("content_digest(Tensor input) -> Tensor", _fake)

@@ -17,16 +17,6 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 _OUTPUTS = (*FLOATS, torch.bool, torch.uint8)
 
 
-def _edges_fake(instance_map: Tensor, dtype: torch.dtype) -> Tensor:
-    n, h, w = instance_map.shape
-    return instance_map.new_empty((n, 1, h, w), dtype=dtype)
-
-
-instance_edges_op = RawOp(
-    "instance_edges(Tensor instance_map, ScalarType dtype) -> Tensor", _edges_fake
-)
-
-
 def instance_edges(instance_map: Tensor, *, dtype: torch.dtype = torch.float32,
                    backend: str | None = None) -> Tensor:
     r"""1 where the instance id differs from any of the four neighbours inside the image, else 0.
@@ -71,3 +61,13 @@ def instance_edges(instance_map: Tensor, *, dtype: torch.dtype = torch.float32,
         return reference.instance_edges(instance_map, dtype)
     edges: Tensor = instance_edges_op(kind, instance_map, dtype)
     return edges
+
+
+def _edges_fake(instance_map: Tensor, dtype: torch.dtype) -> Tensor:
+    n, h, w = instance_map.shape
+    return instance_map.new_empty((n, 1, h, w), dtype=dtype)
+
+
+instance_edges_op = RawOp(
+    "instance_edges(Tensor instance_map, ScalarType dtype) -> Tensor", _edges_fake
+)

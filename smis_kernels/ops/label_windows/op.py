@@ -13,23 +13,6 @@ from . import reference
 KINDS = ("cpu", "cuda")
 
 
-def _vectors_fake(input: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    n, k, h, w = input.shape
-    count = torch.library.get_ctx().new_dynamic_size()
-    return (input.new_empty((n, h, w), dtype=torch.int32), input.new_empty((count, k)))
-
-
-def _windows_fake(map: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    count = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty_like(map), map.new_empty((count, 9))
-
-
-_number_vectors = RawOp("number_vectors(Tensor input, int limit) -> (Tensor, Tensor)",
-                        _vectors_fake)
-_number_windows = RawOp("number_windows(Tensor map, int limit) -> (Tensor, Tensor)",
-                        _windows_fake)
-
-
 def number_vectors(input: Tensor, limit: int, *,
                    backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Number the distinct per-pixel vectors of a conditioning tensor.
@@ -45,7 +28,10 @@ def number_vectors(input: Tensor, limit: int, *,
         ``limit`` vectors, the vectors are empty (0, K).
 
     Example:
+        >>> one_hot = torch.eye(3)[torch.tensor([[[2, 0], [0, 2]]])].permute(0, 3, 1, 2)
         >>> symbols, vectors = number_vectors(one_hot, 1000)
+        >>> len(vectors)  # the zero vector and two others
+        3
     """
     check_tensor("input", input, 4, "(N, K, H, W)", FLOATS)
     kind = resolve("number_vectors", input, backend, KINDS)
@@ -74,7 +60,10 @@ def number_windows(map: Tensor, limit: int, *,
         (native kernels): an id below 1.
 
     Example:
+        >>> symbols = torch.ones(1, 5, 5, dtype=torch.int32)
         >>> index, windows = number_windows(symbols, symbols.numel())
+        >>> len(windows)  # the empty window, then corners, sides and the inside
+        10
     """
     check_tensor("map", map, 3, "(N, H, W)", (torch.int32,))
     kind = resolve("number_windows", map, backend, KINDS)
@@ -86,3 +75,20 @@ def number_windows(map: Tensor, limit: int, *,
             )
         return reference.number_windows(map, limit)
     return _number_windows(kind, map, limit)
+
+
+def _vectors_fake(input: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    n, k, h, w = input.shape
+    count = torch.library.get_ctx().new_dynamic_size()
+    return (input.new_empty((n, h, w), dtype=torch.int32), input.new_empty((count, k)))
+
+
+def _windows_fake(map: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(map), map.new_empty((count, 9))
+
+
+_number_vectors = RawOp("number_vectors(Tensor input, int limit) -> (Tensor, Tensor)",
+                        _vectors_fake)
+_number_windows = RawOp("number_windows(Tensor map, int limit) -> (Tensor, Tensor)",
+                        _windows_fake)

@@ -15,7 +15,7 @@ from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
-from ..modulation.op import (
+from ..normalization import (
     Options,
     activation_slope,
     check_input,
@@ -27,58 +27,6 @@ from . import reference
 
 KINDS = ("cpu", "triton")
 _TRITON = "smis_kernels.ops.norm_act.triton:"
-
-
-def _fake(input: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None,
-          slope: float) -> Tensor:
-    n, c, h, w = input.shape
-    return empty_nchw((n, c, h, w), input)
-
-
-def _backward_fake(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, slope: float,
-                   sums: bool) -> tuple[Tensor, Tensor]:
-    n, c, h, w = input.shape
-    return (empty_nchw((n, c, h, w), input),
-            input.new_empty((2, n, c) if sums else (0,), dtype=acc_dtype(input)))
-
-
-# mean and rstd are (1 or N, C).
-norm_act_op = RawOp(
-    "norm_act(Tensor input, Tensor mean, Tensor rstd, Tensor? residual, float slope) -> Tensor",
-    _fake, _TRITON + "norm_act",
-)
-# -> the input gradient with fixed statistics, and the sums over each plane (of it, and of it times
-# x-hat) that statistics of the data need.
-norm_act_backward = RawOp(
-    "norm_act_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, float slope, "
-    "bool sums) -> (Tensor, Tensor)",
-    _backward_fake, _TRITON + "norm_act_backward",
-)
-
-
-class _NormAct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor,
-                reduction: str, slope: float, options: Options, kind: str) -> Tensor:
-        ctx.save_for_backward(input, mean, rstd)
-        ctx.settings = (reduction, slope, options, kind, residual is not None)
-        return norm_act_op(kind, input, mean, rstd, residual, slope)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, mean, rstd = ctx.saved_tensors
-        reduction, slope, options, kind, added = ctx.settings
-        if torch.is_grad_enabled():
-            def active(x: Tensor) -> Tensor:
-                return F.leaky_relu(normalized(x, mean, rstd, reduction, options), slope)
-
-            (dinput,) = recorded_gradients(active, (input,), (grad,))
-            return (dinput, grad if added else None, *(None,) * 6)
-        moving = reduction != "fixed"
-        partial, sums = norm_act_backward(kind, grad, input, mean, rstd, slope, moving)
-        if moving:
-            partial = input_gradient(kind, partial, sums, input, mean, rstd, reduction, options)
-        return (partial, grad if added else None, *(None,) * 6)
 
 
 def norm_act(
@@ -139,3 +87,55 @@ def norm_act(
     out: Tensor = _NormAct.apply(input, residual, stats.mean, stats.rstd, stats.reduction, slope,
                                  options, kind)
     return out
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor,
+                reduction: str, slope: float, options: Options, kind: str) -> Tensor:
+        ctx.save_for_backward(input, mean, rstd)
+        ctx.settings = (reduction, slope, options, kind, residual is not None)
+        return norm_act_op(kind, input, mean, rstd, residual, slope)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        input, mean, rstd = ctx.saved_tensors
+        reduction, slope, options, kind, added = ctx.settings
+        if torch.is_grad_enabled():
+            def active(x: Tensor) -> Tensor:
+                return F.leaky_relu(normalized(x, mean, rstd, reduction, options), slope)
+
+            (dinput,) = recorded_gradients(active, (input,), (grad,))
+            return (dinput, grad if added else None, *(None,) * 6)
+        moving = reduction != "fixed"
+        partial, sums = norm_act_backward(kind, grad, input, mean, rstd, slope, moving)
+        if moving:
+            partial = input_gradient(kind, partial, sums, input, mean, rstd, reduction, options)
+        return (partial, grad if added else None, *(None,) * 6)
+
+
+def _fake(input: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None,
+          slope: float) -> Tensor:
+    n, c, h, w = input.shape
+    return empty_nchw((n, c, h, w), input)
+
+
+def _backward_fake(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, slope: float,
+                   sums: bool) -> tuple[Tensor, Tensor]:
+    n, c, h, w = input.shape
+    return (empty_nchw((n, c, h, w), input),
+            input.new_empty((2, n, c) if sums else (0,), dtype=acc_dtype(input)))
+
+
+# mean and rstd are (1 or N, C).
+norm_act_op = RawOp(
+    "norm_act(Tensor input, Tensor mean, Tensor rstd, Tensor? residual, float slope) -> Tensor",
+    _fake, _TRITON + "norm_act",
+)
+# -> the input gradient with fixed statistics, and the sums over each plane (of it, and of it times
+# x-hat) that statistics of the data need.
+norm_act_backward = RawOp(
+    "norm_act_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, float slope, "
+    "bool sums) -> (Tensor, Tensor)",
+    _backward_fake, _TRITON + "norm_act_backward",
+)

@@ -19,42 +19,6 @@ WIDE = (torch.float32, torch.float64)
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
-def _fake(weight: Tensor, sigma: Tensor, last: bool) -> Tensor:
-    form = torch.channels_last if last else torch.contiguous_format
-    return torch.empty_like(weight, memory_format=form)
-
-
-def _backward_fake(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-# -> weight / sigma, in channels-last memory where asked
-_divide = RawOp("spectral_weight(Tensor weight, Tensor sigma, bool last) -> Tensor", _fake)
-_backward = RawOp(
-    "spectral_weight_backward(Tensor grad, Tensor weight, Tensor u, Tensor v, Tensor sigma) "
-    "-> Tensor", _backward_fake,
-)
-
-
-class _SpectralWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, last: bool,
-                kind: str) -> Tensor:
-        ctx.save_for_backward(weight, u, v, sigma)
-        ctx.kind = kind
-        out: Tensor = _divide(kind, weight, sigma, last)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, u, v, sigma = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: penalties on gradients
-            d_weight = reference.spectral_weight_backward(grad, weight, u, v)
-        else:
-            d_weight = _backward(ctx.kind, grad, weight, u, v, sigma)
-        return (d_weight, *[None] * 5)
-
-
 def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, *, sigma: Tensor | None = None,
                     memory_format: torch.memory_format = torch.contiguous_format,
                     backend: str | None = None) -> Tensor:
@@ -114,3 +78,39 @@ def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, *, sigma: Tensor | Non
     out: Tensor = _SpectralWeight.apply(weight, u.detach(), v.detach(), known.detach(),
                                         memory_format == torch.channels_last, kind)
     return out
+
+
+class _SpectralWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, last: bool,
+                kind: str) -> Tensor:
+        ctx.save_for_backward(weight, u, v, sigma)
+        ctx.kind = kind
+        out: Tensor = _divide(kind, weight, sigma, last)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        weight, u, v, sigma = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: penalties on gradients
+            d_weight = reference.spectral_weight_backward(grad, weight, u, v)
+        else:
+            d_weight = _backward(ctx.kind, grad, weight, u, v, sigma)
+        return (d_weight, *[None] * 5)
+
+
+def _fake(weight: Tensor, sigma: Tensor, last: bool) -> Tensor:
+    form = torch.channels_last if last else torch.contiguous_format
+    return torch.empty_like(weight, memory_format=form)
+
+
+def _backward_fake(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+# -> weight / sigma, in channels-last memory where asked
+_divide = RawOp("spectral_weight(Tensor weight, Tensor sigma, bool last) -> Tensor", _fake)
+_backward = RawOp(
+    "spectral_weight_backward(Tensor grad, Tensor weight, Tensor u, Tensor v, Tensor sigma) "
+    "-> Tensor", _backward_fake,
+)

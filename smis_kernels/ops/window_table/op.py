@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import check_device, check_shape, check_tensor
+from ...runtime.constants import constant
 from ...runtime.derivatives import recorded_gradients
 from ...runtime.library import RawOp
 from . import reference
@@ -19,35 +21,144 @@ _WIDE = (torch.float32, torch.float64)
 _LOW = (torch.float16, torch.bfloat16)
 
 
-def _table_fake(
-    hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
-    bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
+def window_embedding(
+    vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, *, groups: int = 1,
+    relu: bool = True, backend: str | None = None,
 ) -> Tensor:
-    return hidden.new_empty((windows.shape[0], 2 * weight_gamma.shape[0]))
+    r"""A 3x3 conv on label windows: an embedding bag, the one-hot map is never built.
+
+    .. math:: h_v = \mathrm{ReLU}(b + \sum_t W_t E[s_{v,t}])
+
+    Args:
+        vectors: E, (S + 1, K), float32 or float64; row 0 zero.
+        weight: (D, K / groups, 3, 3). bias: (D,) or None.
+        windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range.
+        relu: apply it.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (V + 1, D); row 0 is zero. Differentiable in vectors, weight and bias.
+
+    Example:
+        >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])
+        >>> windows = torch.randint(5, (7, 9), dtype=torch.int32)
+        >>> hidden = window_embedding(vectors, torch.randn(6, 4, 3, 3), torch.zeros(6), windows)
+        >>> hidden.shape
+        torch.Size([7, 6])
+    """
+    check_tensor("vectors", vectors, 2, "(S, K)", _WIDE)
+    _check_windows(windows, vectors, "vectors")
+    _check_groups(groups, vectors.shape[1], weight.shape[0])
+    _check_conv("", weight, bias, vectors,
+                (weight.shape[0], vectors.shape[1] // groups, 3, 3))
+    kind = resolve("window_embedding", vectors, backend, KINDS)
+    if kind == "reference":
+        return reference.window_embedding(
+            vectors, weight, bias, windows, groups=groups, relu=relu
+        )
+    count, channels = vectors.shape[0], weight.shape[0]
+    grouped = vectors.view(count, groups, -1)
+    with torch.autocast(vectors.device.type, enabled=False):  # tables stay in fp32
+        if kind == "cpu":  # which reorders the few rows faster than the weight
+            taps = weight.reshape(groups, channels // groups, -1, 9)
+            rows = torch.einsum("rgk,gdkt->rtgd", grouped, taps).reshape(count, 9, channels)
+        else:
+            taps = constant(("taps", groups), partial(_taps, weight, groups), weight)
+            rows = torch.bmm(grouped.transpose(0, 1), taps).view(groups, count, 9, -1)
+            rows = rows.permute(1, 2, 0, 3).reshape(count, 9, channels)
+    out: Tensor = _WindowSum.apply(rows, windows, bias, relu, kind)
+    return out
 
 
-def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return rows.new_empty((windows.shape[0], rows.shape[2]))
+def window_table(
+    hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
+    bias_beta: Tensor, windows: Tensor, *, groups: int = 1, one_level: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Gamma and beta of every distinct window: two 3x3 convs as one blocked product.
+
+    .. math:: G_u = b + \sum_t H[v_{u,t}] W_t^T
+
+    Args:
+        hidden: H, (V + 1, D), float32 or float64; row 0 zero.
+        weight_gamma, weight_beta: (C, D / groups, 3, 3). bias_gamma, bias_beta: (C,). Of hidden's
+            dtype, or of 16 bits: then a GPU makes single TF32 products, in which such weights are
+            exact, and hidden rounds to 10 bits, and the table is of 16 bits too; elsewhere, and
+            with gradients, they are cast.
+        windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
+        groups: of the two convs.
+        one_level: multiply the nine rows of each window directly, U x 9D; else the products of
+            the V rows with every tap are made once (kept in cache a block of channels at a time)
+            and summed nine at a time, V x D. Same result up to the order of sums.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (U + 1, 2C), rows [gamma | beta]; row 0 is zero. Differentiable in all but windows.
+
+    Example:
+        >>> hidden, windows = torch.rand(5, 6), torch.randint(5, (7, 9), dtype=torch.int32)
+        >>> gamma, beta = torch.randn(2, 8, 6, 3, 3)
+        >>> window_table(hidden, gamma, torch.zeros(8), beta, torch.zeros(8), windows).shape
+        torch.Size([7, 16])
+    """
+    check_tensor("hidden", hidden, 2, "(V, D)", _WIDE)
+    _check_windows(windows, hidden, "hidden")
+    channels, depth = weight_gamma.shape[0], hidden.shape[1]
+    _check_groups(groups, depth, channels)
+    shape = (channels, depth // groups, 3, 3)
+    _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape, _LOW)
+    _check_conv("_beta", weight_beta, bias_beta, hidden, shape, _LOW)
+    kind = resolve("window_table", hidden, backend, KINDS)
+    bias_gamma, bias_beta = (
+        constant(("wide", hidden.dtype), partial(bias.to, hidden.dtype), bias)
+        for bias in (bias_gamma, bias_beta)
+    )
+    trained = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (hidden, weight_gamma, weight_beta, bias_gamma, bias_beta))
+    if kind != "triton" or trained or hidden.dtype == torch.float64:
+        weight_gamma, weight_beta = (
+            constant(("wide", hidden.dtype), partial(weight.to, hidden.dtype), weight)
+            for weight in (weight_gamma, weight_beta)
+        )
+    if kind == "reference":
+        return reference.window_table(
+            hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups=groups
+        )
+    out: Tensor = _WindowTable.apply(
+        hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups, one_level, kind
+    )
+    return out
 
 
-def _scatter_fake(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
-    return grad.new_empty((rows, 9, grad.shape[1]))
+def _check_windows(windows: Tensor, like: Tensor, other: str) -> None:
+    check_tensor("windows", windows, 2, "(V, 9)", (torch.int32,))
+    check_shape("windows", windows, (windows.shape[0], 9), "(nine taps)")
+    check_device("windows", windows, like, other)
 
 
-# Row 0 of every table stands for the outside of the image and is zero.
-_window_table = RawOp(
-    "window_table(Tensor hidden, Tensor weight_gamma, Tensor bias_gamma, Tensor weight_beta, "
-    "Tensor bias_beta, Tensor windows, int groups, bool one_level) -> Tensor",
-    _table_fake, _TRITON + "window_table",
-)
-# (R, 9, C) rows -> (V, C): the sum of row windows[v, t] at tap t, plus bias.
-_window_sum = RawOp(
-    "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu) -> Tensor", _sum_fake,
-    _TRITON + "window_sum",
-)
-# Its transpose: (V, C) -> (R, 9, C).
-_window_scatter = RawOp("window_scatter(Tensor grad, Tensor windows, int rows) -> Tensor",
-                        _scatter_fake, _TRITON + "window_scatter")
+def _check_groups(groups: int, *counts: int) -> None:
+    if groups < 1 or any(count % groups for count in counts):
+        raise ValueError(
+            f"groups: expected a divisor of {' and '.join(map(str, counts))}, got {groups}"
+        )
+
+
+def _check_conv(suffix: str, weight: Tensor, bias: Tensor | None, like: Tensor,
+                shape: tuple[int, ...], low: tuple[torch.dtype, ...] = ()) -> None:
+    tensors = {"weight" + suffix: (weight, shape)}
+    if bias is not None:
+        tensors["bias" + suffix] = (bias, shape[:1])
+    for name, (tensor, expected) in tensors.items():
+        check_shape(name, tensor, expected, "for the rows and groups given")
+        check_tensor(name, tensor, len(expected), str(expected), (like.dtype, *low))
+        check_device(name, tensor, like, "the rows")
+
+
+def _taps(weight: Tensor, groups: int) -> Tensor:
+    """(D, K / groups, 3, 3) as (groups, K / groups, 9 D / groups): a product's second operand."""
+    outputs, depth = weight.shape[0] // groups, weight.shape[1]
+    taps = weight.reshape(groups, outputs, depth, 9).permute(0, 2, 3, 1)
+    return taps.reshape(groups, depth, 9 * outputs)
 
 
 class _WindowSum(torch.autograd.Function):
@@ -124,114 +235,33 @@ class _WindowTable(torch.autograd.Function):
         return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
 
 
-def _check_windows(windows: Tensor, like: Tensor, other: str) -> None:
-    check_tensor("windows", windows, 2, "(V, 9)", (torch.int32,))
-    check_shape("windows", windows, (windows.shape[0], 9), "(nine taps)")
-    check_device("windows", windows, like, other)
-
-
-def _check_groups(groups: int, *counts: int) -> None:
-    if groups < 1 or any(count % groups for count in counts):
-        raise ValueError(
-            f"groups: expected a divisor of {' and '.join(map(str, counts))}, got {groups}"
-        )
-
-
-def _check_conv(suffix: str, weight: Tensor, bias: Tensor | None, like: Tensor,
-                shape: tuple[int, ...], low: tuple[torch.dtype, ...] = ()) -> None:
-    tensors = {"weight" + suffix: (weight, shape)}
-    if bias is not None:
-        tensors["bias" + suffix] = (bias, shape[:1])
-    for name, (tensor, expected) in tensors.items():
-        check_shape(name, tensor, expected, "for the rows and groups given")
-        check_tensor(name, tensor, len(expected), str(expected), (like.dtype, *low))
-        check_device(name, tensor, like, "the rows")
-
-
-def window_embedding(
-    vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, *, groups: int = 1,
-    relu: bool = True, backend: str | None = None,
-) -> Tensor:
-    r"""A 3x3 conv on label windows: an embedding bag, the one-hot map is never built.
-
-    .. math:: h_v = \mathrm{ReLU}(b + \sum_t W_t E[s_{v,t}])
-
-    Args:
-        vectors: E, (S + 1, K), float32 or float64; row 0 zero.
-        weight: (D, K / groups, 3, 3). bias: (D,) or None.
-        windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range.
-        relu: apply it.
-        backend: "auto", "reference", "cpu" or "triton".
-
-    Returns:
-        (V + 1, D); row 0 is zero. Differentiable in vectors, weight and bias.
-
-    Example:
-        >>> hidden = window_embedding(level.vectors, conv.weight, conv.bias, level.windows)
-    """
-    check_tensor("vectors", vectors, 2, "(S, K)", _WIDE)
-    _check_windows(windows, vectors, "vectors")
-    _check_groups(groups, vectors.shape[1], weight.shape[0])
-    _check_conv("", weight, bias, vectors,
-                (weight.shape[0], vectors.shape[1] // groups, 3, 3))
-    kind = resolve("window_embedding", vectors, backend, KINDS)
-    if kind == "reference":
-        return reference.window_embedding(
-            vectors, weight, bias, windows, groups=groups, relu=relu
-        )
-    count, channels = vectors.shape[0], weight.shape[0]
-    grouped = vectors.view(count, groups, -1)
-    taps = weight.view(groups, channels // groups, -1, 9)
-    with torch.autocast(vectors.device.type, enabled=False):  # tables stay in fp32
-        rows = torch.einsum("rgk,gdkt->rtgd", grouped, taps).reshape(count, 9, channels)
-    out: Tensor = _WindowSum.apply(rows, windows, bias, relu, kind)
-    return out
-
-
-def window_table(
+def _table_fake(
     hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
-    bias_beta: Tensor, windows: Tensor, *, groups: int = 1, one_level: bool = False,
-    backend: str | None = None,
+    bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
 ) -> Tensor:
-    r"""Gamma and beta of every distinct window: two 3x3 convs as one blocked product.
+    # Weights of 16 bits come to a GPU's kernel alone, which rounds the table as convs would.
+    return weight_gamma.new_empty((windows.shape[0], 2 * weight_gamma.shape[0]))
 
-    .. math:: G_u = b + \sum_t H[v_{u,t}] W_t^T
 
-    Args:
-        hidden: H, (V + 1, D), float32 or float64; row 0 zero.
-        weight_gamma, weight_beta: (C, D / groups, 3, 3). bias_gamma, bias_beta: (C,). Of hidden's
-            dtype, or of 16 bits: then a GPU makes single TF32 products, in which such weights are
-            exact, and hidden rounds to 10 bits; elsewhere, and with gradients, they are cast.
-        windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
-        groups: of the two convs.
-        one_level: multiply the nine rows of each window directly, U x 9D; else the products of
-            the V rows with every tap are made once (kept in cache a block of channels at a time)
-            and summed nine at a time, V x D. Same result up to the order of sums.
-        backend: "auto", "reference", "cpu" or "triton".
+def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return rows.new_empty((windows.shape[0], rows.shape[2]))
 
-    Returns:
-        (U + 1, 2C), rows [gamma | beta]; row 0 is zero. Differentiable in all but windows.
 
-    Example:
-        >>> table = window_table(hidden, g.weight, g.bias, b.weight, b.bias, level.windows)
-    """
-    check_tensor("hidden", hidden, 2, "(V, D)", _WIDE)
-    _check_windows(windows, hidden, "hidden")
-    channels, depth = weight_gamma.shape[0], hidden.shape[1]
-    _check_groups(groups, depth, channels)
-    shape = (channels, depth // groups, 3, 3)
-    _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape, _LOW)
-    _check_conv("_beta", weight_beta, bias_beta, hidden, shape, _LOW)
-    kind = resolve("window_table", hidden, backend, KINDS)
-    bias_gamma, bias_beta = bias_gamma.to(hidden.dtype), bias_beta.to(hidden.dtype)
-    trained = torch.is_grad_enabled() and (weight_gamma.requires_grad or weight_beta.requires_grad)
-    if kind != "triton" or trained or hidden.dtype == torch.float64:
-        weight_gamma, weight_beta = weight_gamma.to(hidden.dtype), weight_beta.to(hidden.dtype)
-    if kind == "reference":
-        return reference.window_table(
-            hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups=groups
-        )
-    out: Tensor = _WindowTable.apply(
-        hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups, one_level, kind
-    )
-    return out
+def _scatter_fake(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
+    return grad.new_empty((rows, 9, grad.shape[1]))
+
+
+# Row 0 of every table stands for the outside of the image and is zero.
+_window_table = RawOp(
+    "window_table(Tensor hidden, Tensor weight_gamma, Tensor bias_gamma, Tensor weight_beta, "
+    "Tensor bias_beta, Tensor windows, int groups, bool one_level) -> Tensor",
+    _table_fake, _TRITON + "window_table",
+)
+# (R, 9, C) rows -> (V, C): the sum of row windows[v, t] at tap t, plus bias.
+_window_sum = RawOp(
+    "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu) -> Tensor", _sum_fake,
+    _TRITON + "window_sum",
+)
+# Its transpose: (V, C) -> (R, 9, C).
+_window_scatter = RawOp("window_scatter(Tensor grad, Tensor windows, int rows) -> Tensor",
+                        _scatter_fake, _TRITON + "window_scatter")

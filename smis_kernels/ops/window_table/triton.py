@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime.constants import constant
 from ...runtime.triton_support import (
     SIZES,
     CompileCase,
@@ -155,14 +156,15 @@ def sorted_segments(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _product(
-    hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, groups: int, one_level: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, groups: int, one_level: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     depth, columns = weight.shape[1:]
     # the two halves read the same hidden rows: without groups they are one section
     sections = 1 if groups == 1 else 2 * groups
     width = columns // sections
     rows = windows.shape[0] if one_level else hidden.shape[0]
-    out = hidden.new_empty((rows, columns) if one_level else (rows, 9, columns))
+    out = hidden.new_empty((rows, columns) if one_level else (rows, 9, columns), dtype=dtype)
     precision = "tf32" if weight.dtype != hidden.dtype else product_precision(hidden)
     key = f"{precision} {'one level' if one_level else 'two levels'}"
     chosen = setting("window_product", key, PRODUCT[precision], hidden.device)
@@ -193,16 +195,24 @@ def window_table(
     bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
 ) -> Tensor:
     hidden, windows = hidden.contiguous(), windows.contiguous()
-    weight = _packed((weight_gamma, weight_beta))
-    bias = torch.cat([bias_gamma, bias_beta])
-    product = _product(hidden, weight, bias, windows, groups, one_level)
-    return product if one_level else window_sum(product, windows, bias, False)
+    weights, biases = (weight_gamma, weight_beta), (bias_gamma, bias_beta)
+    weight = constant("packed", partial(_packed, weights), *weights)
+    bias = constant("gamma and beta", partial(torch.cat, biases), *biases)
+    if one_level:
+        return _product(hidden, weight, bias, windows, groups, True, weight.dtype)
+    product = _product(hidden, weight, bias, windows, groups, False, hidden.dtype)
+    return _summed(product, windows, bias, False, weight.dtype)
 
 
 def window_sum(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return _summed(rows, windows, bias, relu, rows.dtype)
+
+
+def _summed(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
+            dtype: torch.dtype) -> Tensor:
     rows, windows = rows.contiguous(), windows.contiguous()
     count, channels = windows.shape[0], rows.shape[2]
-    out = rows.new_empty((count, channels))
+    out = rows.new_empty((count, channels), dtype=dtype)
     block_r, block_c = _tile(channels)
     with on_device(rows):
         window_sum_kernel[(triton.cdiv(count, block_r), triton.cdiv(channels, block_c))](

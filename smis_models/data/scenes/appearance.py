@@ -128,6 +128,7 @@ def paint(labels: NDArray[np.integer[Any]], instances: NDArray[np.integer[Any]],
         (H, W, 3) uint8.
 
     Example:
+        >>> from smis_models.data.scenes import sample_scene
         >>> scene = sample_scene("landscape", 64, 64, 8)
         >>> r = np.random.default_rng(0)
         >>> picture = paint(scene.labels, scene.instances, draw_modes(r), r)

@@ -1,0 +1,361 @@
+"""What one forward asks of a GPU, counted without one: ``python -m benchmarks.launches``.
+
+A bf16 forward in eval mode at batch 1 runs on fake CUDA tensors, layout compiled and weights
+packed beforehand. *Operations* are what torch is asked for, our ops as one each; *launches* are
+kernels and memory sets: one for an operation of torch that is no view, and for ours what their
+launchers, which run too, start. A conv counts once, whatever cuDNN makes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smis_kernels import CGNorm, LabelLayout, use_backend, use_path
+from smis_kernels.accelerate.prepared import Prepared
+from smis_kernels.layout.label_layout import TableCache, WindowLevel
+from smis_kernels.runtime.library import NAMESPACE, raw_ops
+from smis_models.benchmark.case import Maps, Setting
+from smis_models.benchmark.networks import class_map
+from smis_models.benchmark.records import markdown_table
+from smis_models.families import create_model
+from smis_models.families.ccfpse import CCFPSEGenerator, Condition
+from smis_models.io.images import write_atomically
+from smis_models.io.provenance import commit, versions
+from smis_models.networks import blocks, semantics
+from smis_models.synthesis.synthesizer import frozen_copy
+
+RESULTS = Path(__file__).parent / "results"
+GENERATORS = ("spade_coco", "groupdnet_ade20k", "groupdnet_deepfashion", "ccfpse_coco")
+WAYS = ("reference", "auto", "two_level", "kept")  # kept: auto, the layout's second sample
+PARTS = ("norms", "conditions", "convs", "tail")
+
+_VIEWS = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "device",
+    "diagonal", "empty", "empty_like", "empty_strided", "expand", "lift_fresh", "narrow",
+    "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+}
+_WAITS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select"}
+# Kernels and memory sets of csrc/label_windows/cuda.cu: each call waits for the device once.
+_NATIVE = {"number_vectors": 8, "number_windows": 10}
+
+
+class Count(TorchDispatchMode):
+    """Operations, launches and waits for the device by the part of the network they belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+        self.waits = 0
+        self.names: Counter[tuple[str, str]] = Counter()  # of launches, by part
+        self.part: str | None = None
+        self._inside = False  # one of our launchers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name in _VIEWS:
+            return func(*args, **(kwargs or {}))
+        part = self.part or _part_of(name)
+        op = raw_ops.get(name) if func.namespace == NAMESPACE else None
+        if not self._inside:
+            self.operations[part] += 1
+        if op is not None and op.triton is not None and args[0].is_cuda:
+            return self._launched(op, part, args)
+        # Where a mask or ids decide how many rows there are, the host waits for them.
+        picked = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8)
+                                         for t in args[1])
+        self.waits += name in _WAITS or name in _NATIVE or name.startswith("_unique") or picked
+        self._note(part, name, _NATIVE.get(name, 1))
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, part: str, name: str, count: int = 1) -> None:
+        self.launches[part] += count
+        self.names[part, name] += count
+
+    def _launched(self, op: Any, part: str, args: Any) -> Any:
+        import triton
+
+        before, self.part, self._inside = (self.part, self._inside), part, True
+
+        def run(kernel: Any, *_: Any, **__: Any) -> None:
+            self._note(part, kernel.__name__)
+
+        with mock.patch.object(triton.JITFunction, "run", run), self:
+            result = op.launch(*args)
+        self.part, self._inside = before
+        return result
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Know the parts by the calls that compute them; the outermost counts."""
+        marked = [
+            (CGNorm, "forward", "norms"), (CGNorm, "convolved", "norms"),
+            (blocks, "modulate_pair", "norms"), (_BatchNorm, "forward", "norms"),
+            (CCFPSEGenerator, "_pyramid", "conditions"), (Condition, "__init__", "conditions"),
+            (Condition, "__call__", "conditions"),
+        ]
+        with ExitStack() as stack:
+            for owner, attribute, part in marked:
+                stack.enter_context(mock.patch.object(
+                    owner, attribute, self._marked(getattr(owner, attribute), part)))
+            yield
+
+    def _marked(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = self.part
+            self.part = before or part
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.part = before
+
+        return call
+
+
+def _part_of(name: str) -> str:
+    return "convs" if "conv" in name else "tail"
+
+
+def _picked(t: Tensor, index: Any) -> Tensor:
+    """``t[index]`` in operations."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in [p for p in parts if not isinstance(p, Tensor)]:
+        at = next(i for i, p in enumerate(parts) if p is Ellipsis)
+        fill = t.dim() - sum(p is not None for p in parts) + 1
+        parts[at:at + 1] = [slice(None)] * fill
+    axis, rows = 0, []
+    for part in parts:
+        if isinstance(part, Tensor):
+            rows.append(part)
+        elif part is None:
+            t = t.unsqueeze(axis)
+            rows.append(None)
+        elif isinstance(part, slice):
+            t = torch.ops.aten.slice(t, axis, part.start, part.stop, part.step or 1)
+            rows.append(None)
+        else:
+            t = t.select(axis, part)
+            continue
+        axis += 1
+    if all(row is None for row in rows):
+        return t
+    picked: Tensor = torch.ops.aten.index(t, rows)
+    return picked
+
+
+def _contiguous(t: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    if t.is_contiguous(memory_format=memory_format):
+        return t
+    copied: Tensor = torch.ops.aten.clone(t, memory_format=memory_format)
+    return copied
+
+
+def _conv_format(input: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    """The format of a conv's output as cuDNN makes it; a build without CUDA knows others only."""
+    def last(t: Tensor) -> bool:
+        return torch._prims_common.suggest_memory_format(t) == torch.channels_last
+
+    either = input.dtype != torch.float64 and (last(input) or last(weight))
+    return torch.channels_last if either else torch.contiguous_format
+
+
+@contextmanager
+def without_a_gpu() -> Iterator[None]:
+    """Fake CUDA tensors may be computed with, and launchers called on them."""
+    for op in raw_ops.values():  # their compile cases are to hold no fake tensors
+        if op.triton is not None:
+            importlib.import_module(op.triton.partition(":")[0])
+    # Methods that ask for a device, as operations.
+    methods: dict[str, Any] = {
+        "__getitem__": _picked, "contiguous": _contiguous,
+        "copy_": lambda t, source: torch.ops.aten.copy_(t, source),
+        "long": lambda t: t.to(torch.int64), "int": lambda t: t.to(torch.int32),
+    }
+    with ExitStack() as stack:
+        for name, method in methods.items():
+            stack.enter_context(mock.patch.object(Tensor, name, method))
+        stack.enter_context(mock.patch.object(
+            torch._C, "_conv_determine_backend_memory_format", _conv_format))
+        stack.enter_context(mock.patch.object(torch.cuda, "device", nullcontext))
+        stack.enter_context(mock.patch.dict(os.environ, {"SMIS_TUNED": "none"}))
+        yield
+
+
+def _fake(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    kept = dtype if dtype is not None and t.is_floating_point() else t.dtype
+    return torch.empty_strided(t.shape, t.stride(), dtype=kept, device="cuda")
+
+
+def _move(network: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and buffers become fake ones on a GPU, stored as they were."""
+    for module in network.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = nn.Parameter(_fake(p, dtype), requires_grad=False)
+        for name, b in list(module._buffers.items()):
+            if b is not None:
+                module._buffers[name] = _fake(b, dtype)
+
+
+def scene(name: str, maps: Maps) -> tuple[Tensor, Tensor | None, Any]:
+    """Labels, instances where the model reads them, and its options."""
+    preset = create_model(name, part="generator", device="meta").preset
+    setting = Setting(torch.device("cpu"), maps=maps.named("coco"))
+    labels = class_map(setting, preset.image_size, preset.classes)
+    found = setting.maps.instances("indoor", preset.image_size) if preset.instance_edge else None
+    return labels, None if found is None else torch.from_numpy(found)[None], preset
+
+
+def _sizes(preset: Any) -> list[tuple[int, int]]:
+    height, width = preset.latent_size
+    steps = range(preset.upsamplings[preset.upsampling] + 1)
+    return [(height << i, width << i) for i in steps]
+
+
+def count_layout(name: str, maps: Maps) -> tuple[LabelLayout, dict[str, int]]:
+    """A layout at all sizes of a generator, and what compiling it takes."""
+    labels, instances, preset = scene(name, maps)
+    with Count() as count:
+        layout = semantics.layout(labels, preset, instances)
+        for size in _sizes(preset):
+            layout.level(size)
+    return layout, {"operations": count.operations.total(), "launches": count.launches.total(),
+                    "waits": count.waits}
+
+
+def count_forward(name: str, layout: LabelLayout, way: str, *,
+                  dtype: torch.dtype = torch.bfloat16) -> Count:
+    """One forward of a frozen generator on fake tensors; the one before it, uncounted, prepares."""
+    source = create_model(name, part="generator", device="meta").eval()
+    generator: Any = frozen_copy(source)
+    backend = "reference" if way == "reference" else "auto"
+    path = way if way == "two_level" else "auto"
+    with without_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), \
+            use_backend(backend), use_path(path):
+        _move(generator, dtype)
+        semantic: Any = LabelLayout(_fake(layout.symbols), _fake(layout.vectors))
+        semantic._levels = {
+            size: WindowLevel(**{k: _fake(v) for k, v in vars(level).items()})
+            for size, level in layout._levels.items()
+        }
+        if way == "reference":
+            n, channels, h, w = layout.shape
+            semantic = torch.empty((n, channels, h, w), dtype=dtype, device="cuda")
+        if way == "kept":
+            semantic.tables = TableCache()
+        z = generator.sample_latent(layout.shape[0])
+        prepared = Prepared(generator)  # as a Synthesizer's
+        with prepared.vouched():
+            with Count():  # launchers run here alone, and have constants too
+                generator(semantic, z)
+            with Count() as count, count.marking():
+                generator(semantic, z)
+    return count
+
+
+def measure(maps: Maps, generators: tuple[str, ...] = GENERATORS) -> dict[str, Any]:
+    """Counts of every generator and way, by part."""
+    found: dict[str, Any] = {}
+    for name in generators:
+        layout, compiled = count_layout(name, maps)
+        found[name] = {"layout": compiled}
+        for way in WAYS:
+            count = count_forward(name, layout, way)
+            found[name][way] = {
+                kind: {**{part: counter[part] for part in PARTS if counter[part]},
+                       "total": counter.total()}
+                for kind, counter in (("operations", count.operations),
+                                      ("launches", count.launches))
+            }
+    return found
+
+
+def last_record(results: Path = RESULTS) -> dict[str, Any]:
+    """The counts on the project's own scenes that were committed last."""
+    paths = sorted(results.glob("launches-*-scenes.json"))
+    if not paths:
+        raise FileNotFoundError(f"{results}: no launches-*-scenes.json; "
+                                "make one: python -m benchmarks.launches --out FILE")
+    counts: dict[str, Any] = json.loads(paths[-1].read_text())["generators"]
+    return counts
+
+
+def risen(now: dict[str, Any], before: dict[str, Any], prefix: str = "") -> list[str]:
+    """Counts that are larger than before, or new; those that are gone count as neither."""
+    lines = []
+    for key, value in now.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            lines += risen(value, before.get(key, {}), f"{name}/")
+        elif key == "total" or prefix.endswith("layout/"):
+            was = before.get(key)
+            if was is None or value > was:
+                lines.append(f"{name}: {value}, before {'nothing' if was is None else was}")
+    return lines
+
+
+def _table(found: dict[str, Any]) -> str:
+    rows = []
+    for name, counts in found.items():
+        layout = counts["layout"]
+        rows.append((name, "layout", str(layout["operations"]), str(layout["launches"]),
+                     f"{layout['waits']} waits for the device"))
+        for way in WAYS:
+            parts = counts[way]["launches"]
+            rows.append((name, way, str(counts[way]["operations"]["total"]), str(parts["total"]),
+                         ", ".join(f"{part} {parts[part]}" for part in PARTS if part in parts)))
+    return markdown_table(("generator", "way", "operations", "launches", "of which"), rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the counts, and write them; 1 where one has risen since the last record."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
+    parser.add_argument("--maps", help="folder of label maps in place of the project's scenes")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--names", metavar="GENERATOR/WAY", help="list one forward's launches")
+    options = parser.parse_args(arguments)
+    maps = Maps(options.maps)
+    if options.names:
+        name, _, way = options.names.partition("/")
+        if name not in GENERATORS or way not in WAYS:
+            parser.error(f"--names: expected one of {', '.join(GENERATORS)} and / and one of "
+                         f"{', '.join(WAYS)}; got {options.names!r}")
+        layout, _ = count_layout(name, maps)
+        names = count_forward(name, layout, way).names
+        print(markdown_table(("part", "launch", "times"),
+                             [(part, what, str(n)) for (part, what), n in names.most_common()]))
+        return 0
+    found = measure(maps)
+    print(_table(found))
+    if options.out is not None:
+        place = "the project's scenes" if options.maps is None else Path(options.maps).name
+        known = {k: v for k, v in versions().items() if k in ("smis_kernels", "torch", "python")}
+        content = {"commit": commit(), "versions": known, "maps": place, "dtype": "bfloat16",
+                   "batch": 1, "generators": found}
+        write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
+    if options.maps is None and list(RESULTS.glob("launches-*-scenes.json")):
+        lines = risen(found, last_record())
+        print("\n".join(lines) or "no count has risen since the last record")
+        return int(bool(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

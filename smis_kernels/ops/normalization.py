@@ -1,0 +1,245 @@
+"""The normalisation that four ops share: statistics, their gradient, settings and checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..runtime.check import FLOATS, check_device, check_shape, check_tensor
+from ..runtime.constants import constant
+from ..runtime.library import RawOp
+from ..runtime.tensors import acc_dtype, empty_nchw
+from .modulation import reference
+
+NORMS = ("batch", "instance", "group", "none")
+ACTIVATIONS = (None, "relu", "leaky_relu")
+SUFFIXES = ("", "_s")  # of the arguments of a pair's outputs
+_TRITON = "smis_kernels.ops.modulation.triton:"
+
+
+class Statistics(NamedTuple):
+    """Mean and reciprocal deviation (1 or N, C), and how they were reduced ("fixed": given)."""
+
+    mean: Tensor
+    rstd: Tensor
+    reduction: str
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords that all modulations share; :func:`smis_kernels.modulation` explains them."""
+
+    norm: str
+    num_groups: int | None
+    training: bool
+    momentum: float
+    eps: float
+    upsample: bool
+    process_group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one call fixes besides its tensors: :class:`Keywords` with their defaults."""
+
+    norm: str = "batch"
+    num_groups: int | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    upsample: bool = False
+    process_group: dist.ProcessGroup | None = None
+
+
+def _pool(values: Tensor, reduction: str, num_groups: int | None) -> Tensor:
+    """The mean of (N, C) plane values over what shares one statistic, as (1 or N, C)."""
+    n, c = values.shape
+    if reduction == "batch":
+        return values.mean(0, keepdim=True)
+    if reduction == "group":
+        assert num_groups is not None
+        grouped = values.view(n, num_groups, -1).mean(2, keepdim=True)
+        return grouped.repeat(1, 1, c // num_groups).view(n, c)
+    return values
+
+
+def _synchronize(
+    mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge (1, C) statistics of all processes, weighted by their pixel counts."""
+    row = torch.cat([mean[0], var[0], mean.new_tensor([float(count)])])
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row, group=group)
+    means, variances, counts = torch.stack(rows).split([mean.shape[1], mean.shape[1], 1], 1)
+    total = counts.sum()
+    weight = counts / total
+    merged = (weight * means).sum(0, keepdim=True)
+    spread = (weight * (variances + (means - merged).square())).sum(0, keepdim=True)
+    return merged, spread, total
+
+
+Running = tuple[Tensor | None, Tensor | None]
+
+
+def _update_running(running: Running, mean: Tensor, var: Tensor, seen: int | Tensor,
+                    momentum: float) -> None:
+    running_mean, running_var = running
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean[0].to(running_mean.dtype), momentum)
+        running_var.lerp_((var[0] * (seen / (seen - 1))).to(running_var.dtype), momentum)
+
+
+def _neutral(channels: int, dtype: torch.dtype, device: torch.device) -> Statistics:
+    zero = torch.zeros((1, channels), dtype=dtype, device=device)
+    return Statistics(zero, torch.ones_like(zero), "fixed")
+
+
+def _fixed(mean: Tensor, var: Tensor, dtype: torch.dtype, eps: float) -> Statistics:
+    rstd = torch.rsqrt(var.to(dtype) + eps)
+    return Statistics(mean.to(dtype).view(1, -1), rstd.view(1, -1), "fixed")
+
+
+@torch.no_grad()
+def statistics(input: Tensor, kind: str, options: Options, *runnings: Running) -> list[Statistics]:
+    """One set of statistics per output; those of the data are computed once.
+
+    In training every output's running statistics are updated.
+    """
+    n, c, h, w = input.shape
+    dtype = acc_dtype(input)
+    if options.norm == "none":
+        neutral = constant(("neutral", c, dtype, input.device),
+                           partial(_neutral, c, dtype, input.device))
+        return [neutral] * len(runnings)
+    if options.norm == "batch" and not options.training and runnings[0][0] is not None:
+        fixed = []
+        for mean, var in runnings:
+            assert mean is not None and var is not None
+            fixed.append(constant(("fixed", dtype, options.eps),
+                                  partial(_fixed, mean, var, dtype, options.eps), mean, var))
+        return fixed
+    mean, var = channel_moments(kind, input)
+    reduction = options.norm
+    if reduction == "group" or (reduction == "batch" and n > 1):
+        pooled = _pool(mean, reduction, options.num_groups)
+        var = _pool(var + (mean - pooled).square(), reduction, options.num_groups)
+        mean = pooled
+    count: int | Tensor = n * h * w
+    if reduction == "batch" and options.training:
+        if options.process_group is not None:
+            mean, var, count = _synchronize(mean, var, n * h * w, options.process_group)
+        seen = count * 4 if options.upsample else count
+        for running in runnings:
+            _update_running(running, mean, var, seen, options.momentum)
+    return [Statistics(mean, torch.rsqrt(var + options.eps), reduction)] * len(runnings)
+
+
+def input_gradient(kind: str, grad: Tensor, sums: Tensor, input: Tensor, mean: Tensor,
+                   rstd: Tensor, reduction: str, options: Options) -> Tensor:
+    """Complete the input gradient where the statistics were computed from the input."""
+    n, c, h, w = input.shape
+    if reduction == "batch":
+        total = sums.sum(1, keepdim=True)  # [2, 1, C]
+        count: float | Tensor = float(n * h * w)
+        if options.training and options.process_group is not None:
+            row = torch.cat([total.flatten(), total.new_tensor([count])])
+            dist.all_reduce(row, group=options.process_group)
+            total, count = row[:-1].view(2, 1, c), row[-1]
+        shift, scale = (total / count).unbind(0)
+    else:
+        shift, scale = (_pool(s / (h * w), reduction, options.num_groups) for s in sums.unbind(0))
+    return modulation_center(kind, grad, input, mean, rstd, shift.contiguous(), scale.contiguous())
+
+
+def normalized(input: Tensor, mean: Tensor, rstd: Tensor, reduction: str,
+               options: Options) -> Tensor:
+    """x-hat for autograd: statistics of the data move with the input, fixed ones do not."""
+    if reduction == "fixed":
+        centered = input.to(mean.dtype) - mean[:, :, None, None]
+        return (centered * rstd[:, :, None, None]).to(input.dtype)
+    return reference.normalize(
+        input, norm=options.norm, num_groups=options.num_groups, training=True, eps=options.eps,
+        process_group=options.process_group if options.training else None,
+    )
+
+
+def activated(grad: Tensor, output: Tensor | None, slope: float) -> Tensor:
+    """The gradient before the activation, whose slope the sign of the output decides."""
+    return grad if output is None else torch.where(output > 0, grad, grad * slope)
+
+
+def activation_slope(activation: str | None, negative_slope: float) -> float:
+    """The slope below zero: 1 without an activation, 0 for ReLU."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None, 'relu' or 'leaky_relu'; got {activation!r}")
+    if activation is None:
+        return 1.0
+    if activation == "relu":
+        return 0.0
+    if not 0 < negative_slope < 1:
+        raise ValueError(f"negative_slope: expected a number in (0, 1), got {negative_slope}")
+    return float(negative_slope)
+
+
+def check_input(input: Tensor, options: Options, *runnings: Running) -> None:
+    """The checks that norm_act, dense and indexed modulation share; one ``running`` an output."""
+    check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
+    n, c, h, w = input.shape
+    if options.norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}; got {options.norm!r}")
+    if options.norm == "group" and (not options.num_groups or c % options.num_groups):
+        raise ValueError(
+            f"num_groups: expected a divisor of the {c} channels, got {options.num_groups}"
+        )
+    for suffix, running in zip(SUFFIXES, runnings, strict=False):
+        _check_running(suffix, running, input)
+        if (running[0] is None) != (runnings[0][0] is None):
+            raise ValueError(
+                f"running_mean{suffix}: expected running statistics for both outputs or neither")
+    fixed = options.norm == "none" or (
+        options.norm == "batch" and not options.training and runnings[0][0] is not None
+    )
+    per_statistic = {"batch": n * h * w, "group": h * w * c // (options.num_groups or 1)}
+    if not fixed and input.numel() and per_statistic.get(options.norm, h * w) == 1:
+        raise ValueError(
+            "input: expected more than one value for each statistic of norm "
+            f"{options.norm!r}, got shape {tuple(input.shape)}"
+        )
+
+
+def _check_running(suffix: str, running: Running, input: Tensor) -> None:
+    if (running[0] is None) != (running[1] is None):
+        raise ValueError(f"running_mean{suffix}, running_var{suffix}: expected both or neither")
+    for name, tensor in zip(("running_mean", "running_var"), running, strict=True):
+        if tensor is not None:
+            check_shape(name + suffix, tensor, (input.shape[1],), "for the input's channels")
+            check_device(name + suffix, tensor, input, "input")
+
+
+def _moments_fake(input: Tensor) -> tuple[Tensor, Tensor]:
+    shape = input.shape[:2]
+    return (input.new_empty(shape, dtype=acc_dtype(input)),
+            input.new_empty(shape, dtype=acc_dtype(input)))
+
+
+def _center_fake(
+    grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor
+) -> Tensor:
+    n, c, h, w = input.shape
+    return empty_nchw((n, c, h, w), input)
+
+
+# Biased mean and variance of every plane: (N, C, H, W) -> 2 x (N, C), fp32 (fp64 for fp64).
+channel_moments = RawOp(
+    "channel_moments(Tensor input) -> (Tensor, Tensor)", _moments_fake, _TRITON + "channel_moments"
+)
+# grad - shift - x_hat * scale: what remains of it once the statistics move with the input.
+modulation_center = RawOp(
+    "modulation_center(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor shift, "
+    "Tensor scale) -> Tensor",
+    _center_fake, _TRITON + "modulation_center",
+)
