@@ -442,7 +442,7 @@ def test_the_command_writes_json(smis, tmp_path):
     assert len(result["model"]["weights_sha256"]["tiny.safetensors"]) == 64
     model = create_model(checkpoint=tmp_path / "tiny.safetensors").eval()
     matrix = np.zeros((8, 8))
-    for i, scene in enumerate(GeneratedScenes(2, 64, "test")):
+    for i, scene in enumerate(GeneratedScenes(2, 64, "val")):
         with torch.no_grad():
             picture = model(model.semantics(scene["labels"][None]),
                             drawn_code(model, derived_seed(0, i)))
