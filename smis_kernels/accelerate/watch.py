@@ -119,11 +119,12 @@ class _Values:
         """A name whose value is another one, or there no longer or not before."""
         if now.keys() != self._values.keys():
             return min(now.keys() ^ self._values.keys())
-        for name, value in now.items():
-            before, fixed, content = self._values[name]
-            if not (fixed and value is before) and _content_of(value) != content:
-                return name
-        return None
+        return next((k for k, v in now.items() if not self.holds(k, v)), None)
+
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether a value is what it was."""
+        before, fixed, content = self._values[name]
+        return (fixed and value is before) or bool(_content_of(value) == content)
 
     def __getstate__(self) -> dict[str, Any]:  # contents suffice
         return {"_values": {k: (None, False, c) for k, (_, _, c) in self._values.items()}}
@@ -145,6 +146,26 @@ class _Part:
         self.children = tuple(module._modules.items())
         self.attributes = _Values(_plain_of(module))
         self.present = self._present()
+        self._note_identities()
+
+    def _note_identities(self) -> None:
+        """Names of all attributes, and those whose value nothing changes but an assignment."""
+        plain = _plain_of(self.module)
+        self._names = frozenset(vars(self.module))
+        self._fixed = [(k, v) for k, v in plain.items() if _fixed(v)]
+        self._others = [k for k, v in plain.items() if not _fixed(v)]
+
+    def _attribute_change(self) -> str | None:
+        own = vars(self.module)
+        if own.keys() == self._names and all(own[k] is v for k, v in self._fixed):
+            return next((k for k in self._others if not self.attributes.holds(k, own[k])), None)
+        found = self.attributes.change(_plain_of(self.module))
+        if found is None:
+            self._note_identities()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:  # identities are of this process
+        return {**vars(self), "_names": frozenset(), "_fixed": [], "_others": []}
 
     def _present(self) -> list[tuple[str, bool]]:
         m = self.module
@@ -167,10 +188,8 @@ class _Part:
             return "other parts"
         if self._present() != self.present:
             return "other parameters or buffers"
-        attribute = self.attributes.change(_plain_of(m))
-        if attribute is not None:
-            return f"another {attribute}"
-        return None
+        attribute = self._attribute_change()
+        return None if attribute is None else f"another {attribute}"
 
 
 class Settings:
