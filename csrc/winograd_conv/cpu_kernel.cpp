@@ -7,6 +7,7 @@
 
 #include "common/element.h"
 #include "common/lanes.h"
+#include "common/transposed.h"
 #include "common/winograd.h"
 
 namespace smis::SMIS_ISA {
@@ -33,44 +34,6 @@ template <class A> struct Shape {
   int64_t panel_offset(int64_t vector) const { return vector * L * frequencies * u_depth; }
 };
 
-// Calls fn at every vector of `count` values; the last one lies where it ends with them. Fewer
-// values than a vector hold are read and written by `some` instead.
-template <class A, class F, class G>
-inline void over_vectors(int64_t count, const F& whole, const G& some) {
-  constexpr int64_t L = Lanes<A>::n;
-  if (count < L) return some();
-  for (int64_t i = 0; i + L <= count; i += L) whole(i);
-  if (count % L != 0) whole(count - L);
-}
-
-template <class A> Vec<A> get_some(const A* p, int64_t count) {
-  alignas(kVectorBytes) A values[Lanes<A>::n] = {};
-  std::memcpy(values, p, size_t(count) * sizeof(A));
-  return get(values);
-}
-
-// to[i][l] = from[l * step + i] of `count` rows l, for whole vectors of columns i; the other lanes
-// are zero. `to` has rows of `row` elements.
-template <class A>
-void transposed(const A* from, int64_t step, int64_t count, int64_t columns, A* to, int64_t row) {
-  constexpr int64_t L = Lanes<A>::n;
-  const auto square = [&](int64_t i, const auto& read) {
-    Vec<A> lines[L] = {};
-    if (count == L) {
-#pragma GCC unroll 16
-      for (int64_t l = 0; l < L; ++l) lines[l] = read(from + l * step + i);
-    } else {
-      for (int64_t l = 0; l < count; ++l) lines[l] = read(from + l * step + i);
-    }
-    transpose<A>(lines);
-    const int64_t some = std::min(L, columns - i);
-    for (int64_t j = 0; j < some; ++j) put(to + (i + j) * row, lines[j]);
-  };
-  over_vectors<A>(
-      columns, [&](int64_t i) { square(i, [](const A* p) { return get(p); }); },
-      [&] { square(0, [&](const A* p) { return get_some(p, columns); }); });
-}
-
 // One panel of one group: `some` kernels of every output at a time are transposed to lanes.
 template <class A, int m, int vecs>
 void panel_weights(const WinogradArgs& a, const Shape<A>& s, int64_t group, int64_t first, A* taps,
@@ -87,10 +50,11 @@ void panel_weights(const WinogradArgs& a, const Shape<A>& s, int64_t group, int6
       const A* from = w + v * L * a.K * 9 + k * a.k_step;
       if (apart)
         for (int64_t i = 0; i < 9; ++i)
-          transposed(from + i * a.tap_step, a.K * 9, count, some, taps + (i * kSome * vecs + v) * L,
-                     vecs * L);
+          transposed(from + i * a.tap_step, a.K * 9, count, some,
+                     [&](int64_t j) { return taps + ((i * kSome + j) * vecs + v) * L; });
       else
-        transposed(from, a.K * 9, count, some * 9, taps + v * L, vecs * L);
+        transposed(from, a.K * 9, count, some * 9,
+                   [&](int64_t i) { return taps + (i * vecs + v) * L; });
     }
     const int64_t tap = (apart ? kSome : 1) * vecs * L, kernel = (apart ? 1 : 9) * vecs * L;
     for (int64_t j = 0; j < some; ++j)
