@@ -30,8 +30,8 @@ def accelerate(
     G(m)) + B(m)`, where N is any normalisation, or none, o any number, and G and B are made of the
     map m, resized by nearest or not, by any convs, activations, norms of the image, or tables of
     classes. Names, classes and wrappers do not matter. Window tables serve where G and B see no
-    more than 5x5 pixels of the map, padded by zeros; else their convs run as they were written, and the
-    features are modulated in one pass. What is near it is listed with the term that differs; 3D
+    more than 5x5 pixels of the map, padded by zeros; else their convs run as they were written, and
+    the features are modulated in one pass. What is near it is listed with the term that differs; 3D
     norms are, for the kernels take (N, C, H, W). Known by structure: residual blocks of such
     norms, an activation and convs, per-pixel depthwise convs (an ``nn.Unfold`` and a weight
     argument), sequences with instance norms, encoders that pool by instance; and torch's own
