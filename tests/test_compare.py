@@ -18,9 +18,10 @@ from smis_kernels import use_backend
 from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes
 from smis_models.data.scene_classifier import SceneClassifier
+from smis_models.io.seeds import derived_seed
 from smis_models.metrics import PixelDistance
-from smis_models.metrics.sampling import derived_seed, sample_codes
-from smis_models.synthesis.scene import drawn_code
+from smis_models.metrics.sampling import sample_codes
+from smis_models.synthesis.codes import drawn_code
 from smis_models.training import NonFiniteLoss, Trainer
 
 TINY = {"width": 4, "ndf": 4, "batch": 2, "workers": 0, "layouts": 1, "samples": 2, "pairs": 1,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from require import INDEPENDENT, lacking
 from torch import Tensor, nn
+from validation import agree
 
 from smis_models.io.images import as_bytes, to_pictures
 from smis_models.metrics import (
@@ -88,7 +89,7 @@ def test_lpips_is_the_published_package(programs: Any, kind: str, tmp_path: Path
         with torch.no_grad():
             expected, layers = theirs(a, b, retPerLayer=True)
         assert float(expected.min()) > 0.01
-        torch.testing.assert_close(ours(a, b), expected.flatten(), rtol=1e-5, atol=1e-7)
+        agree(f"LPIPS, {kind}", "lpips 0.1.4", ours(a, b), expected.flatten(), rtol=1e-5, atol=1e-7)
         found = ours.maps(ours.features(a), ours.features(b))
         for mine, layer in zip(found, layers, strict=True):
             torch.testing.assert_close(mine.mean((1, 2)), layer.flatten(), rtol=1e-5, atol=1e-8)
@@ -96,8 +97,9 @@ def test_lpips_is_the_published_package(programs: Any, kind: str, tmp_path: Path
         with torch.no_grad():
             wide = theirs(a, b)
         theirs.spatial = False
-        torch.testing.assert_close(ours.spatial(ours.features(a), ours.features(b), size),
-                                   wide[:, 0], rtol=1e-5, atol=1e-7)
+        agree(f"LPIPS by pixel, {kind}", "lpips 0.1.4",
+              ours.spatial(ours.features(a), ours.features(b), size), wide[:, 0],
+              rtol=1e-5, atol=1e-7)
 
 
 def test_frechet_distance_is_scipys_and_torch_fidelitys(programs: Any) -> None:
@@ -110,13 +112,15 @@ def test_frechet_distance_is_scipys_and_torch_fidelitys(programs: Any) -> None:
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
     root = linalg.sqrtm(cov_a @ cov_b).real
     expected = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
-    assert ours == pytest.approx(expected, rel=1e-8)
+    agree("Fréchet distance", "SciPy's sqrtm", ours, expected, rtol=1e-8)
     theirs = programs.fid.fid_statistics_to_metric(
         {"mu": mean_a, "sigma": cov_a}, {"mu": mean_b, "sigma": cov_b}, False)
-    assert ours == pytest.approx(float(next(iter(theirs.values()))), rel=1e-6)
+    agree("Fréchet distance", "torch-fidelity 0.4.0", ours, next(iter(theirs.values())), rtol=1e-6)
     statistics = programs.fid.fid_features_to_statistics(torch.from_numpy(a))
-    np.testing.assert_allclose(FeatureStatistics.of(a).mean, statistics["mu"])
-    np.testing.assert_allclose(FeatureStatistics.of(a).covariance, statistics["sigma"])
+    own = FeatureStatistics.of(a)
+    agree("mean of features", "torch-fidelity 0.4.0", own.mean, statistics["mu"], rtol=1e-7)
+    agree("covariance of features", "torch-fidelity 0.4.0", own.covariance, statistics["sigma"],
+          rtol=1e-7)
     found = fid_of_features(torch.from_numpy(a), torch.from_numpy(b))
     assert found["fid"] == pytest.approx(expected, rel=1e-4)  # features are fp32
     assert (found["real"], found["fake"], "note" in found) == (60, 60, False)
@@ -163,13 +167,15 @@ def test_miou_is_scikit_learns(ignored: tuple[int, ...]) -> None:
         score.add(labels[i], predictions[i])
     kept = ~np.isin(labels, ignored)
     truth, made = labels[kept], predictions[kept]
-    np.testing.assert_array_equal(score.matrix, confusion_matrix(truth, made, labels=range(8)))
+    agree("confusion matrix", "scikit-learn", score.matrix,
+          confusion_matrix(truth, made, labels=range(8)))
     found = score.result()
-    assert found["accuracy"] == pytest.approx(accuracy_score(truth, made))
+    agree("pixel accuracy", "scikit-learn", found["accuracy"],
+          accuracy_score(truth, made), rtol=1e-9)
     classes = [c for c in range(6) if c not in ignored]
     each = jaccard_score(truth, made, labels=classes, average=None)
     assert found["iou"] == {str(c): pytest.approx(v) for c, v in zip(classes, each, strict=True)}
-    assert found["miou"] == pytest.approx(each.mean())
+    agree("mIoU", "scikit-learn", found["miou"], each.mean(), rtol=1e-9)
     assert found["pixels"] == len(truth)
 
 
@@ -278,9 +284,10 @@ def test_mcsd_and_mocd_by_hand() -> None:
     for c in (0, 1):
         assert found.by_class[c] == pytest.approx((np.mean(own[c]), np.mean(other[c])), rel=1e-4)
     assert len(own[0]) == 2 and len(own[1]) == 1
-    assert found.mcsd == pytest.approx(np.mean([np.mean(own[c]) for c in (0, 1)]), rel=1e-4)
-    assert found.mocd == pytest.approx(np.mean([np.mean(other[c]) for c in (0, 1)]), rel=1e-4)
-    assert found.lpips == pytest.approx(np.mean(whole), rel=1e-4)
+    by_hand = "pictures painted and compared one by one"
+    agree("mCSD", by_hand, found.mcsd, np.mean([np.mean(own[c]) for c in (0, 1)]), rtol=1e-4)
+    agree("mOCD", by_hand, found.mocd, np.mean([np.mean(other[c]) for c in (0, 1)]), rtol=1e-4)
+    agree("mean distance of pictures", by_hand, found.lpips, np.mean(whole), rtol=1e-4)
     assert found.mcsd > found.mocd > 0
 
 

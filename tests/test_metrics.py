@@ -19,6 +19,7 @@ from smis_models.data.scene_classifier import SceneClassifier
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
 from smis_models.io import images
 from smis_models.io.checkpoint import save_checkpoint
+from smis_models.io.seeds import derived_seed
 from smis_models.metrics import (
     LPIPS,
     DiversityProtocol,
@@ -41,9 +42,10 @@ from smis_models.metrics import (
 )
 from smis_models.metrics.diversity import area_distances, layout_diversity
 from smis_models.metrics.lpips import TRUNKS
-from smis_models.metrics.sampling import LayoutSampler, derived_seed, sample_codes
+from smis_models.metrics.sampling import LayoutSampler, sample_codes
 from smis_models.metrics.segmentation import predict
-from smis_models.synthesis.scene import drawn_code, sample_layouts, semantics
+from smis_models.synthesis.codes import drawn_code
+from smis_models.synthesis.scene import sample_layouts, semantics
 
 TINY = {"ngf": 8, "nef": 16, "image_size": (64, 64), "upsampling": "normal", "init_gain": 1.0}
 QUICK = DiversityProtocol(layouts=2, samples=3, pairs=2)
@@ -442,7 +444,7 @@ def test_the_command_writes_json(smis, tmp_path):
     assert len(result["model"]["weights_sha256"]["tiny.safetensors"]) == 64
     model = create_model(checkpoint=tmp_path / "tiny.safetensors").eval()
     matrix = np.zeros((8, 8))
-    for i, scene in enumerate(GeneratedScenes(2, 64, "test")):
+    for i, scene in enumerate(GeneratedScenes(2, 64, "val")):
         with torch.no_grad():
             picture = model(model.semantics(scene["labels"][None]),
                             drawn_code(model, derived_seed(0, i)))

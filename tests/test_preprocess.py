@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from validation import agree
 
 from smis_models.data import Draw, FileScenes, Preprocess, list_scenes
 from smis_models.data.preprocess import Plan
@@ -29,9 +30,9 @@ def test_a_plan_cuts_and_mirrors_these_pixels(flip: bool) -> None:
 def test_a_plan_resizes_as_pillow(size: tuple[int, int]) -> None:
     plan = Plan(size, None, False)
     wide = size[::-1]
-    np.testing.assert_array_equal(
-        plan.picture(PICTURE), Image.fromarray(PICTURE).resize(wide, Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(plan.indices(LABELS), Image.fromarray(
+    agree("pictures of another size", "Pillow, bicubic", plan.picture(PICTURE),
+          Image.fromarray(PICTURE).resize(wide, Image.Resampling.BICUBIC))
+    agree("label maps of another size", "Pillow, nearest", plan.indices(LABELS), Image.fromarray(
         LABELS.astype(np.int32)).resize(wide, Image.Resampling.NEAREST))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from validation import agree
 
 from smis_models import create_model
 from smis_models.training import RECIPES, TrainConfig, from_dict
@@ -131,7 +132,8 @@ def test_the_table_is_the_published_loop() -> None:
         lambda past: 1.0 - max(0, past + 1 - 100) / float(100 + 1))  # past: epochs that ended
     for epoch in range(1, 201):
         if epoch in LATE_U_NET:
-            assert schedule.get_last_lr() == [pytest.approx(LATE_U_NET[epoch])]
+            agree("learning rate, table in the tests", "torch's LambdaLR over the published rule",
+                  LATE_U_NET[epoch], schedule.get_last_lr()[0], rtol=1e-6)
         schedule.optimizer.step()
         schedule.step()
 
@@ -238,7 +240,7 @@ def test_an_update_is_adams() -> None:
         second = 0.9 * second + 0.1 * gradient**2
         root = (second / (1 - 0.9**step)) ** 0.5
         expected -= 0.1 * first / (1 - 0.5**step) / (root + 1e-8)
-        assert weight.item() == pytest.approx(expected, rel=1e-5)
+        agree("step of the optimizer", "Adam by hand", weight, [expected], rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.999])
@@ -267,7 +269,8 @@ def test_the_average_keeps_its_share(decay: float) -> None:
     painted = average.model.state_dict()
     assert set(painted) == set(parameters) | set(buffers)
     for name, value in expected.items():
-        torch.testing.assert_close(painted[name].double(), value, rtol=1e-5, atol=1e-6)
+        agree("average of the weights", "its recursion by hand, float64", painted[name], value,
+              rtol=1e-5, atol=1e-6)
     for name, value in buffers.items():
         assert torch.equal(painted[name], value), name
 

@@ -34,6 +34,8 @@ EMULATION_RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 }
 INSTRUCTION_TESTS = (*(f"tests/test_{name}.py" for name in (
     "ops", "internal_sizes", "spectral_weight", "content_digest")), "-k", "not opcheck")
+VALIDATED = tuple(f"tests/test_{name}.py" for name in (
+    "independent_metrics", "preprocess", "recipes"))
 LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")
 
 
@@ -67,6 +69,26 @@ def test(*arguments: str) -> None:
 def doctest(*arguments: str) -> None:
     """The examples of all docstrings."""
     _python("-m", "pytest", "--doctest-modules", "smis_kernels", "smis_models", *arguments)
+
+
+def validate(*arguments: str) -> None:
+    """The checks against independent sources, and their table: docs/validation.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder, "agreement")
+        _python("-m", "pytest", "-p", "no:xdist", *VALIDATED, *arguments,
+                SMIS_VALIDATION=str(lines), SMIS_REQUIRE="independent,sklearn")
+        rows: dict[tuple[str, str], tuple[float, int]] = {}
+        for line in lines.read_text().splitlines():
+            what, source, difference, count = json.loads(line)
+            largest, so_far = rows.get((what, source), (0.0, 0))
+            rows[what, source] = max(largest, difference), so_far + count
+    table = [f"| {what} | {source} | {count} | {f'{difference:.0e}' if difference else 'equal'} |"
+             for (what, source), (difference, count) in rows.items()]
+    page, mark = ROOT / "docs" / "validation.md", "<!-- made by tools.tasks validate -->\n"
+    head = page.read_text().partition(mark)[0] + mark
+    columns = "| what | independent source | values | largest difference |\n|---|---|---|---|\n"
+    page.write_text(head + "\n" + columns + "\n".join(table) + "\n")
+    print(page.read_text())
 
 
 def interpreter(*arguments: str) -> None:
@@ -216,7 +238,7 @@ def ci() -> None:
 
 TASKS = {
     task.__name__: task
-    for task in (lint, types, test, doctest, instructions, interpreter, emulation, parity,
+    for task in (lint, types, test, doctest, validate, instructions, interpreter, emulation, parity,
                  kernels, bench, headers, abi, wheel, readme, ci)
 }
 

@@ -226,7 +226,7 @@ class Fused(Accelerated):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan: Plan | None = vars(self).get(PLAN)  # a slice of a Sequential has none
         given = None if plan is None else plan.given(original_type(self), args, kwargs)
-        reason = transformed()
+        reason: str | AsWritten | None = transformed()
         expected = reason is not None or requested() == "reference"
         if reason is None and expected:
             reason = "the reference is asked for"
@@ -241,7 +241,7 @@ class Fused(Accelerated):
                     assert given is not None
                     return self._smis_run(ready, *given)
             reason = ready
-        if not torch.compiler.is_compiling():
+        if reason is not None and not torch.compiler.is_compiling():
             self._smis_note(reason, args, expected)
         return super().forward(*args, **kwargs)
 
