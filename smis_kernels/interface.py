@@ -1,10 +1,11 @@
 """What networks are built with beside the public modules: the one door to the rooms behind them."""
 
 from .accelerate.prepared import Prepared
-from .accelerate.watch import Settings, Stamp
+from .accelerate.watch import Settings
 from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
 from .modules.label_conv import LabelConv2d
+from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import requested, resolve

@@ -31,6 +31,24 @@ def lively(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     return module.to(dtype)
 
 
+def stirred(module: nn.Module, seed: int = 1) -> nn.Module:
+    """In float64, random wherever a value is learned or kept, whatever it is called."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            scale = (2 / p[0].numel()) ** 0.5 if p.dim() > 1 else 0.3
+            p.normal_(0, scale, generator=generator)
+            if p.dim() == 1 and name.rpartition(".")[2] == "weight":
+                p.add_(1)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.3, generator=generator)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
+    return module
+
+
 def label_map(size: int, seed: int = 0, batch: int = 2, labels: int = LABELS) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     cells = torch.randint(labels, (batch, 4, 4), generator=generator)

@@ -259,6 +259,14 @@ def update_bn(m: nn.Module) -> None:
     m.eval()
 
 
+def training_forward(m: nn.Module) -> None:
+    """It moves running statistics, no weight and no version."""
+    m.train()
+    with torch.no_grad():
+        m(normal(2, 5, 8, 8, seed=3) * 3 + 1)
+    m.eval()
+
+
 def statistics_by_data(m: nn.Module) -> None:
     for n in m.modules():
         if isinstance(n, nn.BatchNorm2d):
@@ -286,8 +294,8 @@ def assigned(m: nn.Module) -> None:
     m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}, assign=True)
 
 
-WRITES = [fused_adam, data_average, numpy_write, one_element, update_bn, statistics_by_data,
-          other_eps, frozen_adam, assigned]
+WRITES = [fused_adam, data_average, numpy_write, one_element, update_bn, training_forward,
+          statistics_by_data, other_eps, frozen_adam, assigned]
 
 
 def batch_norm_network() -> nn.Module:

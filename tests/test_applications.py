@@ -15,12 +15,12 @@ from smis_models.io import images
 from smis_models.io.animation import write_animation
 from smis_models.io.checkpoint import save_checkpoint
 from smis_models.synthesis import applications
+from smis_models.synthesis.codes import draw_code, interpolate
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
 from smis_models.synthesis.features import FeatureClusters
 from smis_models.synthesis.scene import (
     Layout,
     calibrate,
-    draw_code,
     sample_layouts,
     semantics,
 )
@@ -97,12 +97,12 @@ def test_edits_keep_the_codes(model):
     assert not np.array_equal(frames[0].picture, frames[1].picture)
 
 
-def test_morphing_is_a_line_between_codes(model):
+def test_morphing_is_spherical_between_codes(model):
     layout, start, end = _scene(0), draw_code(model, 0), draw_code(model, 1)
     frames = list(applications.morph(model, layout, start, end, 5))
     assert len(frames) == 5
     for frame, t in zip(frames, (0, 0.25, 0.5, 0.75, 1), strict=True):
-        assert _close(frame.picture, _model_paints(model, layout, start + t * (end - start)))
+        assert _close(frame.picture, _model_paints(model, layout, interpolate(start, end, t, 8)))
     held = list(applications.morph(model, layout, start, end, 2, classes=[3]))
     z = applications.mixed_code(model, [start, end], {3: 1})
     assert _close(held[1].picture, _model_paints(model, layout, z))

@@ -15,8 +15,9 @@ from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes, build_dataset
 from smis_models.families import DEEPFASHION
 from smis_models.io.images import write_indices, write_png
+from smis_models.io.seeds import derived_seed
 from smis_models.training import Run, TrainConfig, from_dict
-from smis_models.training.batches import Batches, MicroBatch, dataset, seed_of
+from smis_models.training.batches import Batches, MicroBatch, dataset
 from smis_models.training.processes import Processes
 from smis_models.training.trainer import Trainer, _first_pictures
 
@@ -82,7 +83,7 @@ def test_every_step_seeds_torch_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         for batches in steps(config, 3):
             trainer.step(batches, 0)
     assert len({seed for seed, _ in seeds}) == len({value for _, value in seeds}) == 6
-    assert [seed for seed, _ in seeds[:3]] == [seed_of(0, step, 0) for step in range(3)]
+    assert [seed for seed, _ in seeds[:3]] == [derived_seed(0, step, 0) for step in range(3)]
 
 
 def test_generated_pictures_are_of_their_split(

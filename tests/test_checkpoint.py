@@ -140,7 +140,7 @@ def test_other_content(tmp_path: Path) -> None:
     path.write_text("hello world")
     refused("some other kind of file", path=path)
     torch.save({"epoch": 3, "state_dict": {}}, path)
-    refused("plain state dict", "dict with 'epoch', 'state_dict'", path=path)
+    refused("plain state dict", "int under the key 'epoch'", path=path)
     torch.save([torch.zeros(1)], path)
     refused("plain state dict", "got list", path=path)
     safetensors.torch.save_file({}, tmp_path / "bare.safetensors")
@@ -182,3 +182,49 @@ def test_saving_to_nowhere(tmp_path: Path) -> None:
         save_checkpoint(model, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_checkpoint(model, tmp_path / "missing" / "model.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "generator.module.",
+                                    "module.generator._orig_mod.", "netG.", "module.module."])
+def test_prefixes_of_any_order_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    own = tiny(seed=3).generator
+    torch.save({prefix + k: v for k, v in own.state_dict().items()}, tmp_path / "a.pth")
+    assert_same(tiny(tmp_path / "a.pth").generator, own)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda own: {"state_dict": own, "epoch": 3},
+    lambda own: {"model": own, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3},
+    lambda own: {"net_G": {f"module.{k}": v for k, v in own.items()}, "net_D": {}, "opt_G": {}},
+    lambda own: {"state_dict": {"netG": own}, "iteration": 1},
+], ids=["state_dict", "model", "imaginaire", "nested"])
+def test_a_dict_around_the_state_dict_is_opened(tmp_path: Path, wrap: Any) -> None:
+    own = tiny(seed=3).generator
+    torch.save(wrap(own.state_dict()), tmp_path / "a.pth")
+    assert_same(tiny(tmp_path / "a.pth").generator, own)
+
+
+def test_networks_of_one_dict_become_parts(tmp_path: Path) -> None:
+    made = tiny(seed=3)
+    torch.save({"netG": made.generator.state_dict(), "netE": made.encoder.state_dict()},
+               tmp_path / "a.pth")
+    loaded = tiny(tmp_path / "a.pth")
+    assert_same(loaded.generator, made.generator)
+    assert_same(loaded.encoder, made.encoder)
+
+
+@pytest.mark.parametrize(("extra", "words"), [
+    ({"epoch": 5}, ("int under the key 'epoch'",)),
+    ({"lr": [1.0]}, ("list under the key 'lr'",)),
+])
+def test_the_key_that_is_no_tensor_is_named(tmp_path: Path, extra: Any,
+                                            words: tuple[str, ...]) -> None:
+    torch.save({**tiny(seed=3).generator.state_dict(), **extra}, tmp_path / "a.pth")
+    refused(*words, path=tmp_path / "a.pth")
+
+
+def test_of_several_networks_none_is_guessed(tmp_path: Path) -> None:
+    own = tiny(seed=3).generator.state_dict()
+    for other in ({"model_ema": own}, {"state_dict": own}):
+        torch.save({"model": own, **other}, tmp_path / "a.pth")
+        refused("expected one network", "'model'", repr(next(iter(other))), path=tmp_path / "a.pth")

@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from smis_models import cli, create_model
+from smis_kernels.modules.spade import CGNorm
+from smis_models import cli, create_model, shipped_weights
 from smis_models.data.scenes import sample_scene
+from smis_models.demo.page import strips
 from smis_models.io import images
+from smis_models.synthesis import codes
 from smis_models.synthesis import scene as synthesis
 
 SMALL = {
@@ -102,8 +105,9 @@ def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
     assert code == 0
     assert "random" not in out.lower()
     (layout,) = synthesis.read_layouts(scene / "person/0.png", None, model.preset)
-    expected = synthesis.pictures(
-        model, synthesis.semantics(model, layout), [synthesis.draw_code(model, 3)])
+    with torch.no_grad():
+        expected = images.to_pictures(
+            model(synthesis.semantics(model, layout), codes.draw_code(model, 3)))
     np.testing.assert_allclose(_read(tmp_path / "out/0_0.png").astype(int), expected[0], atol=1)
 
 
@@ -223,8 +227,8 @@ def test_spade_paints_and_has_no_demo(smis, small, scene, tmp_path):
 
 def test_one_class_is_resampled_and_the_rest_held():
     model = _small_model("groupdnet_deepfashion").eval()
-    z = synthesis.draw_code(model, 0)
-    changed = synthesis.resample_class(model, z, 3, seed=9)
+    z = codes.draw_code(model, 0)
+    changed = codes.resample_class(model, z, 3, seed=9)
     channels = model.generator.class_channels(3)
     assert not torch.equal(changed[:, channels], z[:, channels])
     changed[:, channels] = z[:, channels]
@@ -233,9 +237,53 @@ def test_one_class_is_resampled_and_the_rest_held():
 
 def test_a_morph_starts_and_ends_at_its_codes_with_unit_variance():
     start, end = torch.randn(2, 1, 4096, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(synthesis.morph(start, end, 0), start)
-    torch.testing.assert_close(synthesis.morph(start, end, 1), end)
-    assert abs(synthesis.morph(start, end, 0.5).var().item() - 1) < 0.05
+    assert torch.equal(codes.interpolate(start, end, 0), start)
+    assert torch.equal(codes.interpolate(start, end, 1), end)
+    for t in (0.25, 0.5, 0.75):
+        assert abs(codes.interpolate(start, end, t).var().item() - 1) < 0.02
+
+
+def test_a_morph_is_spherical_for_each_class_and_holds_what_both_ends_share():
+    """Against the formula by hand: two unit codes 60 degrees apart, and a class that is held."""
+    start = torch.tensor([[1.0, 0.0, 3.0, 4.0]])
+    end = torch.tensor([[0.5, 3**0.5 / 2, 3.0, 4.0]])
+    third = codes.interpolate(start, end, 1 / 3, parts=2)
+    angle = torch.pi / 9
+    expected = torch.tensor([[np.cos(angle), np.sin(angle), 3.0, 4.0]], dtype=torch.float32)
+    torch.testing.assert_close(third, expected)
+    assert torch.equal(third[:, 2:], start[:, 2:])
+    opposite = codes.interpolate(start, -start, 0.5, parts=2)
+    assert torch.isfinite(opposite).all()
+    with pytest.raises(ValueError, match="end: expected the start's shape"):
+        codes.interpolate(start, end[:, :2], 0.5)
+
+
+def test_further_samples_build_no_further_tables(smis, scene, tmp_path, monkeypatch):
+    """`smis synthesize` and the demo's strips compute a layout's tables once, whatever is drawn."""
+    built = []
+    build = CGNorm._build_table
+
+    def counting(self, *arguments):
+        built.append(self)
+        return build(self, *arguments)
+
+    monkeypatch.setattr(CGNorm, "_build_table", counting)
+    counts = []
+    for samples in (1, 3):
+        built.clear()
+        code, _, error = smis("synthesize", "--model", "groupdnet_scenes", "--labels",
+                              scene / "person/0.png", "--samples", samples,
+                              "--out", tmp_path / "out")
+        assert code == 0, error
+        counts.append(len(built))
+    model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
+    layout = synthesis.sample_layouts(model.preset, 1)[0]
+    for samples in (1, 4):
+        built.clear()
+        strips(model, layout, samples, 0)
+        counts.append(len(built))
+    assert len(set(counts)) == 1
+    assert counts[0] > 0
 
 
 def test_features_are_made_and_read(small, smis, scene, tmp_path):

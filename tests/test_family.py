@@ -78,6 +78,7 @@ def test_ops_are_counted_by_hand() -> None:
     x, pixels = features(8), 32 * 32
     weight = torch.randn(12, 8, 3, 3)
     assert effective_macs(lambda: winograd_conv2d(x, weight)) == pixels * 4 * 8 * 12
+    assert effective_macs(lambda: winograd_conv2d(x, weight, tile=4)) == pixels * 36 // 16 * 8 * 12
     kernels = torch.randn(9 * 8, 6, 3, 3)
     assert effective_macs(lambda: conditional_conv2d(x, features(6), kernels)) == (
         pixels * (9 * 8 * 6 * 9 + 9 * 8))

@@ -45,13 +45,13 @@ def test_encode_leaves_small_instances_out() -> None:
     ids = torch.full((1, 64, 64), 7)
     ids[0, :8, :8] = 26001  # 64 pixels: exactly 1/64 of the image, so too small
     ids[0, 20:25, 20:33] = 26002  # 65 pixels
-    image = torch.randn((1, 3, 64, 64))
+    image = torch.rand((1, 3, 64, 64)) * 2 - 1
     steps: list[str] = []
-    found = encode_features(_Identity(), [(image, ids), (image + 1, ids)], steps.append)
+    found = encode_features(_Identity(), [(image, ids), (-image, ids)], steps.append)
     assert list(found) == [7, 26]
     assert found[26].shape == found[7].shape == (2, 3)
     expected = image[0, :, 20:25, 20:33].mean((1, 2)).numpy()
-    np.testing.assert_allclose(found[26], np.stack([expected, expected + 1]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[26], np.stack([expected, -expected]), rtol=1e-5, atol=1e-6)
     assert steps == ["2 instances", "2 instances"]
 
 
@@ -187,3 +187,19 @@ def test_sample_refuses_bad_ids(clusters: FeatureClusters, ids: Tensor,
     with pytest.raises(error, match=message) as caught:
         clusters.sample(ids)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_instance_keeps_its_features_when_another_is_edited(clusters: FeatureClusters) -> None:
+    """Ids that come, go or change class before it in the map change nothing of the others."""
+    ids = torch.tensor([[[26001, 26002, 26003, 7], [33000, 26004, 26005, 7]]])
+    before = clusters.sample(ids, seed=4)
+    drawn = {tuple(before[0, :, y, x].tolist()) for y in range(2) for x in range(1, 3)}
+    assert len(drawn) > 1  # not one cluster for all
+    for old, new in ((26001, 7), (26001, 26999), (7, 0), (33000, 26000), (26004, 1)):
+        edited = torch.where(ids == old, new, ids)
+        after, held = clusters.sample(edited, seed=4), ids != old
+        assert torch.equal(after[:, :, held[0]], before[:, :, held[0]]), (old, new)
+    batch = torch.cat([ids.flip(2), ids])
+    assert torch.equal(clusters.sample(batch, seed=4)[1],
+                       clusters.sample(torch.cat([ids * 0, ids]), seed=4)[1])
+    assert not torch.equal(clusters.sample(ids, seed=5), before)

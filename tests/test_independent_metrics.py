@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from require import INDEPENDENT, lacking
 from torch import Tensor, nn
 
-from smis_models.io.images import to_pictures
+from smis_models.io.images import as_bytes, to_pictures
 from smis_models.metrics import (
     LPIPS,
     DiversityProtocol,
@@ -29,7 +29,7 @@ from smis_models.metrics import (
     frechet_distance,
 )
 from smis_models.metrics.diversity import area_distances
-from smis_models.metrics.fid import as_bytes, fid_of_features
+from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.segmentation import FileSegmenter, predict
 from smis_models.synthesis.scene import Layout
 
@@ -246,7 +246,8 @@ class _Generator(nn.Module):
 
 def test_mcsd_and_mocd_by_hand() -> None:
     """Two layouts, in one of which class 1 is absent: means over the layouts that show a class."""
-    from smis_models.metrics.sampling import derived_seed, sample_codes
+    from smis_models.io.seeds import derived_seed
+    from smis_models.metrics.sampling import sample_codes
 
     generator = _Generator()
     model: Any = SimpleNamespace(generator=generator, preset=generator.preset,

@@ -191,10 +191,12 @@ def spectral(size: int) -> None:
 
 def winograd(inputs: int, outputs: int, height: int = 4, width: int = 6) -> None:
     x, w = draw(1, inputs, height, width, last=True), draw(outputs, inputs, 3, 3) / inputs
-    agree(winograd_conv2d, x, w, draw(outputs))
     truth = F.conv2d(x, w, padding=1)
-    narrow = winograd_conv2d(x.float(), w.float(), backend="cpu")
-    assert max_error(narrow, truth) < 1e-5
+    for tile in (2, 4):
+        agree(partial(winograd_conv2d, tile=tile), x, w, draw(outputs))
+        for weight in (w, w.contiguous(memory_format=torch.channels_last)):
+            narrow = winograd_conv2d(x.float(), weight.float(), tile=tile, backend="cpu")
+            assert max_error(narrow, truth) < 1e-5
 
 
 def table(rows: int, width: int, depth: int = 5) -> None:
@@ -287,8 +289,8 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[int], None]]] = [
     ("winograd kChunk 160", (159, 160, 161, 320, 321), lambda k: winograd(k, 5)),
     ("winograd kSome 32", (31, 32, 33), lambda m: winograd(m, m)),
     ("winograd kPanelVectors", (23, 24, 25, 47, 48, 49, 97), lambda m: winograd(3, m)),
-    ("winograd kMostTiles 128", (254, 256, 258), lambda w: winograd(3, 4, 2, w)),
-    ("winograd kRows 8", (14, 16, 18), lambda w: winograd(3, 4, 2, w)),
+    ("winograd kMostTiles 128", (254, 256, 258, 509, 512, 513), lambda w: winograd(3, 4, 2, w)),
+    ("winograd kRows 8", (14, 16, 18, 29, 32, 33), lambda w: winograd(3, 4, 2, w)),
     # csrc/window_table/cpu_kernel.cpp: rows and vectors of a register tile
     ("kOneLevelRows", (1, 2, 3, 5, 6, 7, 12, 13), lambda r: table(r, 9)),
     ("kWide", (7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65), lambda c: table(7, c)),

@@ -250,13 +250,38 @@ def test_the_discriminators_loss_from_its_parts(trainer: Trainer, batch: MicroBa
 @pytest.mark.parametrize("reuse", [True, False])
 def test_which_picture_the_discriminator_sees(trainer: Trainer, batch: MicroBatch,
                                               reuse: bool) -> None:
+    """The generator's own, or pictures of codes that are drawn anew."""
     config = replace(trainer.config, optimizer=replace(trainer.config.optimizer, reuse_fake=reuse))
     made = objective(trainer.model, config)
     _, fakes = made.generator(batch)
-    marked = [fake + 1 for fake in fakes]
-    expected = marked if reuse else fakes
-    torch.testing.assert_close(made.repaint(batch, marked), [f.detach() for f in expected],
-                               rtol=1e-4, atol=1e-5)
+    if reuse:
+        assert all(map(torch.equal, made.repaint(batch, fakes), fakes))
+        return
+    model, shape = made.model, made.model.generator.sample_latent(2).shape
+    with torch.no_grad():
+        mu, logvar = model.encoder.encode(batch.image, batch.labels)
+        drawn = [batch.noise(torch.empty(shape), draw) for draw in range(5)]
+        expected = [model.generator(batch.planes, z) for z in (
+            mu + drawn[3] * (0.5 * logvar).exp(), drawn[4])]
+    assert len(torch.stack(drawn).flatten(1).unique(dim=0)) == 5
+    torch.testing.assert_close(made.repaint(batch, fakes), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_every_code_of_a_step_is_of_its_own(
+        trainer: Trainer, batch: MicroBatch, reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[int] = []
+    noise = MicroBatch.noise
+
+    def counting(self: MicroBatch, like: Tensor, draw: int = 0) -> Tensor:
+        draws.append(draw)
+        return noise(self, like, draw)
+
+    monkeypatch.setattr(MicroBatch, "noise", counting)
+    config = replace(trainer.config, optimizer=replace(trainer.config.optimizer, reuse_fake=reuse))
+    made = objective(trainer.model, config)
+    made.repaint(batch, made.generator(batch)[1])
+    assert sorted(draws) == ([0, 1, 2] if reuse else [0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("name", ["ccfpse_ade20k", "pix2pixhd_cityscapes", "spade_ade20k"])

@@ -35,11 +35,11 @@ METRICS = """
 DISTANCES Distance Diversity DiversityProtocol FeatureStatistics FileSegmenter Inception Judges
 LPIPS LabelRule LayoutSampler PROTOCOLS PixelDistance Protocol Scenes SegmentationScore
 create_distance diversities diversity evaluate fid frechet_distance label_rule protocol
-scene_labels
+protocol_title scene_labels
 """
 TRAINING = """
 DataConfig LogConfig LossConfig NonFiniteLoss OptimizerConfig Outcome Progress RECIPES Run
-ScheduleConfig TrainConfig Trainer from_dict load_config recipe to_json train
+ScheduleConfig TrainConfig Trainer continued from_dict load_config recipe to_json train
 """
 
 

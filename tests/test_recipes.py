@@ -33,7 +33,7 @@ HINGE = {"gan": "hinge", "adversarial": 1.0, "scales": "mean", "discriminator": 
 ON_4, ON_8, ON_16 = ({**HINGE, "kl": 0.05 / devices} for devices in (4, 8, 16))
 LEAST_SQUARES = {**HINGE, "gan": "ls", "scales": "sum", "discriminator": 0.5}
 U_NET = {**HINGE, "gan": "ls", "scales": "sum", "feature_matching": 0.0, "perceptual": 0.0,
-         "kl": 0.01, "pixel": 10.0, "prior": 1.0}
+         "kl": 0.005, "pixel": 10.0, "prior": 1.0}
 CODES = {**HINGE, "adversarial": 0.0, "feature_matching": 0.0, "perceptual": 0.0,
          "code_noise": 0.0, "pixel": 10.0, "pixel_mean": "classes"}
 SCENES = {**HINGE, "adversarial": 0.5, "feature_matching": 2.0, "perceptual": 0.0, "kl": 1e-3,
@@ -52,6 +52,7 @@ PUBLISHED: dict[str, tuple[str, int, int, int, int, dict[str, Any], dict[str, An
     "spade_coco_vae": ("coco_stuff", 32, 100, 0, 0, TTUR, ON_8),
     "spade_ade20k": ("ade20k", 32, 100, 100, 0, TTUR, HINGE),
     "spade_cityscapes": ("cityscapes", 32, 100, 100, 0, TTUR, HINGE),
+    "spade_celebamask": ("folder", 32, 50, 0, 0, TTUR, HINGE),
     "ccfpse_coco": ("coco_stuff", 16, 100, 100, 0, TTUR, {**ON_16, "feature_matching": 20.0}),
     "ccfpse_ade20k": ("ade20k", 16, 100, 100, 0, TTUR, {**ON_16, "feature_matching": 20.0}),
     "ccfpse_cityscapes": ("cityscapes", 16, 100, 100, 0, TTUR,
@@ -68,6 +69,9 @@ PUBLISHED: dict[str, tuple[str, int, int, int, int, dict[str, Any], dict[str, An
 }
 
 
+U_NETS = ("bicyclegan_deepfashion", "dscgan_deepfashion")
+
+
 def test_every_recipe_has_a_row() -> None:
     assert set(PUBLISHED) == set(RECIPES)
 
@@ -81,7 +85,8 @@ def test_recipes_are_the_published_ones(name: str) -> None:
         "model": name.removesuffix("_codes"), "network": to_dict(network), "losses": losses,
         "optimizer": optimizer, "precision": "fp32", "seed": 0, "init": None,
         "init_gain": 1.0 if "scenes" in name else 0.02, "whiten": name == "groupdnet_scenes",
-        "schedule": {"epochs": epochs, "decay_epochs": decay, "freeze_global_epochs": frozen},
+        "schedule": {"epochs": epochs, "decay_epochs": decay, "freeze_global_epochs": frozen,
+                     "falls": "before" if name in U_NETS else "after"},
     }
     for group, values in expected.items():
         found = config[group]
@@ -89,7 +94,9 @@ def test_recipes_are_the_published_ones(name: str) -> None:
             found = {key: found[key] for key in values}
         assert found == values, group
     found = {key: config["data"][key] for key in ("name", "batch", "mode", "load", "flip")}
-    assert found == {"name": data, "batch": batch, "mode": None, "load": None, "flip": True}
+    faces = name == "spade_celebamask"  # whose classes tell left from right
+    assert found == {"name": data, "batch": batch, "mode": "fixed" if faces else None,
+                     "load": None, "flip": not faces}
 
 
 # 1-based epoch: factor of the rates, as the published loop leaves them: from epoch niter + 1 on it
@@ -98,9 +105,11 @@ LATE = {
     (60, 40): {1: 1.0, 60: 1.0, 61: 1.0, 62: 0.975, 81: 0.5, 100: 0.025},
     (100, 100): {1: 1.0, 100: 1.0, 101: 1.0, 102: 0.99, 151: 0.5, 200: 0.01},
     (50, 50): {1: 1.0, 50: 1.0, 51: 1.0, 52: 0.98, 76: 0.5, 100: 0.02},
-    (100, 0): {1: 1.0, 50: 1.0, 100: 1.0},
+    (100, 0): {1: 1.0, 50: 1.0, 100: 1.0}, (50, 0): {1: 1.0, 50: 1.0},
     (3, 0): {1: 1.0, 3: 1.0},
 }
+# BicycleGAN's: with LambdaLR, and a divisor of one more than the epochs that fall.
+LATE_U_NET = {1: 1.0, 100: 1.0, 101: 100 / 101, 102: 99 / 101, 151: 50 / 101, 200: 1 / 101}
 
 
 def published_factor(epochs: int, decay: int, epoch: int) -> float:
@@ -116,6 +125,15 @@ def test_the_table_is_the_published_loop() -> None:
     for (epochs, decay), row in LATE.items():
         for epoch, factor in row.items():
             assert published_factor(epochs, decay, epoch) == pytest.approx(factor)
+    weight = nn.Parameter(torch.zeros(1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        torch.optim.Adam([weight], 1.0),
+        lambda past: 1.0 - max(0, past + 1 - 100) / float(100 + 1))  # past: epochs that ended
+    for epoch in range(1, 201):
+        if epoch in LATE_U_NET:
+            assert schedule.get_last_lr() == [pytest.approx(LATE_U_NET[epoch])]
+        schedule.optimizer.step()
+        schedule.step()
 
 
 @pytest.fixture
@@ -148,7 +166,8 @@ def test_rates_reach_both_optimizers(
     monkeypatch.setattr("smis_models.training.trainer.Average", lambda model, decay: _Nothing())
     monkeypatch.setattr("smis_models.training.trainer.load_perceptual_loss", lambda path: None)
     trainer = Trainer(from_dict({"recipe": name}))
-    for epoch, factor in LATE[epochs, decay].items():
+    late = LATE_U_NET if name in U_NETS else LATE[epochs, decay]
+    for epoch, factor in late.items():
         given_rates.clear()
         trainer.step([object()], epoch - 1)  # type: ignore[list-item]
         expected = [(optimizer["generator"] * factor,), (optimizer["discriminator"] * factor,)]
@@ -164,6 +183,8 @@ class _Nothing:
 
 
 class _Objective:
+    coded_by_class = False
+
     def __init__(self, model: _Parts, *_: Any) -> None:
         self.model = model
 

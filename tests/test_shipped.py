@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from smis_kernels import LabelLayout, explain
+from smis_kernels.ops.winograd_conv import choice
+from smis_kernels.runtime.backend import missing
 from smis_models import cli, create_model, shipped_weights
 from smis_models.data import Collate, GeneratedScenes
 from smis_models.data.scene_classifier import SceneClassifier
@@ -135,3 +139,18 @@ def test_the_tour_of_the_readme_runs(smis: Any, tmp_path: Path,
     for name in ("mixed/mix.gif", "edited/edit.gif", "morphed/morph.gif", "resampled/resample.gif"):
         with Image.open(tmp_path / name) as animation:
             assert getattr(animation, "n_frames", 1) > 1
+
+
+@pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+@pytest.mark.parametrize("tile", [2, 4])
+def test_winograd_in_every_conv_keeps_the_picture(model: Any, held_out: Any, tile: int,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    z = model.generator.sample_latent(SCENES, torch.Generator().manual_seed(0))[:1]
+    layout = LabelLayout.from_labels(held_out["labels"][:1], model.preset.classes)
+    with torch.no_grad():
+        truth = copy.deepcopy(model.generator).double()(layout, z.double())
+        monkeypatch.setattr(choice, "form", lambda *_, **__: tile)
+        ran = explain(model.generator, layout, z).choices
+        assert sum(c.numbers.get("tile") == tile for c in ran) > 10
+        error = (model.generator(layout, z) - truth).abs().max() / truth.abs().max()
+    assert error < 2e-5

@@ -46,7 +46,8 @@ def test_listed_sizes_are_the_published_ones() -> None:
     generators = {name: parts["generator"] for name, parts in sizes.items()
                   if name.startswith("spade")}
     assert generators == {"spade_coco": 97_480_899, "spade_ade20k": 96_492_483,
-                          "spade_cityscapes": 93_048_003, "spade_coco_vae": 112_626_883}
+                          "spade_cityscapes": 93_048_003, "spade_coco_vae": 112_626_883,
+                          "spade_celebamask": 92_538_819}
     assert sizes["spade_coco_vae"]["encoder"] == 10_463_424
     assert sizes["spade_cityscapes"]["discriminator"] == 5_601_410
     assert "encoder" not in sizes["spade_coco"]

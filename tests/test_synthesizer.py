@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model
 from smis_models.data.scenes import sample_scene
+from smis_models.io.seeds import derived_seed
 from smis_models.synthesis.synthesizer import Synthesizer, frozen_copy
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -117,6 +119,32 @@ def test_resampling_and_morphing() -> None:
         s.resample(8)
 
 
+def test_an_images_code_depends_on_its_place_alone() -> None:
+    model, labels, _ = small("groupdnet_deepfashion")
+    codes = [Synthesizer(model, labels.expand(n, -1, -1)).code(3) for n in (1, 2, 3)]
+    for few, more in itertools.pairwise(codes):
+        assert few is not None and more is not None
+        assert torch.equal(more[: len(few)], few)
+        assert not torch.equal(more[-1], few[-1])
+
+
+def test_a_morph_keeps_the_codes_deviation() -> None:
+    """In the middle of a straight line 0.71 of it is left."""
+    model, labels, _ = small("groupdnet_deepfashion")
+    s, seen = Synthesizer(model, labels), []
+    sample = s.sample
+    s.sample = lambda z: (seen.append(z), sample(z))[1]  # type: ignore[method-assign]
+    start, end = s.code(0), s.code(1)
+    assert start is not None and end is not None
+    end[:, 8:16] = start[:, 8:16]
+    s.morph(start, end, steps=5)
+    assert torch.equal(seen[0], start)
+    assert torch.equal(seen[-1], end)
+    for z in seen:
+        torch.testing.assert_close(z[:, 8:16], start[:, 8:16], rtol=0, atol=0)
+        assert 0.9 < float(z.std()) / float(torch.cat([start, end]).std()) < 1.1
+
+
 @torch.no_grad()
 def test_changed_weights_are_refused() -> None:
     """Parameters and buffers alike, changed in place, exchanged or loaded."""
@@ -151,7 +179,9 @@ def test_codes_are_those_of_their_seed() -> None:
     model, labels, instances = small("groupdnet_deepfashion")
     s = Synthesizer(model, labels.expand(2, -1, -1), instances)
     code = s.code(7)
-    expected = model.generator.sample_latent(2, torch.Generator().manual_seed(7))
+    expected = torch.cat([
+        model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
+        for seed in (7, derived_seed(7, 1))])
     assert code is not None and torch.equal(code, expected)
     assert not torch.equal(code[0], code[1])
     assert not torch.equal(code, s.code(8))

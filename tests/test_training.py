@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -261,6 +262,14 @@ def test_batches_are_those_of_a_worker() -> None:
     assert not torch.equal(made[0].noise(like), made[0].noise(like, 1))
 
 
+def test_one_extra_runs_the_tour() -> None:
+    toml = pytest.importorskip("tomllib")
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    extra = toml.loads(text)["project"]["optional-dependencies"]["models"]
+    assert {"jsonargparse", "pyyaml"} <= {re.split("[<>=]", each)[0] for each in extra}
+    assert not RECIPES["groupdnet_scenes_codes"]().log.tensorboard  # the tour's recipe
+
+
 def test_training_learns(tmp_path: Path) -> None:
     config = tiny("--data.count", "2", "--schedule.epochs", "30", "--init_gain", "0.5",
                   "--optimizer.generator", "2e-3", "--losses.feature_matching", "0",
@@ -390,8 +399,8 @@ os._exit(0)
 
 
 def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
-    config = tiny("--data.batch", "4", "--losses.prior", "0.5", "--optimizer.generator", "0",
-                  "--optimizer.discriminator", "0")
+    config = tiny("--data.batch", "4", "--losses.prior", "0.5", "--losses.latent", "2",
+                  "--optimizer.generator", "0", "--optimizer.discriminator", "0")
     (tmp_path / "config.json").write_text(to_json(config))
     ranks = [subprocess.Popen([sys.executable, "-c", _PROCESS, str(tmp_path), str(rank)])
              for rank in range(2)]
@@ -412,6 +421,7 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
     for accumulate in ("1", "2"):
         config = tiny("--data.batch", "4", "--optimizer.accumulate", accumulate,
                       "--network.norm", "instance", "--optimizer.reuse_fake", "true",
+                      "--losses.latent", "2",
                       "--optimizer.generator", "0", "--optimizer.discriminator", "0")
         run = Run(config, tmp_path / accumulate)
         for module in run.trainer.model.modules():  # each forward moves the spectral norms
@@ -422,6 +432,9 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
         for batch in batches:  # the same codes, however the batch is split
             batch.noise = lambda like, draw=0: torch.zeros_like(like)  # type: ignore[method-assign]
         found.append((run.trainer.step(batches, 0), _gradients(run.trainer)))
+        shares = [batch.share for batch in batches]
+        assert sum(shares) == pytest.approx(len(batches))
+        assert (len(set(shares)) == 1) == (accumulate == "1")  # they show unequal numbers
     (losses_1, grads_1), (losses_2, grads_2) = found
     assert losses_1 == pytest.approx(losses_2, rel=1e-4)
     assert_same_gradients(grads_2, grads_1)
@@ -552,18 +565,6 @@ def test_a_bad_picture_is_named_in_one_line(workers: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"c\.png: cannot be read as a picture") as caught:
         train(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
-
-
-def test_the_perceptual_term_is_off_without_weights(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    config = tiny("--losses.perceptual", "10")
-    with pytest.warns(UserWarning, match="perceptual loss: off"):
-        run = Run(config, tmp_path / "run")
-    assert "perceptual" not in run.trainer.step(run.batches.step(), 0)
-    with pytest.raises(CheckpointError, match=r"vgg\.pth does not exist"):
-        Run(tiny("--losses.perceptual", "10", "--losses.vgg", str(tmp_path / "vgg.pth")),
-            tmp_path / "run")
 
 
 def test_the_perceptual_term_is_weighed(tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, explain, use_backend, winograd_conv2d
-from smis_kernels.ops.winograd_conv import reference
+from smis_kernels.ops.winograd_conv import choice, reference
+from smis_kernels.ops.winograd_conv.kept import KeptWeight
+from smis_kernels.ops.winograd_conv.op import transform_weight, transformed_size
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
 
@@ -47,14 +51,55 @@ def test_forward(shape, out, groups, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize(("shape", "out", "groups"), CASES[1:4] + CASES[5:])
-def test_float64_equals_the_direct_conv(shape, out, groups, padding, layout):
+def test_float64_equals_the_direct_conv(shape, out, groups, tile, padding, layout):
     x, w, b, _ = _tensors(shape, out, groups, torch.float64)
     w = with_layout(w, layout)
+    if not padding and min(shape[2:]) < 3:
+        x = torch.cat([x, x], 3)
     with poisoned_empty():
-        found = winograd_conv2d(x, w, b, padding=padding, groups=groups, backend="cpu")
+        found = winograd_conv2d(x, w, b, padding=padding, groups=groups, tile=tile, backend="cpu")
     torch.testing.assert_close(
         found, reference.winograd_conv2d(x, w, b, None, groups, padding), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_tiles_compute_the_conv(tile):
+    x, w, _, _ = _tensors((2, 5, 9, 11), 4, 1, torch.float64)
+    torch.testing.assert_close(reference.by_tiles(x, w, tile),
+                               reference.winograd_conv2d(x, w, None, None, 1, 1),
+                               rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("height", range(1, 10))
+def test_every_rest_of_a_large_tile(height):
+    for width in range(1, 10):
+        x, w, b, r = _tensors((2, 6, height, width), 5, 1, torch.float64)
+        with poisoned_empty():
+            found = winograd_conv2d(x, w, b, residual=r, tile=4, backend="cpu")
+        torch.testing.assert_close(found, reference.winograd_conv2d(x, w, b, r, 1, 1),
+                                   rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("channels", [1, 33, 512])
+@pytest.mark.parametrize("positive", [False, True])
+def test_error_is_within_the_derived_tolerance(tile, channels, positive):
+    """README.md: (channels / 32 + 10) roundings of what the transforms make of magnitudes."""
+    x, w, _, _ = _tensors((1, channels, 18, 21), 40, 1)
+    if positive:
+        x = x.relu() + 1
+    truth = reference.winograd_conv2d(x.double(), w.double(), None, None, 1, 1)
+    size = reference.by_tiles(x.double(), w.double(), tile, magnitudes=True)
+    found = winograd_conv2d(x, w, tile=tile, backend="cpu")
+    bound = (channels / 32 + 10) * 2.0**-24 * size
+    assert ((found - truth).abs() <= bound).all()
+    assert ((found - truth).abs() > bound / 1000).any()
+    # The error that README.md states, of the output's root mean square.
+    if channels == 512 and not positive:
+        rms = truth.square().mean().sqrt()
+        assert (found - truth).square().mean().sqrt() / rms < {2: 6e-7, 4: 1.5e-6}[tile]
 
 
 @pytest.mark.parametrize(("shape", "out", "groups"), CASES[1:5])
@@ -71,11 +116,52 @@ def test_gradients_in_float32(shape, out, groups):
         assert_as_accurate(*three, what=name)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_large_tiles(create_graph):
+    tensors = _tensors((2, 34, 9, 7), 36, 2, torch.float64)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    found, expected = (torch.autograd.grad(y.square().sum(), leaves, create_graph=create_graph)
+                       for y in (
+        winograd_conv2d(*leaves[:3], residual=leaves[3], groups=2, tile=4, backend="cpu"),
+        reference.winograd_conv2d(*leaves, 2, 1)))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    if create_graph:
+        again = [torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+                 for first in (found, expected)]
+        torch.testing.assert_close(*again, rtol=1e-9, atol=1e-9)
+
+
+def test_opcheck():
+    x, w, b, r = _tensors((1, 32, 6, 7), 48, 1)
+    ops = torch.ops.smis_kernels
+    for arguments in ((x, w, b, r, 1, 1), (with_layout(x, "channels_last"), w, None, None, 1, 0),
+                      (x, w, b, r, 1, 1, 4, transform_weight(w, 1, 4))):
+        torch.library.opcheck(ops.winograd_conv.default, arguments)
+    u = ops.winograd_weight.default(w, 3, 4)
+    assert u.shape == (transformed_size(w, 3, 4),)
+    # Its values are of this processor's layout, and unused ones are not written.
+    torch.library.opcheck(ops.winograd_weight.default, (w, 3, 4),
+                          test_utils=("test_schema", "test_autograd_registration"))
+
+
 def test_compile_is_one_graph():
     conv = WinogradConv2d(64, 64, 3, padding=1)
     x = torch.randn(1, 64, 64, 64)
     compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, 2 * x), conv(x, 2 * x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 12),
+       st.integers(1, 12), st.sampled_from((1, 2, 3)), st.sampled_from((2, 4)),
+       st.integers(0, 2**31))
+def test_any_shape(n, channels, out, h, w, groups, tile, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(n, channels * groups, h, w, dtype=torch.float64)
+    weight = torch.randn(out * groups, channels, 3, 3, dtype=torch.float64)
+    found = winograd_conv2d(x, weight, groups=groups, tile=tile, backend="cpu")
+    expected = reference.winograd_conv2d(x, weight, None, None, groups, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_not_a_number_stays_in_reach_of_its_tile():
@@ -104,6 +190,7 @@ def test_empty_batch_and_sixteen_bits():
         ({"weight": (32, 32, 5, 5)}, "weight: expected shape"),
         ({"groups": 5}, "groups: expected a divisor"),
         ({"padding": 2}, "padding: expected 0 or 1"),
+        ({"tile": 3}, "tile: expected 2 or 4"),
         ({"bias": (31,)}, "bias: expected shape"),
         ({"residual": (1, 32, 8, 7)}, "residual: expected shape"),
         ({"input": (32, 8, 8)}, "input: expected"),
@@ -143,3 +230,126 @@ def test_the_module_is_a_conv_that_chooses():
         same = nn.Conv2d(64, 64, 3, **options)
         same.load_state_dict(other.state_dict())
         assert torch.equal(other(x), same(x))
+
+
+def _tile(module: nn.Module, x: Tensor) -> str:
+    return str(explain(module, x))
+
+
+def test_large_tiles_are_for_eval_and_can_be_forbidden(monkeypatch):
+    conv, x = WinogradConv2d(64, 64, 3, padding=1), torch.randn(1, 64, 64, 64)
+    with torch.no_grad():
+        assert "tile=2" in _tile(conv, x)
+        assert "tile=4" in _tile(conv.eval(), x)
+        monkeypatch.setenv(choice.ENVIRONMENT, "2")
+        assert "tile=2" in _tile(conv, x)
+        monkeypatch.setenv(choice.ENVIRONMENT, "3")
+        with pytest.raises(ValueError, match="SMIS_WINOGRAD: expected 2 or 4, got '3'"):
+            conv(x)
+
+
+def _kept_conv() -> tuple[WinogradConv2d, Tensor]:
+    torch.manual_seed(3)
+    conv, x = WinogradConv2d(64, 48, 3, padding=1).eval(), torch.randn(1, 64, 24, 24)
+    conv.keep_transform = True
+    with torch.no_grad():
+        for _ in range(3):
+            conv(x)
+    return conv, x
+
+
+def test_a_kept_transform_changes_no_value_and_is_given_back():
+    conv, x = _kept_conv()
+    tile = choice.form(x, 48, 1, largest=4, kept=True)
+    assert conv.kept_bytes == 4 * transformed_size(conv.weight, 1, tile)
+    again = pickle.loads(pickle.dumps(conv))
+    assert again.kept_bytes == 0
+    assert again.keep_transform
+    with torch.no_grad():
+        assert torch.equal(conv(x), winograd_conv2d(x, conv.weight, conv.bias, tile=tile))
+        assert torch.equal(conv(x), again(x))
+    assert set(conv.state_dict()) == {"weight", "bias"}
+    conv.train()
+    assert conv.kept_bytes == 0
+    conv, x = _kept_conv()
+    conv.training = True  # as a parent's attribute may be set
+    conv(x)
+    assert conv.kept_bytes == 0
+    conv, x = _kept_conv()
+    conv.keep_transform = False
+    conv(x)
+    assert conv.kept_bytes == 0
+
+
+def _another(conv: WinogradConv2d) -> None:
+    conv.weight = nn.Parameter(2 * conv.weight.detach())
+
+
+def _in_place(conv: WinogradConv2d) -> None:
+    with torch.no_grad():
+        conv.weight[40, 3, 1, 1] += 1
+
+
+def _unseen(conv: WinogradConv2d) -> None:
+    conv.weight.data[40, 3, 1, 1] += 1  # moves no version
+
+
+def _by_numpy(conv: WinogradConv2d) -> None:
+    conv.weight.detach().numpy()[:] *= 3
+
+
+def _to_double_and_back(conv: WinogradConv2d) -> None:
+    conv.double().float()
+    _unseen(conv)
+
+
+@pytest.mark.parametrize("change", [_another, _in_place, _unseen, _by_numpy, _to_double_and_back])
+def test_a_kept_transform_is_never_stale(change):
+    conv, x = _kept_conv()
+    assert conv.kept_bytes
+    change(conv)
+    with torch.no_grad():
+        for _ in range(3):
+            expected = reference.winograd_conv2d(x, conv.weight, conv.bias, None, 1, 1)
+            torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_keeper_serves_tiles_and_groups_in_turn():
+    x, w, _, _ = _tensors((1, 64, 8, 8), 64, 1, torch.float64)
+    kept = KeptWeight()
+    for tile, groups in ((2, 1), (2, 1), (4, 1), (4, 1), (4, 2), (4, 2), (2, 1)):
+        weight = w if groups == 1 else w[:, :32]
+        found = winograd_conv2d(x, weight, groups=groups, tile=tile, kept=kept, backend="cpu")
+        torch.testing.assert_close(found, reference.winograd_conv2d(x, weight, None, None,
+                                                                    groups, 1))
+
+
+def test_weights_made_anew_take_no_memory():
+    conv = nn.utils.spectral_norm(_kept_conv()[0])
+    x = torch.randn(1, 64, 24, 24)
+    with torch.no_grad():
+        for _ in range(3):
+            conv(x)
+    assert conv.kept_bytes == 0
+
+
+def test_a_kept_transform_made_in_inference_mode_serves_gradients():
+    conv, x = _kept_conv()
+    conv.train().eval()
+    conv.requires_grad_(False)
+    with torch.inference_mode():
+        for _ in range(3):
+            conv(x)
+    assert conv.kept_bytes
+    leaf = x.clone().requires_grad_()
+    conv(leaf).sum().backward()
+    expected = torch.autograd.grad(
+        reference.winograd_conv2d(leaf, conv.weight, conv.bias, None, 1, 1).sum(), leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kept_transform_compiles():
+    conv, x = _kept_conv()
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), conv(x))

@@ -1,14 +1,18 @@
-// The maps of Winograd's F(2x2, 3x3) convolution (Lavin and Gray, CVPR 2016) on values or vectors:
-// a 4x4 patch of the input and a 3x3 kernel go to 16 frequencies, 16 sums of products to 2x2 pixels.
+// The maps of Winograd's F(m x m, 3x3) convolutions (Lavin and Gray, CVPR 2016) on vectors: a patch of
+// (m + 2)^2 inputs and a 3x3 kernel go to as many frequencies, their products to m x m pixels.
 #pragma once
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "isa.h"
 
 namespace smis::SMIS_ISA {
 
+template <class V, int m = 2> struct Winograd;
+
 // Each map and, for the gradients, its transpose.
-template <class V> struct Winograd {
+template <class V> struct Winograd<V, 2> {
   static void input_row(const V* d, V* v, int64_t step) {  // 4 -> 4
     v[0] = d[0] - d[2 * step];
     v[step] = d[step] + d[2 * step];
@@ -77,6 +81,52 @@ template <class V> struct Winograd {
       m[j] = half[j], m[4 + j] = half[j] + half[4 + j];
       m[8 + j] = half[j] - half[4 + j], m[12 + j] = -half[4 + j];
     }
+  }
+};
+
+// Interpolation at 0, +-a, +-b and infinity with a = sqrt(1/2), b = 2a: ab = 1 keeps most factors
+// powers of two, and at 0, +-1, +-2 the error is twice as large.
+template <class V> struct Winograd<V, 4> {
+  using T = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
+  static constexpr T a = T(0.70710678118654752440), b = 2 * a, third = T(1) / 3;
+
+  static void input_row(const V* d, V* v, int64_t step) {  // 6 -> 6
+    const V d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
+    v[0] = d[0] - T(2.5) * d2 + d4;
+    const V even_a = d4 - 2 * d2, odd_a = d3 - 2 * d1;
+    const V even_b = d4 - T(0.5) * d2, odd_b = d3 - T(0.5) * d1;
+    v[step] = even_a + a * odd_a, v[2 * step] = even_a - a * odd_a;
+    v[3 * step] = even_b + b * odd_b, v[4 * step] = even_b - b * odd_b;
+    v[5 * step] = d1 - T(2.5) * d3 + d[5 * step];
+  }
+  static void weight_row(const V* g, int64_t from, V* u, int64_t to) {  // 3 -> 6
+    const V g0 = g[0], g1 = g[from], g2 = g[2 * from];
+    const V even_a = -(2 * g0 + g2) * third, odd_a = (2 * a * third) * g1;
+    const V even_b = (g0 + 2 * g2) * (third / 2), odd_b = (a * third) * g1;
+    u[0] = g0, u[to] = even_a - odd_a, u[2 * to] = even_a + odd_a;
+    u[3 * to] = even_b + odd_b, u[4 * to] = even_b - odd_b, u[5 * to] = g2;
+  }
+  static void output_row(const V* m, int64_t from, V* w, int64_t to) {  // 6 -> 4
+    const V even_a = m[from] + m[2 * from], odd_a = a * (m[from] - m[2 * from]);
+    const V even_b = m[3 * from] + m[4 * from], odd_b = b * (m[3 * from] - m[4 * from]);
+    w[0] = m[0] + even_a + even_b, w[to] = odd_a + odd_b;
+    w[2 * to] = T(0.5) * even_a + 2 * even_b;
+    w[3 * to] = T(0.5) * odd_a + 2 * odd_b + m[5 * from];
+  }
+  static void input(const V* d, V* v) {
+    V half[36];
+    for (int i = 0; i < 6; ++i) input_row(d + 6 * i, half + 6 * i, 1);
+    for (int j = 0; j < 6; ++j) input_row(half + j, v + j, 6);
+  }
+  static void weight(const V* g, V* u) {  // 3x3 -> 6x6
+    V half[18];
+    for (int j = 0; j < 3; ++j) weight_row(g + j, 3, half + j, 3);
+    for (int i = 0; i < 6; ++i) weight_row(half + 3 * i, 1, u + 6 * i, 1);
+  }
+  static void output(const V* m, V* w) {  // 6x6 -> 4x4
+    V half[24];
+    for (int j = 0; j < 6; ++j) output_row(m + j, 6, half + j, 6);
+    for (int i = 0; i < 4; ++i) output_row(half + 6 * i, 1, w + 4 * i, 1);
   }
 };
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/lanes.h"
+#include "common/transposed.h"
 
 namespace smis::SMIS_ISA {
 namespace {
@@ -35,12 +36,11 @@ void two_level(const WindowTableArgs& a, const Block& b, T* packed, T* t) {
   const int64_t depth = a.D / a.groups, J = depth * 9;
   const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
   const T* hidden = static_cast<const T*>(a.hidden) + b.group * depth;
-  for (int first = 0; first < 9; first += kTaps) {
-    for (int64_t l = 0; l < L; ++l)  // (channel, k, tap) -> (k, tap, channel)
-      for (int64_t k = 0; k < depth; ++k)
-        for (int tap = 0; tap < kTaps; ++tap)
-          packed[(k * kTaps + tap) * L + l] =
-              l < b.lanes ? weight[l * J + k * 9 + first + tap] : T(0);
+  transposed(weight, J, b.lanes, J, [&](int64_t i) {  // (channel, k, tap) -> (taps, k, tap, channel)
+    const int64_t k = i / 9, tap = i % 9;
+    return packed + ((tap / kTaps * depth + k) * kTaps + tap % kTaps) * L;
+  });
+  for (int first = 0; first < 9; first += kTaps, packed += depth * kTaps * L) {
     // t[v][tap] = sum over k of hidden[v][k] * packed[k][tap] for kTaps of the nine taps
     int64_t v = 0;
     for (; v + kTileRows <= a.V; v += kTileRows)
@@ -93,10 +93,12 @@ template <class T> void one_level(const WindowTableArgs& a, const Block& b, T* p
   constexpr int64_t L = Lanes<T>::n, width = kWide * L;
   const int64_t depth = a.D / a.groups, J = depth * 9;
   const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
-  for (int64_t l = 0; l < width; ++l)  // (channel, k, tap) -> (tap, k, channel)
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t tap = 0; tap < 9; ++tap)
-        packed[(tap * depth + k) * width + l] = l < b.lanes ? weight[l * J + k * 9 + tap] : T(0);
+  for (int64_t v = 0; v < kWide; ++v) {  // (channel, k, tap) -> (tap, k, channel)
+    const int64_t count = std::clamp<int64_t>(b.lanes - v * L, 0, L);
+    transposed(weight + v * L * J, J, count, J, [&](int64_t i) {
+      return packed + (i % 9 * depth + i / 9) * width + v * L;
+    });
+  }
   alignas(kVectorBytes) T bias[width], result[kOneLevelRows * width];
   for (int64_t l = 0; l < width; ++l)
     bias[l] = l < b.lanes ? static_cast<const T*>(a.bias[b.half])[b.channel + l] : T(0);
@@ -117,7 +119,7 @@ template <class T> void plan(const WindowTableArgs& a, int64_t* blocks, int64_t*
   constexpr int64_t L = Lanes<T>::n;
   const int64_t width = a.one_level ? kWide * L : L, per_group = a.C / a.groups;
   *blocks = 2 * a.groups * ((per_group + width - 1) / width);
-  const int64_t packed = a.D / a.groups * (a.one_level ? 9 : kTaps) * width;
+  const int64_t packed = a.D / a.groups * 9 * width;
   *scratch_bytes = int64_t(sizeof(T)) * (packed + (a.one_level ? 0 : a.V * 9 * L));
 }
 
@@ -127,7 +129,7 @@ void window_table(const WindowTableArgs& a, int64_t begin, int64_t end, void* sc
   T* packed = static_cast<T*>(scratch);
   for (int64_t i = begin; i < end; ++i) {
     if (a.one_level) one_level<T>(a, block_at(a, i, kWide * L), packed);
-    else two_level<T>(a, block_at(a, i, L), packed, packed + a.D / a.groups * kTaps * L);
+    else two_level<T>(a, block_at(a, i, L), packed, packed + a.D / a.groups * 9 * L);
   }
 }
 

@@ -1,4 +1,4 @@
-// CPU implementation of the 3x3 convolution by Winograd's F(2x2, 3x3): checks, scratch, threads.
+// CPU implementation of the 3x3 convolution by Winograd's F(2x2, 3x3) and F(4x4, 3x3): scratch, threads.
 // The loops: cpu_kernel.cpp.
 #include "common/tensor.h"
 #include "winograd_conv/cpu_kernel.h"
@@ -13,7 +13,7 @@ constexpr int64_t kCache = 1800 << 10;  // bytes that stay in a core's second ca
 // as fit beside them; else as many as pay for reading the kernels from further away.
 int64_t tiles_of_block(const WinogradArgs& a) {
   const int64_t threads = torch::stable::get_num_threads(), all = a.all_tiles();
-  const int64_t bytes = 16 * (a.wide ? 8 : 4);
+  const int64_t bytes = a.frequencies() * (a.wide ? 8 : 4);
   const int64_t beside = (kCache - bytes * a.K * a.M) / (bytes * (a.K + a.M));
   const int64_t most = beside >= 2 * kRows ? std::min<int64_t>(beside, kMostTiles) : kMostTiles;
   int64_t blocks = (all + most - 1) / most;
@@ -30,34 +30,57 @@ Tensor scratch_like(const Tensor& like, int64_t count) {
   return torch::stable::empty({count}, like.scalar_type(), std::nullopt, like.device());
 }
 
-Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                     std::optional<Tensor> residual, int64_t groups, int64_t padding) {
+// The kernels' side of the arguments; `w` is the weight as they read it.
+WinogradArgs of_weight(const Tensor& weight, int64_t groups, int64_t tile, Tensor& w) {
   const bool last = weight.size(1) > 1 && weight.stride(1) == 1 && weight.stride(3) == weight.size(1) &&
                     weight.stride(2) == 3 * weight.size(1) && weight.stride(0) == 9 * weight.size(1);
-  const Tensor x = as_rows(input), w = last ? weight : torch::stable::contiguous(weight);
-  const Tensor b = bias.has_value() ? torch::stable::contiguous(*bias) : w;
+  w = last ? weight : torch::stable::contiguous(weight);
   WinogradArgs a;
-  a.wide = x.scalar_type() == ScalarType::Double;
-  a.N = x.size(0), a.H = x.size(2), a.W = x.size(3), a.padding = padding;
+  a.wide = w.scalar_type() == ScalarType::Double;
+  a.tile = tile;
   a.groups = groups, a.K = w.size(1), a.M = w.size(0) / groups;
   if (last) a.k_step = 1, a.tap_step = a.K;
+  a.weight = w.const_data_ptr();
+  return a;
+}
+
+Tensor transform(const WinogradArgs& a, const Tensor& like) {
+  Tensor u = scratch_like(like, a.groups * a.transformed());
+  int64_t scratch = 0, panels = 0;
+  winograd_plan_best()(a, &scratch, &panels);
+  void* to = u.mutable_data_ptr();
+  const auto kernel = winograd_weight_kernel_best();
+  parallel(a.groups * panels, 1, [&](int64_t begin, int64_t end) { kernel(a, to, begin, end); });
+  return u;
+}
+
+Tensor winograd_weight(const Tensor& weight, int64_t groups, int64_t tile) {
+  Tensor w = weight;
+  return transform(of_weight(weight, groups, tile, w), w);
+}
+
+Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
+                     std::optional<Tensor> residual, int64_t groups, int64_t padding, int64_t tile,
+                     std::optional<Tensor> transformed) {
+  Tensor w = weight;
+  WinogradArgs a = of_weight(weight, groups, tile, w);
+  const Tensor x = as_rows(input), b = bias.has_value() ? torch::stable::contiguous(*bias) : w;
+  a.N = x.size(0), a.H = x.size(2), a.W = x.size(3), a.padding = padding;
   Tensor y = empty_nchw(a.N, groups * a.M, a.height(), a.width(), true, x);
   if (y.numel() == 0) return y;
   Tensor r = y;
   if (residual.has_value())
     r = torch::stable::contiguous(*residual, torch::headeronly::MemoryFormat::ChannelsLast);
   a.batch_step = x.stride(0), a.pixel_step = x.stride(x.size(3) > 1 ? 3 : 2);
-  a.x = x.const_data_ptr(), a.weight = w.const_data_ptr();
+  a.x = x.const_data_ptr();
   a.bias = bias.has_value() ? b.const_data_ptr() : nullptr;
   a.residual = residual.has_value() ? r.const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
+  const Tensor u = transformed.has_value() ? *transformed : transform(a, x);
+  a.u = u.const_data_ptr();
   a.tiles = tiles_of_block(a);
-  int64_t transformed = 0, scratch = 0, panels = 0;
-  winograd_plan_best()(a, &transformed, &scratch, &panels);
-  Tensor u = scratch_like(x, groups * transformed);
-  a.u = u.mutable_data_ptr();
-  const auto weights = winograd_weight_kernel_best();
-  parallel(groups * panels, 1, [&](int64_t begin, int64_t end) { weights(a, begin, end); });
+  int64_t scratch = 0, panels = 0;
+  winograd_plan_best()(a, &scratch, &panels);
   const auto conv = winograd_conv_kernel_best();
   parallel(groups * a.blocks(), 1, [&](int64_t begin, int64_t end) {
     Tensor each = scratch_like(x, scratch);
@@ -69,6 +92,7 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(smis_kernels, CPU, m) {
+  m.impl("winograd_weight", TORCH_BOX(&winograd_weight));
   m.impl("winograd_conv", TORCH_BOX(&winograd_conv));
 }
 

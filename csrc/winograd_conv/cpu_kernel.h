@@ -1,8 +1,9 @@
-// Arguments of the 3x3 convolution by Winograd's F(2x2, 3x3), features stored (N, H, W, C).
+// Arguments of the 3x3 convolution by Winograd's F(m x m, 3x3), m 2 or 4, features (N, H, W, C).
 //
-// Each 2x2 pixels of the output are a tile. A block of tiles is transformed to v[f][tile][k], for
-// each of the 16 frequencies f multiplied with the kernels' u[panel][f][k][column], and the products
-// m[f][tile][column] are transformed back. A panel is what the register tile takes of the outputs.
+// Each m x m pixels of the output are a tile. A block of tiles is transformed to v[f][tile][k], for
+// each of the (m + 2)^2 frequencies f multiplied with the kernels' u[panel][f][k][column], and the
+// products p[f][tile][column] are transformed back. A panel is what the register tile takes of the
+// outputs.
 #pragma once
 #include "common/isa.h"
 
@@ -10,6 +11,7 @@ namespace smis {
 
 struct WinogradArgs {
   bool wide = false;                       // fp64, else fp32
+  int64_t tile = 2;                        // m
   int64_t N = 0, H = 0, W = 0, padding = 0;
   int64_t groups = 1, K = 0, M = 0;        // channels and outputs of one group
   int64_t batch_step = 0, pixel_step = 0;  // of x, in elements
@@ -19,22 +21,26 @@ struct WinogradArgs {
   const void* weight = nullptr;            // (groups * M, K, 3, 3)
   const void* bias = nullptr;              // (groups * M) or null
   const void* residual = nullptr;          // as y, added to it; or null
-  void* u = nullptr;
+  const void* u = nullptr;                 // of all groups
   void* y = nullptr;                       // (N, height, width, groups * M)
 
   int64_t height() const { return H + 2 * padding - 2; }
   int64_t width() const { return W + 2 * padding - 2; }
-  int64_t tiles_down() const { return (height() + 1) / 2; }
-  int64_t tiles_across() const { return (width() + 1) / 2; }
+  int64_t tiles_down() const { return (height() + tile - 1) / tile; }
+  int64_t tiles_across() const { return (width() + tile - 1) / tile; }
   int64_t all_tiles() const { return N * tiles_down() * tiles_across(); }
   int64_t blocks() const { return (all_tiles() + tiles - 1) / tiles; }
+  int64_t frequencies() const { return (tile + 2) * (tile + 2); }
+  // Elements of u for one group: full vectors of every instruction set, and one row more than needed
+  // (at powers of two they would share cache sets). ops/winograd_conv/op.py makes the same sum.
+  int64_t transformed() const { return (M + 15) / 16 * 16 * frequencies() * (K + 1); }
 };
 
 }  // namespace smis
 
-// Elements of u for one group, and of scratch for one thread; `panels` of a group.
-SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, int64_t* transformed, int64_t* scratch, int64_t* panels)
-// Items: (group, panel).
-SMIS_DECLARE_KERNEL(winograd_weight_kernel, const WinogradArgs&, int64_t begin, int64_t end)
+// Elements of scratch for one thread, and `panels` of a group.
+SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, int64_t* scratch, int64_t* panels)
+// Items: (group, panel). Writes u.
+SMIS_DECLARE_KERNEL(winograd_weight_kernel, const WinogradArgs&, void* u, int64_t begin, int64_t end)
 // Items: (group, block of tiles), groups outermost.
 SMIS_DECLARE_KERNEL(winograd_conv_kernel, const WinogradArgs&, int64_t begin, int64_t end, void* scratch)

@@ -16,7 +16,8 @@ from smis_kernels import use_backend
 from smis_models.benchmark.timing import interleave, peak_allocated
 from smis_models.families import LatentPreset
 from smis_models.networks.semantics import layout as compile_labels
-from smis_models.synthesis.scene import Layout, draw_code, semantics
+from smis_models.synthesis.codes import draw_code
+from smis_models.synthesis.scene import Layout, semantics
 from smis_models.training import Run, TrainConfig
 
 Call = Callable[[], Any]

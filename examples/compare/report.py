@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from smis_models.benchmark.records import markdown_table
+from smis_models.metrics import protocol_title
 
 _HIGHER = {"mCSD": True, "mOCD": False, "diversity": True, "FPS": True, "FID": False}
 _KEYS = {"mCSD": "mcsd", "mOCD": "mocd", "diversity": "lpips", "FPS": "fps", "FID": "fid"}
@@ -72,11 +75,6 @@ def found_order(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[st
     return orders
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader must know of the numbers."""
     settings, names = result["settings"], [facts["name"] for facts in result["distances"]]
@@ -85,6 +83,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{settings['batch']}, {settings['size']}x{settings['size']}, on generated scenes; "
         f"perceptual loss {'on' if settings['vgg'] else 'off (no VGG19 weights)'}; the same seed, "
         "learning rates and weights of the losses as published, without decay.",
+        f"Protocol {protocol_title(result['protocol'])}.",
         f"mCSD, mOCD and diversity: {settings['layouts']} held-out layouts, {settings['samples']} "
         f"pictures each, {settings['pairs']} pairs, mask mode "
         f"{result['protocol']['diversity']['mask_mode']}; distances: {'; '.join(names) or 'none'}.",
@@ -116,12 +115,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     return "\n\n".join([
         "# The systems of GroupDNet's comparison, rerun", f"Commit {result['commit']}; {about}.",
-        _markdown_table(head, rows), "\n".join(f"- {line}" for line in notes(result)),
+        markdown_table(head, rows), "\n".join(f"- {line}" for line in notes(result)),
         "## Order, from best to worst",
         "As found here, whatever it is, beside the order of the published figures (DeepFashion, "
         "256x256), whose diversity is LPIPS.",
-        _markdown_table(["metric", "found", "published"], orders),
+        markdown_table(["metric", "found", "published"], orders),
         "## Published figures (DeepFashion)",
-        _markdown_table(["system", "FID", "mCSD", "mOCD", "LPIPS", "SHE", "FPS", "parameters, M"],
+        markdown_table(["system", "FID", "mCSD", "mOCD", "LPIPS", "SHE", "FPS", "parameters, M"],
                         published),
     ]) + "\n"

@@ -167,7 +167,7 @@ def measure(settings: Settings, folder: str | Path, trained: Mapping[str, Traine
             "published": asdict(SYSTEMS[name].published),
         }
     step("speed")
-    layout = Scenes(_held_out(1, settings), {}).layout(0)
+    layout = Scenes(_held_out(1, settings), {}).scene(0)[0]
     for name, values in speeds(models, layout, settings.seconds).items():
         rows[name] |= values
     result = {

@@ -13,9 +13,11 @@ from ..modules.spade import modulate_pair
 from ..modules.winograd_conv import WinogradConv2d
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
-from .formats import channels_last, in_format_of, network_call
-from .norms import ForeignNorm, FusedNorm, NormPlan, is_plain_conv, probe_inputs
-from .probe import PROBE_SIZE, Trial, Verdict, agreeing, shadow, unit_outputs
+from .formats import channels_last, gradient_in_format, in_format_of, network_call
+from .graph import is_plain_conv
+from .norms import FusedNorm, NormPlan, probe_inputs
+from .probe import PROBE_SIZE, Trial, agreeing, shadow, unit_outputs
+from .served import ForeignNorm
 from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of
 from .watch import hooked
 
@@ -59,8 +61,11 @@ def _parts_problem(block: nn.Module, names: set[str]) -> str | None:
     return None
 
 
-def judge(block: nn.Module, norms: dict[str, NormPlan]) -> Verdict | None:
-    """Whether a module is a residual block that can be fused; None where it is nothing like one.
+Reading = list[BlockPlan] | str | None  # what a block may be, or why it is none
+
+
+def read(block: nn.Module, norms: dict[str, NormPlan]) -> Reading:
+    """Ways in which a module may be a residual block; None where it is nothing like one.
 
     Args:
         norms: those of its children that are norms which can be fused, by name: two or three.
@@ -71,25 +76,28 @@ def judge(block: nn.Module, norms: dict[str, NormPlan]) -> Verdict | None:
     problem = _parts_problem(block, {*norms, *convs})
     arguments = arguments_of(block, 2)
     if problem is not None or arguments is None:
-        return None, problem or "its forward does not take features and a map"
-    widths = {name: ForeignNorm(block.get_submodule(name), False).channels for name in norms}
-    plans = [
+        return problem or "its forward does not take features and a map"
+    widths = {name: plan.channels for name, plan in norms.items()}
+    return [
         BlockPlan(arguments, *wiring, *active)
         for active in _ACTIVATIONS for wiring in islice(_wirings(widths, convs), _MOST_WIRINGS)
-    ]
-    if not plans:
-        return None, "the widths of its norms and convs fit no known block"
-    twin = shadow(block, keep=tuple(convs.values()))
-    unit_outputs(*(twin.get_submodule(name) for name in convs))
+    ] or "the widths of its norms and convs fit no known block"
+
+
+def judge(block: nn.Module, plans: list[BlockPlan],
+          norms: dict[str, NormPlan]) -> tuple[int | None, str]:
+    """Which of the plans a block agrees with; else why it does not with the first."""
+    convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
+    twin = shadow(block, keep=convs)
+    unit_outputs(*(m for m in twin.children() if isinstance(m, nn.Conv2d)))
     for parameter in twin.parameters():  # weights' gradients have been seen norm by norm
         parameter.requires_grad_(parameter.requires_grad and parameter.dim() == 1)
-    x, planes = probe_inputs(twin.get_submodule(plans[0].first[0]), PROBE_SIZE, 2)
+    norm = norms[plans[0].first[0]]
+    x, planes = probe_inputs(norm, next(twin.parameters()), PROBE_SIZE, 2)
     trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False)]
     inner = [Change(twin.get_submodule(name), FusedNorm, plan) for name, plan in norms.items()]
-    chosen, why = agreeing(
-        twin, trials, [[*inner, *conv_changes(twin, plan), Change(twin, FusedBlock, plan)]
-                       for plan in plans])
-    return (None if chosen is None else plans[chosen]), why
+    return agreeing(twin, trials, [[*inner, *conv_changes(twin, plan), Change(
+        twin, FusedBlock, plan)] for plan in plans])
 
 
 class FusedConv(Accelerated, WinogradConv2d):
@@ -127,7 +135,8 @@ class FusedBlock(Fused):
             if not isinstance(norm, FusedNorm) or hooked(norm):
                 return f"{name} is not fused, or has hooks"
             # The features of norm_1 are not there yet; they have x's dtype and batch size.
-            like = x if name != plan.second[0] else _like(x, ForeignNorm(norm, False).channels)
+            width = vars(norm)[PLAN].channels
+            like = x if name != plan.second[0] else _like(x, width)
             view = norm._smis_changed() or norm._smis_ready(like, segmap)
             if isinstance(view, str):
                 return f"{name}: {view}"
@@ -141,14 +150,14 @@ class FusedBlock(Fused):
         assert conv_0 is not None and conv_1 is not None
         norm_0, norm_1, *rest = ready
         with network_call():
-            h = shortcut = channels_last(x)
+            h = shortcut = channels_last(gradient_in_format(x))
             if rest:
                 h, shortcut = _both(norm_0, rest[0], h, segmap, active)
                 assert plan.shortcut is not None
                 shortcut = self.get_submodule(plan.shortcut[1])(shortcut)
             else:
-                h = norm_0.made().forward(h, segmap, **active)
-            h = norm_1.made().forward(conv_0(h), segmap, **active)
+                h = norm_0.forward(h, segmap, **active)
+            h = norm_1.forward(conv_0(h), segmap, **active)
             if isinstance(conv_1, FusedConv) and not hooked(conv_1, weights=False):
                 out: Tensor = conv_1(h, shortcut)
             else:  # a hook is to see what the conv was written to take and to return
@@ -159,9 +168,10 @@ class FusedBlock(Fused):
 
 def _both(norm_0: ForeignNorm, norm_s: ForeignNorm, x: Tensor, segmap: Tensor,
           active: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    if norm_0.shared_arguments() == norm_s.shared_arguments():
-        return modulate_pair(norm_0.made(), norm_s.made(), x, segmap, **active)
-    return norm_0.made().forward(x, segmap, **active), norm_s.made().forward(x, segmap)
+    pair = norm_0.shares_features and norm_s.shares_features
+    if pair and norm_0.shared_arguments() == norm_s.shared_arguments():
+        return modulate_pair(norm_0, norm_s, x, segmap, **active)
+    return norm_0.forward(x, segmap, **active), norm_s.forward(x, segmap)
 
 
 def _like(x: Any, width: int) -> Any:

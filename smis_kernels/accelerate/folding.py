@@ -13,9 +13,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..modules.spectral_norm import FusedSpectralNorm
+from ..ops.content_digest.stamp import Stamp
 from ..runtime.derivatives import transformed
 from .swap import FOLDED, SETTINGS, Accelerated
-from .watch import Settings, Stamp, hooked
+from .watch import Settings, hooked
 
 _BEFORE = "_smis_before"  # the class that a hook had before it was swapped
 

@@ -51,6 +51,20 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def gradient_in_format(x: Tensor) -> Tensor:
+    """The tensor, whose gradient will come in its own memory format.
+
+    torch's instance norm of a single image (2.13) takes the entries of any other for other pixels'.
+    """
+    if x.dim() != 4 or not (x.requires_grad and torch.is_grad_enabled()) or (
+            torch.compiler.is_compiling()):
+        return x
+    own = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    same = x.view_as(x)
+    same.register_hook(lambda gradient: gradient.contiguous(memory_format=own))
+    return same
+
+
 def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(
         memory_format=torch.channels_last)

@@ -1,158 +1,83 @@
-"""SPADE and grouped SPADE norms of other people's models."""
+"""Conditional norms of other people's models, found by what they compute."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..layout.label_layout import LabelLayout
 from ..modules.spade import CGNorm
-from .probe import PROBE_SIZE, SEED, CannotRun, Trial, Verdict, agreeing, at_scales, shadow
+from .graph import FEATURES, MAP, Graph, Step, Unclear, record
+from .match import PATTERN, Form, Mismatch, match
+from .probe import PROBE_SIZE, SEED, CannotRun, Trial, agreeing, at_scales, shadow
+from .served import ForeignNorm
 from .swap import PLAN, Change, Fused, Plan, arguments_of, serves
-from .watch import weight_hooks
+from .watch import original_type
 
 _COUNTING = (nn.BatchNorm2d, nn.SyncBatchNorm)  # whose several processes are known, too
+_NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+_NORM_FUNCTIONS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "var",
+                   "std", "var_mean", "std_mean", "rsqrt", "normalize"}
+_MOST_PARTS = 40  # of a module that can still be one norm
+_MOST_SHAPES = 24  # of inputs that are tried on one
 
 
 @dataclass(frozen=True)
 class NormPlan(Plan):
-    """``counts``: whether the norm advances ``num_batches_tracked``."""
+    """What a norm computes; ``channels``: of the features, ``labels``: of the map that was probed.
 
-    counts: bool
-
-
-class ForeignNorm(CGNorm):
-    """A foreign norm as :class:`CGNorm` sees its own: parts and settings, nothing registered.
-
-    Made for each call, so that no part can be out of date.
+    ``counts``: whether the norm advances ``num_batches_tracked``; ``swapped``: whether its forward
+    takes the map first.
     """
 
-    def __init__(self, owner: nn.Module, counts: bool) -> None:
-        parts = owner._modules
-        norm, gamma = parts["param_free_norm"], parts["mlp_gamma"]
-        shared = parts.get("mlp_shared")
-        assert norm is not None and isinstance(gamma, nn.Conv2d)
-        first = None if shared is None else next(iter(shared.children()))
-        assert first is None or isinstance(first, nn.Conv2d)
-        vars(self).update(
-            owner=owner, counts=counts, param_free_norm=norm, mlp_shared=shared, mlp_gamma=gamma,
-            mlp_beta=parts["mlp_beta"], channels=gamma.out_channels, synchronized=False,
-            hidden=0 if first is None else first.out_channels, backend=None,
-            label_channels=(gamma if first is None else first).in_channels, training=norm.training,
-        )
-
-    def __eq__(self, other: object) -> bool:  # tables are kept by norm, not by view of it
-        return isinstance(other, ForeignNorm) and other.owner is self.owner
-
-    def __hash__(self) -> int:
-        return hash(self.owner)
-
-    def made(self) -> ForeignNorm:
-        """Itself, once the hooks that make weights of its convs have run, as in a call of each."""
-        owner: nn.Module = vars(self)["owner"]
-        for part in owner.modules():
-            for hook in weight_hooks(part).values():
-                hook(part, ())
-        return self
-
-    def count_batch(self) -> None:
-        if self.counts:
-            super().count_batch()
-
-
-def is_plain_conv(module: nn.Module | None) -> bool:
-    """Whether it is a conv that computes what nn.Conv2d does, whatever its weight comes from."""
-    if not isinstance(module, nn.Conv2d):
-        return False
-    cls = type(module)
-    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
-
-
-def _conv_problem(name: str, conv: nn.Module | None) -> str | None:
-    if conv is None or not is_plain_conv(conv):
-        return f"{name} is no plain conv"
-    assert isinstance(conv, nn.Conv2d)
-    k = conv.kernel_size[0]
-    same = conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding in ((k // 2, k // 2), "same")
-    if not same or conv.stride != (1, 1) or conv.dilation != (1, 1):
-        return f"{name} does not keep the size"
-    if conv.padding_mode != "zeros":
-        return f"{name} pads by {conv.padding_mode}"
-    if conv.bias is None:
-        return f"{name} has no bias"
-    return None
-
-
-def _norm_problem(norm: nn.Module | None) -> str | None:
-    if not isinstance(norm, (_BatchNorm, _InstanceNorm)):
-        return f"param_free_norm is {type(norm).__name__}"
-    if isinstance(norm, _InstanceNorm) and (
-            type(norm).forward is not _InstanceNorm.forward or norm.track_running_stats):
-        return "param_free_norm is an instance norm of another kind"
-    if norm.weight is not None or norm.bias is not None:
-        return "param_free_norm has parameters"
-    if norm.momentum is None:
-        return "param_free_norm averages over all batches"
-    return None
-
-
-def structure_problem(module: nn.Module) -> str | None:
-    """Why the parts are not those of a norm that can be fused; None where they are."""
-    parts = module._modules
-    gamma, beta, shared = (parts.get(n) for n in ("mlp_gamma", "mlp_beta", "mlp_shared"))
-    problem = _norm_problem(parts.get("param_free_norm")) or _conv_problem(
-        "mlp_gamma", gamma) or _conv_problem("mlp_beta", beta)
-    if problem is not None:
-        return problem
-    assert isinstance(gamma, nn.Conv2d) and isinstance(beta, nn.Conv2d)
-    source = gamma.in_channels
-    if (gamma.kernel_size, gamma.groups, gamma.in_channels, gamma.out_channels) != (
-            beta.kernel_size, beta.groups, beta.in_channels, beta.out_channels):
-        return "mlp_gamma and mlp_beta differ"
-    if shared is not None:
-        layers = list(shared.children())
-        if len(layers) != 2 or type(layers[1]) is not nn.ReLU:
-            return "mlp_shared is no conv with ReLU"
-        problem = _conv_problem("mlp_shared", layers[0])
-        if problem is not None:
-            return problem
-        assert isinstance(layers[0], nn.Conv2d)
-        if layers[0].out_channels != source or layers[0].kernel_size != gamma.kernel_size:
-            return "mlp_shared does not fit mlp_gamma"
-    return None
+    form: Form
+    channels: int
+    labels: int
+    counts: bool
+    swapped: bool = False
 
 
 class FusedNorm(Fused):
-    """``norm(x, segmap)`` through window tables or one dense conv, and one pass over x."""
+    """``norm(x, segmap)`` through window tables or dense convs, and one pass over x."""
 
-    def _smis_ready(self, x: Any, segmap: Any) -> ForeignNorm | str:
-        view = ForeignNorm(self, vars(self)[PLAN].counts)
-        weight = next(view.mlp_gamma.parameters())  # as it is kept: a hook may have to make it yet
-        if not isinstance(x, Tensor) or not serves(x, weight) or x.shape[1] != view.channels:
+    def _smis_ready(self, *inputs: Any) -> ForeignNorm | str:
+        plan: NormPlan = vars(self)[PLAN]
+        x, segmap = inputs[::-1] if plan.swapped else inputs
+        weight = next(self.parameters())
+        if not isinstance(x, Tensor) or not serves(x, weight) or x.shape[1] != plan.channels:
             return "features of another kind"
+        form = plan.form
         shape: tuple[int, ...] = tuple(getattr(segmap, "shape", ()))
-        if len(shape) != 4 or shape[0] != x.shape[0] or shape[1] != view.label_channels:
+        if len(shape) != 4 or shape[0] != x.shape[0] or (
+                form.label_channels not in (0, shape[1])):
             return "a map of another shape"
+        if not form.resized and shape[2:] != x.shape[2:]:
+            return "a map of another size"
+        view = ForeignNorm(self, form, plan.counts, plan.channels)
         if isinstance(segmap, LabelLayout):
             return view
         if not isinstance(segmap, Tensor) or not serves(segmap, weight):
             return "a map of another kind"
-        return _parallel_problem(self, view.param_free_norm) or view
+        return _parallel_problem(self, view.norm) or view
 
-    def _smis_run(self, ready: ForeignNorm, x: Tensor, segmap: Tensor) -> Tensor:
-        return ready.made().forward(x, segmap)
+    def _smis_run(self, ready: ForeignNorm, *inputs: Any) -> Tensor:
+        plan: NormPlan = vars(self)[PLAN]
+        return ready.forward(*(inputs[::-1] if plan.swapped else inputs))
 
 
-def _parallel_problem(owner: nn.Module, norm: nn.Module) -> str | None:
+def _parallel_problem(owner: nn.Module, norm: nn.Module | None) -> str | None:
     """Why statistics over several processes are left to the foreign norm."""
-    if not norm.training or isinstance(norm, _InstanceNorm) or type(norm) is nn.BatchNorm2d:
+    if norm is None or not norm.training or not isinstance(norm, _BatchNorm) or (
+            type(norm) is nn.BatchNorm2d):
         return None
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if type(norm) is nn.SyncBatchNorm:
@@ -163,56 +88,213 @@ def _parallel_problem(owner: nn.Module, norm: nn.Module) -> str | None:
     return None
 
 
-def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
-    """What the norm may be, likeliest first."""
-    norm = module.get_submodule("param_free_norm")
-    known = isinstance(norm, _InstanceNorm) or type(norm) in _COUNTING
-    return [NormPlan(arguments, counts) for counts in ((True,) if known else (False, True))]
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether it is one of torch's normalisations."""
+    return isinstance(module, _NORM_LAYERS)
 
 
-def probe_inputs(norm: nn.Module, size: tuple[int, int], scale: int) -> tuple[Tensor, Tensor]:
+def may_be_norm(module: nn.Module) -> bool:
+    """Whether it takes features and a map, as far as its signature shows, and is small enough."""
+    if is_norm_layer(module) or next(module.parameters(), None) is None:
+        return False
+    if sum(1 for _ in module.modules()) > _MOST_PARTS:
+        return False
+    return isinstance(module, CGNorm) or arguments_of(module, 2) is not None
+
+
+def takes_more(module: nn.Module) -> int:
+    """How many arguments a module takes that has a norm and a conv among its own parts; else 0."""
+    if original_type(module).forward is nn.Module.forward:
+        return 0
+    parts = list(module.modules())
+    fits = len(parts) <= _MOST_PARTS and any(map(is_norm_layer, module.children())) and any(
+        isinstance(part, (nn.Conv2d, nn.Conv3d)) for part in parts)
+    kinds = inspect.Parameter
+    needed = [p for p in list(inspect.signature(
+        original_type(module).forward).parameters.values())[1:]
+        if p.default is kinds.empty and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    return len(needed) if fits and len(needed) > 2 else 0
+
+
+def _unique(values: Iterator[int]) -> list[int]:
+    return list(dict.fromkeys(v for v in values if v > 0))
+
+
+def _shapes(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """Channels that features and map may have, likeliest first."""
+    parts = list(module.modules())
+
+    def features() -> Iterator[int]:
+        for part in parts:
+            for name in ("num_features", "num_channels"):
+                if is_norm_layer(part) and isinstance(getattr(part, name, None), int):
+                    yield getattr(part, name)
+            if isinstance(part, nn.LayerNorm):
+                yield part.normalized_shape[-1]
+        for part in reversed(parts):
+            if isinstance(part, (nn.Conv2d, nn.Conv3d)):
+                yield part.out_channels
+                yield part.out_channels // 2
+        for p in module.parameters():
+            if p.dim():
+                yield p.shape[-1]
+            if p.dim() > 1:
+                yield p.shape[0]
+
+    def maps() -> Iterator[int]:
+        for part in parts:
+            if isinstance(part, (nn.Conv2d, nn.Conv3d)):
+                yield part.in_channels
+            if isinstance(part, nn.Embedding):
+                yield part.num_embeddings
+        for p in module.parameters():
+            if p.dim() > 1:
+                yield p.shape[0]
+                yield p.shape[1]
+
+    yield from islice(product(_unique(features()), _unique(maps())), _MOST_SHAPES)
+
+
+def inputs_of(weight: Tensor, channels: int, labels: int, size: tuple[int, int],
+              scale: int) -> tuple[Tensor, Tensor]:
     """Features of two images with outliers, and a one-hot map of another size with ``scale`` 2."""
     generator = torch.Generator().manual_seed(SEED)
-    view = ForeignNorm(norm, counts=False)
-    weight = next(view.mlp_gamma.parameters())
-    x = torch.randn((2, view.channels, *size), generator=generator)
+    x = torch.randn((2, channels, *size), generator=generator)
     height, width = (s * scale + scale - 1 for s in size)
-    labels = torch.randint(view.label_channels, (2, height, width), generator=generator)
-    planes = F.one_hot(labels, view.label_channels).permute(0, 3, 1, 2).contiguous()
+    classes = torch.randint(labels, (2, height, width), generator=generator)
+    planes = F.one_hot(classes, labels).permute(0, 3, 1, 2).contiguous()
     return (x * x.square().exp().clamp(max=50)).to(weight), planes.to(weight)
 
 
-def looks_like_norm(module: nn.Module) -> bool:
-    """Whether it has the parts of a conditional norm, by their published names."""
-    return {"param_free_norm", "mlp_gamma", "mlp_beta"} <= module._modules.keys()
+def probe_inputs(plan: NormPlan, like: Tensor, size: tuple[int, int],
+                 scale: int) -> tuple[Tensor, Tensor]:
+    """:func:`inputs_of` for a norm; a map of the features' size where it takes no other."""
+    return inputs_of(like, plan.channels, plan.labels, size, scale if plan.form.resized else 1)
 
 
-def judge(module: nn.Module) -> Verdict:
-    """Whether a module that looks like a norm can be fused."""
+@dataclass(frozen=True)
+class _Recorded:
+    graph: Graph
+    swapped: bool
+    channels: int
+    labels: int
+    map_size: tuple[int, int]
+
+
+def _recorded(twin: nn.Module) -> Iterator[_Recorded]:
+    """What the twin computes, by each order of arguments in which it can be run.
+
+    Raises:
+        CannotRun: it runs on nothing that was tried.
+    """
+    weight, problem, ran = next(twin.parameters()), "", False
+    for swapped in (False, True):
+        for (channels, labels), scale in product(_shapes(twin), (2, 1)):
+            inputs = inputs_of(weight, channels, labels, PROBE_SIZE, scale)
+            order = inputs[::-1] if swapped else inputs
+            graphs = []
+            try:
+                for training in (False, True):
+                    twin.train(training)
+                    graphs.append(record(twin, *inputs, order))
+            except Unclear as error:
+                problem = str(error)
+                continue
+            except Exception as error:
+                text = str(error).strip().partition("\n")[0]
+                problem = problem or f"{type(error).__name__}: {text}"
+                continue
+            if graphs[0] != graphs[1]:
+                raise Mismatch("in training it computes something else than in eval mode")
+            ran = True
+            height, width = inputs[1].shape[2:]
+            yield _Recorded(graphs[0], swapped, channels, labels, (height, width))
+            break
+    if not ran:
+        raise CannotRun(problem)
+
+
+def normalises(graph: Graph, module: nn.Module) -> bool:
+    """Whether features are normalised on the way to the output."""
+    reads: list[set[int]] = []
+    for i, step in enumerate(graph.steps):
+        reads.append({i} if i in (FEATURES, MAP) else set().union(
+            *(reads[j] for j in step.inputs)))
+        if FEATURES in reads[i] and _is_norm_step(step, module):
+            return True
+    return False
+
+
+def _is_norm_step(step: Step, module: nn.Module) -> bool:
+    if step.op == "module":
+        return is_norm_layer(module.get_submodule(step.settings))
+    return step.op in _NORM_FUNCTIONS
+
+
+def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
+    """What the norm may be, likeliest first.
+
+    Raises:
+        Mismatch, CannotRun: it is none; the message says why.
+    """
+    twin, why = shadow(module, keep=(module,)), None
+    for found in _recorded(twin):
+        try:
+            form = match(found.graph, module, PROBE_SIZE, found.map_size, found.labels)
+        except Mismatch as error:
+            listed = normalises(found.graph, module)
+            why = why or (error if listed else None)
+            continue
+        norm = module.get_submodule(form.norm) if form.norm else None
+        known = not isinstance(norm, _BatchNorm) or type(norm) in _COUNTING
+        return [NormPlan(arguments, form, found.channels, found.labels, counts, found.swapped)
+                for counts in ((True,) if known else (False, True))]
+    if why is not None:
+        raise Mismatch(f"nearest is {PATTERN}, but {why}")
+    return []
+
+
+def _of_another_size(x: Tensor) -> Tensor:
+    """One image, twice as high and three times as wide."""
+    wide = torch.cat([x, x.flip(3), x.roll(1, 3)], 3)[:1]
+    return torch.cat([wide, wide.flip(2)], 2)
+
+
+def _trials(x: Tensor, planes: Tensor, form: Form) -> list[Trial]:
+    soft = planes + 0.3 * torch.rand_like(planes)  # whose vectors do not repeat
+    first, second = ("dense", "dense") if form.no_tables else ("two_level", "one_level")
+    other = (_of_another_size(x), _of_another_size(planes))
+    return [Trial((x, planes), True, path=first),
+            Trial((x, planes), True, path="dense"),
+            Trial((x, planes), False, parameters=False, path=second),
+            Trial((x, soft), False, differentiable=(0, 1), parameters=False),
+            Trial(other, True, path=first),
+            *at_scales((x, planes))]
+
+
+Reading = list[NormPlan] | str | None  # what a norm may be, likeliest first; or why it is none
+
+
+def read(module: nn.Module) -> Reading:
+    """What a module computes, if it is a norm; a string: why it is none; None: nothing like one."""
     if isinstance(module, CGNorm):
-        return None, "it is fused already"
-    problem = structure_problem(module)
-    if problem is not None:
-        return None, problem
-    own = tuple(f"{name}." for name in ("param_free_norm", "mlp_shared", "mlp_gamma", "mlp_beta"))
-    for name, _ in (*module.named_parameters(), *module.named_buffers()):
-        if not name.startswith(own):
-            return None, f"{name} is no part of a norm"
+        return "it is fused already"
     arguments = arguments_of(module, 2)
-    if arguments is None:
-        return None, "its forward does not take features and a map"
-    plans, twin = _plans(module, arguments), shadow(module)
-
-    def probe(scale: int) -> Verdict:
-        x, planes = probe_inputs(twin, PROBE_SIZE, scale)
-        soft = planes + 0.3 * torch.rand_like(planes)  # whose vectors do not repeat
-        trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False),
-                  Trial((x, soft), False, differentiable=(0, 1), parameters=False),
-                  *at_scales((x, planes))]
-        chosen, why = agreeing(twin, trials, [[Change(twin, FusedNorm, p)] for p in plans])
-        return (None if chosen is None else plans[chosen]), why
-
+    assert arguments is not None
     try:
-        return probe(2)
-    except CannotRun:  # some take a map of the features' size only
-        return probe(1)
+        return _plans(module, arguments) or None
+    except Mismatch as error:
+        return str(error)
+    except CannotRun as error:
+        listed = any(is_norm_layer(part) for part in module.modules())
+        return f"the probe cannot run it: {error}" if listed else None
+
+
+def judge(module: nn.Module, plans: list[NormPlan]) -> tuple[int | None, str]:
+    """Which of the plans a norm agrees with; else why it does not with the first."""
+    twin = shadow(module)
+    x, planes = probe_inputs(plans[0], next(twin.parameters()), PROBE_SIZE, 2)
+    trials = _trials(x, planes, plans[0].form)
+    if plans[0].swapped:
+        trials = [t.swapped() for t in trials]
+    return agreeing(twin, trials, [[Change(twin, FusedNorm, p)] for p in plans])

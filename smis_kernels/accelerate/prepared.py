@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.content_digest.stamp import Stamp
 from ..runtime.constants import Store, using
-from .watch import Stamp
 
 
 class Prepared:

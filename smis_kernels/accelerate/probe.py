@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..runtime.backend import use_backend
+from ..runtime.path import use_path
 from .swap import Change, Plan
 from .watch import Settings, weight_hooks
 
@@ -103,6 +104,13 @@ class Trial:
     parameters: bool = True
     scale: float | None = None  # of features and their statistics; then all is in float64
     frozen: bool = False  # the parts are in the other mode
+    path: str = "auto"
+    features: int = 0  # which input they are
+
+    def swapped(self) -> Trial:
+        """The same trial of a forward that takes its two inputs the other way round."""
+        return replace(self, inputs=self.inputs[::-1], features=1,
+                       differentiable=tuple(1 - i for i in self.differentiable))
 
 
 def at_scales(inputs: tuple[Tensor, ...]) -> list[Trial]:
@@ -149,7 +157,7 @@ def _scaled(module: nn.Module, scale: float | None) -> Iterator[None]:
 
 
 def _run(module: nn.Module, trial: Trial) -> _Outcome:
-    with _scaled(module, trial.scale):
+    with _scaled(module, trial.scale), use_path(trial.path):
         return _run_as_it_is(module, trial)
 
 
@@ -162,10 +170,11 @@ def _run_as_it_is(module: nn.Module, trial: Trial) -> _Outcome:
     inputs = [x.clone() for x in trial.inputs]
     if trial.scale is not None:
         inputs = [x.double() if x.is_floating_point() else x for x in inputs]
-        inputs[0].mul_(trial.scale)
+        inputs[trial.features].mul_(trial.scale)
         if trial.training:  # the step before
             with torch.no_grad():
-                module(*(x.flip(0) if i else 2 * x.flip(0) for i, x in enumerate(inputs)))
+                module(*(2 * x.flip(0) if i == trial.features else x.flip(0)
+                         for i, x in enumerate(inputs)))
     inputs = [x.requires_grad_(i in trial.differentiable) for i, x in enumerate(inputs)]
     output = module(*inputs)
     if not isinstance(output, Tensor):
@@ -183,7 +192,8 @@ def _run_as_it_is(module: nn.Module, trial: Trial) -> _Outcome:
     return _Outcome(output.detach(), gradients, after, trial.scale is not None)
 
 
-def _differs(a: Tensor | None, b: Tensor | None, tolerance: float, norm: float) -> str | None:
+def _differs(a: Tensor | None, b: Tensor | None, tolerance: float, norm: float,
+             floor: float = 1e-30) -> str | None:
     if a is None or b is None:
         present = a if b is None else b
         missing = present is None or not bool(present.any())
@@ -194,7 +204,7 @@ def _differs(a: Tensor | None, b: Tensor | None, tolerance: float, norm: float) 
         return None if torch.equal(a, b) else "differs"
     a, b = a.flatten(), b.flatten()
     scale = float(torch.linalg.vector_norm(a, norm))
-    error = float(torch.linalg.vector_norm(a - b, norm)) / max(scale, 1e-30)
+    error = float(torch.linalg.vector_norm(a - b, norm)) / max(scale, floor)
     return None if error <= tolerance else f"differs by {error:.1e} of its size"
 
 
@@ -209,8 +219,12 @@ def _compare(original: _Outcome, fused: _Outcome) -> str | None:
         problem = _differs(buffer, fused.buffers[name], forward, float("inf"))
         if problem is not None:
             return f"buffer {name} {problem}"
+    largest = max((float(torch.linalg.vector_norm(g.float())) for g in original.gradients
+                   if g is not None), default=0.0)
+    # What a norm takes off again, as a bias before it, has a gradient of rounding errors only.
+    floor = max(1e-30, 1e4 * torch.finfo(original.output.dtype).eps * largest)
     for a, b in zip(original.gradients, fused.gradients, strict=True):
-        problem = _differs(a, b, backward, 2)
+        problem = _differs(a, b, backward, 2, floor)
         if problem is not None:
             return f"a gradient {problem}"
     return None

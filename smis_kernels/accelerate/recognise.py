@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -37,16 +37,32 @@ class Finding:
     note: str = ""
 
 
-def _settings(module: nn.Module) -> Iterator[Any]:
-    """Whatever may decide what a module computes, but for the values of its tensors."""
+def _widths(module: nn.Module) -> set[int]:
+    """Numbers that are widths of the module rather than anything else."""
+    return {d for t in (*module.parameters(), *module.buffers()) for d in t.shape[:2] if d > 4}
+
+
+def _masked(value: Any, widths: Collection[int]) -> Any:
+    """A value without its widths, to compare."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_masked(v, widths) for v in value)
+    return "width" if type(value) is int and value in widths else value
+
+
+def _settings(module: nn.Module, widths: Collection[int] = ()) -> Iterator[Any]:
+    """Whatever may decide what a module computes, but for values of tensors, and ``widths``."""
     for name, part in module.named_modules():
-        plain = {k: repr(v) for k, v in vars(part).items()
+        plain = {k: repr(_masked(v, widths)) for k, v in vars(part).items()
                  if k not in _NOT_SETTINGS and not k.startswith(OWN)
                  and not isinstance(v, Tensor)}
         hooks = tuple(type(hook) for hook in weight_hooks(part).values())
         yield name, original_type(part), hooks, tuple(sorted(plain.items()))
         for key, t in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
-            yield key, tuple(t.shape), t.dtype, t.device
+            yield key, _masked(tuple(t.shape), widths), t.dtype, t.device
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 class Recognition:
@@ -54,7 +70,7 @@ class Recognition:
 
     def __init__(self, inference: bool) -> None:
         self._inference = inference
-        self._verdicts: dict[Any, Verdict | None] = {}
+        self._verdicts: dict[Any, Any] = {}
         self._norms: dict[nn.Module, norms.NormPlan] = {}
 
     def findings(self, model: nn.Module) -> list[Finding]:
@@ -63,11 +79,10 @@ class Recognition:
         inside = {part for module in named.values() if sequences.is_sequence(module)
                   for part in module.children() if sequences.is_sequence(part)}
         found: list[Finding | None] = []
+        found += self._all_norms(named)
+        of_blocks = {finding.name: finding for finding in self._all_blocks(named)}
         for name, module in named.items():
-            if norms.looks_like_norm(module):
-                found.append(self._norm(name, module))
-        for name, module in named.items():
-            block = self._block(name, module)
+            block = of_blocks.get(name)
             found += [block, *_convs(block)]
             if layers.unfold_of(module) is not None:
                 judge = partial(layers.judge_pixel_conv, module)
@@ -97,18 +112,85 @@ class Recognition:
         change = None if plan is None else Change(module, _MIXINS[kind], plan)
         return Finding(name, module, kind, change, note)
 
-    def _norm(self, name: str, module: nn.Module) -> Finding | None:
-        finding = self._judged(name, module, NORM, partial(norms.judge, module))
-        if finding is not None and isinstance(finding.change, Change):
-            assert isinstance(finding.change.plan, norms.NormPlan)
-            self._norms[module] = finding.change.plan
-        return finding
+    def _all_norms(self, named: Mapping[str, nn.Module]) -> list[Finding]:
+        """The innermost modules that take features and a map and normalise, in order."""
+        readings: dict[str, norms.Reading] = {}
+        for name, module in reversed(list(named.items())):  # parts come before what holds them
+            prefix = f"{name}." if name else ""
+            if any(other.startswith(prefix) for other in readings):
+                continue
+            special = layers.unfold_of(module) or layers.network_of(module)
+            if special is None and norms.may_be_norm(module):
+                reading = self._read(NORM, module, partial(norms.read, module))
+            elif norms.takes_more(module):
+                reading = (f"its forward takes {norms.takes_more(module)} arguments, not features "
+                           "and a map")
+            else:
+                continue
+            if reading is not None:
+                readings[name] = reading
+        ordered = {name: readings[name] for name in named if name in readings}
+        found = self._findings(NORM, named, ordered, norms.judge, lambda plan: plan.form.outline)
+        self._norms = {f.module: f.change.plan for f in found if isinstance(f.change, Change)
+                       and isinstance(f.change.plan, norms.NormPlan)}
+        return found
 
-    def _block(self, name: str, module: nn.Module) -> Finding | None:
-        inside = {key: self._norms[m] for key, m in module.named_children() if m in self._norms}
-        if len(inside) not in (2, 3):
-            return None
-        return self._judged(name, module, BLOCK, partial(blocks.judge, module, inside))
+    def _all_blocks(self, named: Mapping[str, nn.Module]) -> list[Finding]:
+        """Residual blocks of norms that can be fused."""
+        readings: dict[str, blocks.Reading] = {}
+        for name, module in named.items():
+            inside = self._norms_inside(module)
+            if len(inside) in (2, 3):
+                reading = self._read(BLOCK, module, partial(blocks.read, module, inside))
+                if reading is not None:
+                    readings[name] = reading
+        return self._findings(
+            BLOCK, named, readings,
+            lambda module, plans: blocks.judge(module, plans, self._norms_inside(module)), str)
+
+    def _norms_inside(self, module: nn.Module) -> dict[str, norms.NormPlan]:
+        return {key: self._norms[m] for key, m in module.named_children() if m in self._norms}
+
+    def _read(self, kind: str, module: nn.Module, read: Callable[[], Any]) -> Any:
+        key = (kind, *_settings(module))
+        if key not in self._verdicts:
+            try:
+                with aside(module):
+                    self._verdicts[key] = read()
+            except Exception as error:  # of foreign code: whatever it raises, it is left alone
+                self._verdicts[key] = str(error).partition("\n")[0]
+        return self._verdicts[key]
+
+    def _findings(self, kind: str, named: Mapping[str, nn.Module], readings: Mapping[str, Any],
+                  judge: Callable[[nn.Module, Any], tuple[int | None, str]],
+                  outline: Callable[[Any], Any]) -> list[Finding]:
+        """What modules are to become: of those that differ in widths alone one is probed.
+
+        That is the narrowest. That the others compute the same has been seen as they were read.
+        """
+        alike: dict[Any, list[str]] = {}
+        for name, reading in readings.items():
+            if isinstance(reading, list):
+                module = named[name]
+                key = (*map(outline, reading), *_settings(module, _widths(module)))
+                alike.setdefault(key, []).append(name)
+        verdicts: dict[str, tuple[int | None, str]] = {}
+        for names in alike.values():
+            narrowest = min(names, key=lambda name: _size(named[name]))
+            module = named[narrowest]
+            try:
+                with aside(module):
+                    verdict = judge(module, readings[narrowest])
+            except Exception as error:  # of foreign code
+                verdict = None, str(error).partition("\n")[0]
+            verdicts.update(dict.fromkeys(names, verdict))
+        found = []
+        for name, reading in readings.items():
+            chosen, why = verdicts.get(name, (None, reading))
+            plan = None if chosen is None else reading[chosen]
+            change = None if plan is None else Change(named[name], _MIXINS[kind], plan)
+            found.append(Finding(name, named[name], kind, change, why))
+        return found
 
 
 def _convs(block: Finding | None) -> list[Finding]:

@@ -12,8 +12,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops.norm_act.op import norm_act
 from .folding import Folded, constant
-from .formats import channels_last
-from .norms import is_plain_conv
+from .formats import channels_last, gradient_in_format
+from .graph import is_plain_conv
 from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, shadow
 from .swap import FOLDED, PLAN, Change, Fused, Plan, serves
 from .watch import hooked, original_type, weight_hooks
@@ -83,6 +83,7 @@ class FusedSequence(Fused):
 
     def _smis_run(self, ready: list[nn.Module], x: Tensor) -> Any:
         plan: SequencePlan = vars(self)[PLAN]
+        x = gradient_in_format(x)
         h: Any = channels_last(x) if plan.reformat else x
         i = 0
         while i < len(ready):
@@ -101,6 +102,8 @@ class FusedSequence(Fused):
                 i += 1
             else:
                 h = layer(h)
+                if isinstance(layer, _InstanceNorm) and isinstance(h, Tensor):
+                    h = gradient_in_format(h)
         if plan.reformat and isinstance(h, Tensor) and h.dim() == 4:
             same = x.is_contiguous(memory_format=torch.channels_last)
             return h if same else h.contiguous()

@@ -80,6 +80,8 @@ class Plan:
 
         Others may be given as long as they are the defaults that they have without.
         """
+        if self.arguments and self.arguments[-1][0] == "*":
+            return args if len(args) == len(self.arguments) and not kwargs else None
         rest = self.arguments[len(args) :]
         if len(args) <= len(self.arguments) and kwargs.keys() == set(rest):
             return args + tuple(kwargs[name] for name in rest)
@@ -103,14 +105,21 @@ def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
 
 
 def arguments_of(module: nn.Module, count: int) -> tuple[str, ...] | None:
-    """Names of the arguments of ``forward`` without a default; None unless they are ``count``."""
+    """Names of the arguments of ``forward`` without a default; None unless they are ``count``.
+
+    The last may be the first of any number, as in ``def forward(self, x, *maps)``.
+    """
     kinds = inspect.Parameter
     parameters = list(inspect.signature(original_type(module).forward).parameters.values())[1:]
+    more = [p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL]
     needed = [p for p in parameters if p.default is kinds.empty
               and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
-    if len(needed) != count or any(p.kind is kinds.KEYWORD_ONLY for p in needed):
+    if any(p.kind is kinds.KEYWORD_ONLY for p in needed):
         return None
-    return tuple(p.name for p in needed)
+    names = tuple(p.name for p in needed)
+    if more and len(names) == count - 1 and len(parameters) - len(names) <= 2:
+        return (*names, f"*{more[0]}")
+    return names if len(names) == count else None
 
 
 class Step(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..ops.content_digest.op import content_digest
+from ..ops.content_digest.stamp import identity
 
 OWN = "_smis_"  # prefix of what acceleration keeps on a module
 _INTERNAL = {*vars(nn.Module()), "training", "_compiled_call_impl"}
@@ -22,46 +23,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = ("_global_backward_pre_hooks", "_global_backward_hooks",
                  "_global_forward_hooks", "_global_forward_pre_hooks")
 _DEPTH = 3  # to which containers and plain objects are looked into
-
-
-def _identity(tensor: Tensor | None) -> tuple[Any, ...]:
-    if tensor is None:
-        return ()
-    version = 0 if tensor.is_inference() else tensor._version
-    return (tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride())
-
-
-class Stamp:
-    """Tensors as they were: the same ones, at the same version, of the same content.
-
-    Versions show most writes, at no cost. The content is compared too, since fused optimizers,
-    batch norms in training, writes through ``.data`` and numpy move no version: each check reads
-    the tensors once. Values on other devices than the CPU are waited for, once for all of them.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
-        # They stay referenced: no other can take the place of one in memory.
-        self._tensors = list(tensors)
-        self._identities = [_identity(t) for t in self._tensors]
-        self._digests = self._content()
-
-    def _content(self) -> list[int]:
-        found = [content_digest(t, backend="auto") for t in self._tensors
-                 if t is not None and t.numel() and not t.is_meta]
-        if not found:
-            return []
-        digests: list[int] = torch.stack([d.to(found[0].device) for d in found]).tolist()
-        return digests
-
-    def holds(self, tensors: Iterable[Tensor | None]) -> bool:
-        """Whether these are the tensors, unchanged."""
-        now = list(tensors)
-        return (
-            len(now) == len(self._tensors)
-            and all(a is b for a, b in zip(now, self._tensors, strict=True))
-            and [_identity(t) for t in now] == self._identities
-            and self._content() == self._digests
-        )
 
 
 def weight_hooks(module: nn.Module) -> dict[int, Any]:
@@ -115,7 +76,7 @@ def _content_of(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, _PLAIN):
         return (type(value), repr(value) if isinstance(value, (float, complex)) else value)
     if isinstance(value, Tensor):
-        return (_Same(value), _identity(value),
+        return (_Same(value), identity(value),
                 None if value.is_meta else int(content_digest(value, backend="auto")))
     if depth and isinstance(value, Mapping):
         return (type(value), [(_content_of(k, depth - 1), _content_of(v, depth - 1))
@@ -158,11 +119,12 @@ class _Values:
         """A name whose value is another one, or there no longer or not before."""
         if now.keys() != self._values.keys():
             return min(now.keys() ^ self._values.keys())
-        for name, value in now.items():
-            before, fixed, content = self._values[name]
-            if not (fixed and value is before) and _content_of(value) != content:
-                return name
-        return None
+        return next((k for k, v in now.items() if not self.holds(k, v)), None)
+
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether a value is what it was."""
+        before, fixed, content = self._values[name]
+        return (fixed and value is before) or bool(_content_of(value) == content)
 
     def __getstate__(self) -> dict[str, Any]:  # contents suffice
         return {"_values": {k: (None, False, c) for k, (_, _, c) in self._values.items()}}
@@ -184,6 +146,26 @@ class _Part:
         self.children = tuple(module._modules.items())
         self.attributes = _Values(_plain_of(module))
         self.present = self._present()
+        self._note_identities()
+
+    def _note_identities(self) -> None:
+        """Names of all attributes, and those whose value nothing changes but an assignment."""
+        plain = _plain_of(self.module)
+        self._names = frozenset(vars(self.module))
+        self._fixed = [(k, v) for k, v in plain.items() if _fixed(v)]
+        self._others = [k for k, v in plain.items() if not _fixed(v)]
+
+    def _attribute_change(self) -> str | None:
+        own = vars(self.module)
+        if own.keys() == self._names and all(own[k] is v for k, v in self._fixed):
+            return next((k for k in self._others if not self.attributes.holds(k, own[k])), None)
+        found = self.attributes.change(_plain_of(self.module))
+        if found is None:
+            self._note_identities()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:  # identities are of this process
+        return {**vars(self), "_names": frozenset(), "_fixed": [], "_others": []}
 
     def _present(self) -> list[tuple[str, bool]]:
         m = self.module
@@ -206,10 +188,8 @@ class _Part:
             return "other parts"
         if self._present() != self.present:
             return "other parameters or buffers"
-        attribute = self.attributes.change(_plain_of(m))
-        if attribute is not None:
-            return f"another {attribute}"
-        return None
+        attribute = self._attribute_change()
+        return None if attribute is None else f"another {attribute}"
 
 
 class Settings:

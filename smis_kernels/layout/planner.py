@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.indexed_modulation import op as indexed
 from ..runtime.backend import resolve
@@ -21,15 +21,25 @@ from .label_layout import LabelLayout, WindowLevel, layout_of
 class ModulationConvs(Protocol):
     """What the choice reads of a norm: the convs that make its gamma and beta."""
 
-    mlp_gamma: nn.Conv2d
     channels: int
     label_channels: int
-    hidden: int
     backend: str | None
 
     @property
-    def shared_conv(self) -> nn.Conv2d | None:
-        """The conv before them; None for a single conv."""
+    def hidden(self) -> int:
+        """Channels of what the last convs read, if not the map; 0 without a conv before them."""
+
+    @property
+    def reach(self) -> int:
+        """How far they see together: 0 a pixel, 1 a 3x3 window, 2 a 5x5 window."""
+
+    @property
+    def no_tables(self) -> str:
+        """Why window tables do not serve; "" where they do."""
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Multiply-adds at one pixel: of the last convs, and of those before."""
 
 
 class Rates(NamedTuple):
@@ -101,21 +111,19 @@ class Plan:
         return self.segmap
 
 
-def costs(norm: ModulationConvs, level: WindowLevel, pixels: int,
-          rates: Rates = CPU_RATES) -> dict[str, float]:
-    """Nanoseconds of each path's convs or tables for one norm."""
-    gamma = norm.mlp_gamma
-    per_output = 2 * gamma.weight.numel()  # multiply-adds of gamma and beta at one pixel
-    shared = norm.shared_conv
-    embedded = 0 if shared is None else shared.weight.numel()
+def costs(norm: ModulationConvs, level: WindowLevel, pixels: int, rates: Rates = CPU_RATES, *,
+          symbols: int = 0) -> dict[str, float]:
+    """Nanoseconds of each path's convs or tables for one norm, on a map of so many symbols."""
+    per_output, embedded = norm.products
     dense = rates.fixed_dense + pixels * (per_output + embedded) / rates.dense
     if not level.repeats:
         return {"dense": dense}
     v, u = level.counts
-    if not norm.hidden:
+    if norm.reach == 1:
         return {"dense": dense,
-                "one_level": rates.fixed_one_level + v * 18 * norm.channels / rates.sums}
-    embedding = v * 9 * norm.hidden / rates.sums
+                "one_level": rates.fixed_one_level + symbols * per_output / rates.one_level
+                + v * 18 * norm.channels / rates.sums}
+    embedding = symbols * embedded / rates.one_level + v * 9 * norm.hidden / rates.sums
     return {
         "dense": dense,
         "one_level": rates.fixed_one_level + embedding + u * per_output / rates.one_level,
@@ -162,6 +170,9 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         layout = segmap if isinstance(segmap, LabelLayout) else layout_of(segmap)
         if layout is None:
             problem = "the map's vectors do not repeat (or hold NaN)"
+    if layout is not None and problem is None and not any(norm.reach for norm in norms):
+        return plan("one_level" if wanted == "auto" else wanted, layout, "a pixel alone decides",
+                    symbols=len(layout.vectors) - 1)
     if layout is not None:
         # Tables that are kept serve every further sample: they are made even of unique windows.
         kept = layout.tables is not None
@@ -178,7 +189,8 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         return plan(wanted, layout, "asked for", V=v, U=u, pixels=pixels)
     total: dict[str, float] = {}
     for norm in norms:
-        for path, cost in costs(norm, level, pixels, rates_of(input)).items():
+        for path, cost in costs(norm, level, pixels, rates_of(input),
+                                symbols=len(layout.vectors) - 1).items():
             total[path] = total.get(path, 0.0) + cost
     dense = total["dense"]
     if kept:
@@ -212,8 +224,8 @@ def _why_dense(norms: Sequence[ModulationConvs], segmap: Tensor | LabelLayout,
     if kind not in indexed.KINDS:
         return f"tables have no {kind} kernel"
     for norm in norms:
-        if norm.mlp_gamma.kernel_size != (3, 3):
-            return f"kernel_size is {norm.mlp_gamma.kernel_size[0]}, tables are for 3"
+        if norm.no_tables:
+            return norm.no_tables
     if isinstance(segmap, LabelLayout):
         return None
     if segmap.requires_grad:

@@ -100,7 +100,7 @@ class CGNorm(Normalizing):
             for parts in ((gamma.weight, beta.weight), (gamma.bias, beta.bias))
         )
         if gamma.kernel_size == (3, 3):
-            both = conv3x3(hidden, weight, bias)
+            both = conv3x3(hidden, weight, bias, largest=2 if self.training else 4)
         else:
             both = F.conv2d(hidden, weight, bias, padding=gamma.padding)
         return both[:, : self.channels], both[:, self.channels :]
@@ -169,6 +169,23 @@ class CGNorm(Normalizing):
         conv = self.mlp_shared[0]
         assert isinstance(conv, nn.Conv2d)
         return conv
+
+    @property
+    def reach(self) -> int:
+        """How far the convs see together: 1 a 3x3 window, 2 a 5x5 window."""
+        return 2 if self.hidden else 1
+
+    @property
+    def no_tables(self) -> str:
+        """Why window tables do not serve; "" where they do."""
+        size = self.mlp_gamma.kernel_size[0]
+        return "" if size == 3 else f"kernel_size is {size}, tables are for 3"
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Multiply-adds at one pixel: of gamma and beta's convs, and of the shared one."""
+        shared = self.shared_conv
+        return 2 * self.mlp_gamma.weight.numel(), 0 if shared is None else shared.weight.numel()
 
     def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
         """The row of :meth:`table` at each pixel of ``size``."""

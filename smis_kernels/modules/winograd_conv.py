@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from ..ops.winograd_conv.choice import conv3x3, takes_winograd
+from ..ops.winograd_conv.kept import KeptWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_KEPT = "_smis_kept"  # neither a setting nor a part of the state
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -14,9 +22,12 @@ class WinogradConv2d(nn.Conv2d):
     .. math:: y = \mathrm{conv2d}(x, W, b) \ (+ \mathrm{residual})
 
     Same arguments, parameters and state dict. On the CPU in float32 and float64 wide convs run as
-    :func:`winograd_conv2d`, 1.3 to 1.9 times faster than a direct conv; everything else (other
-    kernels, strides and paddings, narrow or small convs, 16-bit types, GPUs, autocast) is
-    :class:`torch.nn.Conv2d` itself.
+    :func:`winograd_conv2d`, of 2x2 or, in eval mode, 4x4 tiles (``SMIS_WINOGRAD=2``: 2x2 only);
+    everything else (other kernels, strides and paddings, narrow or small convs, 16-bit types,
+    GPUs, autocast) is :class:`torch.nn.Conv2d` itself.
+
+    With ``keep_transform`` set the weight's transform is kept in eval mode, 4 times the weight's
+    size with 4x4 tiles, until the weight changes or training begins.
 
     Shapes: x (N, C, H, W), residual as the output -> (N, C', H', W').
 
@@ -26,6 +37,29 @@ class WinogradConv2d(nn.Conv2d):
         >>> conv = WinogradConv2d(64, 64, 3, padding=1)
         >>> y = conv(torch.randn(1, 64, 128, 128))
     """
+
+    keep_transform: bool = False
+
+    def _options(self) -> dict[str, Any]:
+        """What training forbids: large tiles and a kept transform."""
+        kept: KeptWeight | None = None
+        if self.training or not self.keep_transform:
+            vars(self).pop(_KEPT, None)
+        else:
+            kept = vars(self).setdefault(_KEPT, KeptWeight())
+        return {"largest": 2 if self.training else 4, "kept": kept}
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory that a kept transform takes now."""
+        kept: KeptWeight | None = vars(self).get(_KEPT)
+        return 0 if kept is None else kept.nbytes
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; training gives a kept transform back."""
+        if mode:
+            vars(self).pop(_KEPT, None)
+        return super().train(mode)
 
     def _plain(self) -> bool:
         return (
@@ -39,8 +73,10 @@ class WinogradConv2d(nn.Conv2d):
         torch's convs want the weight channels-last where the input is; the Winograd form does not.
         """
         last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+        options = self._options()
+        options["kept"] = options["kept"] is not None
         if last and not (self._plain() and takes_winograd(
-                input, self.out_channels, self.groups, int(self.padding[0]))):
+                input, self.out_channels, self.groups, int(self.padding[0]), **options)):
             return torch.channels_last
         return torch.contiguous_format
 
@@ -48,6 +84,7 @@ class WinogradConv2d(nn.Conv2d):
         """The conv, plus ``residual`` where one is given."""
         if self._plain():
             return conv3x3(input, self.weight, self.bias, residual=residual,
-                           padding=int(self.padding[0]), groups=self.groups)
+                           padding=int(self.padding[0]), groups=self.groups,
+                           **self._options())
         y = super().forward(input)
         return y if residual is None else residual + y

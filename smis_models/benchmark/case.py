@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.scenes import sample_scene
 from ..io import images
+from ..io.names import INSTANCES, map_files, match
 
 Inputs = tuple[Any, ...]
 DIRECTIONS = ("forward", "backward", "step")
@@ -35,6 +36,7 @@ class Maps:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = folder
         self._files: list[Path] = []
+        self._ids: list[Path] = []
         if folder is not None:
             root = Path(folder)
             nested = root / "label"
@@ -43,9 +45,11 @@ class Maps:
                 return  # maps come from `named`
             if not place.is_dir():
                 raise FileNotFoundError(f"maps: {folder} is no folder of label PNGs")
-            self._files = sorted(p for p in place.iterdir() if p.suffix.lower() in images.SUFFIXES)
-            if not self._files:
-                raise FileNotFoundError(f"maps: no label PNG in {place}")
+            scenes = map_files("maps", place)
+            self._files = list(scenes.values())
+            ids = root / "inst"
+            self._ids = match("maps", list(scenes), map_files("maps", ids, INSTANCES)
+                              ) if place == nested and ids.is_dir() else self._files
 
     def named(self, name: str) -> Maps:
         """The maps of one data set, where the folder holds one folder for each."""
@@ -70,10 +74,7 @@ class Maps:
         """(H, W) instance ids."""
         if not self._files:
             return sample_scene(kind, *size, 35, seed=index).instances.astype(np.int64)
-        path = self._files[index % len(self._files)]
-        folder = path.parent.parent / "inst"
-        found = sorted(folder.iterdir()) if folder.is_dir() else self._files
-        return images.read_instances(found[index % len(found)], size)
+        return images.read_instances(self._ids[index % len(self._ids)], size)
 
 
 @dataclass(frozen=True)

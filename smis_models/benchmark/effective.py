@@ -37,10 +37,11 @@ def _varying_conv(input: Shape, weight: Shape, kernel_size: int, *_: Any, out_sh
     return prod(out_shape) * kernel_size**2
 
 
-def _winograd_conv(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    """F(2x2, 3x3): 16 products for a tile of four pixels, four for one where nine were."""
-    pixels = out_shape[0] * out_shape[2] * out_shape[3]
-    return pixels * 4 * weight[0] * weight[1]
+def _winograd_conv(input: Shape, weight: Shape, bias: Any, residual: Any, groups: int,
+                   padding: int, tile: int = 2, *_: Any, out_shape: Shape, **__: Any) -> int:
+    """F(m x m, 3x3): (m + 2)² products for a tile of m² pixels where 9 m² were."""
+    tiles = out_shape[0] * -(-out_shape[2] // tile) * -(-out_shape[3] // tile)
+    return tiles * (tile + 2) ** 2 * weight[0] * weight[1]
 
 
 # Ops that multiply; the others only sum, pick or scale.

@@ -16,6 +16,7 @@ from ..io.images import grid, write_png
 from ..synthesis import applications
 from ..synthesis import scene as synthesis
 from ..synthesis.applications import Frame
+from ..synthesis.codes import draw_code, drawn_code
 from ..synthesis.edits import painted, parse_takes, relabelled
 from ..synthesis.pictures import read_pictures
 from ..synthesis.scene import Layout
@@ -33,6 +34,7 @@ from .common import (
     console,
     load_model,
     progress,
+    resized_line,
     resolve_device,
     say_random,
     selected,
@@ -71,7 +73,7 @@ class _Scene:
              seed: int) -> Any:
         """The code of the one picture that is given, or one drawn by the seed."""
         if not images:
-            return synthesis.draw_code(self.model, seed)
+            return draw_code(self.model, seed)
         codes, names = self.encoded(images, labels, unknown)
         if len(codes) != 1:
             raise ValueError(f"images: expected one picture, got {len(names)}")
@@ -87,11 +89,14 @@ def _scene(model: str, checkpoint: Path | None, labels: Path, instances: Path | 
     with selected(backend):
         checkpoint = weights_of(model, checkpoint)
         network = load_model(model, checkpoint, place, seed)
-        (layout, *more) = synthesis.read_layouts(labels, instances, network.preset, unknown)
-        if more:
-            raise ValueError(f"labels: expected one label map, got {1 + len(more)} in {labels}; "
+        layouts = synthesis.read_layouts(labels, instances, network.preset, unknown)
+        if len(layouts) > 1:
+            raise ValueError(f"labels: expected one label map, got {len(layouts)} in {labels}; "
                              "give a file")
+        layout = layouts[0]
         say_random(checkpoint)
+        if line := resized_line(layout):
+            console.print(line, soft_wrap=True, highlight=False)
         yield _Scene(network, layout, place, checkpoint is None)
 
 
@@ -236,7 +241,7 @@ def morph(
             if len(codes) != 2:
                 raise ValueError(f"images: expected two pictures, got {len(names)}")
         else:
-            codes = [synthesis.drawn_code(scene.model, seed + k) for k in range(2)]
+            codes = [drawn_code(scene.model, seed + k) for k in range(2)]
         start, end = codes
         _settle(scene, start)
         frames = applications.morph(scene.model, scene.layout, start, end, steps, classes)

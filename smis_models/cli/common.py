@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,8 @@ from rich.progress import (
 from smis_kernels import BackendError, use_backend
 
 from ..families import Preset, create_model, shipped_weights, stored_configuration
+from ..io.scene import one_shape, text_size
+from ..synthesis.scene import Layout
 
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
@@ -31,6 +34,39 @@ app = typer.Typer(
 )
 console = Console()
 
+
+def _check_place(path: Path) -> None:
+    """Refuse a path that cannot be made, before any work is done for it."""
+    place = path
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir() and place != path:
+        raise ValueError(f"out: {place} is a file; expected a folder in {path}")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"out: {place} cannot be written here; choose another place")
+
+
+def folder_to_write(path: Path) -> Path:
+    """A folder that is there or can be made."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out: {path} is a file; expected a folder")
+    _check_place(path)
+    return path
+
+
+def file_to_write(suffix: str) -> Callable[[Path], Path]:
+    """A file that can be written, whose name ends in ``suffix``."""
+    def check(path: Path) -> Path:
+        if path.is_dir():
+            raise ValueError(f"out: {path} is a folder; expected a file to write")
+        if not path.name.endswith(suffix):
+            raise ValueError(f"out: expected a name ending in {suffix}, got {path.name!r}")
+        _check_place(path)
+        return path
+
+    return check
+
+
 Labels = Annotated[Path | None, typer.Option(help="label map (PNG) or a folder of them")]
 Instances = Annotated[Path | None, typer.Option(help="instance map or a folder of them")]
 Model = Annotated[str, typer.Option(help="a name that `smis list` shows")]
@@ -38,7 +74,7 @@ Checkpoint = Annotated[
     Path | None, typer.Option(help=".pth or .safetensors file, or a folder; without one those that "
                                    "ship (groupdnet_scenes), else random")
 ]
-Out = Annotated[Path, typer.Option(help="folder to write to")]
+Out = Annotated[Path, typer.Option(help="folder to write to", callback=folder_to_write)]
 Seed = Annotated[int, typer.Option(help="of the codes and of random weights", min=0)]
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
@@ -100,6 +136,18 @@ def say_random(checkpoint: Path | None) -> None:
     if checkpoint is None:
         console.print("[yellow]The weights are random[/]: no --checkpoint was given; the pictures "
                       "show the mechanism, not what a trained network paints.")
+
+
+def resized_line(layout: Layout, count: int = 1) -> str | None:
+    """What is said of a map that is not of the model's size; ``count``: how many of them."""
+    if layout.source_size is None or layout.source_size == layout.labels.shape:
+        return None
+    height, width = layout.labels.shape
+    text = (f"resized by nearest, pixel centres: {layout.name}, {text_size(layout.source_size)}, "
+            f"to {text_size((height, width))} (width x height)")
+    if not one_shape(layout.source_size, (height, width)):
+        text += "; its shape is stretched"
+    return text + (f"; {count} maps in all" if count > 1 else "")
 
 
 def preset_of(model: str, checkpoint: Path | None = None) -> Preset:

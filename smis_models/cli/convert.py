@@ -12,14 +12,15 @@ from rich.table import Table
 
 from ..families import PARTS, Preset, configured_preset, create_model, stored_configuration
 from ..io.checkpoint import save_checkpoint
-from .common import app, console
+from .common import app, console, file_to_write
 
 
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(
         help=".pth or .safetensors file, or a folder with latest_net_G.pth (and _E, _D)")],
-    out: Annotated[Path, typer.Argument(help="file to write, .safetensors")],
+    out: Annotated[Path, typer.Argument(
+        help="file to write, .safetensors", callback=file_to_write(".safetensors"))],
     model: Annotated[
         str | None, typer.Option(help="a name that `smis list` shows; not needed where SOURCE "
                                       "holds its configuration")

@@ -1,4 +1,4 @@
-"""Commands about data sets: checking one, writing the generated one."""
+"""Commands about data sets: checking one, converting one, writing the generated one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..data.celebamask import HELD_OUT, convert_celebamask
 from ..data.doctor import LABEL_RULES, Diagnosis, LabelRule, examine, find_splits
 from ..data.listing import LAYOUTS, Problem, detect_layout
 from ..data.write import write_scenes
-from .common import Seed, Unknown, app, console, progress
+from ..io.colours import convert_colours, read_colour_table
+from ..io.images import write_indices
+from ..io.names import LOSSY_SUFFIXES, SUFFIXES, files_under
+from .common import Seed, Unknown, app, console, folder_to_write, progress
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -91,9 +96,61 @@ def doctor(
     console.print("[green]no problems[/]")
 
 
+@app.command("convert-labels")
+def convert_labels(
+    source: Annotated[Path, typer.Argument(help="colour-coded label map, or a folder of them")],
+    out: Annotated[Path, typer.Argument(
+        help="folder to write index maps (PNG) to", callback=folder_to_write)],
+    colours: Annotated[Path | None, typer.Option(
+        help="text file of lines CLASS R G B; without it: maps whose channels are equal")] = None,
+) -> None:
+    """Colour-coded label maps to class indices: every colour must be in the table, exactly."""
+    table = None if colours is None else read_colour_table(colours)
+    single = source.is_file()
+    names = [source.name] if single else [
+        name for name in files_under(source) if name.lower().endswith((*SUFFIXES, *LOSSY_SUFFIXES))]
+    if not names:
+        raise FileNotFoundError(f"source: no label map in {source}")
+    targets: dict[Path, str] = {}
+    for name in names:
+        target = (out / name).with_suffix(".png")
+        if target in targets:
+            raise ValueError(f"source: {targets[target]} and {name} would both become {target}")
+        targets[target] = name
+    found: set[int] = set()
+    with progress(len(targets)) as step:
+        for target, name in targets.items():
+            indices = convert_colours(source if single else source / name, table)
+            found.update(np.unique(indices).tolist())
+            write_indices(target, indices)
+            step(name)
+    console.print(f"{len(targets)} index maps in {out}, labels {_ranges(found)}", soft_wrap=True)
+
+
+@app.command("convert-data")
+def convert_data(
+    kind: Annotated[str, typer.Argument(help="celebamask-hq")],
+    root: Annotated[Path, typer.Argument(
+        help="with CelebA-HQ-img and CelebAMask-HQ-mask-anno")],
+    out: Annotated[Path, typer.Argument(help="folder to write to", callback=folder_to_write)],
+    held_out: Annotated[int, typer.Option(
+        help="the first picture of the split val; by default that of the published test set",
+        min=0)] = HELD_OUT,
+    jobs: Annotated[int | None, typer.Option(help="faces at a time", min=1)] = None,
+) -> None:
+    """CelebAMask-HQ to label maps of 19 classes, as the data set `folder` and doctor read them."""
+    if kind != "celebamask-hq":
+        raise ValueError(f"kind: expected celebamask-hq, got {kind!r}")
+    with progress(None) as step:
+        counts = convert_celebamask(root, out, held_out=held_out, jobs=jobs, step=step)
+    console.print(f"{counts['train']} faces to train on and {counts['val']} held out in {out}; "
+                  f"smis train spade_celebamask --data.root {out} trains on them", soft_wrap=True)
+
+
 @app.command()
 def scenes(
-    out: Annotated[Path, typer.Argument(help="folder to write to, new or empty")],
+    out: Annotated[Path, typer.Argument(
+        help="folder to write to, new or empty", callback=folder_to_write)],
     count: Annotated[int, typer.Option(help="scenes to train on", min=1)] = 1000,
     held_out: Annotated[int, typer.Option(help="scenes to evaluate on", min=0)] = 100,
     size: Annotated[int, typer.Option(help="height and width in pixels", min=1)] = 128,

@@ -26,6 +26,7 @@ from .common import (
     Unknown,
     app,
     console,
+    file_to_write,
     load_model,
     progress,
     resolve_device,
@@ -50,7 +51,7 @@ SegmenterFile = Annotated[str | None, typer.Option(
 @app.command()
 def evaluate(
     model: Model,
-    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    out: Annotated[Path, typer.Option(help="JSON file to write", callback=file_to_write(""))],
     checkpoint: Checkpoint = None,
     labels: Labels = None, instances: Instances = None, unknown: Unknown = None,
     dataset: Annotated[str | None, typer.Option(
@@ -141,14 +142,17 @@ def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    rows = Table("metric", "value", "measured with")
+    rows = Table("metric", "value", "measured with",
+                 title=metrics.protocol_title(result["protocol"]))
     for name, values in result["results"].get("diversity", {}).items():
         for metric in ("mcsd", "mocd", "lpips"):
             title = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}[metric]
             rows.add_row(title, f"{values[metric]:.4g}", name)
     if "fid" in result["results"]:
         found = result["results"]["fid"]
-        rows.add_row("FID", f"{found['fid']:.2f}", found.get("note", found.get("extractor", "")))
+        rows.add_row("FID" if found["published_weights"] else "Fréchet distance",
+                     f"{found['fid']:.2f}", "; ".join(
+                         found[key] for key in ("network", "note") if key in found))
     if "segmentation" in result["results"]:
         found = result["results"]["segmentation"]
         judge = f"label rule {found['label_rule']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +13,22 @@ from rich.table import Table
 from smis_kernels import info as kernels_info
 
 from ..demo import page as demonstration
-from ..families import GroupDNetPreset, Pix2pixHDPreset, create_model, list_models
-from ..io.images import grid, write_png
+from ..families import (
+    CodePreset,
+    GroupDNetPreset,
+    LatentPreset,
+    Pix2pixHDPreset,
+    Preset,
+    create_model,
+    list_models,
+    with_options,
+)
+from ..io.images import grid, to_pictures, write_png
 from ..synthesis import scene as synthesis
+from ..synthesis.codes import draw_code
 from ..synthesis.features import CLUSTERS, FeatureClusters, encode_features
+from ..synthesis.scene import Layout
+from ..synthesis.synthesizer import Synthesizer
 from .common import (
     Backend,
     Checkpoint,
@@ -29,9 +42,11 @@ from .common import (
     Unknown,
     app,
     console,
+    file_to_write,
     load_model,
     preset_of,
     progress,
+    resized_line,
     resolve_device,
     say_random,
     selected,
@@ -57,6 +72,25 @@ def info() -> None:
     typer.echo(kernels_info.report(kernels_info.info()))
 
 
+_GRID_ROWS = 16  # scenes on grid.png, whatever their number
+
+
+def _size(text: str | None, model: str, preset: Preset) -> dict[str, tuple[int, int]]:
+    """The option ``image_size`` from "HEIGHTxWIDTH"."""
+    if text is None:
+        return {}
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise ValueError(f"size: expected HEIGHTxWIDTH such as 512x1024, got {text!r}")
+    size = int(match[1]), int(match[2])
+    with_options(preset, {"image_size": size}, model)  # which checks its multiples
+    if isinstance(preset, LatentPreset) and size != preset.image_size and (
+            not isinstance(preset, CodePreset) or preset.vae):
+        raise ValueError(f"size: {model} starts from a code of one size and paints "
+                         f"{preset.image_size[0]}x{preset.image_size[1]} alone; leave --size out")
+    return {"image_size": size}
+
+
 @app.command()
 def synthesize(
     model: Model, labels: Annotated[Path, typer.Option(help="label map (PNG) or a folder of them")],
@@ -65,42 +99,62 @@ def synthesize(
     features: Annotated[
         Path | None, typer.Option(help="clusters of instance features (.npz, or an official .npy)")
     ] = None,
+    size: Annotated[str | None, typer.Option(
+        help="HEIGHTxWIDTH of the pictures, of models that paint any (pix2pixHD; SPADE and CC-FPSE "
+             "without a code)")] = None,
 ) -> None:
-    """Label maps to pictures: OUT/<scene>_<sample>.png, and all of them on OUT/grid.png."""
+    """Label maps to pictures: OUT/<scene>_<sample>.png; the first scenes on OUT/grid.png."""
     with selected(backend):
         place = resolve_device(device)
         checkpoint = weights_of(model, checkpoint)
         preset = preset_of(model, checkpoint)
+        options = _size(size, model, preset)
+        preset = with_options(preset, options, model)
         clusters = synthesis.read_clusters(preset, features)
         layouts = synthesis.read_layouts(labels, instances, preset, unknown)
-        network = load_model(model, checkpoint, place, seed)
+        first = layouts[0]
+        network = load_model(model, checkpoint, place, seed, **options)
         say_random(checkpoint)
+        if checkpoint is None:
+            synthesis.calibrate(network, synthesis.semantics(network, first),
+                                synthesis.draw_input(network, first, seed, clusters))
         rows, sheet = Table("scene", "classes", "pictures", "seconds each"), []
+        made: Synthesizer | None = None
+        first_resized: Layout | None = None
+        count = 0
         with progress(len(layouts) * samples) as step:
             for i, layout in enumerate(layouts):
-                planes = synthesis.semantics(network, layout)
-                if checkpoint is None and i == 0:
-                    first = synthesis.draw_input(network, layout, seed, clusters)
-                    synthesis.calibrate(network, planes, first)
                 start, drawn = time.perf_counter(), []
+                if made is None:
+                    made = Synthesizer(network, *layout.tensors())
+                else:
+                    made.update(*layout.tensors())
                 for k in range(samples):
                     step(layout.name)
-                    code = synthesis.draw_input(network, layout, seed + k, clusters)
-                    drawn += synthesis.pictures(network, planes, [code])
-                    write_png(out / f"{layout.name}_{k}.png", drawn[-1])
+                    z = synthesis.draw_input(network, layout, seed + k, clusters)
+                    (picture,) = to_pictures(made.sample(z))
+                    write_png(out / f"{layout.name}_{k}.png", picture)
+                    drawn += [picture] if i < _GRID_ROWS else []
                 spent = (time.perf_counter() - start) / samples
-                sheet.append([layout.picture(network.preset.classes), *drawn])
+                if resized_line(layout):
+                    first_resized, count = first_resized or layout, count + 1
+                if i < _GRID_ROWS:
+                    sheet.append([layout.picture(preset.classes), *drawn])
                 files = f"{layout.name}_0.png" + (f" .. _{samples - 1}.png" if samples > 1 else "")
                 rows.add_row(layout.name, str(len(layout.present)), files, f"{spent:.2f}")
         path = write_png(out / "grid.png", grid(sheet))
     console.print(rows)
+    if first_resized is not None:
+        console.print(resized_line(first_resized, count), soft_wrap=True, highlight=False)
     console.print(f"weights: {weights_line(checkpoint)}", soft_wrap=True)
-    console.print(f"{len(layouts) * samples} pictures in {out}, all on {path}", soft_wrap=True)
+    shown = "all" if len(layouts) <= _GRID_ROWS else f"the first {_GRID_ROWS} scenes"
+    console.print(f"{len(layouts) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
 
 
 @app.command()
 def features(
-    out: Annotated[Path, typer.Option(help="file to write, .npz")],
+    out: Annotated[Path, typer.Option(help="file to write, .npz",
+                                      callback=file_to_write(".npz"))],
     model: Model = "pix2pixhd_cityscapes_features", checkpoint: Checkpoint = None,
     images: Annotated[Path | None, typer.Option(help="picture or a folder of them")] = None,
     instances: Instances = None,
@@ -164,7 +218,7 @@ def demo(
         console.print(f"{network.name}, {width}", soft_wrap=True)
         if checkpoint is None:
             planes = synthesis.semantics(network, layouts[0])
-            synthesis.calibrate(network, planes, synthesis.draw_code(network, seed))
+            synthesis.calibrate(network, planes, draw_code(network, seed))
         with progress(demonstration.forwards(len(layouts), samples) + 3) as step:
             made = demonstration.run(
                 network, layouts, out, samples=samples, seed=seed, width=width,

@@ -7,33 +7,62 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from threading import Event
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from typer.core import TyperCommand
 
 from .. import training
+from ..training.checkpoints import STATE, differences
+from ..training.options import to_dict
 from .common import Backend, Device, app, console, resolve_device, selected
 
 _SHOWN = ("images_per_second", "waiting", "memory", "rate_generator", "rate_discriminator")
 
 
+class _Asked:
+    """Which signal asked to stop; 0: none did."""
+
+    signal = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+
 @contextmanager
-def _stopping() -> Iterator[Event]:
+def _stopping(first: bool) -> Iterator[_Asked]:
     """Ctrl-C and SIGTERM end the run after the present step, with a checkpoint."""
-    asked = Event()
-    before = {
-        number: signal.signal(number, lambda *_: asked.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    asked = _Asked()
+
+    def ask(number: int, frame: Any) -> None:
+        if not asked and first:  # written at once: a print may be what was interrupted
+            os.write(2, f"{signal.Signals(number).name}: stopping after this step, with a "
+                        "checkpoint\n".encode())
+        asked.signal = asked.signal or number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _ResumeCommand(TyperCommand):
+    """``--resume`` alone, or ``--resume auto``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for word in args:
+            if word == "auto" and given[-1:] == ["--resume=must"]:
+                given[-1] = "--resume=auto"
+            else:
+                given.append("--resume=must" if word == "--resume" else word)
+        return super().parse_args(ctx, given)
 
 
 @contextmanager
@@ -48,23 +77,43 @@ def _warnings(shown: bool) -> Iterator[None]:
         yield
 
 
-def _speed(values: dict[str, float]) -> str:
+def _speed(progress: training.Progress) -> str:
+    values, left = progress.values, timedelta(seconds=round(progress.left))
     return (f"{values['images_per_second']:.1f} images/s, {values['memory']:.0f} MB, "
-            f"{values['waiting']:.0%} waiting for data")
+            f"{values['waiting']:.0%} waiting for data, {left} left")
 
 
 def _losses(values: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.3g}" for k, v in values.items() if k not in _SHOWN)
 
 
-@app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _chosen(name: str, arguments: list[str], out: Path, resume: bool) -> training.TrainConfig:
+    """The options; of a run that goes on its own, changed by what the command line gives alone."""
+    configured = training.load_config(name, arguments)
+    if not resume:
+        return configured
+    chosen = training.continued(out, arguments)
+    if chosen.model != configured.model:
+        raise ValueError(f"config: {name} is of {configured.model}, the run in {out} of "
+                         f"{chosen.model}; give that one's, or another --out")
+    stays = differences(to_dict(configured), to_dict(chosen))
+    if stays:
+        told = ", ".join(f"{key} {held} (not {other})" for key, (other, held) in stays.items())
+        warnings.warn(f"resume: the run keeps its own options where {name} has others: {told}",
+                      stacklevel=2)
+    return chosen
+
+
+@app.command("train", cls=_ResumeCommand,
+             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train_command(
     context: typer.Context,
     config: Annotated[str, typer.Argument(
         help=f"a .yaml or .json file, or one of {', '.join(training.RECIPES)}")],
     out: Annotated[Path, typer.Option(help="folder of the run")],
-    resume: Annotated[bool, typer.Option(
-        "--resume", help="go on with the run in OUT from its last checkpoint")] = False,
+    resume: Annotated[str | None, typer.Option(
+        metavar="[auto]", help="go on with the run in OUT from its last checkpoint, with its own "
+        "options but for those given; auto: where there is one, else start")] = None,
     minutes: Annotated[float | None, typer.Option(help="stop after that long", min=0)] = None,
     options: Annotated[bool, typer.Option(
         "--options", help="list every option of CONFIG with its value, and stop")] = False,
@@ -73,27 +122,35 @@ def train_command(
     """Train a model; every option of CONFIG can be given too, such as --data.batch 4.
 
     Several GPUs or processes: torchrun --nproc-per-node N -m smis_models.cli train CONFIG ...
+    A run that a signal stopped has saved, and its exit code is 128 + the signal: 143 of SIGTERM.
     """
-    chosen = training.load_config(config, context.args)
+    if resume not in (None, "must", "auto"):
+        raise ValueError(f"resume: expected auto or nothing behind --resume, got {resume!r}")
+    going = resume == "must" or (resume == "auto" and (out / STATE).exists())
+    first = os.environ.get("RANK", "0") == "0"
+    with _warnings(first):
+        chosen = _chosen(config, context.args, out, going)
     if options:
         typer.echo(training.to_json(chosen), nl=False)
         return
-    first = os.environ.get("RANK", "0") == "0"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())
-    with selected(backend), _stopping() as asked, _warnings(first), Progress(
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with selected(backend), _stopping(first) as asked, _warnings(first), Progress(
             *columns, console=console, disable=not first) as bar:
         task = bar.add_task("starting", total=None)
 
         def report(progress: training.Progress) -> None:
             bar.update(task, total=progress.steps, completed=progress.step,
-                       description=_speed(progress.values))
-            bar.console.print(f"step {progress.step}: {_losses(progress.values)}",
-                              highlight=False, soft_wrap=True)
+                       description=_speed(progress))
+            bar.console.print(
+                f"step {progress.step} of {progress.steps}, epoch {progress.epoch} of "
+                f"{progress.epochs}: {_losses(progress.values)}; {_speed(progress)}",
+                highlight=False, soft_wrap=True)
 
-        outcome = training.train(chosen, out, device=resolve_device(device), resume=resume,
-                                 minutes=minutes, report=report, stop=asked.is_set)
+        outcome = training.train(chosen, out, device=resolve_device(device), resume=going,
+                                 minutes=minutes, report=report, stop=lambda: bool(asked))
     if first:
         rest = "" if outcome.finished else "; --resume goes on"
         console.print(f"{outcome.step} of {outcome.steps} steps{rest}; weights: {outcome.weights}",
                       soft_wrap=True)
+    if asked and not outcome.finished:
+        raise typer.Exit(128 + asked.signal)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..families import Preset
+import numpy as np
+
+from ..families import LatentPreset, Preset
+from ..io.images import image_size
+from ..io.scene import SceneFiles
 from .files import FileScenes
 from .generated import GeneratedScenes
 from .listing import LAYOUTS, list_scenes
@@ -46,8 +51,8 @@ def _overridden(standard: Preprocess, mode: Mode | None, load: tuple[int, int] |
 def build_dataset(name: str, root: str | Path | None, preset: Preset, split: str = "train", *,
                   count: int = 1000, augment: bool | None = None, mode: Mode | None = None,
                   load: tuple[int, int] | None = None, flip: bool = True,
-                  unknown: int | None = None, instances: bool | None = None,
-                  seed: int = 0) -> SceneDataset:
+                  unknown: int | None = None, instances: bool | None = None, seed: int = 0,
+                  option: str = "--unknown") -> SceneDataset:
     """A data set by name, at the size and with the classes of a model.
 
     Args:
@@ -64,6 +69,7 @@ def build_dataset(name: str, root: str | Path | None, preset: Preset, split: str
         unknown: the class of pixels labelled 255, if not the preset's don't-care class.
         instances: whether instance maps are read; by default where the model reads them.
         seed: of the augmentation, or of the generated scenes.
+        option: what the user can give ``unknown`` by, for errors.
 
     Raises:
         ValueError: an unknown name or split, a preset with too few classes, unpaired files.
@@ -97,10 +103,35 @@ def build_dataset(name: str, root: str | Path | None, preset: Preset, split: str
         more = f" (and {len(listing.problems) - 1} more)" if len(listing.problems) > 1 else ""
         raise ValueError(f"{listing.problems[0]}{more}; `smis doctor {root} --dataset {name}` "
                          "lists all")
+    preprocess = _overridden(standard, mode, load, flip)
+    _check_sizes(listing.records, preprocess, preset)
     return FileScenes(
-        listing.records, preset.classes, _overridden(standard, mode, load, flip),
-        unknown=preset.dont_care if unknown is None else unknown, seed=seed,
+        listing.records, preset.classes, preprocess,
+        unknown=preset.dont_care if unknown is None else unknown, seed=seed, option=option,
     )
+
+
+def _check_sizes(records: Sequence[SceneFiles], preprocess: Preprocess, preset: Preset) -> None:
+    """Refuse a mode by which a scene comes at another size than the network paints.
+
+    Where the scenes decide their sizes, the heads of all label maps are read.
+    """
+    if not isinstance(preset, LatentPreset):
+        return
+    sizes: dict[tuple[int, int], str | Path | None] = {}
+    if preprocess.output_size is not None:
+        sizes[preprocess.output_size] = None
+    else:
+        r = np.random.default_rng(0)
+        for record in records:
+            assert record.labels is not None
+            sizes.setdefault(preprocess.plan(image_size(record.labels), r).resized, record.labels)
+    for size, file in sizes.items():
+        if size != preset.image_size:
+            of = "all scenes" if file is None else str(file)
+            raise ValueError(f"data.mode: {preprocess.mode} brings {of} to {size[0]}x{size[1]} "
+                             f"(height x width), the network paints {preset.image_size[0]}x"
+                             f"{preset.image_size[1]}; choose a mode that resizes or crops")
 
 
 def _check_classes(preset: Preset, classes: int) -> None:

@@ -76,7 +76,8 @@ class Collate:
                 raise ValueError(
                     f"samples: expected one size in a batch, got {tuple(first['labels'].shape)} "
                     f"({first['name']}) and {tuple(sample['labels'].shape)} ({sample['name']}); "
-                    "choose a preprocess mode that crops or resizes, or batch_size=1"
+                    "choose a preprocess mode that crops or resizes (data.mode), or batches of one "
+                    "(data.batch)"
                 )
         labels = torch.stack([sample["labels"] for sample in samples])
         instances = (torch.stack([sample["instances"] for sample in samples])

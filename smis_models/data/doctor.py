@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ..io.images import ImageError, read_instances, read_labels, read_picture
-from .files import same_shape
-from .listing import WITHOUT_INSTANCES, Listing, Problem, Record, list_scenes
+from ..io.scene import SceneFiles, misfits
+from .listing import WITHOUT_INSTANCES, Listing, Problem, list_scenes
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class SceneCheck:
     problems: list[Problem] = field(default_factory=list)
     size: tuple[int, int] | None = None
     values: Counter[int] = field(default_factory=Counter)
+    palette: Path | None = None
+    """The label map, where it is a palette file with colours."""
 
 
 @dataclass
@@ -79,6 +81,17 @@ def _bits(path: Path) -> Iterator[Problem]:
                                 "cut it to 8 bits", note=True)
 
 
+def _has_colours(path: Path) -> bool:
+    """Whether a palette file shows other colours than its indices as grey levels."""
+    with Image.open(path) as image:
+        return image.mode == "P" and not _is_grey(image.getpalette() or [])
+
+
+def _is_grey(palette: list[int]) -> bool:
+    """Whether entry k of a palette shows grey level k, or nothing."""
+    return palette in ([], [k // 3 for k in range(len(palette))])
+
+
 def _bad_values(path: Path, values: Counter[int], rule: LabelRule) -> Iterator[Problem]:
     bad = {value: count for value, count in sorted(values.items())
            if value >= rule.classes and not (value == 255 and rule.unknown is not None)}
@@ -91,7 +104,7 @@ def _bad_values(path: Path, values: Counter[int], rule: LabelRule) -> Iterator[P
                             f"{', '.join(shown)}{more}; {cure}")
 
 
-def check_scene(record: Record, rule: LabelRule | None = None) -> SceneCheck:
+def check_scene(record: SceneFiles, rule: LabelRule | None = None) -> SceneCheck:
     """Read all files of a scene whole, and check them by themselves and against each other.
 
     Args:
@@ -99,42 +112,39 @@ def check_scene(record: Record, rule: LabelRule | None = None) -> SceneCheck:
         rule: which labels may occur; None: any.
     """
     check = SceneCheck()
+    assert record.labels is not None and record.image is not None
+    label_file, image_file = Path(record.labels), Path(record.image)
     sizes: dict[Path, tuple[int, ...]] = {}
     try:
-        labels = read_labels(record.labels, _NO_RULE)
-        sizes[record.labels] = labels.shape
+        labels = read_labels(label_file, _NO_RULE)
+        sizes[label_file] = labels.shape
         counts = np.bincount(labels.ravel())
         check.values = Counter({int(v): int(counts[v]) for v in np.flatnonzero(counts)})
-        check.problems += _bits(record.labels)
+        check.problems += _bits(label_file)
+        check.palette = label_file if _has_colours(label_file) else None
         if rule is not None:
-            check.problems += _bad_values(record.labels, check.values, rule)
+            check.problems += _bad_values(label_file, check.values, rule)
     except (ImageError, OSError) as error:
-        check.problems.append(_unreadable(record.labels, error))
+        check.problems.append(_unreadable(label_file, error))
     try:
-        sizes[record.image] = read_picture(record.image).shape[:2]
+        sizes[image_file] = read_picture(image_file).shape[:2]
     except (ImageError, OSError) as error:
-        check.problems.append(_unreadable(record.image, error))
+        check.problems.append(_unreadable(image_file, error))
     if record.instances is not None:
+        id_file = Path(record.instances)
         try:
-            sizes[record.instances] = read_instances(record.instances).shape
+            sizes[id_file] = read_instances(id_file).shape
         except (ImageError, OSError) as error:
-            check.problems.append(_unreadable(record.instances, error))
-    if record.labels in sizes:
-        height, width = sizes[record.labels]
+            check.problems.append(_unreadable(id_file, error))
+    if label_file in sizes:
+        height, width = sizes[label_file]
         check.size = height, width
-        check.problems += same_shape(sizes, exactly=False)
+        check.problems += [Problem(*found) for found in misfits(sizes, exactly=False)]
     return check
 
 
 def _unreadable(path: Path, error: Exception) -> Problem:
     return Problem(path, str(error).removeprefix(f"{path}: "))
-
-
-def _attempt(layout: str, root: Path, split: str, instances: bool) -> Listing | None:
-    try:
-        return list_scenes(layout, root, split, instances=instances)
-    except FileNotFoundError:
-        return None
 
 
 def find_splits(layout: str, root: str | Path, split: str | None = None, *,
@@ -150,22 +160,23 @@ def find_splits(layout: str, root: str | Path, split: str | None = None, *,
     """
     root = Path(root)
     splits = [split] if split is not None else ["train", "val"]
-    found = {part: _attempt(layout, root, part, False) for part in splits}
-    listings = {part: listing for part, listing in found.items() if listing is not None}
+    wanted = layout not in WITHOUT_INSTANCES if instances is None else instances
+    listings: dict[str, Listing] = {}
+    lacking: dict[str, str] = {}
+    for part in splits:
+        for with_ids in (True, False) if wanted else (False,):
+            try:
+                listings[part] = list_scenes(layout, root, part, instances=with_ids)
+                break
+            except FileNotFoundError as error:
+                lacking.setdefault(part, str(error).removeprefix(f"{root}: "))
     if not listings:
-        return {splits[0]: list_scenes(layout, root, splits[0])}  # which raises
+        raise FileNotFoundError(f"{root}: {lacking[splits[0]]}")
+    if instances or any(part not in lacking for part in listings):
+        for part in listings.keys() & lacking.keys():
+            listings[part].problems.append(Problem(root, lacking[part]))
     if len(listings) == 2 and listings["train"].records == listings["val"].records:
         listings = {"all": listings["train"]}
-    if instances is None:
-        instances = layout not in WITHOUT_INSTANCES and any(
-            _attempt(layout, root, part, True) is not None for part in splits)
-    if instances:
-        for part, listing in listings.items():
-            try:
-                listings[part] = list_scenes(layout, root, splits[0] if part == "all" else part,
-                                             instances=True)
-            except FileNotFoundError as error:
-                listing.problems.append(Problem(root, str(error).removeprefix(f"{root}: ")))
     return listings
 
 
@@ -187,6 +198,7 @@ def examine(listings: dict[str, Listing], rule: LabelRule | None = None, *,
         <BLANKLINE>
     """
     diagnosis = Diagnosis()
+    palettes: list[Path] = []
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         for split, listing in listings.items():
             diagnosis.scenes[split] = len(listing.records)
@@ -195,5 +207,11 @@ def examine(listings: dict[str, Listing], rule: LabelRule | None = None, *,
             checks = pool.map(lambda record: check_scene(record, rule), listing.records)
             for name, check in zip(names, checks, strict=True):
                 diagnosis.add(check)
+                palettes += filter(None, [check.palette])
                 step(name)
+    if palettes:
+        more = f" (and {len(palettes) - 1} more)" if len(palettes) > 1 else ""
+        diagnosis.problems.append(Problem(
+            palettes[0], f"a palette file{more}: its indices are the labels, not its colours; if "
+                         "the colours count, `smis convert-labels` reads them", note=True))
     return diagnosis

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..io.images import PICTURE_SUFFIXES, SUFFIXES, scene_name
-
-
-@dataclass(frozen=True)
-class Record:
-    """The files of one scene."""
-
-    name: str
-    image: Path
-    labels: Path
-    instances: Path | None = None
+from ..io.names import (
+    INSTANCES,
+    LABELS,
+    LOSSY_SUFFIXES,
+    PICTURE,
+    PICTURE_SUFFIXES,
+    SUFFIXES,
+    by_scene,
+    files_under,
+)
+from ..io.scene import SceneFiles
 
 
 @dataclass(frozen=True)
@@ -35,47 +36,46 @@ class Problem:
 class Listing:
     """The scenes found, in the order of their names, and the files that belong to none."""
 
-    records: list[Record] = field(default_factory=list)
+    records: list[SceneFiles] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-Files = dict[str, Path]
+Files = dict[str, str]
 
 
-def _gather(folder: Path, suffixes: tuple[str, ...], listing: Listing,
-            key: Callable[[Path], str | None]) -> Files:
-    """The files under ``folder`` (recursively) by scene; hidden files are passed over."""
-    found: Files = {}
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or path.suffix.lower() not in suffixes:
-            continue
-        name = key(path)
-        if name is None:
-            continue
-        if name in found:
-            listing.problems.append(Problem(path, f"the same scene as {found[name]}; remove one"))
-        else:
-            found[name] = path
-    return found
+def _gather(folder: Path, role: str, listing: Listing,
+            suffixes: tuple[str, ...] = SUFFIXES) -> Files:
+    """The files of one role under ``folder`` by scene; two of one scene are a problem."""
+    def clash(held: str, path: str) -> None:
+        listing.problems.append(Problem(Path(path), f"the same scene as {held}; remove one"))
+
+    return by_scene(folder, role, suffixes, clash)
 
 
-def _relative(folder: Path) -> Callable[[Path], str]:
-    return lambda path: (path.parent.relative_to(folder) / scene_name(path)).as_posix()
+def _lossy(folder: Path) -> Iterator[Problem]:
+    """Maps in formats that cannot hold them."""
+    for name in files_under(folder):
+        if name.lower().endswith(LOSSY_SUFFIXES):
+            kind = "GIF" if name.lower().endswith("gif") else (
+                "WebP" if name.lower().endswith("webp") else "JPEG")
+            yield Problem(folder / name, f"a {kind} file does not keep indices; make the map again "
+                                         "as PNG")
 
 
 def _pair(listing: Listing, images: Files, labels: Files, instances: Files | None) -> Listing:
     roles = {"picture": images, "label map": labels}
     if instances is not None:
         roles["instance map"] = instances
-    for name in sorted(set().union(*roles.values())):
+    paired = all(files.keys() == images.keys() for files in roles.values())
+    for name in sorted(images if paired else set().union(*roles.values())):
         absent = [role for role, files in roles.items() if name not in files]
         if not absent:
-            listing.records.append(Record(name, images[name], labels[name],
-                                          instances[name] if instances is not None else None))
+            listing.records.append(SceneFiles(name, images[name], labels[name],
+                                              None if instances is None else instances[name]))
             continue
         present = next(files[name] for files in roles.values() if name in files)
-        listing.problems.append(Problem(present, f"no {' and no '.join(absent)} of this scene"))
+        reason = f"no {' and no '.join(absent)} of this scene"
+        listing.problems.append(Problem(Path(present), reason))
     return listing
 
 
@@ -92,46 +92,59 @@ def _flat(root: Path, split: str, instances: bool, names: dict[str, tuple[str, .
     folders = {role: _folder(root, names[role], f"{role} of {split!r}")
                for role in ("pictures", "label maps", "instance maps")
                if role != "instance maps" or instances}
+    roles = {"pictures": PICTURE, "label maps": LABELS, "instance maps": INSTANCES}
     files = {
-        role: _gather(folder, PICTURE_SUFFIXES if role == "pictures" else SUFFIXES, listing,
-                      _relative(folder))
-        for role, folder in folders.items()
+        name: _gather(folder, roles[name], listing,
+                      PICTURE_SUFFIXES if name == "pictures" else SUFFIXES)
+        for name, folder in folders.items()
     }
-    return _pair(listing, files["pictures"], files["label maps"], files.get("instance maps"))
+    _pair(listing, files["pictures"], files["label maps"], files.get("instance maps"))
+    if listing.problems:  # of which those that have a reason are told first
+        reasons = [problem for name, folder in folders.items() if name != "pictures"
+                   for problem in _lossy(folder)]
+        listing.problems[:0] = reasons
+    return listing
 
 
 def _cityscapes(root: Path, split: str, instances: bool) -> Listing:
-    if not (root / "gtFine").is_dir() and any(root.glob("*_label")):
+    if not (root / "gtFine").is_dir() and _has_folder(root, "_label"):
         return _coco_stuff(root, split, instances)  # as pix2pixHD flattens it
     listing = Listing()
     part = "train" if split == "train" else "val"
     images = _folder(root, (f"leftImg8bit/{part}",), f"pictures of {split!r}")
     maps = _folder(root, (f"gtFine/{part}",), f"label maps of {split!r}")
-
-    def ending(folder: Path, end: str) -> Callable[[Path], str | None]:
-        return lambda path: _relative(folder)(path) if path.stem.endswith(end) else None
-
     return _pair(
-        listing, _gather(images, (".png",), listing, ending(images, "_leftImg8bit")),
-        _gather(maps, (".png",), listing, ending(maps, "_labelIds")),
-        _gather(maps, (".png",), listing, ending(maps, "_instanceIds")) if instances else None,
+        listing, _gather(images, PICTURE, listing), _gather(maps, LABELS, listing),
+        _gather(maps, INSTANCES, listing) if instances else None,
     )
+
+
+def _has_folder(root: Path, ending: str) -> bool:
+    with os.scandir(root) as entries:
+        return any(entry.name.endswith(ending) and entry.is_dir() for entry in entries)
 
 
 def _ade20k(root: Path, split: str, instances: bool) -> Listing:
     listing = Listing()
     mark = "_train_" if split == "train" else "_val_"
-
-    def of_split(path: Path) -> str | None:
-        return path.stem if mark in path.name else None
-
-    images = _gather(root, (".jpg", ".jpeg"), listing, of_split)
-    labels = _gather(root, (".png",), listing, of_split)
-    if any("_parts_" in name or name.endswith("_seg") for name in labels):
-        raise ValueError(
-            f"{root}: this is the full ADE20K (files ..._seg.png, ..._parts_1.png); expected the "
-            "scene parsing benchmark, ADEChallengeData2016"
-        )
+    images: Files = {}
+    labels: Files = {}
+    for file in files_under(root):
+        name, dot, ending = file.rpartition("/")[2].rpartition(".")
+        kind = {"jpg": images, "jpeg": images, "png": labels}.get(ending.lower())
+        if not dot or kind is None or mark not in name:
+            continue
+        if "_parts_" in name or name.endswith("_seg"):
+            raise ValueError(
+                f"{root}: this is the full ADE20K (files ..._seg.png, ..._parts_1.png); expected "
+                "the scene parsing benchmark, ADEChallengeData2016"
+            )
+        path = str(root / file)
+        if name in kind:
+            clash = f"the same scene as {kind[name]}; remove one"
+            listing.problems.append(Problem(Path(path), clash))
+        else:
+            kind[name] = path
     return _pair(listing, images, labels, None)
 
 
@@ -220,14 +233,27 @@ def list_scenes(layout: str, root: str | Path, split: str = "train", *,
 
 
 def detect_layout(root: str | Path) -> str:
-    """Which layout a folder has, by its subfolders; "folder" where it is none of the published."""
+    """Which layout a folder has, by its subfolders and names of files; "folder" where it is none
+    of the published.
+    """
     root = Path(root)
     if (root / "gtFine").is_dir():
         return "cityscapes"
-    if any(root.glob("cihp_*_mask")):
+    if _has_folder(root, "_mask") and any(root.glob("cihp_*_mask")):
         return "deepfashion"
-    if any(root.glob("annotations/*/ADE_*")) or any(root.glob("annotations/ADE_*")):
+    label_folders = [root / f"{part}_label" for part in ("train", "val", "test")]
+    if any(folder.is_dir() for folder in label_folders):
+        return "cityscapes" if any(_shows(folder, "_labelIds.png") for folder in label_folders
+                                   ) else "coco_stuff"
+    annotations = ("annotations", "annotations/training", "annotations/validation", "")
+    if any(_shows(root / place, ".png", "ADE_") for place in annotations):
         return "ade20k"
-    if any((root / f"{part}_label").is_dir() for part in ("train", "val")):
-        return "coco_stuff"
     return "folder"
+
+
+def _shows(folder: Path, ending: str, start: str = "") -> bool:
+    """Whether a folder holds a file so named."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(e.name.endswith(ending) and e.name.startswith(start) for e in entries)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from ..io.images import resize_nearest, resize_picture
+
+T = TypeVar("T", bound=np.generic)
 
 Mode = Literal[
     "resize", "resize_and_crop", "crop", "scale_width", "scale_width_and_crop",
     "scale_shortside", "scale_shortside_and_crop", "fixed", "none",
 ]
 MODES: tuple[str, ...] = get_args(Mode)
+PICTURE_FILTER, LABEL_FILTER = "bicubic", "nearest, pixel centres (Pillow NEAREST)"
 
 
 @dataclass(frozen=True)
@@ -25,25 +29,19 @@ class Plan:
     box: tuple[int, int, int, int] | None
     flip: bool
 
-    def _apply(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
-        height, width = self.resized
-        if image.size != (width, height):
-            image = image.resize((width, height), resample)
+    def _cut(self, pixels: NDArray[T]) -> NDArray[T]:
         if self.box is not None:
-            top, left, h, w = self.box
-            image = image.crop((left, top, left + w, top + h))
-        if self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
+            top, left, height, width = self.box
+            pixels = pixels[top:top + height, left:left + width]
+        return np.ascontiguousarray(pixels[:, ::-1] if self.flip else pixels)
 
     def picture(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(H, W, 3) uint8, resized bicubically."""
-        return np.asarray(self._apply(Image.fromarray(picture), Image.Resampling.BICUBIC))
+        return self._cut(resize_picture(picture, self.resized))
 
     def indices(self, indices: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-        """(H, W) labels or ids, resized by Pillow's NEAREST (which takes pixel centres)."""
-        image = Image.fromarray(indices.astype(np.int32))  # mode I: every id keeps its value
-        return np.asarray(self._apply(image, Image.Resampling.NEAREST))
+        """(H, W) labels or ids, resized by :func:`smis_models.io.images.resize_nearest`."""
+        return self._cut(resize_nearest(indices, self.resized).astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,14 @@ class Preprocess:
             h, w = (max(1, round(s / self.multiple)) * self.multiple for s in (height, width))
             return h, w
         return height, width
+
+    @property
+    def filters(self) -> dict[str, str]:
+        """How pictures and label maps come to their size, for records."""
+        whole = self.mode in ("resize", "fixed", "none") or (
+            self.mode == "resize_and_crop" and self.load in (None, self.size))
+        cut = "" if whole else ", cropped"
+        return {"picture_filter": PICTURE_FILTER + cut, "label_filter": LABEL_FILTER + cut}
 
     def plan(self, size: tuple[int, int], r: np.random.Generator) -> Plan:
         """The plan for a scene of ``size`` (height, width), with draws from ``r``."""

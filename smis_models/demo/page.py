@@ -20,7 +20,9 @@ from smis_kernels import class_crops, explain, instance_edges, use_backend
 from ..benchmark.timing import interleave
 from ..io.images import Picture, data_uri, grid, to_pictures, write_atomically, write_png
 from ..io.provenance import processor
-from ..synthesis.scene import Layout, draw_code, morph, resample_class, semantics
+from ..synthesis.codes import code_parts, draw_code, interpolate, resample_class
+from ..synthesis.scene import Layout, semantics
+from ..synthesis.synthesizer import Synthesizer
 
 Step = Callable[[str], None]
 
@@ -156,11 +158,11 @@ def speed(model: Any, layout: Layout, z: Tensor, seconds: float = 8.0,
 def strips(model: Any, layout: Layout, samples: int, seed: int,
            step: Step = lambda what: None) -> tuple[Strip, ...]:
     """Samples of the layout, one class resampled, and a morph between two codes."""
-    planes = semantics(model, layout)
+    synthesizer = Synthesizer(model, *layout.tensors())
 
     def draw(what: str, z: Tensor) -> tuple[str, Picture]:
         step(f"{layout.name}: {what}")
-        (picture,) = to_pictures(model.generator(planes, z))
+        (picture,) = to_pictures(synthesizer.sample(z))
         return what, picture
 
     map_picture = ("layout", layout.picture(model.preset.classes))
@@ -175,7 +177,8 @@ def strips(model: Any, layout: Layout, samples: int, seed: int,
     ]
     ends = [drawn[0][1], drawn[1][1] if samples > 1 else draw("end", codes[1])[1]]
     between = [
-        draw(f"morph {i}/{samples}", morph(codes[0], codes[1], i / samples))
+        draw(f"morph {i}/{samples}",
+             interpolate(codes[0], codes[1], i / samples, code_parts(model.generator)))
         for i in range(1, samples)
     ]
     return (

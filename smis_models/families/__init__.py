@@ -17,6 +17,7 @@ from .groupdnet import (
 )
 from .spade import (
     SPADE_ADE20K,
+    SPADE_CELEBAMASK,
     SPADE_CITYSCAPES,
     SPADE_COCO,
     SPADE_COCO_VAE,
@@ -71,6 +72,7 @@ __all__ = [
     "PIX2PIXHD_CITYSCAPES_FEATURES",
     "SCENES",
     "SPADE_ADE20K",
+    "SPADE_CELEBAMASK",
     "SPADE_CITYSCAPES",
     "SPADE_COCO",
     "SPADE_COCO_VAE",

@@ -119,7 +119,7 @@ class Condition:
         labels = self.layout.shape[1]
         weight = constant(("features' part", labels), lambda: layer.weight[:, labels:].clone(),
                           layer.weight)
-        x = conv3x3(self.features, weight)
+        x = conv3x3(self.features, weight, largest=2 if layer.training else 4)
         # x + table[index], ReLU: a modulation whose gamma is zero.
         table = self.tables[self.convs.index(layer)]
         return indexed_modulation(x, self.index, table, norm="none", activation="relu")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smis_kernels import LabelLayout
 
 from ..io.checkpoint import CheckpointError, load_state, mismatch, read_checkpoint, read_metadata
-from ..io.state_dict_keys import State
+from ..io.state_dict_keys import State, networks_keys
 from ..networks.blocks import init_weights
 from ..networks.preset import Preset, with_options
 from ..networks.semantics import semantics
@@ -112,8 +112,8 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
                 f"{', '.join(sorted(held))}"
             )
         return {
-            part: {k.removeprefix(part + "."): v for k, v in state.items()
-                   if k.startswith(part + ".")}
+            part: networks_keys({k.removeprefix(part + "."): v for k, v in state.items()
+                                 if k.startswith(part + ".")})
             for part in modules if part in held
         }
     # One bare part: the one whose keys it shares most, so that an error speaks of that one.

@@ -56,6 +56,10 @@ SPADE_CITYSCAPES = register_model(
 )
 # VSPADE, of GroupDNet's table: SPADE with its VAE, the schedule of one group everywhere. So read it
 # has 106,808,707 parameters, the table's 106.8 M.
+SPADE_CELEBAMASK = register_model(
+    "spade_celebamask", "SPADE for CelebAMask-HQ: 19 classes, 256x256",
+    SPADEPreset(classes=19, image_size=(256, 256), ngf=64),
+)
 VSPADE = register_model(
     "vspade_deepfashion",
     "VSPADE for DeepFashion: SPADE with a latent code and its image encoder, 256x256",

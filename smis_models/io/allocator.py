@@ -8,11 +8,12 @@ import sys
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _THRESHOLD = 1 << 30
+_NEVER = -1  # a network's features together outgrow any threshold that an int holds
 _TOP_PAD = 64 << 20
 
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(_THRESHOLD),
-    "MALLOC_TRIM_THRESHOLD_": str(_THRESHOLD),
+    "MALLOC_TRIM_THRESHOLD_": str(_NEVER),
     "MALLOC_TOP_PAD_": str(_TOP_PAD),
 }
 """The same settings for a program that cannot call :func:`reuse_freed_memory` first."""
@@ -37,7 +38,7 @@ def reuse_freed_memory() -> bool:
         return False
     settings = (
         (_M_MMAP_THRESHOLD, _THRESHOLD),
-        (_M_TRIM_THRESHOLD, _THRESHOLD),
+        (_M_TRIM_THRESHOLD, _NEVER),
         (_M_TOP_PAD, _TOP_PAD),
     )
     taken = [mallopt(name, value) for name, value in settings]

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | Path) -> State:
     """The tensors of a ``.pth`` or ``.safetensors`` file, on the CPU, by their keys.
 
-    A ``.pth`` file is read with ``weights_only=True``: code in it is refused, never run. Keys that
-    older and newer PyTorch wrote become the networks' own (prefixes of ``DataParallel``, spectral
-    norm).
+    A ``.pth`` file is read with ``weights_only=True``: code in it is refused, never run. A dict
+    around the state dict is opened (``state_dict``, ``model``, ``net_G``, ...), and keys that older
+    and newer PyTorch wrote become the networks' own (prefixes of ``DataParallel``, spectral norm).
 
     Raises:
         CheckpointError: no file, an image or other content, truncated, pickled code, no tensors.
@@ -97,18 +98,48 @@ def _read_torch(path: Path, head: bytes) -> State:
         raise CheckpointError(
             f"checkpoint: {path} is no complete PyTorch checkpoint: {_looks_like(head, error)}"
         ) from error
-    tensors = isinstance(state, Mapping) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    return _unwrapped(state, path)
+
+
+# Names under which training codes keep a network in a dict: one network, or those of a GAN.
+_WHOLE = ("state_dict", "model_state_dict", "model", "params", "weights")
+_PARTS = {"net_G": "generator", "netG": "generator", "generator": "generator", "G": "generator",
+          "net_E": "encoder", "netE": "encoder", "encoder": "encoder", "E": "encoder",
+          "net_D": "discriminator", "netD": "discriminator", "discriminator": "discriminator",
+          "D": "discriminator"}
+
+
+def _unwrapped(content: Any, path: Path) -> State:
+    """The tensors by their keys, from a state dict or a dict that holds one or one a network."""
+    while True:
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"checkpoint: expected a plain state dict (name -> tensor) in "
+                                  f"{path}, got {type(content).__name__}; save module.state_dict()")
+        other = [key for key, value in content.items()
+                 if not (isinstance(key, str) and isinstance(value, Tensor))]
+        if not other:
+            return dict(content)
+        held = [key for key in other if isinstance(content[key], Mapping) and content[key]]
+        whole = [key for key in held if key in _WHOLE]
+        parts = [key for key in held if key in _PARTS]
+        averages = [key for key in held if isinstance(key, str) and "ema" in key.lower()]
+        found = whole or parts
+        if not found or len(whole) > 1 or averages or len({_PARTS[k] for k in parts}) < len(parts):
+            break
+        if whole:
+            content = content[whole[0]]
+        else:
+            return {f"{_PARTS[key]}.{name}": tensor for key in parts
+                    for name, tensor in _unwrapped(content[key], path).items()}
+    several = [*whole, *parts, *averages]
+    if len(several) > 1:
+        raise CheckpointError(f"checkpoint: expected one network in {path}, got "
+                              f"{', '.join(map(repr, several))}; save the one that is meant")
+    bad = content[other[0]]
+    raise CheckpointError(
+        f"checkpoint: expected a plain state dict (name -> tensor) in {path}, got "
+        f"{type(bad).__name__} under the key {other[0]!r}; save module.state_dict()"
     )
-    if not tensors:
-        got = type(state).__name__
-        if isinstance(state, Mapping):
-            got += f" with {', '.join(repr(key) for key in list(state)[:3])}"
-        raise CheckpointError(
-            f"checkpoint: expected a plain state dict (name -> tensor) in {path}, got {got}; "
-            "save module.state_dict()"
-        )
-    return dict(state)
 
 
 def _first_line(error: Exception) -> str:
@@ -174,11 +205,12 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
     module.load_state_dict(filled, strict=True, assign=True)
 
 
-def save_checkpoint(module: nn.Module, path: str | Path) -> None:
+def save_checkpoint(module: nn.Module, path: str | Path,
+                    notes: Mapping[str, str] | None = None) -> None:
     """Write the module's state dict as safetensors: the whole file or none.
 
     A model of the zoo is written with its configuration, so that
-    ``create_model(checkpoint=path)`` makes it again.
+    ``create_model(checkpoint=path)`` makes it again; ``notes`` stand beside it in the metadata.
 
     Raises:
         CheckpointError: the name does not end in ``.safetensors``, or the folder is not writable.
@@ -199,10 +231,10 @@ def save_checkpoint(module: nn.Module, path: str | Path) -> None:
         key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()
     }
     configuration = getattr(module, "configuration", None)
-    metadata = None if configuration is None else configuration.to_metadata()
+    metadata = {**(notes or {}), **({} if configuration is None else configuration.to_metadata())}
     try:
         with replacing(path, sync=True) as partial:
-            save_file(state, partial, metadata)
+            save_file(state, partial, metadata or None)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"path: {path} cannot be written: {_first_line(error)}"

@@ -1,7 +1,8 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and told by their hash."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -37,3 +38,31 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partial(folder: str | Path, *names: str) -> None:
+    """Remove what :func:`replacing` left in ``folder`` where a process was killed.
+
+    For a folder that one process at a time writes to.
+
+    Args:
+        folder: may be missing.
+        names: patterns of the files that were to be written, such as ``*.png``.
+    """
+    for name in names:
+        for left in Path(folder).glob(f".{name}.{'[a-z0-9_]' * 8}"):
+            left.unlink(missing_ok=True)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def published_hash(name: str) -> str:
+    """The first digits of a file's SHA-256, where its name tells them: ``vgg19-dcbb9e9d.pth``."""
+    return Path(name).stem.rpartition("-")[2]

@@ -1,10 +1,10 @@
-"""Label and instance maps in, pictures out: reading PNGs, atomic writes, grids."""
+"""Label and instance maps and pictures: read, resized by one rule, written whole; grids."""
 
 from __future__ import annotations
 
 import base64
 import io
-import re
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,8 @@ from torch import Tensor
 
 from .files import replacing
 
-SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # of index maps, which no lossy format may hold
-PICTURE_SUFFIXES = (*SUFFIXES, ".jpg", ".jpeg", ".webp")
-# What data sets append to the names of the picture and the maps of one scene.
-_ROLE = re.compile(
-    r"(_gtFine)?_?(labelIds|instanceIds|labels?|inst|instances?|leftImg8bit|img|images?)$"
-)
+_EXACT = ("PNG", "BMP", "DIB", "TIFF", "PPM")  # formats that keep every value, by content
+_LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions inside a TIFF that do not
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 # Pillow stretches 2- and 4-bit grey levels to 0..255; indices must not be stretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
@@ -34,55 +30,89 @@ class ImageError(ValueError):
     """A file that cannot be used as the map it was given as; the message names file and cure."""
 
 
-def scene_name(path: Path) -> str:
-    """The stem of a file without what tells its role: the same for all files of a scene.
-
-    Example:
-        >>> scene_name(Path("aachen_000000_000019_gtFine_labelIds.png"))
-        'aachen_000000_000019'
-    """
-    return _ROLE.sub("", path.stem)
-
-
 def _read_indices(path: Path) -> NDArray[np.int64]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected a PNG index map")
     try:
         with Image.open(path) as image:
             stretch = _STRETCH.get(str(image.tile[0][3]) if image.tile else "", 1)
-            mode = image.mode
+            mode, kind = image.mode, str(image.format)
+            if image.info.get("compression") in _LOSSY:
+                kind = "lossy TIFF"
             pixels = np.asarray(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ImageError(f"{path}: cannot be read as an image ({reason}); "
                          "expected a PNG index map") from error
+    if kind not in _EXACT:
+        raise ImageError(f"{path}: expected an index map as PNG, got a {kind} file, which does not "
+                         "keep indices; make the map again as PNG, for a conversion keeps the "
+                         "wrong values")
     if mode not in _INDEX_MODES:
         raise ImageError(f"{path}: expected one index per pixel (8-bit, palette or 16-bit PNG), "
-                         f"got a {mode} image; convert the colours to class indices first")
+                         f"got {_no_indices(mode, pixels)}")
     indices = pixels.astype(np.int64)
     return indices if stretch == 1 else indices // stretch
 
 
-def resize_nearest(indices: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
-    """Nearest neighbour with source index = floor(target index * scale), as the papers' code.
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) from a file's head.
+
+    Raises:
+        ImageError: not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (UnidentifiedImageError, OSError) as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _no_indices(mode: str, pixels: NDArray[Any]) -> str:
+    """What a picture of another mode is, and the cure."""
+    if mode == "F":
+        return "a float image; round and save it as 8-bit or 16-bit integers"
+    if mode == "LA":
+        return "a grey image with an alpha channel; `smis convert-labels` takes it off"
+    if pixels.ndim == 3 and (pixels[..., :3] == pixels[..., :1]).all():
+        return f"a {mode} image of equal channels; `smis convert-labels` keeps one of them"
+    return f"a {mode} image; `smis convert-labels` turns colours into class indices"
+
+
+def resize_nearest(indices: NDArray[np.integer[Any]], size: tuple[int, int]) -> NDArray[np.int64]:
+    """The one rule by which maps that were read are resized: Pillow's NEAREST.
+
+    It takes the source pixel under each target pixel's centre, as the loaders of pix2pixHD, SPADE
+    and GroupDNet do. (Inside the networks, maps are resized as ``F.interpolate`` does.)
 
     Args:
-        indices: (H, W).
+        indices: (H, W), each below 2³¹.
         size: (height, width) of the result.
     """
-    rows, columns = (np.arange(n) * old // n for n, old in zip(size, indices.shape, strict=True))
-    return indices[rows[:, None], columns]
+    if indices.shape == tuple(size):
+        return indices.astype(np.int64)
+    image = Image.fromarray(indices.astype(np.int32))  # mode I: every id keeps its value
+    return np.asarray(image.resize(size[::-1], Image.Resampling.NEAREST)).astype(np.int64)
+
+
+def resize_picture(picture: Picture, size: tuple[int, int]) -> Picture:
+    """(H, W, 3) to ``size`` (height, width) by Pillow's BICUBIC, as the published loaders do."""
+    if picture.shape[:2] == tuple(size):
+        return picture
+    image = Image.fromarray(picture)
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def read_labels(path: str | Path, num_classes: int, size: tuple[int, int] | None = None,
-                unknown: int | None = None) -> NDArray[np.int64]:
+                unknown: int | None = None, option: str | None = None) -> NDArray[np.int64]:
     """Read a class-index map.
 
     Args:
         path: an 8-bit, palette or 16-bit single-channel image.
         num_classes: values must lie in 0..num_classes-1.
-        size: (height, width) to resize to, by nearest neighbour.
+        size: (height, width) to resize to, by :func:`resize_nearest`.
         unknown: the class that the value 255 stands for, if any.
+        option: what the user can give ``unknown`` by, for the error.
 
     Returns:
         (H, W) int64.
@@ -101,8 +131,10 @@ def read_labels(path: str | Path, num_classes: int, size: tuple[int, int] | None
         labels = np.where(labels == 255, unknown, labels)
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if bad.size:
-        cure = "give the class of unknown pixels (--unknown)" if bad[0] == 255 else (
-            "remap the classes or choose the model of this data set")
+        cure = "remap the classes or choose the model of this data set"
+        if bad[0] == 255:
+            cure = "relabel unknown pixels" if option is None else (
+                f"give the class of unknown pixels ({option})")
         raise ImageError(f"{path}: expected labels 0..{num_classes - 1}, got {bad[0]}; {cure}")
     return labels if size is None else resize_nearest(labels, size)
 
@@ -111,7 +143,7 @@ def read_instances(path: str | Path, size: tuple[int, int] | None = None) -> NDA
     """Read an instance-id map; 16-bit ids keep their value.
 
     Returns:
-        (H, W) int64.
+        (H, W) int64, resized to ``size`` by :func:`resize_nearest`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -119,6 +151,34 @@ def read_instances(path: str | Path, size: tuple[int, int] | None = None) -> NDA
     """
     ids = _read_indices(Path(path))
     return ids if size is None else resize_nearest(ids, size)
+
+
+def read_exact(path: str | Path) -> Picture:
+    """Read an image whose very colours count, as opaque (H, W, 3); of palettes the colours.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageError: not an image, a lossy format, more than 8 bits, transparent pixels.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected a PNG")
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            kind = "lossy TIFF" if image.info.get("compression") in _LOSSY else str(image.format)
+            pixels = np.asarray(image.convert("RGBA"))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error})") from error
+    if kind not in _EXACT:
+        raise ImageError(f"{path}: expected colours as PNG, got a {kind} file, which does not keep "
+                         "them; make the map again as PNG")
+    if mode.startswith(("I", "F")):
+        raise ImageError(f"{path}: expected 8 bits per channel, got mode {mode}")
+    if (pixels[..., 3] != 255).any():
+        raise ImageError(f"{path}: expected opaque pixels, got transparent ones; fill them with "
+                         "the colour of their class")
+    return np.ascontiguousarray(pixels[..., :3])
 
 
 def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> Picture:
@@ -141,9 +201,8 @@ def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> Pictu
     if mode.startswith(("I", "F")):  # which Pillow clips to 255 instead of scaling
         raise ImageError(f"{path}: expected a picture of 8 bits per channel, got mode {mode} "
                          "(16 or 32 bits); convert it to 8 bits first")
-    if size is not None:
-        picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
+    pixels = np.asarray(picture)
+    return pixels if size is None else resize_picture(pixels, size)
 
 
 def write_atomically(path: str | Path, content: bytes) -> Path:
@@ -185,17 +244,50 @@ def data_uri(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_png(picture)).decode("ascii")
 
 
-def to_pictures(batch: Tensor) -> list[Picture]:
-    """(N, 3, H, W) values -1..1 as N uint8 arrays (H, W, 3).
+_SLACK = 1e-3  # what a picture may exceed [-1, 1] by: rounding of 16-bit floats
+
+
+def check_pictures(pictures: Tensor, smallest: int = 1, name: str = "pictures") -> None:
+    """Refuse what are no pictures in [-1, 1]: their numbers would be wrong, and plausible.
 
     Raises:
-        ValueError: the batch holds NaN or infinity, which no pixel can show.
+        ValueError: no floats, another rank or channel count, too small, not finite, out of range.
     """
-    if not bool(torch.isfinite(batch).all()):
-        raise ValueError("batch: expected finite values, got NaN or infinity; "
-                         "check the checkpoint and the inputs")
-    levels = ((batch.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return list(levels.permute(0, 2, 3, 1).cpu().numpy())
+    if not isinstance(pictures, Tensor) or not pictures.is_floating_point():
+        got = pictures.dtype if isinstance(pictures, Tensor) else type(pictures).__name__
+        raise ValueError(f"{name}: expected floats in [-1, 1], got {got}; of bytes give "
+                         "x.float() / 127.5 - 1")
+    if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < smallest:
+        raise ValueError(f"{name}: expected (N, 3, H, W) with H and W of at least {smallest}, got "
+                         f"{tuple(pictures.shape)}")
+    if not pictures.numel():
+        return
+    low, high = (float(value) for value in torch.aminmax(pictures.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity; check the "
+                         "checkpoint and the inputs")
+    if max(-low, high) > 1 + _SLACK:
+        raise ValueError(f"{name}: expected values in [-1, 1], got {low:.4g} to {high:.4g}; of "
+                         "0..255 give x / 127.5 - 1")
+
+
+def as_bytes(pictures: Tensor) -> Tensor:
+    """(N, 3, H, W) in [-1, 1] -> uint8, rounded as pictures are when they are written.
+
+    Raises:
+        ValueError: as :func:`check_pictures`.
+    """
+    check_pictures(pictures)
+    return ((pictures.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pictures(batch: Tensor) -> list[Picture]:
+    """(N, 3, H, W) in [-1, 1] as N uint8 arrays (H, W, 3).
+
+    Raises:
+        ValueError: as :func:`check_pictures`.
+    """
+    return list(as_bytes(batch).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def grid(rows: Sequence[Sequence[Picture]], gap: int = 4) -> Picture:

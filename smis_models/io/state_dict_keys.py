@@ -6,22 +6,25 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+# Of DataParallel, torch.compile, and the attributes that training codes keep a generator in.
+_WRAPPERS = ("module.", "_orig_mod.", "netG.", "net_G.")
 _PARAMETRIZED = {".parametrizations.weight.original": ".weight_orig",
                  ".parametrizations.weight.0._u": ".weight_u",
                  ".parametrizations.weight.0._v": ".weight_v"}
 
 
 def networks_keys(state: State) -> State:
-    """``state`` without wrappers' prefixes and with spectral norm's ``_orig``, ``_u`` and ``_v``.
+    """``state`` without wrappers' prefixes, with spectral norm's ``_orig``, ``_u`` and ``_v``.
+
+    Prefixes may be in any order and number.
 
     Up to PyTorch 1.0 spectral norm kept ``weight`` (the normalised one) and no ``weight_v``: v is
     found again such that uᵀWv is the norm that they were divided by. The keys of
     ``torch.nn.utils.parametrizations.spectral_norm`` are renamed.
     """
-    for wrapper in _WRAPPERS:
-        if state and all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
+    while state and (wrapper := next((w for w in _WRAPPERS
+                                      if all(key.startswith(w) for key in state)), None)):
+        state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
     state = {_renamed(key): tensor for key, tensor in state.items()}
     for key in [key for key in state if key.endswith(".weight_orig")]:
         stem = key.removesuffix("_orig")

@@ -5,7 +5,7 @@ from .diversity import Diversity, diversities, diversity
 from .evaluate import Judges, Scenes, evaluate, scene_labels
 from .fid import FeatureStatistics, Inception, fid, frechet_distance
 from .lpips import DISTANCES, LPIPS, create_distance
-from .protocols import PROTOCOLS, DiversityProtocol, Protocol, protocol
+from .protocols import PROTOCOLS, DiversityProtocol, Protocol, protocol, protocol_title
 from .sampling import LayoutSampler
 from .segmentation import FileSegmenter, LabelRule, SegmentationScore, label_rule
 
@@ -34,5 +34,6 @@ __all__ = [
     "frechet_distance",
     "label_rule",
     "protocol",
+    "protocol_title",
     "scene_labels",
 ]

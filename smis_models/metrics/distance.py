@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..io.images import check_pictures
+
 Features = Sequence[Tensor]
 
 
@@ -60,21 +62,6 @@ class Distance(nn.Module):
         if a.shape != b.shape:
             raise ValueError(f"b: expected the shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
         return self.between(self.features(a), self.features(b))
-
-
-def check_pictures(pictures: Tensor, smallest: int = 1) -> None:
-    """Refuse what no distance can take.
-
-    Raises:
-        ValueError: another rank or channel count, too small, or not finite.
-    """
-    if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < smallest:
-        raise ValueError(
-            f"pictures: expected (N, 3, H, W) with H and W of at least {smallest}, got "
-            f"{tuple(pictures.shape)}"
-        )
-    if not bool(torch.isfinite(pictures).all()):
-        raise ValueError("pictures: expected finite values, got NaN or infinity")
 
 
 class PixelDistance(Distance):

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..io.seeds import derived_seed
 from ..synthesis.scene import Layout
 from .distance import Distance, Features
 from .protocols import DiversityProtocol
-from .sampling import BATCH, Draw, LayoutSampler, derived_seed, has_class_codes, sample_codes
+from .sampling import BATCH, Draw, LayoutSampler, has_class_codes, sample_codes
 
 
 @dataclass(frozen=True)
@@ -155,26 +156,62 @@ def layout_diversity(
     return list(zip(by_class, whole, strict=True))
 
 
+class DiversityMeter:
+    """:func:`diversities` of layouts that come one after another, each looked at once.
+
+    Args:
+        model, distances, protocol, seed, step, batch: as of :func:`diversity`.
+        count: how many layouts there will be.
+
+    Raises:
+        ValueError: fewer layouts than the protocol's.
+
+    Example:
+        >>> meter = DiversityMeter(model, [distance], protocol, 100)
+        >>> for layout in layouts:
+        ...     meter.add(layout)
+        >>> (found,) = meter.result()
+    """
+
+    def __init__(self, model: Any, distances: Sequence[Distance], protocol: DiversityProtocol,
+                 count: int, *, seed: int = 0, step: Callable[[str], None] = lambda what: None,
+                 batch: int = BATCH) -> None:
+        if count < protocol.layouts:
+            raise ValueError(f"layouts: expected {protocol.layouts} of them, got {count}; give "
+                             "more label maps, or fewer with --layouts")
+        self._model, self._distances, self._protocol = model, distances, protocol
+        self._seed, self._step = seed, step
+        self._clock: dict[str, float] = {}
+        self._draw = LayoutSampler(model, batch)
+        self._found: list[list[LayoutDiversity]] = []
+
+    def add(self, layout: Layout) -> None:
+        """Sample a layout and compare its pictures."""
+        with _timed(self._clock, "sampling"):
+            self._draw.load(layout)
+        self._found.append(layout_diversity(
+            self._model, layout, self._draw, self._distances, self._protocol,
+            derived_seed(self._seed, len(self._found)), self._step, self._clock))
+
+    def result(self) -> list[Diversity]:
+        """What each distance found."""
+        classes = has_class_codes(self._model)
+        sets = sum(1 + len(first[0]) * classes for first, *_ in self._found)
+        return [_summary(self._model, list(of_distance), self._clock, self._protocol.samples * sets)
+                for of_distance in zip(*self._found, strict=True)]
+
+
 def diversities(model: Any, layouts: Sequence[Layout], distances: Sequence[Distance],
                 protocol: DiversityProtocol | None = None, *, seed: int = 0,
                 step: Callable[[str], None] = lambda what: None,
                 batch: int = BATCH) -> list[Diversity]:
     """As :func:`diversity`, by each of several distances, from the same pictures."""
     protocol = DiversityProtocol() if protocol is None else protocol
-    if len(layouts) < protocol.layouts:
-        raise ValueError(f"layouts: expected {protocol.layouts} of them, got {len(layouts)}; give "
-                         "more label maps, or fewer with --layouts")
-    clock: dict[str, float] = {}
-    draw = LayoutSampler(model, batch)
-    found: list[list[LayoutDiversity]] = []
-    for i, layout in enumerate(layouts[: protocol.layouts]):
-        with _timed(clock, "sampling"):
-            draw.load(layout)
-        found.append(layout_diversity(model, layout, draw, distances, protocol,
-                                      derived_seed(seed, i), step, clock))
-    sets = sum(1 + len(first[0]) * has_class_codes(model) for first, *_ in found)
-    return [_summary(model, list(of_distance), clock, protocol.samples * sets)
-            for of_distance in zip(*found, strict=True)]
+    meter = DiversityMeter(model, distances, protocol, len(layouts), seed=seed, step=step,
+                           batch=batch)
+    for layout in layouts[: protocol.layouts]:
+        meter.add(layout)
+    return meter.result()
 
 
 def _summary(model: Any, found: Sequence[LayoutDiversity], clock: dict[str, float],

@@ -14,17 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import SceneClassifier, SceneDataset
-from ..io.images import read_labels, scene_name
+from ..data import FileScenes, SceneClassifier, SceneDataset
+from ..data.preprocess import LABEL_FILTER
+from ..io.files import file_hash
+from ..io.images import as_bytes, read_labels
+from ..io.names import map_files
 from ..io.provenance import commit, versions
+from ..io.seeds import derived_seed
 from ..synthesis.features import FeatureClusters
-from ..synthesis.scene import Layout, draw_input
+from ..synthesis.scene import Layout, Layouts, draw_input
 from .distance import Distance
-from .diversity import diversities
-from .fid import Extractor, as_bytes, fid_of_features
-from .lpips import file_hash
+from .diversity import DiversityMeter
+from .fid import Extractor, fid_of_features
 from .protocols import Protocol
-from .sampling import LayoutSampler, derived_seed
+from .sampling import LayoutSampler
 from .segmentation import LabelRule, SegmentationScore, Segmenter, predict
 
 Step = Callable[[str], None]
@@ -40,7 +43,8 @@ class Scenes:
     Example:
         >>> from smis_models.data import GeneratedScenes
         >>> scenes = Scenes(GeneratedScenes(4, 64, "test"), {"dataset": "scenes"})
-        >>> scenes.layout(0).labels.shape
+        >>> layout, photograph = scenes.scene(0)
+        >>> layout.labels.shape
         (64, 64)
     """
 
@@ -51,28 +55,58 @@ class Scenes:
     def __len__(self) -> int:
         return len(self._source)
 
-    def layout(self, index: int) -> Layout:
-        """Labels and instances of one scene."""
+    def __iter__(self) -> Iterator[tuple[Layout, Tensor | None]]:
+        """Each layout with its photograph (1, 3, H, W) in [-1, 1], read once."""
+        for i in range(len(self)):
+            yield self.scene(i)
+
+    def scene(self, index: int) -> tuple[Layout, Tensor | None]:
+        """One layout, and its photograph where there is one."""
         if not isinstance(self._source, SceneDataset):
-            return self._source[index]
+            return self._source[index], None
         sample = self._source[index]
         ids = sample.get("instances")
-        return Layout(sample["name"], sample["labels"].numpy().astype(np.int64),
-                      None if ids is None else ids.numpy().astype(np.int64))
+        layout = Layout(sample["name"], sample["labels"].numpy().astype(np.int64),
+                        None if ids is None else ids.numpy().astype(np.int64))
+        return layout, sample["image"][None]
 
-    def image(self, index: int) -> Tensor:
-        """The photograph, (1, 3, H, W) in [-1, 1]."""
-        assert isinstance(self._source, SceneDataset)
-        return self._source[index]["image"][None]
+    def names(self) -> list[str]:
+        """The scenes' names where they are known before the scenes are read; else none."""
+        if isinstance(self._source, Layouts):
+            return [files.name for files in self._source.files]
+        if isinstance(self._source, FileScenes):
+            return [files.name for files in self._source.records]
+        return []
 
-    def facts(self) -> dict[str, Any]:
+    def used(self) -> dict[str, Any]:
+        """What a protocol may promise of them: data set, split, count, how they are resized."""
+        split = self._facts.get("split")
+        preprocess = getattr(self._source, "preprocess", None)
+        filters = {} if preprocess is None else preprocess.filters
+        if not self.photographed:
+            filters = {"label_filter": LABEL_FILTER}
+        return {"dataset": self._facts.get("dataset"), "scenes": len(self), **filters,
+                "split": "held out" if split in ("val", "test") else split}
+
+    def facts(self, digest: SceneDigest) -> dict[str, Any]:
         """Where they come from, how many, and a hash of all label maps and names."""
-        digest = hashlib.sha256()
-        for i in range(len(self)):
-            layout = self.layout(i)
-            digest.update(layout.name.encode() + str(layout.labels.shape).encode())
-            digest.update(layout.labels.tobytes())
         return {**self._facts, "scenes": len(self), "labels_sha256": digest.hexdigest()}
+
+
+class SceneDigest:
+    """A hash of label maps and their names, in order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, layout: Layout) -> None:
+        """Go on with a layout."""
+        self._digest.update(layout.name.encode() + str(layout.labels.shape).encode())
+        self._digest.update(np.ascontiguousarray(layout.labels, np.int64).tobytes())
+
+    def hexdigest(self) -> str:
+        """The hash so far."""
+        return self._digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -100,41 +134,86 @@ def scene_labels(pictures: Tensor) -> Tensor:
     return SceneClassifier.shipped().read(pictures.cpu()).labels
 
 
-def paint(model: Any, scenes: Scenes, seed: int,
-          clusters: FeatureClusters | None = None) -> Iterator[Tensor]:
+class _Painter:
     """One picture (1, 3, H, W) of each scene, by a code or features of its own."""
-    sampler = LayoutSampler(model, 1)
-    for i in range(len(scenes)):
-        layout = scenes.layout(i)
-        z = draw_input(model, layout, derived_seed(seed, i), clusters)
-        yield sampler.load(layout).picture(z)
+
+    def __init__(self, model: Any, seed: int, clusters: FeatureClusters | None) -> None:
+        self._model, self._seed, self._clusters = model, seed, clusters
+        self._sampler = LayoutSampler(model, 1)
+
+    def paint(self, layout: Layout, index: int) -> Tensor:
+        z = draw_input(self._model, layout, derived_seed(self._seed, index), self._clusters)
+        return self._sampler.load(layout).picture(z)
 
 
-def _judge_pictures(model: Any, scenes: Scenes, judges: Judges, seed: int,
-                    clusters: FeatureClusters | None, step: Step) -> dict[str, Any]:
-    """FID and mIoU, from one pass over the scenes."""
-    score = SegmentationScore(model.preset.classes, judges.rule)
-    real, fake = [], []
-    reads = judges.segmenter is not None
-    if judges.extractor is not None or reads:
-        for i, picture in enumerate(paint(model, scenes, seed, clusters)):
-            step(f"picture {i + 1} of {len(scenes)}")
-            if judges.segmenter is not None:
-                score.add(scenes.layout(i).labels[None], predict(judges.segmenter, picture))
-            if judges.extractor is not None:
-                fake.append(judges.extractor(as_bytes(picture)))
-                real.append(judges.extractor(as_bytes(scenes.image(i))))
-    if judges.predictions is not None:
-        _add_predictions(score, scenes, judges.predictions, judges.rule)
-        reads = True
-    results: dict[str, Any] = {}
+class _PictureScores:
+    """FID and mIoU, from the scenes one after another."""
+
+    def __init__(self, judges: Judges, classes: int, names: Sequence[str]) -> None:
+        self._judges = judges
+        self._score = SegmentationScore(classes, judges.rule)
+        self._real: list[Tensor] = []
+        self._fake: list[Tensor] = []
+        self._files = None if judges.predictions is None else _prediction_files(judges.predictions)
+        for name in names:  # now, and not after hours
+            self._prediction(name)
+
+    @property
+    def paints(self) -> bool:
+        """Whether pictures are wanted."""
+        return self._judges.extractor is not None or self._judges.segmenter is not None
+
+    def add(self, layout: Layout, photograph: Tensor | None, picture: Tensor) -> None:
+        """Judge a picture of a layout."""
+        if self._judges.segmenter is not None:
+            self._score.add(layout.labels[None], predict(self._judges.segmenter, picture))
+        if self._judges.extractor is not None:
+            assert photograph is not None
+            self._fake.append(self._judges.extractor(as_bytes(picture)))
+            self._real.append(self._judges.extractor(as_bytes(photograph)))
+
+    def read(self, layout: Layout) -> None:
+        """Count the label map on disk, resized by nearest, that was predicted for a layout."""
+        path = self._prediction(layout.name)
+        if path is None:
+            return
+        rule = self._judges.rule
+        known = self._score.classes if rule.meaning is None else len(rule.meaning)
+        height, width = layout.labels.shape
+        self._score.add(layout.labels, read_labels(path, known, (height, width)), str(path))
+
+    def _prediction(self, name: str) -> Path | None:
+        """The map that was predicted for a scene; None where none are read."""
+        if self._files is None:
+            return None
+        path = self._files.get(name) or self._files.get(name.rpartition("/")[2])
+        if path is None:
+            raise FileNotFoundError(f"predictions: no map of scene {name!r} in "
+                                    f"{self._judges.predictions}")
+        return path
+
+    def result(self) -> dict[str, Any]:
+        """What was measured."""
+        judges = self._judges
+        results: dict[str, Any] = {}
+        if judges.extractor is not None:
+            results["fid"] = {**fid_of_features(torch.cat(self._real), torch.cat(self._fake)),
+                              **_facts(judges.extractor)}
+        if judges.segmenter is not None or self._files is not None:
+            judge = judges.segmenter if self._files is None else None
+            results["segmentation"] = {**self._score.result(), **_facts(judge)}
+        return results
+
+
+def _used(scenes: Scenes, judges: Judges, promised: str | None) -> dict[str, Any]:
+    """What was really used of what a protocol promises."""
+    used = scenes.used()
+    names = [distance.name for distance in judges.distances]
+    if names:
+        used["distance"] = promised if promised in names else ", ".join(names)
     if judges.extractor is not None:
-        results["fid"] = {**fid_of_features(torch.cat(real), torch.cat(fake)),
-                          **_facts(judges.extractor)}
-    if reads:
-        judge = judges.segmenter if judges.predictions is None else None
-        results["segmentation"] = {**score.result(), **_facts(judge)}
-    return results
+        used["fid_features"] = _facts(judges.extractor).get("network", "a network of the caller")
+    return used
 
 
 def _facts(judge: Any) -> dict[str, Any]:
@@ -142,21 +221,11 @@ def _facts(judge: Any) -> dict[str, Any]:
     return facts
 
 
-def _add_predictions(score: SegmentationScore, scenes: Scenes, folder: Path,
-                     rule: LabelRule) -> None:
-    """Count label maps on disk, matched by scene and resized by nearest."""
+def _prediction_files(folder: Path) -> dict[str, Path]:
+    """Label maps on disk by scene."""
     if not folder.is_dir():
         raise FileNotFoundError(f"predictions: {folder} is no folder of label maps")
-    files = {scene_name(path): path for path in sorted(folder.iterdir()) if path.is_file()}
-    known = score.classes if rule.meaning is None else len(rule.meaning)
-    for i in range(len(scenes)):
-        layout = scenes.layout(i)
-        name = next((n for n in (layout.name, scene_name(Path(layout.name + ".png")))
-                     if n in files), None)
-        if name is None:
-            raise FileNotFoundError(f"predictions: no map of scene {layout.name!r} in {folder}")
-        size = (layout.labels.shape[0], layout.labels.shape[1])
-        score.add(layout.labels, read_labels(files[name], known, size), str(files[name]))
+    return map_files("predictions", folder)
 
 
 def model_facts(model: Any, checkpoint: Path | None, seed: int) -> dict[str, Any]:
@@ -205,27 +274,37 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
     if protocol.size is not None and size != tuple(protocol.size):
         raise ValueError(f"protocol: {protocol.name} is of pictures {protocol.size}, this model "
                          f"paints {size}; choose n100-m19, which takes the model's own size")
+    if not (judges.distances or judges.extractor or judges.segmenter or judges.predictions):
+        raise ValueError("metrics: nothing to measure; give a distance, Inception weights or a "
+                         "segmenter")
     if judges.extractor is not None and not scenes.photographed:
         raise ValueError("fid: expected scenes with photographs, got label maps alone; give a "
                          "--dataset")
     start = time.perf_counter()
+    scores = _PictureScores(judges, model.preset.classes, scenes.names())
+    painter = _Painter(model, seed, clusters)
+    meter = DiversityMeter(model, judges.distances, protocol.diversity, len(scenes), seed=seed,
+                           step=step) if judges.distances else None
+    digest = SceneDigest()
+    for i, (layout, photograph) in enumerate(scenes):
+        digest.add(layout)
+        if meter is not None and i < protocol.diversity.layouts:
+            meter.add(layout)
+        scores.read(layout)
+        if scores.paints:
+            step(f"picture {i + 1} of {len(scenes)}")
+            scores.add(layout, photograph, painter.paint(layout, i))
     results: dict[str, Any] = {}
-    if judges.distances:
-        count = min(len(scenes), protocol.diversity.layouts)
-        layouts = [scenes.layout(i) for i in range(count)]
-        found = diversities(model, layouts, judges.distances, protocol.diversity, seed=seed,
-                            step=step)
+    if meter is not None:
         results["diversity"] = {
             distance.name: {**each.to_json(), "distance": distance.facts()}
-            for distance, each in zip(judges.distances, found, strict=True)
+            for distance, each in zip(judges.distances, meter.result(), strict=True)
         }
-    results |= _judge_pictures(model, scenes, judges, seed, clusters, step)
-    if not results:
-        raise ValueError("metrics: nothing to measure; give a distance, Inception weights or a "
-                         "segmenter")
+    results |= scores.result()
     return {
         "results": results, "model": model_facts(model, checkpoint, seed),
-        "data": scenes.facts(), "protocol": protocol.facts(), "seed": seed,
+        "data": scenes.facts(digest), "seed": seed,
+        "protocol": protocol.facts(_used(scenes, judges, protocol.distance)),
         "device": str(next(model.parameters()).device), "versions": versions(),
         "commit": commit(), "command": sys.argv[1:],
         "seconds": round(time.perf_counter() - start, 3),

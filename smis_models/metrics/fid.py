@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
-from .lpips import file_hash
+from ..io.files import file_hash, published_hash
+from ..io.images import as_bytes
 
 Extractor = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) uint8 -> features (N, F)."""
 _FEATURES = 2048
+_FILE = "weights-inception-2015-12-05-6726825d.pth"  # whose name ends in its hash
+INCEPTION = "Inception V3 of 2015-12-05, pool3, bilinear to 299x299 as TensorFlow 1"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Inception:
     """torch-fidelity's Inception V3 of FID, with weights from a local file; nothing is downloaded.
 
     Args:
-        weights: ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's release.
+        weights: ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's release; what is
+            measured with another file is no FID, and ``facts`` say so.
         device: where it runs.
 
     Raises:
@@ -86,7 +90,7 @@ class Inception:
         path = Path(weights)
         if not path.is_file():
             raise ValueError(f"inception-weights: {path} is no file; FID needs torch-fidelity's "
-                             "weights-inception-2015-12-05-6726825d.pth")
+                             f"{_FILE}")
         try:
             read_checkpoint(path)  # torch-fidelity would run code in the file; this refuses it
         except CheckpointError as error:
@@ -114,19 +118,22 @@ class Inception:
         """What a reader needs to compute the same number."""
         from importlib.metadata import version
 
-        return {"extractor": "torch-fidelity inception-v3-compat, 2048",
+        digest = file_hash(self._path)
+        published = digest.startswith(published_hash(_FILE))
+        network = INCEPTION if published else (
+            f"weights of {self._path.name}, which are not Inception's of 2015-12-05")
+        return {"network": network, "published_weights": published,
+                "extractor": "torch-fidelity inception-v3-compat, 2048",
                 "torch_fidelity": version("torch-fidelity"), "weights": self._path.name,
-                "weights_sha256": file_hash(self._path)}
+                "weights_sha256": digest}
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
+        if pictures.dtype != torch.uint8:
+            raise ValueError(f"pictures: expected uint8, got {pictures.dtype}; fid() and "
+                             "io.images.as_bytes take floats in [-1, 1]")
         features: Tensor = self._network(pictures.to(self._device))[0]
         return features
-
-
-def as_bytes(pictures: Tensor) -> Tensor:
-    """(N, 3, H, W) in [-1, 1] -> uint8, rounded as pictures are when they are written."""
-    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def fid_of_features(real: Tensor, fake: Tensor) -> dict[str, Any]:
@@ -148,7 +155,7 @@ def fid(real: Iterable[Tensor], fake: Iterable[Tensor], extractor: Extractor) ->
         extractor: :class:`Inception`; with another the number is no FID, only a Fréchet distance.
 
     Raises:
-        ValueError: fewer than two pictures in a set.
+        ValueError: fewer than two pictures in a set, or pictures that are no floats in [-1, 1].
 
     Example:
         >>> result = fid(real, fake, Inception(weights))  # doctest: +SKIP

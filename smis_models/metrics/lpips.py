@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,17 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
-from .distance import Distance, Features, PixelDistance, check_pictures
+from ..io.files import file_hash, published_hash
+from ..io.images import check_pictures
+from ..networks.trunks import Layer, build_trunk, trunk_state, vgg_layers
+from .distance import Distance, Features, PixelDistance
 
-# A conv (channels, kernel, stride, padding) and its ReLU, or a max pooling (kernel, stride).
-_Layer = tuple[int, ...]
-_ALEX: tuple[_Layer, ...] = (
+_ALEX: tuple[Layer, ...] = (
     (64, 11, 4, 2), (3, 2), (192, 5, 1, 2), (3, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1),
 )
-_VGG: tuple[_Layer, ...] = tuple(
-    layer for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-    for layer in (*((width, 3, 1, 1),) * count, (2, 2))
-)[:-1]
 
 
 @dataclass(frozen=True)
@@ -32,49 +28,33 @@ class Trunk:
 
     ``file`` is torchvision's name of its ImageNet weights, which ends in the file's hash; the
     features are read after the ReLUs at ``taps``; smaller pictures than ``smallest`` vanish.
+    ``heads`` is how the hash of the published linear weights (version 0.1) begins.
     """
 
     title: str
     file: str
-    layers: tuple[_Layer, ...]
+    heads: str
+    layers: tuple[Layer, ...]
     taps: tuple[int, ...]
     widths: tuple[int, ...]
     smallest: int
 
     def build(self) -> nn.Sequential:
         """The layers up to the last tap, numbered as in torchvision's ``features``."""
-        modules: list[nn.Module] = []
-        channels = 3
-        for layer in self.layers:
-            if len(layer) == 2:
-                modules.append(nn.MaxPool2d(layer[0], layer[1]))
-                continue
-            width, kernel, stride, padding = layer
-            modules += [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU()]
-            channels = width
-        return nn.Sequential(*modules)
+        return build_trunk(self.layers)
 
 
 TRUNKS = {
-    "alex": Trunk("AlexNet", "alexnet-owt-7be5be79.pth", _ALEX, (1, 4, 7, 9, 11),
+    "alex": Trunk("AlexNet", "alexnet-owt-7be5be79.pth", "df73285e", _ALEX, (1, 4, 7, 9, 11),
                   (64, 192, 384, 256, 256), 31),
-    "vgg": Trunk("VGG16", "vgg16-397923af.pth", _VGG, (3, 8, 15, 22, 29),
-                 (64, 128, 256, 512, 512), 16),
+    "vgg": Trunk("VGG16", "vgg16-397923af.pth", "a78928a0", vgg_layers(2, 2, 3, 3, 3),
+                 (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
 }
 # Of the published code: ImageNet's mean and deviation, for pictures in [-1, 1].
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
 _HEAD_FILES = {"lpips": "weights/v0.1", "torchmetrics": "functional/image/lpips_models"}
 _RANDOM_SEED = 0
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read(name: str, path: str | Path) -> dict[str, Tensor]:
@@ -107,21 +87,6 @@ def _find_heads(kind: str) -> Path:
         "heads: LPIPS needs its published linear weights, which the package lpips or torchmetrics "
         "holds; pip install torchmetrics, or give the file (--lpips-heads)"
     )
-
-
-def _trunk_state(state: Mapping[str, Tensor], network: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensors of the layers that are used, from a whole torchvision file or a bare trunk."""
-    own = network.state_dict()
-    prefix = "features." if any(key.startswith("features.") for key in state) else ""
-    found = {key: state[prefix + key] for key in own if prefix + key in state}
-    bad = next((k for k in own if k not in found or found[k].shape != own[k].shape), None)
-    if bad is not None:
-        got = tuple(found[bad].shape) if bad in found else "none"
-        raise ValueError(
-            f"weights: expected {prefix}{bad} of shape {tuple(own[bad].shape)} in {path}, got "
-            f"{got}; give torchvision's file of this trunk"
-        )
-    return found
 
 
 def _head_weights(state: Mapping[str, Tensor], trunk: Trunk, path: Path) -> list[Tensor]:
@@ -198,17 +163,26 @@ class LPIPS(Distance):
 
     def _load(self, kind: str, weights: str | Path | None, heads: str | Path | None) -> None:
         path = _find_trunk(self.trunk) if weights is None else Path(weights)
-        self.network.load_state_dict(_trunk_state(_read("weights", path), self.network, path))
+        read = _read("weights", path)
+        try:
+            state = trunk_state(read, self.network)
+        except ValueError as error:
+            raise ValueError(f"weights: {error} in {path}; give torchvision's file of this trunk"
+                             ) from error
+        self.network.load_state_dict(state)
         linear = _find_heads(kind) if heads is None else Path(heads)
         self._set_heads(_head_weights(_read("heads", linear), self.trunk, linear))
-        digest = file_hash(path)
-        published = digest.startswith(self.trunk.file.rpartition("-")[2].removesuffix(".pth"))
+        digest, of_heads = file_hash(path), file_hash(linear)
+        published = digest.startswith(published_hash(self.trunk.file))
+        known = of_heads.startswith(self.trunk.heads)
         self.name = f"LPIPS ({self.trunk.title})"
         if not published:
             self.name += f" with weights of {path.name}, which are not torchvision's"
+        if not known:
+            self.name += f" with heads of {linear.name}, which are not those of version 0.1"
         self._facts |= {
             "weights": path.name, "weights_sha256": digest, "torchvision_weights": published,
-            "heads": linear.name, "heads_sha256": file_hash(linear), "version": "0.1",
+            "heads": linear.name, "heads_sha256": of_heads, "published_heads": known,
         }
 
     def _set_heads(self, weights: list[Tensor]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+
+from ..data.preprocess import LABEL_FILTER, PICTURE_FILTER
+from .fid import INCEPTION
 
 MaskMode = Literal["zero", "spatial"]
 MASK_MODES = ("zero", "spatial")
@@ -67,15 +71,18 @@ class DiversityProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """An evaluation by name.
+    """An evaluation by name: what it promises. None promises nothing.
 
     Args:
         name: what results are filed under.
         size: (height, width) at which pictures are made and compared; None: the model's own.
-        picture_filter: how photographs come to that size.
+        dataset: where label maps and photographs come from.
+        split: "held out" from training.
+        scenes: how many there are, all of which FID and mIoU are measured on.
+        picture_filter: how photographs come to that size, whole.
         label_filter: the same for label maps.
-        reference: the photographs that FID compares with.
-        fid_features: the network of FID and its own resizing.
+        fid_features: the network of FID and its own resizing; its weights are told by their hash.
+        distance: of mCSD, mOCD and diversity; its weights are told by their hash.
         dont_care: "ignore" leaves pixels without a class out of mIoU and accuracy; "count" takes
             them as a class.
         diversity: of mCSD, mOCD and LPIPS.
@@ -83,10 +90,13 @@ class Protocol:
 
     name: str
     size: tuple[int, int] | None = None
-    picture_filter: str = "bicubic"
-    label_filter: str = "nearest, floor"
-    reference: str = "every photograph of the validation set, resized without cropping"
-    fid_features: str = "Inception V3 of 2015-12-05, pool3, bilinear to 299x299 as TensorFlow 1"
+    dataset: str | None = None
+    split: str | None = "held out"
+    scenes: int | None = None
+    picture_filter: str = PICTURE_FILTER
+    label_filter: str = LABEL_FILTER
+    fid_features: str = INCEPTION
+    distance: str | None = "LPIPS (AlexNet)"
     dont_care: Literal["ignore", "count"] = "ignore"
     diversity: DiversityProtocol = field(default_factory=DiversityProtocol)
 
@@ -101,14 +111,37 @@ class Protocol:
                  if name in DiversityProtocol.__dataclass_fields__}
         return replace(self, diversity=replace(self.diversity, **inner), **given)
 
-    def facts(self) -> dict[str, Any]:
-        """The protocol as plain values, and what of it differs from the one of its name."""
+    def facts(self, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What was done as plain values, and what of it differs from the protocol of its name.
+
+        Args:
+            measured: what was used of the data set and the networks, by the names above; what was
+                not is left out. None: as promised.
+        """
         pinned = asdict(PROTOCOLS[self.name])
         own = asdict(self)
-        changed = {k: v for k, v in own.items() if k != "diversity" and v != pinned[k]}
+        if measured is not None:
+            own = {k: v for k, v in own.items() if k not in _MEASURED} | dict(measured)
+        changed = {k: v for k, v in own.items()
+                   if k != "diversity" and pinned[k] is not None and v != pinned[k]}
         changed |= {f"diversity.{k}": v for k, v in own["diversity"].items()
                     if v != pinned["diversity"][k]}
         return {**own, "changed": changed}
+
+
+_MEASURED = ("dataset", "split", "scenes", "picture_filter", "label_filter", "fid_features",
+             "distance")
+
+
+def protocol_title(facts: Mapping[str, Any]) -> str:
+    """The title of a table: the protocol's name, and all that differs from it.
+
+    Example:
+        >>> protocol_title(protocol("n100-m19", layouts=10).facts())
+        'n100-m19, changed: diversity.layouts 10'
+    """
+    changed = ", ".join(f"{key} {value}" for key, value in facts["changed"].items())
+    return facts["name"] + (f", changed: {changed}" if changed else "")
 
 
 _ONE_LAYOUT = DiversityProtocol(layouts=1, samples=100, pairing="random")
@@ -117,12 +150,12 @@ PROTOCOLS = {
     for protocol in (
         Protocol(name="n100-m19"),
         Protocol(name="one-layout-n100-m19", diversity=_ONE_LAYOUT),
-        Protocol(name="deepfashion-256", size=(256, 256)),
-        Protocol(name="cityscapes-256x512", size=(256, 512)),
-        Protocol(name="ade20k-256", size=(256, 256)),
-        Protocol(name="coco-256", size=(256, 256)),
+        Protocol(name="deepfashion-256", size=(256, 256), dataset="deepfashion", scenes=2247),
+        Protocol(name="cityscapes-256x512", size=(256, 512), dataset="cityscapes", scenes=500),
+        Protocol(name="ade20k-256", size=(256, 256), dataset="ade20k", scenes=2000),
+        Protocol(name="coco-256", size=(256, 256), dataset="coco_stuff", scenes=5000),
         Protocol(
-            name="scenes-quick", reference="the generated scenes themselves",
+            name="scenes-quick", dataset="scenes", distance=None,
             diversity=DiversityProtocol(layouts=4, samples=5, pairs=4),
         ),
     )

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..synthesis.scene import Layout, drawn_code
+from ..io.seeds import derived_seed
+from ..synthesis.codes import drawn_code
+from ..synthesis.scene import Layout
 from ..synthesis.synthesizer import Synthesizer
 
 Draw = Callable[[Tensor], Tensor]
 """Codes (N, ...) of one layout -> pictures (N, 3, H, W)."""
 BATCH = 4  # pictures at once: small layers fill the processor better, memory grows little
-
-
-def derived_seed(*parts: int) -> int:
-    """A seed of its own for each tuple of numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def has_class_codes(model: Any) -> bool:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..families import Preset
-from .lpips import file_hash
+from ..io.files import file_hash
+from ..io.images import check_pictures
 
 Segmenter = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) in [-1, 1] -> labels (N, H, W), or scores (N, classes, h, w)."""
@@ -31,10 +32,10 @@ class LabelRule:
     """Which labels count, and what a prediction means.
 
     Attributes:
-        name: "same": predictions are the model's own classes, and its classes of unknown and
-            unlabelled pixels are left out; "cityscapes": predictions are the 19 train ids, all
-            other labels are left out; "ade20k": predictions 0..149 mean labels 1..150, label 0
-            is left out.
+        name: "same": predictions are the model's own classes, and its class of pixels without one
+            (unlabelled, else don't-care) is left out; "cityscapes": predictions are the 19 train
+            ids, all other labels are left out; "ade20k": predictions 0..149 mean labels 1..150,
+            label 0 is left out.
         ignored: labels whose pixels are left out.
         meaning: the label that prediction k stands for; None: k itself.
     """
@@ -52,8 +53,9 @@ def label_rule(name: str, preset: Preset, dont_care: str = "ignore") -> LabelRul
     """
     classes = range(preset.classes)
     if name == "same":
-        unknown = (preset.dont_care, preset.unlabelled)
-        rule = LabelRule(name, frozenset(c for c in unknown if c is not None))
+        # Where there is a class of unlabelled pixels, don't-care is a real one (ADE20K's 150).
+        unknown = preset.dont_care if preset.unlabelled is None else preset.unlabelled
+        rule = LabelRule(name, frozenset() if unknown is None else frozenset({unknown}))
     elif name == "cityscapes":
         rule = LabelRule(name, frozenset(classes) - frozenset(_CITYSCAPES), _CITYSCAPES)
     elif name == "ade20k":
@@ -134,8 +136,9 @@ def predict(segmenter: Segmenter, pictures: Tensor) -> NDArray[np.int64]:
     """(N, H, W) predictions; scores are enlarged bilinearly and the highest is taken.
 
     Raises:
-        ValueError: the segmenter gives neither labels nor scores.
+        ValueError: pictures out of [-1, 1]; the segmenter gives neither labels nor scores.
     """
+    check_pictures(pictures)
     with torch.no_grad():
         out = segmenter(pictures)
     if isinstance(out, (tuple, list)) and out:

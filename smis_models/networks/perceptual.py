@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
+from ..io.files import file_hash, published_hash
+from .trunks import build_trunk, trunk_state, vgg_layers
 
 FILE = "vgg19-dcbb9e9d.pth"
-_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512)  # 0: pooling
+_LAYERS = vgg_layers(2, 2, 4, 4, 1)
 _TAPS = (1, 6, 11, 20, 29)  # relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
 _WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 _SMALLEST = 16  # four poolings
-
-
-def _layers() -> nn.Sequential:
-    """VGG19 up to relu5_1, numbered as in torchvision's ``features``."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width in _WIDTHS:
-        if not width:
-            layers.append(nn.MaxPool2d(2))
-            continue
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-        channels = width
-    return nn.Sequential(*layers)
 
 
 class PerceptualLoss(nn.Module):
@@ -60,16 +50,13 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
+        self.facts: dict[str, Any] = {}
         with torch.device("meta"):
-            layers = _layers()
-        own = layers.state_dict()
-        prefix = "features." if any(key.startswith("features.") for key in state) else ""
-        found = {key: state[prefix + key] for key in own if prefix + key in state}
-        bad = next((k for k in own if k not in found or found[k].shape != own[k].shape), None)
-        if bad is not None:
-            got = tuple(found[bad].shape) if bad in found else "none"
-            raise ValueError(f"state: expected tensors of torchvision's vgg19 ({bad}: "
-                             f"{tuple(own[bad].shape)}), got {got}")
+            layers = build_trunk(_LAYERS)
+        try:
+            found = trunk_state(state, layers)
+        except ValueError as error:
+            raise ValueError(f"state: expected tensors of torchvision's vgg19: {error}") from error
         layers.load_state_dict(found, assign=True)
         # Outside of the module's own children: a model's checkpoint holds no VGG.
         self._network = [layers.eval().requires_grad_(False)]
@@ -105,32 +92,38 @@ class PerceptualLoss(nn.Module):
         return torch.stack(terms).sum()
 
 
-def load_perceptual_loss(weights: str | Path | None = None) -> PerceptualLoss | None:
-    """The VGG19 loss, or None and one warning where no weights are at hand: the loss is then off.
+def load_perceptual_loss(weights: str | Path | None = None) -> PerceptualLoss:
+    """The VGG19 loss with torchvision's weights from a local file; nothing is downloaded.
 
     Args:
         weights: a file with torchvision's VGG19 weights (``.pth`` or ``.safetensors``); None for
-            the copy in torch's cache (``$TORCH_HOME/hub/checkpoints``). Nothing is downloaded.
+            the copy in torch's cache (``$TORCH_HOME/hub/checkpoints``). A file with another hash
+            than torchvision's is taken, with a warning, and ``facts`` say so.
 
     Raises:
-        CheckpointError: ``weights`` is given, and is no such file.
+        CheckpointError: there is no such file, or it is of another network.
 
     Example:
-        >>> perceptual = load_perceptual_loss()
-        >>> fake, real = torch.rand(2, 1, 3, 32, 32)
-        >>> loss = 0 if perceptual is None else 10 * perceptual(fake, real)
+        >>> perceptual = load_perceptual_loss("vgg19-dcbb9e9d.pth")  # doctest: +SKIP
+        >>> loss = 10 * perceptual(fake, real)  # doctest: +SKIP
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE if weights is None else Path(weights)
-    if weights is None and not path.is_file():
-        warnings.warn(
-            f"perceptual loss: off, for {path} does not exist; give a file with torchvision's "
-            f"VGG19 weights ({FILE})", stacklevel=2,
+    if not path.is_file():
+        raise CheckpointError(
+            f"losses.perceptual: expected torchvision's VGG19 weights ({FILE}), and {path} does "
+            "not exist; give the file (--losses.vgg), or --losses.perceptual 0 to do without"
         )
-        return None
     try:
-        return PerceptualLoss(read_checkpoint(path))
+        loss = PerceptualLoss(read_checkpoint(path))
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
         message = str(error).replace("state:", f"weights: {path}:", 1)
         raise CheckpointError(message) from error
+    digest = file_hash(path)
+    loss.facts = {"vgg": path.name, "vgg_sha256": digest,
+                  "torchvision_weights": digest.startswith(published_hash(FILE))}
+    if not loss.facts["torchvision_weights"]:
+        warnings.warn(f"perceptual loss: {path} is not torchvision's file, whose hash begins with "
+                      f"{published_hash(FILE)} ({digest[:8]}); the records say so", stacklevel=2)
+    return loss

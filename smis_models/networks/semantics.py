@@ -17,6 +17,9 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, to
 
 def as_maps(name: str, labels: Tensor) -> Tensor:
     """(N, H, W) int64 from (N, H, W) or (N, 1, H, W) of any integer type."""
+    if not isinstance(labels, Tensor):
+        got = f"{type(labels).__module__}.{type(labels).__name__}"
+        raise TypeError(f"{name}: expected a torch.Tensor, got {got}; torch.from_numpy makes one")
     if labels.dtype not in _INTEGERS:
         got = str(labels.dtype).removeprefix("torch.")
         raise TypeError(f"{name}: expected integers, got {got}; round and cast them first")

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.images import Picture, to_pictures
+from ..io.images import Picture, check_pictures, to_pictures
+from .codes import code_parts, draw_code, drawn_code, interpolate, resample_class
 from .features import FeatureClusters
-from .scene import Layout, draw_code, drawn_code, resample_class
+from .scene import Layout
 from .shapes import ShapeLibrary, exchange_shape, target_region
 from .synthesizer import Synthesizer
 
@@ -57,6 +58,7 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
     if "encoder" not in parts or not hasattr(parts["encoder"], "encode"):
         raise ValueError(f"model: expected one with an encoder of latent codes, got {model.name}; "
                          "pass a checkpoint that holds the encoder, or draw codes by seed")
+    check_pictures(image, name="image")
     weight = next(model.encoder.parameters())
     mean, logvar = model.encoder.encode(image.to(weight), labels.to(weight.device))
     if seed is None:
@@ -168,7 +170,7 @@ def edit(model: Any, layouts: Sequence[Layout],
 
 def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
           classes: Sequence[int] | None = None) -> Iterator[Frame]:
-    """Style morphing: linear interpolation from one code to another, both ends included.
+    """Style morphing: from one code to another on the sphere, both ends included.
 
     Args:
         model: with a code.
@@ -186,7 +188,8 @@ def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
         end = mixed_code(model, [start, end], dict.fromkeys(classes, 1))
     made = synthesizer(model, layout)
     for t in torch.linspace(0, 1, steps).tolist():
-        yield _frame(made, f"{t:.0%}", torch.lerp(start, end, t), layout)
+        z = interpolate(start, end, t, code_parts(model.generator))
+        yield _frame(made, f"{t:.0%}", z, layout)
 
 
 def resample(model: Any, layout: Layout, index: int, samples: int, seed: int = 0,

@@ -78,6 +78,9 @@ def parse_takes(texts: Sequence[str], names: Sequence[str]) -> dict[int, int]:
         index, separator, picture = text.partition("=")
         if not index.isdigit() or not separator:
             raise ValueError(f"take: expected CLASS=PICTURE, got {text!r}")
+        if list(names).count(picture) > 1:
+            raise ValueError(f"take: expected one picture called {picture!r}, got several; give "
+                             f"its number, 0..{len(names) - 1}")
         if picture in names:
             found[int(index)] = list(names).index(picture)
         elif picture.isdigit() and int(picture) < len(names):

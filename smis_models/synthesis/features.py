@@ -17,7 +17,8 @@ from torch import Tensor
 
 from smis_kernels import instance_mean_table
 
-from ..io.images import write_atomically
+from ..io.images import check_pictures, write_atomically
+from ..io.seeds import derived_seed
 from ..networks.semantics import as_maps
 
 CLUSTERS = 10
@@ -67,6 +68,7 @@ def encode_features(
     """
     found: dict[int, list[Centers]] = defaultdict(list)
     for image, ids in scenes:
+        check_pictures(image, name="image")
         table = instance_mean_table(encoder.features(image), ids)
         unit = image.shape[2] * image.shape[3] // _AREA_UNIT
         large = table.area > 0.5 * unit
@@ -185,8 +187,9 @@ class FeatureClusters:
                chosen: Mapping[int, int] | None = None) -> Tensor:
         """Feature planes: one cluster for each instance of each image.
 
-        Every image of the batch draws its own. Instances of a class without clusters get zeros, as
-        published.
+        An instance's draw depends on the seed, the image's place in the batch and its id alone, so
+        that an edit elsewhere in the map changes nothing of it. Instances of a class without
+        clusters get zeros, as published.
 
         Args:
             instances: ids (N, H, W) or (N, 1, H, W), integers.
@@ -212,9 +215,8 @@ class FeatureClusters:
             raise ValueError(f"instances: expected ids from 0 on, got {int(maps.min())}; renumber "
                              "the instances first")
         chosen = dict(chosen or {})
-        generator = np.random.default_rng(seed)
         planes, seen = [], set()
-        for ids in maps:
+        for image, ids in enumerate(maps):
             present, where = ids.unique(return_inverse=True)
             rows = np.zeros((len(present), self.channels), np.float32)
             for row, instance in enumerate(present.tolist()):
@@ -224,8 +226,8 @@ class FeatureClusters:
                 if centers is None:
                     self._check_chosen(instance, chosen, 0)
                     continue
-                drawn = int(generator.integers(len(centers)))
-                pick = drawn if index is None else index % len(centers)
+                pick = (derived_seed(seed, image, instance) if index is None else index
+                        ) % len(centers)
                 self._check_chosen(instance, chosen, len(centers))
                 rows[row] = centers[chosen.get(instance, pick)]
             planes.append(torch.from_numpy(rows).to(where.device)[where].permute(2, 0, 1))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..data.sample import image_tensor
 from ..families import Preset
-from ..io.images import PICTURE_SUFFIXES, read_labels, read_picture, scene_name
-from .scene import map_files
+from ..io.images import resize_nearest, resize_picture
+from ..io.names import LABELS, PICTURE, PICTURE_SUFFIXES, SUFFIXES, map_files, match
+from ..io.scene import SceneFiles, read_scene
 
 
 def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset,
@@ -36,22 +37,26 @@ def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset
         >>> preset = create_model("groupdnet_scenes", device="meta").preset
         >>> pictures = read_pictures([folder / "images"], [folder / "labels"], preset)
     """
-    found = [p for path in images for p in map_files("images", path, PICTURE_SUFFIXES)]
-    maps = [p for path in labels for p in map_files("image-labels", path)]
+    found = _files("images", images, PICTURE, PICTURE_SUFFIXES)
+    maps = [path for _, path in _files("image-labels", labels)]
     if any(path.is_dir() for path in (*images, *labels)):
-        by_scene = {scene_name(path): path for path in maps}
-        missing = next((p for p in found if scene_name(p) not in by_scene), None)
-        if missing is not None:
-            raise FileNotFoundError(f"image-labels: no map of scene {scene_name(missing)!r}; the "
-                                    "encoder needs the labels of every picture")
-        maps = [by_scene[scene_name(path)] for path in found]
+        own = dict(_files("image-labels", labels))
+        maps = match("image-labels", [name for name, _ in found], own)
     if len(maps) != len(found):
         raise ValueError(f"image-labels: expected {len(found)} label maps, one for each picture; "
                          f"got {len(maps)}")
     unknown = preset.dont_care if unknown is None else unknown
     size = preset.image_size
-    return [
-        (scene_name(picture), image_tensor(read_picture(picture, size))[None],
-         torch.from_numpy(read_labels(path, preset.classes, size, unknown))[None])
-        for picture, path in zip(found, maps, strict=True)
-    ]
+    pictures = []
+    for (name, path), of in zip(found, maps, strict=True):
+        scene = read_scene(SceneFiles(name, path, of), preset.classes, unknown=unknown,
+                           option="--unknown")
+        assert scene.picture is not None and scene.labels is not None
+        pictures.append((name, image_tensor(resize_picture(scene.picture, size))[None],
+                         torch.from_numpy(resize_nearest(scene.labels, size))[None]))
+    return pictures
+
+
+def _files(option: str, paths: Sequence[Path], role: str = LABELS,
+           suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Path]]:
+    return [pair for path in paths for pair in map_files(option, path, role, suffixes).items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,18 +14,13 @@ from torch import Tensor
 
 from smis_kernels import use_backend
 
+from ..data.sample import image_tensor
 from ..data.scenes import palette, sample_scene
 from ..families import Pix2pixHDPreset, Preset
-from ..io.images import (
-    PICTURE_SUFFIXES,
-    SUFFIXES,
-    Picture,
-    read_instances,
-    read_labels,
-    read_picture,
-    scene_name,
-    to_pictures,
-)
+from ..io.images import Picture, resize_nearest, resize_picture
+from ..io.names import INSTANCES, LABELS, PICTURE, PICTURE_SUFFIXES, map_files, match
+from ..io.scene import SceneFiles, read_scene
+from .codes import draw_code
 from .features import FeatureClusters
 
 # What a model's data set shows: by the model's name, else by its number of classes.
@@ -37,13 +32,15 @@ _SCENES: dict[str | int, tuple[str, ...]] = {
 class Layout:
     """A scene to synthesise: (H, W) labels and, where the model reads them, instance ids.
 
-    ``class_names`` are of all classes where they are known.
+    ``class_names`` are of all classes where they are known; ``source_size`` is the (height, width)
+    that the map had in its file.
     """
 
     name: str
     labels: NDArray[np.int64]
     instances: NDArray[np.int64] | None
     class_names: tuple[str, ...] = ()
+    source_size: tuple[int, int] | None = None
 
     @property
     def present(self) -> list[int]:
@@ -66,36 +63,48 @@ class Layout:
         return palette(num_classes)[self.labels]
 
 
-def map_files(name: str, path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """A file, or the files of a folder by name; errors speak of the option ``name``."""
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: {path} does not exist; give a PNG or a folder of PNGs")
-    if path.is_file():
-        return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
-    if not found:
-        raise FileNotFoundError(f"{name}: no {', '.join(suffixes)} file in {path}")
-    return found
+class Layouts(Sequence[Layout]):
+    """Layouts on disk, at the model's size: each is read where it is asked for, and not kept.
 
+    Args:
+        files: labels, and instances where the model reads them.
+        preset: of the model.
+        unknown: the class for pixels labelled 255; by default the preset's don't-care class.
+    """
 
-def _instances_of(paths: Sequence[Path], instances: str | Path) -> dict[str, Path]:
-    """The instance map of every scene in ``paths``."""
-    given = map_files("instances", Path(instances))
-    single = len(paths) == len(given) == 1
-    ids = {scene_name(paths[0] if single else p): p for p in given}
-    for path in paths:
-        if scene_name(path) not in ids:
-            scene = scene_name(path)
-            raise FileNotFoundError(f"instances: no map of scene {scene!r} in {instances}")
-    return ids
+    def __init__(self, files: Sequence[SceneFiles], preset: Preset,
+                 unknown: int | None = None) -> None:
+        self.files, self._preset = list(files), preset
+        self._unknown = preset.dont_care if unknown is None else unknown
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Layout: ...
+    @overload
+    def __getitem__(self, index: slice) -> Layouts: ...
+    def __getitem__(self, index: int | slice) -> Layout | Layouts:
+        if isinstance(index, slice):
+            return Layouts(self.files[index], self._preset, self._unknown)
+        preset = self._preset
+        scene = read_scene(self.files[index], preset.classes, unknown=self._unknown,
+                           option="--unknown")
+        assert scene.labels is not None
+        ids = scene.instances
+        return Layout(
+            scene.name, resize_nearest(scene.labels, preset.image_size),
+            None if ids is None else resize_nearest(ids, preset.image_size),
+            source_size=scene.size,
+        )
 
 
 def read_layouts(labels: str | Path, instances: str | Path | None, preset: Preset,
-                 unknown: int | None = None) -> list[Layout]:
+                 unknown: int | None = None) -> Layouts:
     """The layouts in a label map or a folder of them, resized to the model's size.
 
     Args:
-        labels: a PNG, or a folder of PNGs.
+        labels: a PNG, or a folder of PNGs, searched with its subfolders.
         instances: the same for instance ids; files of a folder are matched by scene, that is by
             their names without endings such as ``_labelIds`` and ``_instanceIds``.
         preset: of the model.
@@ -103,23 +112,20 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Prese
 
     Raises:
         FileNotFoundError: a path, or the instance map of a scene, is missing.
-        ImageError: a file is not an index map in range.
-        ValueError: the model reads instances and none are given.
+        ValueError: the model reads instances and none are given; files of another role, or two of
+            one scene.
+        ImageError: (when a layout is read) a file is not an index map in range.
     """
-    paths = map_files("labels", Path(labels))
-    ids: dict[str, Path] = {}
+    maps = map_files("labels", labels, LABELS)
+    ids: list[Path | None] = [None] * len(maps)
     if preset.instance_edge:
         if instances is None:
             raise ValueError("instances: this model reads instance maps; give --instances")
-        ids = _instances_of(paths, instances)
-    unknown = preset.dont_care if unknown is None else unknown
-    return [
-        Layout(
-            scene_name(path), read_labels(path, preset.classes, preset.image_size, unknown),
-            read_instances(ids[scene_name(path)], preset.image_size) if ids else None,
-        )
-        for path in paths
-    ]
+        ids = [*match("instances", list(maps), map_files("instances", instances, INSTANCES))]
+    if unknown is not None and not 0 <= unknown < preset.classes:
+        raise ValueError(f"unknown: expected a class 0..{preset.classes - 1}, got {unknown}")
+    return Layouts([SceneFiles(name, labels=path, instances=own)
+                    for (name, path), own in zip(maps.items(), ids, strict=True)], preset, unknown)
 
 
 def sample_layouts(preset: Preset, count: int, seed: int = 0, model: str = "") -> list[Layout]:
@@ -139,25 +145,6 @@ def semantics(model: Any, layout: Layout) -> Tensor:
     """The model's input planes of one layout."""
     planes: Tensor = model.semantics(*layout.tensors())
     return planes
-
-
-def draw_code(model: Any, seed: int) -> Tensor:
-    """A latent code (1, 8C, h, w) from N(0, 1); the same seed, the same code."""
-    code: Tensor = model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
-    return code
-
-
-def drawn_code(model: Any, seed: int) -> Tensor:
-    """As :func:`draw_code`, of a model that must read one.
-
-    Raises:
-        ValueError: a model that reads none.
-    """
-    z: Tensor | None = draw_code(model, seed)
-    if z is None:
-        raise ValueError(f"model: expected one with a latent code, got {model.name}, which paints "
-                         "one picture for a layout")
-    return z
 
 
 def read_clusters(preset: Preset, path: str | Path | None) -> FeatureClusters | None:
@@ -200,35 +187,13 @@ def read_photographs(images: str | Path, instances: str | Path, size: tuple[int,
         FileNotFoundError: a path, or the instance map of a scene, is missing.
         ImageError: a file is not what it was given as.
     """
-    paths = map_files("images", Path(images), PICTURE_SUFFIXES)
-    ids = _instances_of(paths, instances)
-    for path in paths:
-        picture = torch.from_numpy(read_picture(path, size).copy()).permute(2, 0, 1)[None]
-        map_of_ids = read_instances(ids[scene_name(path)], size)
-        yield picture / 127.5 - 1, torch.from_numpy(map_of_ids)[None]
-
-
-def resample_class(model: Any, z: Tensor, index: int, seed: int) -> Tensor:
-    """``z`` with the code of class ``index`` drawn anew and all others held."""
-    channels = model.generator.class_channels(index)
-    changed = z.clone()
-    changed[:, channels] = draw_code(model, seed)[:, channels]
-    return changed
-
-
-def morph(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """From ``start`` (t = 0) to ``end`` (t = 1), with the variance of a code all the way.
-
-    .. math:: z = ((1 - t) z_0 + t z_1) / \\sqrt{(1 - t)^2 + t^2}
-    """
-    mixed: Tensor = torch.lerp(start, end, t) / ((1 - t) ** 2 + t**2) ** 0.5
-    return mixed
-
-
-@torch.no_grad()
-def pictures(model: Any, planes: Tensor, codes: Sequence[Tensor | None]) -> list[Picture]:
-    """One picture per code."""
-    return [picture for z in codes for picture in to_pictures(model(planes, z))]
+    found = map_files("images", images, PICTURE, PICTURE_SUFFIXES)
+    ids = match("instances", list(found), map_files("instances", instances, INSTANCES))
+    for (name, path), own in zip(found.items(), ids, strict=True):
+        scene = read_scene(SceneFiles(name, path, instances=own), 0)
+        assert scene.picture is not None and scene.instances is not None
+        yield (image_tensor(resize_picture(scene.picture, size))[None],
+               torch.from_numpy(resize_nearest(scene.instances, size))[None])
 
 
 def _scale_to(deviation: float) -> Any:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from smis_kernels import LabelLayout
 from smis_kernels.interface import Prepared, Settings, Stamp, TableCache
 
+from ..io.seeds import derived_seed
 from ..networks import semantics as label_maps
+from .codes import code_parts, interpolate
 from .graphs import GraphedGenerator, capture
 
 
@@ -114,9 +116,12 @@ class Synthesizer:
 
     def code(self, seed: int) -> Tensor | None:
         """A latent code for every image of the layout, from N(0, 1); None for a model without."""
-        generator = torch.Generator().manual_seed(seed)
-        z: Tensor | None = self._generator.sample_latent(self._layout.shape[0], generator)
-        return z
+        codes = [self._generator.sample_latent(1, torch.Generator().manual_seed(own))
+                 for own in (seed, *(derived_seed(seed, n) for n in range(1, len(self))))]
+        return None if codes[0] is None else torch.cat(codes)
+
+    def __len__(self) -> int:
+        return self._layout.shape[0]
 
     @torch.no_grad()
     def sample(self, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
@@ -167,11 +172,16 @@ class Synthesizer:
         return self.sample(changed)
 
     def morph(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
-        """Pictures (steps, N, 3, H, W) on the line from ``z0`` to ``z1``, both ends included."""
+        """Pictures (steps, N, 3, H, W) on the way from ``z0`` to ``z1``, both ends included.
+
+        The way is :func:`smis_models.synthesis.codes.interpolate`'s: each class's code keeps its
+        length.
+        """
         if steps < 2:
             raise ValueError(f"steps: expected at least 2, got {steps}")
         weights = torch.linspace(0, 1, steps).tolist()
-        return torch.stack([self.sample(torch.lerp(z0, z1, t)) for t in weights])
+        parts = code_parts(self._generator)
+        return torch.stack([self.sample(interpolate(z0, z1, t, parts)) for t in weights])
 
     def update(self, labels: Tensor | LabelLayout, instances: Tensor | None = None) -> None:
         """Go on with an edited map: table rows are computed only for windows not seen before."""

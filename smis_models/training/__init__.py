@@ -1,5 +1,6 @@
 """Training: one loop for all models, with configurations, checkpoints and logs."""
 
+from .checkpoints import continued
 from .config import DataConfig, LogConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from .options import from_dict, load_config, recipe, to_json
 from .recipes import RECIPES
@@ -19,6 +20,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "Trainer",
+    "continued",
     "from_dict",
     "load_config",
     "recipe",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -18,13 +20,9 @@ from smis_kernels.interface import requested
 from ..data import Batch, Collate, Draw, Sample, SceneDataset
 from ..data.build import build_dataset
 from ..families import Preset
+from ..io.seeds import derived_seed
 from .config import TrainConfig
 from .processes import Processes
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers; near ones give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneDataset:
@@ -37,6 +35,7 @@ def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneD
     return build_dataset(
         data.name, data.root, config.network, split, count=count or data.count, mode=data.mode,
         load=data.load, flip=data.flip, unknown=data.unknown, seed=config.seed,
+        option="--data.unknown",
     )
 
 
@@ -51,6 +50,8 @@ class MicroBatch:
         instances: (N, H, W) ids, or None.
         noise_seed, first, drawn: which random codes are this batch's: N of ``drawn``, from
             ``first`` on, so that several processes draw what one would.
+        share: what a mean over the classes that the pictures show counts for, where the batches of
+            a step show unequal numbers of them: this batch's over their mean.
     """
 
     image: Tensor
@@ -60,6 +61,7 @@ class MicroBatch:
     noise_seed: int = 0
     first: int = 0
     drawn: int | None = None
+    share: float = 1.0
     dense: bool = field(default_factory=lambda: requested() == "reference")
 
     @classmethod
@@ -85,12 +87,43 @@ class MicroBatch:
         """What the generator reads: the layout, or for the reference backend the planes."""
         return self.planes if self.dense or self.layout is None else self.layout
 
+    def shown(self, classes: int) -> Tensor:
+        """Which classes each picture shows, (N, classes) bool."""
+        found = torch.zeros(len(self), classes, dtype=torch.bool, device=self.labels.device)
+        return found.scatter_(1, self.labels.flatten(1).long(), True)
+
     def noise(self, like: Tensor, draw: int = 0) -> Tensor:
         """N(0, 1) of the shape of ``like`` (N, ...); ``draw`` numbers the draws of a step."""
-        generator = torch.Generator().manual_seed(seed_of(self.noise_seed, draw))
+        generator = torch.Generator().manual_seed(derived_seed(self.noise_seed, draw))
         shape = (self.drawn or len(self), *like.shape[1:])
         drawn = torch.randn(shape, generator=generator)
         return drawn[self.first : self.first + len(self)].to(like)
+
+
+class Place(NamedTuple):
+    """How far a run is: the epoch, and the pictures of its order that were seen."""
+
+    epoch: int
+    seen: int
+
+    @classmethod
+    def of(cls, step: int, length: int, batch: int) -> Place:
+        """Before a step of a run whose batch never changed."""
+        epoch, steps = divmod(step, length // batch)
+        return cls(epoch, steps * batch)
+
+    def settled(self, length: int, batch: int) -> Place:
+        """The same, or the next epoch's start where no batch is left of this one."""
+        return self if not self.seen or self.seen + batch <= length else Place(self.epoch + 1, 0)
+
+    def after(self, length: int, batch: int) -> Place:
+        """After one more step."""
+        return Place(self.epoch, self.seen + batch).settled(length, batch)
+
+    def left(self, epochs: int, length: int, batch: int) -> int:
+        """Steps that are left of ``epochs``."""
+        whole = (epochs - self.epoch) * (length // batch)
+        return max(0, whole - length // batch + (length - self.seen) // batch)
 
 
 class Order(Sampler[list[Draw]]):
@@ -101,26 +134,46 @@ class Order(Sampler[list[Draw]]):
         batch: images of a step over all processes and micro-batches.
         accumulate: micro-batches of a step.
         seed: of the permutations.
-        start: the step to begin with.
+        start: the place to begin with, or a step of a run whose batch never changed.
         processes: whose share it is.
     """
 
-    def __init__(self, length: int, batch: int, accumulate: int, seed: int, start: int,
+    def __init__(self, length: int, batch: int, accumulate: int, seed: int, start: Place | int,
                  processes: Processes) -> None:
         self.length, self.batch, self.accumulate = length, batch, accumulate
-        self.seed, self.start, self.processes = seed, start, processes
+        self.seed, self.processes = seed, processes
+        self.start = start if isinstance(start, Place) else Place.of(start, length, batch)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        steps, micro = self.length // self.batch, self.batch // self.accumulate
+        micro = self.batch // self.accumulate
         own = micro // self.processes.count
         first = self.processes.rank * own
-        epoch, skipped = divmod(self.start, steps)
+        epoch, seen = self.start
         while True:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
-            for begin in range(skipped * self.batch + first, steps * self.batch, micro):
+            end = seen + (self.length - seen) // self.batch * self.batch
+            for begin in range(seen + first, end, micro):
                 yield [Draw(index, epoch) for index in order[begin : begin + own]]
-            epoch, skipped = epoch + 1, 0
+            epoch, seen = epoch + 1, 0
+
+
+@contextmanager
+def _unsignalled() -> Iterator[None]:
+    """Processes that start here never see SIGTERM and SIGINT; a worker's end interrupts nobody.
+
+    Schedulers signal whole process groups: a worker that died of it would take the step with it.
+    torch's handler of SIGCHLD raises wherever the training process is, in the middle of an update
+    too; without it :class:`Batches` sees the end of a worker when it waits for its next batch.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Told(Dataset[Any]):
@@ -156,12 +209,21 @@ class _CollateTold:
 class Batches:
     """The micro-batches of all steps from ``start`` on; layouts are compiled by the workers.
 
+    Workers take no notice of the signals that stop a run, which the process that started them
+    heeds; one that ends is told of by :meth:`step` and nowhere else.
+
+    Args:
+        dataset, config, processes, device: of the run.
+        start: the step to begin with.
+        place: where it is in the order of the pictures; by default that of a run whose batch never
+            changed.
+
     Raises:
         ValueError: fewer pictures than a step needs, or a batch that cannot be shared equally.
     """
 
     def __init__(self, dataset: SceneDataset, config: TrainConfig, processes: Processes,
-                 device: torch.device, start: int = 0) -> None:
+                 device: torch.device, start: int = 0, place: Place | None = None) -> None:
         batch, accumulate = config.data.batch, config.optimizer.accumulate
         parts = accumulate * processes.count
         if batch % parts:
@@ -176,18 +238,24 @@ class Batches:
         self._accumulate, self._micro, self._own = accumulate, batch // accumulate, batch // parts
         self._seed, self._step = config.seed, start
         self._first, self._device = processes.rank * self._own, device
-        workers = config.data.workers
-        self._loader = DataLoader(
-            _Told(dataset),
-            batch_sampler=Order(len(dataset), batch, accumulate, config.seed, start, processes),
-            collate_fn=_CollateTold(config.network), num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-        )
+        self.length = len(dataset)
+        self._place = Place.of(start, self.length, batch) if place is None else place
+        self._dataset, self._config, self._processes = dataset, config, processes
         self._iterator: Iterator[Batch | Exception] | None = None
+
+    def _open(self) -> Iterator[Batch | Exception]:
+        config = self._config
+        order = Order(self.length, config.data.batch, self._accumulate, self._seed, self._place,
+                      self._processes)
+        loader = DataLoader(
+            _Told(self._dataset), batch_sampler=order, collate_fn=_CollateTold(config.network),
+            num_workers=config.data.workers, pin_memory=self._device.type == "cuda")
+        with _unsignalled():
+            return iter(loader)
 
     def _next(self) -> Batch:
         if self._iterator is None:
-            self._iterator = iter(self._loader)
+            self._iterator = self._open()
         try:
             made = next(self._iterator)
         except RuntimeError as error:
@@ -199,6 +267,15 @@ class Batches:
             raise made
         return made
 
+    def close(self, step: int, place: Place) -> None:
+        """End the workers; the next :meth:`step` is ``step``, at ``place``, with new ones."""
+        iterator: Any = self._iterator
+        if hasattr(iterator, "_shutdown_workers"):  # an error's traceback may hold the iterator
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that hangs; the interpreter would wait for it at its end
+        self._iterator, self._step, self._place = None, step, place
+
     def step(self) -> list[MicroBatch]:
         """The micro-batches of the next step, on the device.
 
@@ -208,7 +285,7 @@ class Batches:
         made = []
         for i in range(self._accumulate):
             batch = MicroBatch.of(self._next(), self._device)
-            batch.noise_seed = seed_of(self._seed, self._step, i)
+            batch.noise_seed = derived_seed(self._seed, self._step, i)
             batch.first, batch.drawn = self._first, self._micro
             made.append(batch)
         self._step += 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,16 @@ import torch
 from ..io.checkpoint import CheckpointError
 from ..io.files import replacing
 from .config import TrainConfig
-from .options import to_dict
+from .options import from_dict, to_dict
 
 STATE, WEIGHTS, CONFIG = "checkpoint.pt", "model.safetensors", "config.json"
-_FORMAT = 1
+RECORD, LOSSES, BEST = "record.json", "losses.csv", "best.safetensors"
+KEPT = "kept"
+TRAINING = "smis_training"  # of the weights' metadata
+_FORMAT = 2
 # What may differ between a run and its continuation: anything that no saved tensor depends on.
 _FREE = ("data", "schedule", "log", "losses", "optimizer", "init", "precision")
+_FIXED = ("schedule.freeze_global_epochs",)  # of those all the same: the optimizer follows it
 
 
 def save_state(folder: Path, state: dict[str, Any], config: TrainConfig) -> Path:
@@ -38,32 +45,99 @@ def save_state(folder: Path, state: dict[str, Any], config: TrainConfig) -> Path
     return path
 
 
+def read_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The state in ``folder``; ``mapped``: its tensors stay in the file until they are read.
+
+    Raises:
+        CheckpointError: none there, damaged, or of another version.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise CheckpointError(f"resume: no {STATE} in {folder}; train without --resume first, or "
+                              "with --resume auto")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True,
+                                           mmap=mapped)
+    except Exception as error:  # the parser raises many kinds on damaged bytes
+        kept = f"; {folder / KEPT} has earlier ones, copy one over it" if any(
+            (folder / KEPT).glob("*.pt")) else ""
+        raise CheckpointError(f"resume: {path} cannot be read "
+                              f"({str(error).partition(chr(10))[0][:100]}){kept}") from error
+    if state.get("format") != _FORMAT:
+        raise CheckpointError(f"resume: {path} is no training state of this version")
+    return state
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any],
+                prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Option -> (then, now), where two configurations of plain types differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in now:
+        was, value = then.get(key), now[key]
+        if isinstance(value, Mapping) and isinstance(was, Mapping):
+            found |= differences(was, value, f"{prefix}{key}.")
+        elif was != value:
+            found[prefix + key] = was, value
+    return found
+
+
 def load_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
     """The state in ``folder``, of a run with the same model, network and seed.
 
     Raises:
         CheckpointError: none there, damaged, or of another model or seed: the options that differ.
     """
-    path = folder / STATE
-    if not path.is_file():
-        raise CheckpointError(f"resume: no {STATE} in {folder}; train without --resume first")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the parser raises many kinds on damaged bytes
-        raise CheckpointError(f"resume: {path} cannot be read "
-                              f"({str(error).partition(chr(10))[0][:100]})") from error
-    if state.get("format") != _FORMAT:
-        raise CheckpointError(f"resume: {path} is no training state of this version")
+    state = read_state(folder)
     then, now = state["config"], to_dict(config)
-    for key in now:
-        if key not in _FREE and then.get(key) != now[key]:
-            inner = [f"{key}.{k}" for k in now[key] if then[key].get(k) != now[key][k]] if (
-                isinstance(now[key], dict) and isinstance(then.get(key), dict)) else [key]
-            raise CheckpointError(
-                f"resume: {', '.join(inner)} differ from those of the run in {folder}; give the "
-                "options that it was started with, or another --out"
-            )
+    fixed = [name for name in differences(then, now)
+             if name.partition(".")[0] not in _FREE or name in _FIXED]
+    if fixed:
+        raise CheckpointError(
+            f"resume: {', '.join(fixed)} differ from those of the run in {folder}; give the "
+            "options that it was started with, or another --out"
+        )
     if (now["optimizer"]["ema"] > 0) != (state["average"] is not None):
         raise CheckpointError(f"resume: optimizer.ema was {then['optimizer']['ema']} in {folder}; "
                               "a moving average cannot begin or end midway")
     return state
+
+
+def continued(folder: Path, arguments: Sequence[str] = ()) -> TrainConfig:
+    """The configuration that the run in ``folder`` goes on with: its own, changed by ``arguments``.
+
+    Raises:
+        CheckpointError: no state there, or it cannot be read.
+        ValueError: as :func:`smis_models.training.from_dict`.
+
+    Example:
+        >>> config = continued(Path("run"), ["--data.batch", "4"])
+        >>> outcome = train(config, "run", resume=True)
+    """
+    return from_dict(read_state(folder, mapped=True)["config"], arguments)
+
+
+def keep(folder: Path, step: int, epoch: int | None, last: int) -> None:
+    """Let the state and the weights of now stay in ``folder/kept``.
+
+    Args:
+        folder: of the run.
+        step: of the state.
+        epoch: that the state ends, of one that stays for good; None of others.
+        last: how many of the others stay; 1: checkpoint.pt alone.
+    """
+    kept = folder / KEPT
+    names = [f"step_{step:07d}"] if last > 1 else []
+    names += [] if epoch is None else [f"epoch_{epoch:04d}"]
+    if names:
+        kept.mkdir(exist_ok=True)
+    for name in names:
+        for source in (folder / STATE, folder / WEIGHTS):
+            with replacing(kept / (name + source.suffix)) as partial:
+                partial.unlink()
+                try:
+                    os.link(source, partial)  # the next save replaces the source, not its content
+                except OSError:
+                    shutil.copyfile(source, partial)
+    for old in sorted(kept.glob("step_*.pt"))[: None if last == 1 else -last]:
+        old.unlink()
+        old.with_suffix(Path(WEIGHTS).suffix).unlink(missing_ok=True)

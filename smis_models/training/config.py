@@ -31,7 +31,7 @@ class LossConfig:
         feature_matching: L1 between the discriminator's features of fake and real.
         perceptual: L1 between VGG19 features of fake and real.
         vgg: file with torchvision's VGG19 weights, or None for the copy in torch's cache; where
-            there is none, the term is off, and a warning says so.
+            there is none, training does not start.
         kl: divergence of the codes from N(0, 1), summed over the images of a whole step.
         code_noise: factor of the posterior's noise in the codes that are painted from; 1 as
             published, 0 paints from the mean, which starts codes that noise would keep unused.
@@ -116,13 +116,19 @@ class ScheduleConfig:
         epochs: with constant learning rates (the papers' niter).
         decay_epochs: with falling ones (niter_decay).
         freeze_global_epochs: train pix2pixHD's local enhancers alone at first (niter_fix_global).
+        falls: "after": the k-th of the falling epochs has 1 - (k - 1) / decay_epochs of the rates,
+            so that the first is as before (pix2pixHD, SPADE, GroupDNet, CC-FPSE); "before":
+            1 - k / (decay_epochs + 1) (BicycleGAN).
     """
 
     epochs: int = 50
     decay_epochs: int = 0
     freeze_global_epochs: int = 0
+    falls: Literal["after", "before"] = "after"
 
     def __post_init__(self) -> None:
+        if self.falls not in ("after", "before"):
+            raise ValueError(f"schedule.falls: expected after or before; got {self.falls!r}")
         _at_least("schedule", self, 0, "epochs", "decay_epochs", "freeze_global_epochs")
         if self.epochs + self.decay_epochs == 0:
             raise ValueError("schedule.epochs: expected at least one epoch, got 0 + 0")
@@ -134,8 +140,12 @@ class ScheduleConfig:
 
     def factor(self, epoch: int) -> float:
         """What the learning rates are multiplied by in epoch 0, 1, ..."""
-        late = max(0, epoch - self.epochs)
-        return 1 - late / self.decay_epochs if late else 1.0
+        late = epoch + 1 - self.epochs
+        if late <= 0:
+            return 1.0
+        if self.falls == "before":
+            return 1 - late / (self.decay_epochs + 1)
+        return 1 - (late - 1) / self.decay_epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,26 +184,41 @@ class LogConfig:
     """What is written while training, and how often (in steps).
 
     Args:
-        every: losses to losses.csv, TensorBoard and the progress bar.
+        every: losses to losses.csv, TensorBoard, Weights & Biases and the progress bar.
         checkpoint_every: state to checkpoint.pt and weights to model.safetensors.
+        keep: the last states that stay; more than one lie in kept/.
+        keep_epochs: every so many epochs the state stays for good, in kept/; 0: none does.
+        best: keep the weights that do best on held-out scenes at a checkpoint, best.safetensors:
+            by the L1 of "pixel"s or the "perceptual" loss between photographs and pictures of
+            their own codes.
+        best_scenes: how many held-out scenes that is measured on.
         grid_every: a grid of samples to grids/; 0 for none.
         grid_split: split whose first scenes are on the grids.
         rows: scenes on a grid.
         samples: pictures of each scene on a grid.
         tensorboard: write TensorBoard files too.
+        wandb: log to Weights & Biases too.
     """
 
     every: int = 50
     checkpoint_every: int = 500
+    keep: int = 1
+    keep_epochs: int = 0
+    best: Literal["pixel", "perceptual"] | None = None
+    best_scenes: int = 32
     grid_every: int = 500
     grid_split: Literal["train", "val", "test"] = "val"
     rows: int = 4
     samples: int = 3
     tensorboard: bool = True
+    wandb: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("log", self, 1, "every", "checkpoint_every", "rows", "samples")
-        _at_least("log", self, 0, "grid_every")
+        _at_least("log", self, 1, "every", "checkpoint_every", "rows", "samples", "keep",
+                  "best_scenes")
+        _at_least("log", self, 0, "grid_every", "keep_epochs")
+        if self.best not in (None, "pixel", "perceptual"):
+            raise ValueError(f"log.best: expected pixel, perceptual or null; got {self.best!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +267,9 @@ class TrainConfig:
                 "schedule.freeze_global_epochs: expected fewer than all epochs "
                 f"({self.schedule.total}), got {self.schedule.freeze_global_epochs}"
             )
+        if self.log.best == "perceptual" and not self.losses.perceptual:
+            raise ValueError("log.best: expected pixel, for losses.perceptual is 0 and its network "
+                             "is not loaded; got 'perceptual'")
         if self.data.batch % self.optimizer.accumulate:
             raise ValueError(
                 f"data.batch: expected a multiple of optimizer.accumulate "

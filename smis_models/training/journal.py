@@ -1,16 +1,17 @@
-"""What a run leaves: losses.csv, TensorBoard files, grids of samples, and a progress bar."""
+"""What a run leaves: losses.csv, TensorBoard files or Weights & Biases, speed and memory."""
 
 from __future__ import annotations
 
 import csv
 import io
-import resource
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -47,6 +48,10 @@ def memory(device: torch.device) -> float:
     """Peak memory in MB: of the GPU, or the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
@@ -59,7 +64,8 @@ class LossTable:
         self._rows: list[dict[str, str]] = []
         if step and path.exists():
             with path.open(newline="") as file:
-                self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            self._rows = [row for row in rows if int(row["step"]) <= step]  # whole lines alone
         self._names: list[str] = list(self._rows[0]) if self._rows else []
         self._write()
 
@@ -83,17 +89,27 @@ class LossTable:
                 csv.DictWriter(file, self._names, lineterminator="\n").writerow(texts)
 
 
-class Board:
-    """TensorBoard files, where wanted.
+class Sink(Protocol):
+    """Where curves and pictures go."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point on the curve of each value."""
+
+    def picture(self, name: str, picture: Picture, step: int) -> None:
+        """One (H, W, 3) picture."""
+
+    def close(self) -> None:
+        """Write what is pending."""
+
+
+class TensorBoard:
+    """TensorBoard files in ``folder/tensorboard``.
 
     Raises:
         ValueError: tensorboard is not installed.
     """
 
-    def __init__(self, folder: Path, wanted: bool, step: int) -> None:
-        self._writer: Any = None
-        if not wanted:
-            return
+    def __init__(self, folder: Path, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -102,17 +118,65 @@ class Board:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, picture: Picture, step: int) -> None:
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases; a run that goes on is the same run there.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int, options: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("log.wandb: wandb is not installed; pip install wandb, or leave "
+                             "--log.wandb out") from error
+        name = folder / "wandb.id"
+        if not step or not name.exists():
+            write_atomically(name, uuid.uuid4().hex.encode())
+        self._image = wandb.Image
+        self._run = wandb.init(project="smis", name=folder.name, dir=str(folder), resume="allow",
+                               id=name.read_text(), config=dict(options))
+        # Its own steps never go back, as those of a run do that goes on from a checkpoint.
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def picture(self, name: str, picture: Picture, step: int) -> None:
+        self._run.log({name: self._image(picture), "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Board:
+    """All sinks as one."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
         """One point on the curve of each value."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for sink in self._sinks:
+            sink.scalars(values, step)
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
         """One (H, W, 3) picture."""
-        if self._writer is not None:
-            self._writer.add_image(name, picture, step, dataformats="HWC")
+        for sink in self._sinks:
+            sink.picture(name, picture, step)
 
     def close(self) -> None:
         """Write what is pending."""
-        if self._writer is not None:
-            self._writer.close()
+        for sink in self._sinks:
+            sink.close()

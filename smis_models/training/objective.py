@@ -65,7 +65,7 @@ class Objective:
         config: weights.
         parts: of the batch that a step's gradients are averaged over (processes x micro-batches);
             terms that sum over images are multiplied by it.
-        perceptual: the VGG19 loss; None leaves the term out.
+        perceptual: the VGG19 loss; None where no loss is computed, as for grids of samples.
 
     Raises:
         ValueError: a term that the model cannot have.
@@ -82,6 +82,11 @@ class Objective:
     def coded(self) -> bool:
         """Whether pictures are painted from a latent code that an encoder finds."""
         return self.preset.has_encoder
+
+    @property
+    def coded_by_class(self) -> bool:
+        """Whether each class has a code of its own."""
+        return self.coded and hasattr(self.model.generator, "class_channels")
 
     def _check(self, config: TrainConfig) -> None:
         weights = config.losses
@@ -106,14 +111,17 @@ class Objective:
         return gan_loss(verdict, real, discriminator=discriminator, mode=self.weights.gan,
                         reduction=self.weights.scales)
 
-    def paint(self, batch: MicroBatch, losses: Losses) -> Tensor:
-        """Pictures with the codes of the batch's own; adds the KL term to ``losses``."""
+    def paint(self, batch: MicroBatch, losses: Losses, draw: int = 0) -> Tensor:
+        """Pictures with the codes of the batch's own; adds the KL term to ``losses``.
+
+        ``draw`` numbers the noise of the codes.
+        """
         if not self.coded:
             return self.model.generator(batch.semantics, None)
         mu, logvar = self.encode(batch)
         if self.weights.kl > 0:
             losses["kl"] = self.weights.kl * self.parts * kl_loss(mu, logvar)
-        noise = self.weights.code_noise * batch.noise(mu)
+        noise = self.weights.code_noise * batch.noise(mu, draw)
         return self.model.generator(batch.semantics, reparameterize(mu, logvar, noise=noise))
 
     def generator(self, batch: MicroBatch) -> tuple[Losses, list[Tensor]]:
@@ -127,7 +135,10 @@ class Objective:
                 verdicts.fake, True, discriminator=False)
             if weights.feature_matching > 0:
                 losses["feature_matching"] = weights.feature_matching * verdicts.matching()
-        if self.perceptual is not None:
+        if weights.perceptual > 0:
+            if self.perceptual is None:
+                raise ValueError("perceptual: expected the VGG19 loss, for losses.perceptual is "
+                                 f"{weights.perceptual:g}; got None")
             losses["perceptual"] = weights.perceptual * self.perceptual(fake, batch.image)
         if weights.pixel > 0:
             losses["pixel"] = weights.pixel * self.distance(fake.float(), batch)
@@ -172,21 +183,21 @@ class Objective:
         """How well the encoder, held still, finds ``z`` in ``fake``, by the classes it shows."""
         with held(self.model.encoder):
             mean, _ = self.encode(replace(batch, image=fake))
-        if not hasattr(self.model.generator, "class_channels"):
+        if not self.coded_by_class:
             return latent_regression_loss(mean, z)
         count = self.preset.classes
-        shown = F.one_hot(batch.labels.flatten(1).long(), count).any(1).repeat_interleave(
+        shown = batch.shown(count).repeat_interleave(
             mean.shape[1] // count, 1)[:, :, None, None].expand_as(mean)
-        return latent_regression_loss(mean[shown], z[shown])
+        return batch.share * latent_regression_loss(mean[shown], z[shown])
 
     def repaint(self, batch: MicroBatch, fakes: Sequence[Tensor]) -> list[Tensor]:
         """What the discriminator learns from: ``fakes``, or the updated generator's pictures."""
         if self.reuse_fake:
             return [fake.detach() for fake in fakes]
-        with torch.no_grad():
-            painted = [self.paint(batch, {})]
+        with torch.no_grad():  # codes of their own, as the published loops draw them anew
+            painted = [self.paint(batch, {}, 3)]
             if self._draws:
-                painted.append(self.model.generator(batch.semantics, self._code(batch, 1)))
+                painted.append(self.model.generator(batch.semantics, self._code(batch, 4)))
         return painted
 
     def discriminator(self, batch: MicroBatch, fakes: Sequence[Tensor]) -> Losses:
@@ -236,7 +247,7 @@ class Pix2pixHDObjective(Objective):
         features: Tensor = self.model.encoder(batch.image, batch.instances)
         return features
 
-    def paint(self, batch: MicroBatch, losses: Losses) -> Tensor:
+    def paint(self, batch: MicroBatch, losses: Losses, draw: int = 0) -> Tensor:
         return self.model.generator(batch.planes, self.features(batch))
 
     def discriminate(self, batch: MicroBatch, fake: Tensor) -> Verdicts:

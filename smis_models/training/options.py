@@ -20,7 +20,7 @@ def _parser(network: type[Preset]) -> Any:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise ValueError("jsonargparse: not installed, which reads training options; "
-                         "pip install 'smis-kernels[train]'") from error
+                         "pip install 'smis-kernels[models]'") from error
     parser = ArgumentParser(prog="smis train CONFIG", exit_on_error=False)
     parser.add_class_arguments(TrainConfig, skip={"network"})
     parser.add_argument("--network", type=network)

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..data import Collate
 from ..data.scenes import palette
-from ..io.checkpoint import save_checkpoint
+from ..io.checkpoint import CheckpointError, read_metadata, save_checkpoint
+from ..io.files import remove_partial
 from ..io.images import grid, to_pictures, write_atomically, write_png
-from .batches import Batches, MicroBatch, dataset
-from .checkpoints import CONFIG, STATE, WEIGHTS, load_state, save_state
+from ..io.provenance import commit, versions
+from .batches import Batches, MicroBatch, Place, dataset
+from .checkpoints import (
+    BEST,
+    CONFIG,
+    KEPT,
+    LOSSES,
+    RECORD,
+    STATE,
+    TRAINING,
+    WEIGHTS,
+    differences,
+    keep,
+    load_state,
+    save_state,
+)
 from .config import TrainConfig
-from .journal import Board, Clock, LossTable, memory
+from .journal import Board, Clock, LossTable, Sink, TensorBoard, WandB, memory
 from .objective import objective
-from .options import to_json
+from .options import to_dict, to_json
 from .processes import Processes, joined
-from .trainer import Trainer
+from .trainer import NonFiniteLoss, Trainer
+
+Resume = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +49,17 @@ class Progress:
 
     Attributes:
         step, steps: done, and to do in all.
+        epoch, epochs: the one that the step is of, from 1 on, and how many there are.
+        left: seconds until the end, at the speed of this process so far.
         values: losses, learning rates, ``images_per_second``, ``waiting`` (share of the time spent
             waiting for data), ``memory`` (MB).
     """
 
     step: int
     steps: int
+    epoch: int
+    epochs: int
+    left: float
     values: dict[str, float]
 
 
@@ -61,15 +85,17 @@ class Outcome:
 class Run:
     """One training run in ``folder``.
 
-    Files: config.json, losses.csv, checkpoint.pt (all that ``resume`` needs), model.safetensors
-    (weights for ``create_model``), grids/, tensorboard/.
+    Files: config.json (the options in force), record.json (what was computed, by which source, and
+    what was changed on the way), losses.csv, checkpoint.pt (all that ``resume`` needs),
+    model.safetensors (weights for ``create_model``), kept/, best.safetensors, grids/, tensorboard/.
 
     Args:
-        config: all options.
-        folder: written to.
+        config: all options. Where a run goes on they may differ from those that it began with, in
+            all but model, network and seed; each difference is told by a warning and recorded.
+        folder: written to, by one run at a time.
         device: of the networks.
-        resume: go on from ``folder``'s checkpoint; the losses are those of a run without a break,
-            on the CPU to the bit.
+        resume: go on from ``folder``'s checkpoint; "auto": where there is one. The losses are those
+            of a run without a break, on the CPU to the bit.
         processes: that train together.
 
     Raises:
@@ -78,26 +104,61 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, folder: str | Path, *,
-                 device: torch.device | str = "cpu", resume: bool = False,
+                 device: torch.device | str = "cpu", resume: Resume = False,
                  processes: Processes | None = None) -> None:
         self.config, self.folder = config, Path(folder)
         self.processes = processes or Processes()
-        if not resume and (self.folder / STATE).exists():
+        there = (self.folder / STATE).exists()
+        if there and not resume:
             raise ValueError(f"out: {self.folder} holds a run; --resume goes on with it, another "
                              "--out starts anew")
-        state = load_state(self.folder, config) if resume else None
-        self.trainer = Trainer(config, device, self.processes)
+        state = load_state(self.folder, config) if there or resume is True else None
+        self.trainer = Trainer(config, device, self.processes, fresh=state is None)
+        self._history: list[dict[str, Any]] = []
+        place = Place(0, 0)
         if state is not None:
             self.trainer.load_state(state)
+            place, self._history = Place(*state["place"]), list(state["history"])
         pictures = dataset(config, "train")
+        self.place = place.settled(len(pictures), config.data.batch)
         self.batches = Batches(pictures, config, self.processes, self.trainer.device,
-                               self.trainer.step_count)
-        self.steps = config.schedule.total * self.batches.steps_per_epoch
+                               self.trainer.step_count, self.place)
+        self.steps = self.trainer.step_count + self.place.left(
+            config.schedule.total, len(pictures), config.data.batch)
+        if state is not None:
+            self._tell_changes(state)
         self._shown = self._grid_batch() if config.log.grid_every else None
+        self._saved = self.trainer.step_count if there else -1
         if self.processes.first:
+            remove_partial(self.folder, STATE, WEIGHTS, CONFIG, RECORD, LOSSES, BEST)
+            remove_partial(self.folder / KEPT, "*")
+            remove_partial(self.folder / "grids", "*.png")
             write_atomically(self.folder / CONFIG, to_json(config).encode())
-            self._table = LossTable(self.folder / "losses.csv", self.trainer.step_count)
-            self._board = Board(self.folder, config.log.tensorboard, self.trainer.step_count)
+            self._table = LossTable(self.folder / LOSSES, self.trainer.step_count)
+            self._board = Board(self._sinks())
+
+    def _sinks(self) -> list[Sink]:
+        log, step = self.config.log, self.trainer.step_count
+        sinks: list[Sink] = []
+        if log.tensorboard:
+            sinks.append(TensorBoard(self.folder, step))
+        if log.wandb:
+            sinks.append(WandB(self.folder, step, to_dict(self.config)))
+        return sinks
+
+    def _tell_changes(self, state: dict[str, Any]) -> None:
+        """Warn of what is not as it was, and note it for the record."""
+        changed = differences(state["config"], to_dict(self.config))
+        if state["pictures"] != self.batches.length:
+            changed["data (pictures)"] = state["pictures"], self.batches.length
+        if not changed:
+            return
+        step = self.trainer.step_count
+        self._history.append({"step": step, "changed": {k: list(v) for k, v in changed.items()}})
+        for name, (was, now) in changed.items():
+            if self.processes.first:
+                warnings.warn(f"resume: {name} was {was} up to step {step} and is {now} from here",
+                              stacklevel=3)
 
     def _grid_batch(self) -> MicroBatch | None:
         """The first held-out scenes."""
@@ -111,50 +172,98 @@ class Run:
     def __call__(self, report: Callable[[Progress], None] = lambda progress: None, *,
                  minutes: float | None = None,
                  stop: Callable[[], bool] = lambda: False) -> Outcome:
-        """Train to the end, for ``minutes``, or until ``stop()`` says so after a step.
+        """Train to the end, for ``minutes``, or until ``stop()`` says so before a step.
+
+        An error is raised when what is good has been saved.
 
         Raises:
-            NonFiniteLoss: a loss became NaN; the last checkpoint stays as it was.
+            NonFiniteLoss: a loss or a weight became NaN.
             CheckpointError: a checkpoint cannot be written; the earlier one stays.
+            ValueError, OSError: a picture that cannot be used, a worker that ended, a full disk.
         """
-        trainer, log = self.trainer, self.config.log
-        begin, clock, saved = time.monotonic(), Clock(), trainer.step_count
+        if self.processes.first and self._saved >= 0 and not self._exported():
+            self._export()  # the kill fell between the two files
+        try:
+            self._train(report, minutes, stop)
+        except BaseException as error:
+            self._rescue(error)
+            raise
+        finally:
+            self.batches.close(self.trainer.step_count, self.place)
+            if self.processes.first:
+                self._board.close()
+        return Outcome(self.trainer.step_count, self.steps, self.folder)
+
+    def _train(self, report: Callable[[Progress], None], minutes: float | None,
+               stop: Callable[[], bool]) -> None:
+        trainer, log, length = self.trainer, self.config.log, self.batches.length
+        batch, epochs = self.config.data.batch, log.keep_epochs
+        begin, first, clock = time.monotonic(), trainer.step_count, Clock()
         while trainer.step_count < self.steps:
-            with clock.waiting():
-                batches = self.batches.step()
-            epoch = trainer.step_count // self.batches.steps_per_epoch
+            failure: ValueError | OSError | None = None
+            try:
+                with clock.waiting():
+                    batches = self.batches.step()
+            except (ValueError, OSError) as error:
+                failure = error
+            late = (minutes is not None and trainer.step_count > first
+                    and time.monotonic() - begin > 60 * minutes)
+            # All processes stop before the same step, whichever of them has a reason.
+            worst = self._worst(2 if failure else 1 if late or stop() else 0)
+            if worst == 2:
+                raise failure or ValueError("data: another process cannot go on, and says why")
+            if worst == 1:
+                break
+            epoch = self.place.epoch
             losses = trainer.step(batches, epoch)
-            clock.count(self.config.data.batch)
+            self.place = self.place.after(length, batch)
+            clock.count(batch)
             step = trainer.step_count
             if step % log.every == 0 or step == 1:
-                self._log(losses, epoch, clock, report)
+                spent = (time.monotonic() - begin) / (step - first)
+                self._log(losses, epoch, clock, report, spent * (self.steps - step))
             if log.grid_every and step % log.grid_every == 0:
                 self._draw()
-            if step % log.checkpoint_every == 0:
-                self.save()
-                saved = step
-            late = minutes is not None and time.monotonic() - begin > 60 * minutes
-            if self._any(late or stop()):
-                break
-        if saved != trainer.step_count:
+            ended = epoch + 1 if self.place.epoch > epoch else None
+            stays = bool(epochs) and ended is not None and ended % epochs == 0
+            if step % log.checkpoint_every == 0 or stays:
+                self.save(ended if stays else None)
+        if self._saved != trainer.step_count:
             self.save()
-        if self.processes.first:
-            self._board.close()
-        return Outcome(trainer.step_count, self.steps, self.folder)
 
-    def _any(self, wish: bool) -> bool:
-        """Whether any process wants to stop: all stop after the same step."""
+    def _worst(self, state: int) -> int:
+        """The largest of the processes' numbers."""
         if self.processes.count == 1:
-            return wish
-        flag = torch.tensor([float(wish)], device=self.trainer.device)
-        torch.distributed.all_reduce(flag)
-        return bool(flag.item())
+            return state
+        worst = torch.tensor(state, device=self.trainer.device)
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        return int(worst.item())
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save what an error leaves good; say so in a warning."""
+        trainer = self.trainer
+        lost = trainer.step_count - max(self._saved, 0)
+        if not self.processes.first or not lost or isinstance(error, CheckpointError):
+            return
+        half = trainer.whole == "half"
+        if half:
+            self._history.append({"step": trainer.step_count, "changed": {
+                "generator": ["of this step", "of the next, whose discriminator failed"]}})
+        try:
+            if trainer.whole == "no":
+                raise ValueError("it came in the middle of an update")
+            self._write()
+        except (ValueError, OSError) as reason:
+            warnings.warn(f"train: {lost} steps since the last checkpoint are lost: {reason}",
+                          stacklevel=3)
+            return
+        with_half = ", with the generator's half of the next" if half else ""
+        warnings.warn(f"train: saved at step {trainer.step_count}{with_half}; --resume goes on "
+                      "from there", stacklevel=3)
 
     def _log(self, losses: dict[str, float], epoch: int, clock: Clock,
-             report: Callable[[Progress], None]) -> None:
-        step, names = self.trainer.step_count, list(losses)
-        values = torch.tensor([losses[name] for name in names], dtype=torch.float64)
-        losses = dict(zip(names, self.processes.mean(values).tolist(), strict=True))
+             report: Callable[[Progress], None], left: float) -> None:
+        step = self.trainer.step_count
         if not self.processes.first:
             return
         rate_g, rate_d = self.trainer.rates(epoch)
@@ -163,7 +272,8 @@ class Run:
         self._table.add({"step": step, "epoch": epoch, **values_, **speed})
         self._board.scalars({f"losses/{k}": v for k, v in losses.items()}, step)
         self._board.scalars({f"run/{k}": v for k, v in speed.items()}, step)
-        report(Progress(step, self.steps, {**values_, **speed}))
+        report(Progress(step, self.steps, epoch + 1, self.config.schedule.total, left,
+                        {**values_, **speed}))
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -183,19 +293,101 @@ class Run:
         write_png(self.folder / "grids" / f"{self.trainer.step_count:07d}.png", picture)
         self._board.picture("samples", picture, self.trainer.step_count)
 
-    def save(self) -> None:
-        """Write checkpoint.pt and model.safetensors, each whole or not at all."""
+    def save(self, epoch: int | None = None) -> None:
+        """Write checkpoint.pt, model.safetensors and record.json, each whole or not at all.
+
+        Args:
+            epoch: that has ended, where its state stays for good.
+
+        Raises:
+            NonFiniteLoss: a weight became NaN; the earlier checkpoint stays.
+            CheckpointError: a file cannot be written; the earlier one stays.
+        """
         if self.processes.first:
-            save_state(self.folder, self.trainer.state(), self.config)
-            painted = self.trainer.painter
-            kept = {n: m for n, m in painted.named_children() if n != "discriminator"}
-            save_checkpoint(type(painted)(painted.name, painted.preset, kept),
-                            self.folder / WEIGHTS)
+            self._write()
+            self._saved = self.trainer.step_count
+            keep(self.folder, self.trainer.step_count, epoch, self.config.log.keep)
+            if self.config.log.best is not None:
+                self._keep_best(self.config.log.best)
+        self._saved = self.trainer.step_count
         self.processes.wait()
+
+    def _write(self) -> None:
+        state = self.trainer.state()
+        for part in ("model", "average"):
+            for name, tensor in (state[part] or {}).items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NonFiniteLoss(
+                        f"weights: {name} is not finite after step {self.trainer.step_count}; the "
+                        "checkpoint of an earlier step stays; lower the learning rates, or train "
+                        "with precision fp32")
+        save_state(self.folder, {
+            **state, "place": list(self.place), "pictures": self.batches.length,
+            "history": self._history}, self.config)
+        self._export()
+
+    def _facts(self) -> dict[str, Any]:
+        """What was computed so far: the weights' metadata."""
+        perceptual = self.trainer.objective.perceptual
+        computed = self.trainer.computed
+        return {"step": self.trainer.step_count, "epoch": self.place.epoch, "losses": computed,
+                "perceptual": perceptual.facts if perceptual and "perceptual" in computed else None,
+                "ema": self.config.optimizer.ema, "precision": self.config.precision,
+                "changes": self._history}
+
+    def _painted(self) -> torch.nn.Module:
+        painted = self.trainer.painter
+        kept = {n: m for n, m in painted.named_children() if n != "discriminator"}
+        return type(painted)(painted.name, painted.preset, kept)
+
+    def _export(self) -> None:
+        """Write the weights, and the record."""
+        facts = self._facts()
+        save_checkpoint(self._painted(), self.folder / WEIGHTS, {TRAINING: json.dumps(facts)})
+        record = {**facts, "model": self.config.model, "pictures": self.batches.length,
+                  "processes": self.processes.count, "device": str(self.trainer.device),
+                  "commit": commit(), "versions": versions()}
+        write_atomically(self.folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+
+    def _exported(self) -> bool:
+        """Whether the weights and the record on disk are of the state's step."""
+        try:
+            facts = json.loads(read_metadata(self.folder / WEIGHTS)[TRAINING])
+            record = json.loads((self.folder / RECORD).read_text())
+        except (CheckpointError, FileNotFoundError, KeyError):
+            return False
+        return bool(facts["step"] == record["step"] == self.trainer.step_count)
+
+    @torch.no_grad()
+    def _keep_best(self, metric: str) -> None:
+        """Keep the weights where no checkpoint before did as well on held-out scenes."""
+        log, path = self.config.log, self.folder / BEST
+        scenes = dataset(self.config, log.grid_split, log.best_scenes)
+        count, size = min(log.best_scenes, len(scenes)), self.config.data.batch
+        painter, collate = self.trainer.painter.eval(), Collate(self.config.network)
+        shown = objective(painter, self.config)
+        total = 0.0
+        for first in range(0, count, size):
+            chosen = [scenes[i] for i in range(first, min(first + size, count))]
+            batch = MicroBatch.of(collate(chosen), self.trainer.device)
+            distance = (self.trainer.objective.perceptual if metric == "perceptual"
+                        else torch.nn.functional.l1_loss)
+            assert distance is not None
+            total += float(distance(shown.reconstruct(batch), batch.image)) * len(chosen)
+        painter.train()
+        found = {"metric": metric, "value": total / count, "scenes": count}
+        try:
+            before = json.loads(read_metadata(path)[TRAINING])["best"] if path.exists() else None
+        except (CheckpointError, KeyError):
+            before = None
+        named = before is not None and (before["metric"], before["scenes"]) == (metric, count)
+        if before is None or not named or found["value"] < before["value"]:
+            save_checkpoint(self._painted(), path, {
+                TRAINING: json.dumps({**self._facts(), "best": found})})
 
 
 def train(config: TrainConfig, folder: str | Path, *, device: torch.device | str = "cpu",
-          resume: bool = False, minutes: float | None = None,
+          resume: Resume = False, minutes: float | None = None,
           report: Callable[[Progress], None] = lambda progress: None,
           stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Train a model of the zoo in ``folder``; under torchrun all processes together.
@@ -205,7 +397,7 @@ def train(config: TrainConfig, folder: str | Path, *, device: torch.device | str
         folder, device, resume: as in :class:`Run`.
         minutes: stop after that long, with a checkpoint.
         report: called after every logged step by the first process.
-        stop: asked after every step.
+        stop: asked before every step.
 
     Example:
         >>> from smis_models import create_model

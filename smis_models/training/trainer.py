@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from ..data import Collate
 from ..families import SynthesisModel, create_model
 from ..families.pix2pixhd import LocalEnhancer
 from ..io.checkpoint import read_checkpoint
+from ..io.seeds import derived_seed
 from ..networks.perceptual import load_perceptual_loss
-from .batches import MicroBatch, dataset, seed_of
+from .batches import MicroBatch, dataset
 from .config import TrainConfig
 from .objective import DiscriminatorStep, GeneratorStep, Losses, held, objective
 from .optimizers import PRECISIONS, Average, adam, scaler, set_rate, trained_parameters
@@ -40,10 +41,17 @@ class Trainer:
         device: of the networks.
         processes: that train together; gradients are averaged over them, and the statistics of
             synchronised norms are theirs in common.
+        fresh: whether weights start from ``config.init``; not where :meth:`load_state` follows.
+
+    Attributes:
+        whole: "yes" where :meth:`state` is that after a step; after an error "half" where the
+            generator had been updated and the discriminator had not, "no" in the middle of an
+            update.
+        computed: the losses of the last step, with their weights.
 
     Raises:
         ValueError: contradictory options.
-        CheckpointError: ``config.init`` does not fit.
+        CheckpointError: ``config.init`` does not fit, a loss lacks its weights file.
 
     Example:
         >>> from smis_models.training import load_config
@@ -56,17 +64,20 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu",
-                 processes: Processes | None = None) -> None:
+                 processes: Processes | None = None, *, fresh: bool = True) -> None:
         self.config, self.device = config, torch.device(device)
         self.processes = processes or Processes()
-        self.model = _start(config, self.device).train()
-        parts = self.processes.count * config.optimizer.accumulate
         perceptual = None
-        if config.losses.perceptual > 0:
+        if config.losses.perceptual > 0:  # first: it takes no time to tell that it is missing
             perceptual = load_perceptual_loss(config.losses.vgg)
+        start = config if fresh else replace(config, init=None, whiten=False)
+        self.model = _start(start, self.device).train()
+        parts = self.processes.count * config.optimizer.accumulate
         self.objective = objective(self.model, config, parts,
                                    None if perceptual is None else perceptual.to(self.device))
         self.step_count, self._epoch = 0, 0
+        self.whole: Literal["yes", "half", "no"] = "yes"
+        self.computed: dict[str, float] = {}
         self.average = (
             Average(self.model, config.optimizer.ema) if config.optimizer.ema > 0 else None
         )
@@ -99,14 +110,35 @@ class Trainer:
         return rates.generator * factor, rates.discriminator * factor
 
     def step(self, batches: Sequence[MicroBatch], epoch: int) -> dict[str, float]:
-        """Train on the micro-batches of one step; the losses by name, over all of them.
+        """Train on the micro-batches of one step; the losses by name, over all of them and all
+        processes.
 
         Raises:
-            NonFiniteLoss: before the weights that it would spoil are changed.
+            NonFiniteLoss: a loss or a gradient, before the weights that it would spoil are changed.
         """
-        torch.manual_seed(seed_of(self.config.seed, self.step_count, self.processes.rank))
+        # A forward moves running statistics and spectral norms; an error puts them back.
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            losses = self._step(batches, epoch)
+        except BaseException:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            raise
+        self.computed = {name: self._weight(name) for name in losses}
+        return losses
+
+    def _weight(self, name: str) -> float:
+        """Of a loss."""
+        weights = self.config.losses
+        of_name = {"gan": "adversarial", "fake": "discriminator", "real": "discriminator"}
+        return float(getattr(weights, of_name.get(name, name)))
+
+    def _step(self, batches: Sequence[MicroBatch], epoch: int) -> dict[str, float]:
+        torch.manual_seed(derived_seed(self.config.seed, self.step_count, self.processes.rank))
         self._epoch = epoch
         self._prepare(epoch)
+        self._share(batches)
         for optimizer, rate in zip((self._optimizer_g, self._optimizer_d), self.rates(epoch),
                                    strict=True):
             set_rate(optimizer, rate)
@@ -121,6 +153,7 @@ class Trainer:
             losses = self._update(batches, self._generator, generator, self._optimizer_g)
         if self.average is not None:
             self.average.update()
+        self.whole = "half"
         if self.config.losses.adversarial > 0:
             pictures = iter(fakes)
 
@@ -132,7 +165,17 @@ class Trainer:
             losses |= self._update(batches, self._discriminator, discriminator, self._optimizer_d)
         self._scaler.update()
         self.step_count += 1
+        self.whole = "yes"
         return losses
+
+    def _share(self, batches: Sequence[MicroBatch]) -> None:
+        """Weigh means over shown classes so that the step's is that of all its pictures."""
+        if self.config.losses.latent > 0 and self.objective.coded_by_class:
+            classes = self.model.preset.classes
+            counts = torch.stack([batch.shown(classes).sum() for batch in batches]).double()
+            shares = counts / self.processes.mean(counts.mean())
+            for batch, share in zip(batches, shares.tolist(), strict=True):
+                batch.share = share
 
     def _update(self, batches: Sequence[MicroBatch], wrapped: nn.Module, run: Any,
                 optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -148,21 +191,38 @@ class Trainer:
                 self._scaler.scale(share.sum()).backward()
             for name, value in zip(losses, share.detach(), strict=True):
                 total[name] = total[name] + value if name in total else value
-        values = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
+        # All processes see the same values, and so stop together.
+        mean = self.processes.mean(torch.stack(list(total.values())).double())
+        values = dict(zip(total, mean.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLoss(
                     f"losses.{name}: became {value} in step {self.step_count + 1}; lower the "
                     "learning rates or the term's weight, or train with precision fp32"
                 )
+        self._check_gradients(optimizer)
+        self.whole = "no"
         self._scaler.step(optimizer)
         return values
+
+    def _check_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Finite losses can have other gradients, which would spoil every weight."""
+        if self._scaler.is_enabled():  # which skips such a step, and scales less from then on
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
+                     if p.grad is not None]
+        if not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            raise NonFiniteLoss(
+                f"losses: a gradient became infinite or NaN in step {self.step_count + 1}; lower "
+                "the learning rates or the terms' weights, or train with precision fp32"
+            )
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: weights, buffers, moments, average, scale, step."""
         return {
             "step": self.step_count,
             "epoch": self._epoch,
+            "computed": self.computed,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.average.state_dict(),
             "optimizer_g": self._optimizer_g.state_dict(),
@@ -173,13 +233,18 @@ class Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self.step_count, self._epoch = state["step"], state["epoch"]
+        self.computed = dict(state["computed"])
         self._prepare(state["epoch"])
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.average.load_state_dict(state["average"])
-        self._optimizer_g.load_state_dict(state["optimizer_g"])
-        self._optimizer_d.load_state_dict(state["optimizer_d"])
-        self._scaler.load_state_dict(state["scaler"])
+        for optimizer, name in ((self._optimizer_g, "optimizer_g"),
+                                (self._optimizer_d, "optimizer_d")):
+            optimizer.load_state_dict(state[name])
+            for group in optimizer.param_groups:
+                group["betas"] = self.config.optimizer.betas  # the state brings those of then
+        if state["scaler"]:  # empty of a run that had another precision
+            self._scaler.load_state_dict(state["scaler"])
 
 
 def _start(config: TrainConfig, device: torch.device) -> Any:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..families import GroupDNetPreset, SynthesisModel
@@ -31,7 +30,7 @@ def _seen(model: SynthesisModel, batches: Iterable[MicroBatch]) -> tuple[Tensor,
     for batch in batches:
         mu = model.encoder.encode(batch.image, batch.labels)[0]
         codes.append(mu.flatten(1).unflatten(1, (model.preset.classes, -1)))
-        shown.append(F.one_hot(batch.labels.flatten(1).long(), model.preset.classes).any(1))
+        shown.append(batch.shown(model.preset.classes))
     return torch.cat(codes).double(), torch.cat(shown)
 
 

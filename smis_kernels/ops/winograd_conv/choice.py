@@ -1,6 +1,8 @@
-"""Which form a 3x3 conv takes: direct or Winograd, by expected cost."""
+"""Which form a 3x3 conv takes: direct or Winograd's, of which tile, by expected cost."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -9,24 +11,49 @@ from ...runtime.backend import requested, resolve
 from ...runtime.derivatives import transformed
 from ...runtime.explain import record
 from .grouped import direct_conv3x3
-from .op import KINDS, WIDE, winograd_conv2d
+from .kept import KeptWeight
+from .op import KINDS, TILES, WIDE, winograd_conv2d
 
-# On two cores with AVX-512 (benchmarks/NOTES.md): multiply-adds per nanosecond, and nanoseconds for
-# each 3x3 kernel that is reordered or transformed. Only their ratios matter.
-DIRECT_RATE, DIRECT_KERNEL = 195.0, 4.0
-WINOGRAD_RATE, WINOGRAD_KERNEL = 145.0, 14.0
+ENVIRONMENT = "SMIS_WINOGRAD"
+# Of one core with AVX2, by benchmarks/winograd_forms.py --fit: multiply-adds per nanosecond,
+# nanoseconds for each transformed value of a tile, and for each 3x3 kernel that is reordered,
+# transformed or, where that is kept, read. Only their ratios matter.
+DIRECT_RATE, DIRECT_KERNEL = 35.0, 14.0
+PRODUCT_RATE, TILE_VALUE = {2: 33.5, 4: 33.5}, {2: 0.4, 4: 0.85}
+KERNEL, KEPT_KERNEL = {2: 17.0, 4: 34.0}, {2: 13.0, 4: 21.5}
 LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles stay half empty
 
 
-def pays(input: Tensor, outputs: int, groups: int, padding: int = 1) -> bool:
-    """Whether the Winograd form is expected to be faster than a direct conv."""
+def largest_tile() -> int:
+    """The largest tile allowed: 4, or what ``SMIS_WINOGRAD`` says."""
+    value = os.environ.get(ENVIRONMENT, "") or "4"
+    if value not in map(str, TILES):
+        raise ValueError(f"{ENVIRONMENT}: expected 2 or 4, got {value!r}")
+    return int(value)
+
+
+def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest: int = 2,
+         kept: bool = False) -> int:
+    """The tile of the form expected to be fastest; 0 is a direct conv."""
     n, channels, height, width = input.shape
-    if input.dtype not in WIDE or min(outputs, channels) // groups < LEAST_WIDTH:
-        return False
+    k, m = channels // groups, outputs // groups
+    if input.dtype not in WIDE or min(k, m) < LEAST_WIDTH:
+        return 0
     height, width = height + 2 * padding - 2, width + 2 * padding - 2
-    tiles = n * ((height + 1) // 2) * ((width + 1) // 2)
-    direct = DIRECT_KERNEL + n * height * width * 9 / DIRECT_RATE
-    return WINOGRAD_KERNEL + tiles * 16 / WINOGRAD_RATE < direct
+
+    def cost(tile: int) -> float:  # of each pair of a channel and an output, in nanoseconds
+        if tile == 0:
+            return DIRECT_KERNEL + n * height * width * 9 / DIRECT_RATE
+        values = n * -(-height // tile) * -(-width // tile) * (tile + 2) ** 2
+        return ((KEPT_KERNEL if kept else KERNEL)[tile] + values / PRODUCT_RATE[tile]
+                + values * (1 / k + 1 / m) * TILE_VALUE[tile])
+
+    allowed = min(largest, largest_tile())
+    best = 0
+    for tile in TILES:  # a loop, which torch.compile traces
+        if tile <= allowed and cost(tile) < cost(best):
+            best = tile
+    return best
 
 
 def _runs(input: Tensor, padding: int) -> bool:
@@ -38,24 +65,37 @@ def _runs(input: Tensor, padding: int) -> bool:
     )
 
 
-def takes_winograd(input: Tensor, outputs: int, groups: int, padding: int = 1) -> bool:
-    """Whether :func:`conv3x3` takes the Winograd form for the input."""
-    return _runs(input, padding) and pays(input, outputs, groups, padding)
+def takes_winograd(input: Tensor, outputs: int, groups: int, padding: int = 1, *,
+                   largest: int = 2, kept: bool = False) -> bool:
+    """Whether :func:`conv3x3` takes a Winograd form for the input."""
+    return _runs(input, padding) and form(input, outputs, groups, padding, largest=largest,
+                                          kept=kept) > 0
 
 
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
-            residual: Tensor | None = None, padding: int = 1, groups: int = 1) -> Tensor:
+            residual: Tensor | None = None, padding: int = 1, groups: int = 1, largest: int = 2,
+            kept: KeptWeight | None = None) -> Tensor:
     """``residual + F.conv2d(...)`` of 3x3 kernels, stride 1, in the form expected to be faster.
 
     Everything but wide convs in float32 and float64 on the CPU is ``F.conv2d``; grouped ones on a
     GPU take the form of it that measured fastest for their shape.
 
     Shapes: input (N, C, H, W), weight (C', C / groups, 3, 3) -> (N, C', H', W').
+
+    Args:
+        largest: the largest Winograd tile that may be taken: 2, or 4 outside of training.
+            ``SMIS_WINOGRAD=2`` forbids 4 everywhere.
+        kept: keeps the weight's transform for calls to come.
+
+    Raises:
+        ValueError: ``SMIS_WINOGRAD`` is neither 2 nor 4.
     """
     if _runs(input, padding):
-        if pays(input, weight.shape[0], groups, padding):
+        tile = form(input, weight.shape[0], groups, padding, largest=largest,
+                    kept=kept is not None)
+        if tile:
             return winograd_conv2d(input, weight, bias, residual=residual, padding=padding,
-                                   groups=groups)
+                                   groups=groups, tile=tile, kept=kept)
         record("conv2d", "torch", input, reason="a direct conv is expected to be faster")
     y = direct_conv3x3(input, weight, bias, padding, groups)
     return y if residual is None else residual + y

@@ -1,8 +1,8 @@
-"""3x3 convolution with 2.25 times fewer multiplications, any number of groups."""
+"""3x3 convolution with 2.25 or 4 times fewer multiplications, any number of groups."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,12 @@ from ...runtime.explain import record
 from ...runtime.library import RawOp
 from . import reference
 
+if TYPE_CHECKING:
+    from .kept import KeptWeight
+
 KINDS = ("cpu",)
 WIDE = (torch.float32, torch.float64)
+TILES = (2, 4)
 
 
 def _shape(input: Tensor, weight: Tensor, padding: int) -> tuple[int, int, int, int]:
@@ -24,16 +28,36 @@ def _shape(input: Tensor, weight: Tensor, padding: int) -> tuple[int, int, int, 
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-          groups: int, padding: int) -> Tensor:
+          groups: int, padding: int, tile: int = 2, transformed: Tensor | None = None) -> Tensor:
     return torch.empty(_shape(input, weight, padding), dtype=input.dtype, device=input.device,
                        memory_format=torch.channels_last)
 
 
 _conv = RawOp(
     "winograd_conv(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt groups, "
-    "SymInt padding) -> Tensor",
+    "SymInt padding, int tile=2, Tensor? transformed=None) -> Tensor",
     _fake,
 )
+
+
+def transformed_size(weight: Tensor, groups: int, tile: int) -> int:
+    """Elements of a weight's transform, as csrc/winograd_conv/cpu_kernel.h lays it out."""
+    outputs, channels = weight.shape[:2]
+    return groups * (-(outputs // groups) // -16 * 16) * (tile + 2) ** 2 * (channels + 1)
+
+
+def _weight_fake(weight: Tensor, groups: int, tile: int) -> Tensor:
+    return weight.new_empty((transformed_size(weight, groups, tile),))
+
+
+# How the products read the weight depends on the processor: for this process only.
+_weight = RawOp("winograd_weight(Tensor weight, int groups, int tile) -> Tensor", _weight_fake)
+
+
+def transform_weight(weight: Tensor, groups: int, tile: int) -> Tensor:
+    """What the products read in place of the weight: opaque, not differentiable."""
+    out: Tensor = _weight("cpu", weight.detach(), groups, tile)
+    return out
 
 
 def _transposed(weight: Tensor, groups: int) -> Tensor:
@@ -46,11 +70,13 @@ def _transposed(weight: Tensor, groups: int) -> Tensor:
 class _WinogradConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None,
-                residual: Tensor | None, groups: int, padding: int, kind: str) -> Tensor:
+                residual: Tensor | None, groups: int, padding: int, tile: int,
+                transformed: Tensor | None, kind: str) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.options = groups, padding, kind
-        out: Tensor = _conv(kind, input, weight, bias, residual, groups, padding)
+        out: Tensor = _conv(kind, input, weight, bias, residual, groups, padding, tile,
+                            transformed)
         return out
 
     @staticmethod
@@ -65,7 +91,7 @@ class _WinogradConv(torch.autograd.Function):
 
             d_input, d_weight = recorded_gradients(conv, (input, weight), (grad,))
             return (d_input, d_weight, grad.sum((0, 2, 3)) if need_bias else None,
-                    grad if need_residual else None, None, None, None)
+                    grad if need_residual else None, *(None,) * 5)
         if need_input:
             flipped = _transposed(weight, groups)
             d_input = _conv(kind, grad, flipped, None, None, groups, 2 - padding)
@@ -74,19 +100,21 @@ class _WinogradConv(torch.autograd.Function):
             _, d_weight, d_bias = torch.ops.aten.convolution_backward(
                 grad, input, weight, ctx.bias_sizes, [1, 1], [padding, padding], [1, 1], False,
                 [0, 0], groups, [False, need_weight, need_bias])
-        return (d_input, d_weight, d_bias, grad if need_residual else None, None, None, None)
+        return (d_input, d_weight, d_bias, grad if need_residual else None, *(None,) * 5)
 
 
 def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
                     residual: Tensor | None = None, padding: int = 1, groups: int = 1,
+                    tile: int = 2, kept: KeptWeight | None = None,
                     backend: str | None = None) -> Tensor:
-    r"""A 3x3 convolution by Winograd's F(2x2, 3x3), a tensor added in the same pass.
+    r"""A 3x3 convolution by Winograd's F(m x m, 3x3), a tensor added in the same pass.
 
     .. math:: y = \mathrm{residual} + A^T [(G W G^T) \odot (B^T x B)] A + b
 
     equal to ``residual + F.conv2d(input, weight, bias, padding=padding, groups=groups)`` up to
-    rounding: 16 products for 2x2 pixels in place of 36, on the CPU. NaN and infinity reach the
-    other pixels of their 2x2 tile. :class:`WinogradConv2d` knows where this is the faster form.
+    rounding: 16 products for 2x2 pixels in place of 36, or 36 for 4x4 in place of 144, on the CPU.
+    NaN and infinity reach the other pixels of their tile. :class:`WinogradConv2d` knows where this
+    is the faster form. Errors of both tiles: README.md beside this file.
 
     Args:
         input: (N, C, H, W); float32 or float64, and 16-bit types, which take ``F.conv2d``.
@@ -94,6 +122,9 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
         residual: as the output, or None.
         padding: rows and columns of zeros around the input, 0 or 1.
         groups: blocked connections, as ``F.conv2d``.
+        tile: m, 2 or 4 pixels: 4 multiplies less and rounds more, at points 0, ±√½, ±√2, ∞. The
+            gradients are those of 2.
+        kept: keeps the weight's transform for calls to come.
         backend: "auto", "reference" or "cpu".
 
     Returns:
@@ -122,6 +153,8 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     check_device("weight", weight, input, "input")
     if padding not in (0, 1):
         raise ValueError(f"padding: expected 0 or 1, got {padding}")
+    if tile not in TILES:
+        raise ValueError(f"tile: expected 2 or 4, got {tile}")
     shape = _shape(input, weight, padding)
     if min(shape[2:]) < 0 or (not padding and min(h, w) < 3):
         raise ValueError(f"input: expected at least 3x3 pixels without padding, got ({h}, {w})")
@@ -138,8 +171,10 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
         record("winograd_conv2d", "reference", input, reason="16-bit convs have matrix units")
         kind = "reference"
     else:
-        record("winograd_conv2d", kind, input, groups=groups)
+        record("winograd_conv2d", kind, input, groups=groups, tile=tile)
     if kind == "reference":
         return reference.winograd_conv2d(input, weight, bias, residual, groups, padding)
-    y: Tensor = _WinogradConv.apply(input, weight, bias, residual, groups, padding, kind)
+    transformed = None if kept is None else kept.of(weight, groups, tile)
+    y: Tensor = _WinogradConv.apply(input, weight, bias, residual, groups, padding, tile,
+                                    transformed, kind)
     return y

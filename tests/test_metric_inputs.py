@@ -1,0 +1,99 @@
+"""What metrics and encoders take: floats in [-1, 1], and nothing that only looks like a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from smis_models import create_model, metrics
+from smis_models.data import Draw, GeneratedScenes, Sample, SceneDataset
+from smis_models.io.images import as_bytes, to_pictures
+from smis_models.metrics.segmentation import predict
+from smis_models.synthesis import applications
+
+Measure = Callable[[Tensor], object]
+
+
+def _features(pictures: Tensor) -> Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(pictures.float(), 2).flatten(1)
+
+
+def _pictures() -> Tensor:
+    return torch.rand((4, 3, 48, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def _distance(name: str) -> Measure:
+    return lambda x: metrics.create_distance(name)(x, x.flip(3))
+
+
+MEASURES: dict[str, Measure] = {
+    "fid, real": lambda x: metrics.fid([x], [_pictures()], _features),
+    "fid, fake": lambda x: metrics.fid([_pictures()], [x], _features),
+    "alex": _distance("random-alex"), "vgg": _distance("random-vgg"), "pixel": _distance("pixel"),
+    "segmenter": lambda x: predict(lambda p: p.argmax(1), x),
+    "bytes": as_bytes, "written": to_pictures,
+    "encoder": lambda x: applications.encode(
+        create_model("groupdnet_deepfashion", ngf=8, nef=16, image_size=(64, 64),
+                     upsampling="normal").eval(),
+        x, torch.zeros((4, 48, 48), dtype=torch.long)),
+}
+WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "bytes": (lambda x: ((x + 1) * 127.5).round().byte(), "torch.uint8"),
+    "integers": (lambda x: ((x + 1) * 127.5).long(), "torch.int64"),
+    "0..255": (lambda x: ((x + 1) * 127.5).round(), r"of 0\.\.255 give"),
+    "a little more": (lambda x: x.where(x < 0.999, x + 0.01), r"in \[-1, 1\]"),
+    "not finite": (lambda x: x.where(x < 0.999, x * float("nan")), "finite"),
+    "three channels last": (lambda x: x.permute(0, 2, 3, 1), r"\(N, 3, H, W\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_pictures_of_another_range_give_no_number(measure: str, wrong: str) -> None:
+    form, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message):
+        MEASURES[measure](form(_pictures()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_ends_of_the_range_and_other_floats_are_taken(dtype: torch.dtype) -> None:
+    ends = torch.tensor([-1.0, 1.0], dtype=dtype).repeat(1, 3, 40, 20)
+    assert sorted(set(as_bytes(ends).flatten().tolist())) == [0, 255]
+
+
+class _Counted(SceneDataset):
+    """Generated scenes that note which of them are read."""
+
+    def __init__(self, count: int) -> None:
+        self._scenes = GeneratedScenes(count, 128, "val")
+        self.classes, self.size, self.seed = self._scenes.classes, self._scenes.size, 0
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def sample(self, index: int, r: np.random.Generator) -> Sample:
+        self.read.append(index)
+        return self._scenes[Draw(index)]
+
+
+def test_an_evaluation_reads_each_scene_once() -> None:
+    """All of it: diversity of the first two, FID, mIoU and the hash of all four."""
+    from smis_models import shipped_weights
+
+    model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
+    source = _Counted(4)
+    judges = metrics.Judges([metrics.create_distance("pixel")], _features, metrics.scene_labels)
+    protocol = metrics.protocol("n100-m19", layouts=2, samples=2, pairs=1)
+    found = metrics.evaluate(model, metrics.Scenes(source, {}), judges, protocol)
+    assert source.read == [0, 1, 2, 3]
+    assert set(found["results"]) == {"diversity", "fid", "segmentation"}
+    assert (found["results"]["fid"]["real"], found["data"]["scenes"]) == (4, 4)
+    layouts = [metrics.Scenes(_Counted(4), {}).scene(i)[0] for i in range(2)]
+    alone = metrics.diversity(model, layouts, judges.distances[0], protocol.diversity)
+    assert found["results"]["diversity"]["pixel L1"]["mcsd"] == alone.mcsd

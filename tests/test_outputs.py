@@ -1,0 +1,107 @@
+"""Outputs are tried before the work, and no command needs a module that only Unix has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smis_models import cli
+from smis_models.io import images
+
+UNIX = ("resource", "fcntl", "pwd", "grp", "termios", "readline", "pty", "tty", "syslog", "crypt")
+COMMANDS = ("synthesize", "mix", "edit", "morph", "resample", "demo", "evaluate", "features",
+            "convert", "benchmark", "scenes", "convert-labels", "convert-data")
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The one line of a command that must end before anything is read or made."""
+    def untouched(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    monkeypatch.setattr(cli.common, "create_model", untouched)
+
+    def run(*arguments: Any) -> str:
+        monkeypatch.setattr("sys.argv", ["smis", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        error = capsys.readouterr().err
+        assert (end.value.code, error.count("\n")) == (2, 1), error
+        return error
+
+    return run
+
+
+def _arguments(command: str, folder: Path, out: Path) -> list[Any]:
+    given: dict[str, list[Any]] = {
+        "evaluate": ["--labels", folder], "features": ["--images", folder, "--instances", folder],
+        "mix": ["--labels", folder, "--images", folder, "--image-labels", folder],
+        "benchmark": ["--set", "modulation"],
+        "resample": ["--labels", folder, "--class", 1],
+    }
+    if command in ("convert", "scenes", "convert-labels", "convert-data"):
+        kind = ["celebamask-hq"] if command == "convert-data" else []
+        source = [] if command == "scenes" else [folder]
+        return [command, *kind, *source, out]
+    named = [] if command in ("benchmark",) else ["--model", "groupdnet_scenes"]
+    labels = [] if command == "demo" else ["--labels", folder]
+    return [command, *named, *given.get(command, labels), "--out", out]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_outputs_are_tried_first(command: str, refused: Any, tmp_path: Path,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    ends = {"evaluate": "e.json", "features": "f.npz", "convert": "m.safetensors"}
+    name = ends.get(command, "out")
+    if command in ends:
+        (tmp_path / name).mkdir()
+        assert "is a folder; expected a file" in refused(
+            *_arguments(command, tmp_path, tmp_path / name))
+        (tmp_path / name).rmdir()
+    else:
+        assert "is a file; expected a folder" in refused(
+            *_arguments(command, tmp_path, tmp_path / "file"))
+    error = refused(*_arguments(command, tmp_path, tmp_path / "file/deep" / name))
+    assert "error: out: " in error
+    assert "file; expected a folder" in error
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert "error: out: " in refused(*_arguments(command, tmp_path, tmp_path / "new" / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("given", [["list"], ["info"], ["synthesize"], ["train", "--help"]])
+def test_commands_run_without_unix_modules(given: list[str], tmp_path: Path) -> None:
+    program = (f"import sys\nfor name in {UNIX!r}:\n    sys.modules[name] = None\n"
+               "sys.argv[0] = 'smis'\nfrom smis_models.cli import main\nmain()\n")
+    if given == ["synthesize"]:
+        images.write_indices(tmp_path / "a.png", np.zeros((128, 128), int))
+        given = [*given, "--model", "groupdnet_scenes", "--labels", str(tmp_path / "a.png"),
+                 "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "synthesize" in given:
+        assert (tmp_path / "out/a_0.png").exists()
+
+
+def test_no_module_of_the_packages_imports_a_unix_one_at_its_top() -> None:
+    """All modules, those of training too, not only what the commands above happen to import."""
+    program = (f"import sys\nfor name in {UNIX!r}:\n    sys.modules[name] = None\n"
+               "import importlib, pkgutil, smis_models, smis_kernels\n"
+               "for package in (smis_models, smis_kernels):\n"
+               "    for m in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+               "        if m.name.endswith(('.triton', '__main__')) or '._' in m.name: continue\n"
+               "        try: importlib.import_module(m.name)\n"
+               "        except ModuleNotFoundError as error:\n"
+               f"            if error.name in {UNIX!r}: raise\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
