@@ -7,6 +7,7 @@ ends the run where one of these is missing, instead of skipping its tests (requi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,11 +18,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 from require import unmet
 
+from smis_kernels.accelerate.swap import at_any_size
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.native import cuda_emulated
 
 if cuda_emulated():
     from cuda_on_cpu.plugin import no_findings, pytest_terminal_summary  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def fused_at_any_size() -> Iterator[None]:
+    """Small inputs take the fused forms of ``accelerate``, too."""
+    with at_any_size():
+        yield
 
 
 def pytest_sessionstart() -> None:

@@ -18,7 +18,7 @@ from .graph import is_plain_conv
 from .norms import FusedNorm, NormPlan, probe_inputs
 from .probe import PROBE_SIZE, Trial, agreeing, shadow, unit_outputs
 from .served import ForeignNorm
-from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of
+from .swap import PLAN, Accelerated, AsWritten, Change, Fused, Plan, arguments_of
 from .watch import hooked
 
 # Activation and slope between norm and conv, likeliest first.
@@ -126,11 +126,12 @@ class FusedBlock(Fused):
         pairs = (plan.first, plan.second, *([plan.shortcut] if plan.shortcut else []))
         return [module.get_submodule(name) for pair in pairs for name in pair]
 
-    def _smis_ready(self, x: Any, segmap: Any) -> list[ForeignNorm] | str:
+    def _smis_ready(self, x: Any, segmap: Any) -> list[ForeignNorm] | AsWritten | str:
         plan: BlockPlan = vars(self)[PLAN]
         names = [plan.first[0], plan.second[0]] + ([plan.shortcut[0]] if plan.shortcut else [])
         norms = [self._modules.get(name) for name in names]
-        views = []
+        views: list[ForeignNorm] = []
+        small: AsWritten | None = None
         for name, norm in zip(names, norms, strict=True):
             if not isinstance(norm, FusedNorm) or hooked(norm):
                 return f"{name} is not fused, or has hooks"
@@ -140,8 +141,11 @@ class FusedBlock(Fused):
             view = norm._smis_changed() or norm._smis_ready(like, segmap)
             if isinstance(view, str):
                 return f"{name}: {view}"
-            views.append(view)
-        return views
+            if isinstance(view, AsWritten):
+                small = view
+            else:
+                views.append(view)
+        return small or views
 
     def _smis_run(self, ready: list[ForeignNorm], x: Tensor, segmap: Tensor) -> Tensor:
         plan: BlockPlan = vars(self)[PLAN]

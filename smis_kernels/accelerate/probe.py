@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..runtime.backend import use_backend
 from ..runtime.path import use_path
-from .swap import Change, Plan
+from .swap import Change, Plan, at_any_size
 from .watch import Settings, weight_hooks
 
 SEED = 3
@@ -157,7 +157,7 @@ def _scaled(module: nn.Module, scale: float | None) -> Iterator[None]:
 
 
 def _run(module: nn.Module, trial: Trial) -> _Outcome:
-    with _scaled(module, trial.scale), use_path(trial.path):
+    with _scaled(module, trial.scale), use_path(trial.path), at_any_size():
         return _run_as_it_is(module, trial)
 
 

@@ -189,6 +189,8 @@ class Recognition:
             chosen, why = verdicts.get(name, (None, reading))
             plan = None if chosen is None else reading[chosen]
             change = None if plan is None else Change(named[name], _MIXINS[kind], plan)
+            if isinstance(plan, norms.NormPlan) and plan.form.no_tables:
+                why = f"without tables: {plan.form.no_tables}"
             found.append(Finding(name, named[name], kind, change, why))
         return found
 

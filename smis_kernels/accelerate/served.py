@@ -289,6 +289,11 @@ class ForeignNorm(CGNorm):
         return tuple(sum(c.channels * c.source // c.groups * c.kernel**2 for c in convs)
                      for convs in (last, first))  # type: ignore[return-value]
 
+    def work(self, input: Tensor) -> float:
+        """Multiply-adds of its convs at every pixel; all there is to win without any."""
+        total = sum(self.products)
+        return float(total * input[:, 0].numel()) if total else float("inf")
+
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         return {"running_mean" + suffix: getattr(self.norm, "running_mean", None),
                 "running_var" + suffix: getattr(self.norm, "running_var", None)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import types
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Protocol, cast
@@ -172,6 +173,36 @@ def serves(x: Tensor, weight: Tensor | None) -> bool:
     return x.device == weight.device and (cast or x.dtype == weight.dtype)
 
 
+class _Sizes(threading.local):
+    """Whether small calls take the fused forms too."""
+
+    any = False
+
+
+_sizes = _Sizes()
+
+
+@contextmanager
+def at_any_size() -> Iterator[None]:
+    """Fused forms also for calls so small that the original is faster: to see what they compute."""
+    before, _sizes.any = _sizes.any, True
+    try:
+        yield
+    finally:
+        _sizes.any = before
+
+
+def is_small(tensor: Tensor, work: float, least: float) -> bool:
+    """Whether a call on the CPU is too small for its fused form to be faster."""
+    return tensor.is_cpu and work < least and not _sizes.any
+
+
+class AsWritten:
+    """Why a call that could be served runs its original forward, which is faster there."""
+
+    reason = "so small that it is faster as it was written"
+
+
 class Fused(Accelerated):
     """A fused forward where it serves, else the original one; ``explain`` says which, and why."""
 
@@ -195,7 +226,7 @@ class Fused(Accelerated):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan: Plan | None = vars(self).get(PLAN)  # a slice of a Sequential has none
         given = None if plan is None else plan.given(original_type(self), args, kwargs)
-        reason = transformed()
+        reason: str | AsWritten | None = transformed()
         expected = reason is not None or requested() == "reference"
         if reason is None and expected:
             reason = "the reference is asked for"
@@ -206,16 +237,19 @@ class Fused(Accelerated):
             with parametrize.cached() if once else nullcontext():
                 ready = "called with other arguments" if given is None else (
                     self._smis_changed() or self._smis_ready(*given))
-                if not isinstance(ready, str):
+                if not isinstance(ready, (str, AsWritten)):
                     assert given is not None
                     return self._smis_run(ready, *given)
             reason = ready
-        if not torch.compiler.is_compiling():
+        if reason is not None and not torch.compiler.is_compiling():
             self._smis_note(reason, args, expected)
         return super().forward(*args, **kwargs)
 
-    def _smis_note(self, reason: str, args: tuple[Any, ...], expected: bool) -> None:
+    def _smis_note(self, reason: str | AsWritten, args: tuple[Any, ...], expected: bool) -> None:
         tensor = next((a for a in args if isinstance(a, Tensor)), torch.empty(0))
+        if isinstance(reason, AsWritten):
+            record(type(self).__name__, "original", tensor, reason=reason.reason)
+            return
         record(type(self).__name__, "original", tensor, reason=reason)
         calls: Counter[str] = vars(self).setdefault(CALLS, Counter())
         calls[reason] += 1
