@@ -60,7 +60,7 @@ def gradient_in_format(x: Tensor) -> Tensor:
             torch.compiler.is_compiling()):
         return x
     own = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    same = x.view_as(x)
+    same: Tensor = torch.ops.aten.alias.default(x)  # view_as gives one image other strides
     same.register_hook(lambda gradient: gradient.contiguous(memory_format=own))
     return same
 
