@@ -1,4 +1,4 @@
-"""Every op once: a small call of each, and the table of inputs that test_ops.py runs them on."""
+"""Every op once: a small call of each, and the inputs that test_op_cases.py runs them on."""
 
 from __future__ import annotations
 

@@ -184,15 +184,19 @@ def test_pixels_of_every_level_survive() -> None:
     levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     exact = levels.double() / 127.5 - 1
     for offset in (-0.49, -0.25, 0.0, 0.25, 0.49):
-        batch = (exact + offset / 127.5).float()
+        batch = (exact + offset / 127.5).clamp(-1, 1).float()
         (found,) = to_pictures(batch)
         np.testing.assert_array_equal(found, levels[0].permute(1, 2, 0))
         assert torch.equal(as_bytes(batch), levels.byte())
-    odd = torch.tensor([0.0, -5.0, 5.0, -1.004, 1.004, 1.0, -1.0, 0.2, -0.2])
-    wanted = [128, 0, 255, 0, 255, 255, 0, 153, 102]  # 127.5 goes to the even one
+    # What 16-bit floats exceed [-1, 1] by is clipped, and 127.5 goes to the even one.
+    odd = torch.tensor([0.0, -1.0009, 1.0009, 1.0, -1.0, 0.2, -0.2])
+    wanted = [128, 0, 255, 255, 0, 153, 102]
     assert as_bytes(odd.view(1, 1, 1, -1).expand(1, 3, 1, -1))[0, 0, 0].tolist() == wanted
     (found,) = to_pictures(odd.view(1, 1, 1, -1).expand(1, 3, 1, -1))
     assert found[0, :, 0].tolist() == wanted
+    for beyond in (1.004, -1.004, 5.0):
+        with pytest.raises(ValueError, match=r"expected values in \[-1, 1\]"):
+            to_pictures(torch.full((1, 3, 2, 2), beyond))
     for low in (torch.float16, torch.bfloat16):
         (found,) = to_pictures(odd.to(low).view(1, 1, 1, -1).expand(1, 3, 1, -1))
         expected = np.rint((odd.to(low).double().clamp(-1, 1) + 1) * 127.5)
@@ -245,7 +249,7 @@ class _Generator(nn.Module):
 
     def forward(self, layout: Any, z: Tensor) -> Tensor:
         planes = layout.dense() if hasattr(layout, "dense") else layout
-        picture = (planes * z.tanh()).sum(1, keepdim=True)
+        picture = 0.9 * (planes * z.tanh()).sum(1, keepdim=True)
         picture[:, :, 0] = picture[:, :, 0] + 0.1 * z[:, 1:].tanh()[:, :, 0]
         return picture.expand(-1, 3, -1, -1)
 

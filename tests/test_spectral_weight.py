@@ -104,7 +104,7 @@ def test_nothing_and_sixteen_bits() -> None:
     ({"memory_format": torch.preserve_format}, "memory_format: expected"),
     ({"weight": torch.randn(5, 63), "memory_format": torch.channels_last},
      "memory_format: expected"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "".join(value))
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
     weight, u, v = _tensors((5, 7, 3, 3))
     given: dict[str, object] = {"weight": weight, "u": u, "v": v, **change}

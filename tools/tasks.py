@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # torch.compile is asked (errors, opcheck, graphs), and maps too large for fibers.
 EMULATED_OPS = (
     "tests/gpu/test_ops.py", *(f"tests/test_{op}.py" for op in (
-        "ops", "label_windows", "instance_edges", "instance_pool", "class_crops",
+        "op_cases", "label_windows", "instance_edges", "instance_pool", "class_crops",
         "spatially_varying_conv")),
     "-k", " and ".join(f"not {word}" for word in (
         "bad_input", "compile", "opcheck", "large", "streamed", "extreme", "channel_blocks",
@@ -33,7 +33,7 @@ EMULATION_RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "asan": (("1", EMULATED),),
 }
 INSTRUCTION_TESTS = (*(f"tests/test_{name}.py" for name in (
-    "ops", "internal_sizes", "spectral_weight", "content_digest")), "-k", "not opcheck")
+    "op_cases", "internal_sizes", "spectral_weight", "content_digest")), "-k", "not opcheck")
 VALIDATED = tuple(f"tests/test_{name}.py" for name in (
     "independent_metrics", "preprocess", "recipes"))
 LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...runtime.check import check_device, check_shape, check_tensor
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
-from ..modulation.op import KINDS, Branch, Source, modulate, output_shape
+from ..modulation.op import KINDS, SOURCES, Branch, Source, modulate, output_shape
 from ..normalization import Keywords, Options
 from . import reference
 
@@ -135,6 +135,7 @@ _backward = RawOp(
 )
 
 INDEXED = Source(
-    ("table",), _checked, lambda branches: {"rows": branches[0].affine[0].shape[0] - 1},
+    "indexed", ("table",), _checked, lambda branches: {"rows": branches[0].affine[0].shape[0] - 1},
     reference.indexed_modulation, _gamma_beta, _apply, _backward,
 )
+SOURCES[INDEXED.kind] = INDEXED

@@ -118,11 +118,13 @@ class Branch(NamedTuple):
 class Source:
     """Where gamma and beta come from: tensors of every pixel, or rows of a table.
 
+    ``kind`` is its key in :data:`SOURCES` (torch.compile takes no object through autograd),
     ``names`` are those of a branch's arguments, ``check`` returns one as the kernels take it, and
     ``spelled`` gives gamma, and beta where its gradient is not simply the output's, of a pixel
     index and a branch's first argument.
     """
 
+    kind: str
     names: tuple[str, ...]
     check: Callable[[str, Tensor, Tensor | None, Tensor, Options], Tensor]
     record: Callable[[Sequence[Branch]], dict[str, Any]]
@@ -158,39 +160,43 @@ def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
     stats, *rest = statistics(input, kind, options, *(b.running for b in branches))
     own = (rest[0].mean, rest[0].rstd) if rest and rest[0] is not stats else (None, None)
     outputs: tuple[Tensor, Tensor] = _Modulation.apply(
-        source, stats.reduction, (*slopes, 1.0)[:2], options, kind, input, index, stats.mean,
-        stats.rstd, *own, *(t for b in branches for t in b.affine),
+        source.kind, stats.reduction, (*slopes, 1.0)[:2], options, kind, input, index, stats.mean,
+        stats.rstd, *own, *_placed([t for b in branches for t in b.affine], len(source.names)),
     )
     return outputs[: len(branches)]
 
 
 class _Modulation(torch.autograd.Function):
+    # torch.compile misplaces the arguments of a forward that takes any number of them.
     @staticmethod
     def forward(
-        ctx: Any, source: Source, reduction: str, slopes: tuple[float, float], options: Options,
+        ctx: Any, source_kind: str, reduction: str, slopes: tuple[float, float], options: Options,
         kind: str, input: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor,
-        mean_s: Tensor | None, rstd_s: Tensor | None, *affine: Tensor,
+        mean_s: Tensor | None, rstd_s: Tensor | None, first: Tensor, beta: Tensor | None,
+        first_s: Tensor | None, beta_s: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        source = SOURCES[source_kind]
         count = len(source.names)
         given = () if index is None else (index,)
-        second = affine[count:] or (None,) * count
         out, out_s = source.apply(
-            kind, input, mean, rstd, *given, *affine[:count], mean_s, rstd_s, *second, *slopes,
-            options.upsample,
+            kind, input, mean, rstd, *given, *(first, beta)[:count], mean_s, rstd_s,
+            *(first_s, beta_s)[:count], *slopes, options.upsample,
         )
         # The sign of the output decides the activation's slope: no pre-activation is kept.
         ctx.save_for_backward(
-            input, index, affine[0], second[0], mean, rstd, mean_s, rstd_s,
+            input, index, first, first_s, mean, rstd, mean_s, rstd_s,
             out if slopes[0] != 1 else None,
-            out_s if second[0] is not None and slopes[1] != 1 else None,
+            out_s if first_s is not None and slopes[1] != 1 else None,
         )
-        ctx.settings = (source, reduction, slopes, options, kind)
+        ctx.settings = (source_kind, reduction, slopes, options, kind)
         return out, out_s
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_s: Tensor) -> tuple[Any, ...]:
+        grads = (grad, grad_s)
         input, index, first, second, mean, rstd, mean_s, rstd_s, *outputs = ctx.saved_tensors
-        source, reduction, slopes, options, kind = ctx.settings
+        source_kind, reduction, slopes, options, kind = ctx.settings
+        source = SOURCES[source_kind]
         firsts = (first,) if second is None else (first, second)
         unused = (None,) * 5
         if torch.is_grad_enabled():
@@ -211,7 +217,7 @@ class _Modulation(torch.autograd.Function):
             dinput, *found = recorded_gradients(modulated, (input, *firsts), dz)
             if len(source.names) == 2:  # beta's own gradient is the output's
                 found = [t for pair in zip(found, dz, strict=True) for t in pair]
-            return (*unused, dinput, None, *(None,) * 4, *found)
+            return (*unused, dinput, None, *(None,) * 4, *_placed(found, len(source.names)))
         given = () if index is None else (index,)
         signs = [g if out is None else out for g, out in zip(grads, outputs, strict=True)]
         shortcut = (None, None) if second is None else (grads[1], signs[1])
@@ -224,7 +230,13 @@ class _Modulation(torch.autograd.Function):
                 kind, partial_gradient, sums, input, mean, rstd, reduction, options)
         wanted = found[: len(source.names) * len(firsts)]
         return (*unused, partial_gradient, None, *(None,) * 4,
-                *(t.to(first.dtype) for t in wanted))
+                *_placed([t.to(first.dtype) for t in wanted], len(source.names)))
+
+
+def _placed(found: Sequence[Any], count: int) -> list[Any]:
+    """``count`` for each of at most two branches as (first, beta, first_s, beta_s)."""
+    rows = [*found, *(None,) * (2 * count - len(found))]
+    return rows if count == 2 else [rows[0], None, rows[1], None]
 
 
 def output_shape(input: Tensor, upsample: bool) -> tuple[int, int, int, int]:
@@ -290,6 +302,7 @@ modulation_backward = RawOp(
 )
 
 DENSE = Source(
-    ("gamma", "beta"), _checked, lambda branches: {"path": "dense"}, reference.modulation,
+    "dense", ("gamma", "beta"), _checked, lambda branches: {"path": "dense"}, reference.modulation,
     lambda index, gamma: (gamma, None), modulation_apply, modulation_backward,
 )
+SOURCES = {DENSE.kind: DENSE}
