@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -18,11 +18,12 @@ from monai.networks.nets import SPADEAutoencoderKL, SPADEDiffusionModelUNet, SPA
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from benchmarks.test_accelerate import SIZE, accelerated, accelerated_inputs, network, paint
+from benchmarks.test_accelerate import SIZE, accelerated, accelerated_inputs, paint
 from smis_models.benchmark.case import Case, Inputs, Maps, Provider, Setting, channels_last
 from smis_models.benchmark.measure import measure
 from smis_models.benchmark.networks import COCO_CLASSES, class_map
 from smis_models.benchmark.records import Record, markdown, save
+from smis_models.benchmark.training import settle
 from smis_models.io.allocator import reuse_freed_memory
 from smis_models.networks import semantics as label_maps
 from tests import foreign, foreign_families
@@ -91,13 +92,33 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Draw, 
 }
 
 
+@lru_cache(maxsize=1)  # the weights of one network at a time
+def network(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """torch's initial weights, of which none is zero: nothing may hide what a norm computes."""
+    torch.manual_seed(0)
+    model = NETWORKS[name][0]()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1 and not p.any():
+                p.normal_(0, p[0].numel() ** -0.5)
+        settle(model)  # until then spectral norm divides by too little
+    return model.to(device, dtype).eval()
+
+
 def inputs(name: str, setting: Setting) -> Inputs:
-    build, _, draw, _ = NETWORKS[name]
+    draw = NETWORKS[name][2]
     labels = class_map(setting, SIZE, COCO_CLASSES)
     planes = label_maps.one_hot(labels, COCO_CLASSES, setting.dtype).contiguous()
     drawn = draw(torch.Generator().manual_seed(0))
-    model = network(build, setting.dtype, setting.device)
+    model = network(name, setting.dtype, setting.device)
     return model, planes, *(t.to(planes) for t in drawn)
+
+
+def paints(name: str, setting: Setting) -> bool:
+    """Whether a picture says anything: finite, and not of one colour."""
+    with torch.no_grad():
+        picture = NETWORKS[name][1](*inputs(name, setting))
+    return bool(picture.isfinite().all()) and float(picture.std()) > 1e-3
 
 
 def case_of(name: str, seconds: float) -> Case:
@@ -135,6 +156,9 @@ def main() -> int:
     setting = Setting(torch.device("cpu"), maps=maps, compiled=arguments.compiled)
     records: list[Record] = []
     for name in arguments.networks or NETWORKS:
+        if not paints(name, setting):
+            print(f"{name}: expected a picture with contents, got a blank one", file=sys.stderr)
+            return 1
         records += measure(case_of(name, arguments.seconds), setting,
                            lambda what, name=name: print(f"{name}: {what}", file=sys.stderr))
         counts = records[-1].counts
