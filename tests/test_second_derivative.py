@@ -200,3 +200,20 @@ def test_vmap_is_right_or_refused(name: str) -> None:
         return
     for a, b in zip(found, outputs(call, values, "reference"), strict=True):
         assert torch.allclose(a[1], b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: modulation(x, DENSE[0][:1], DENSE[1][:1], training=True),
+    lambda x: modulation(x, DENSE[0][:1], DENSE[1][:1], training=True, norm="instance"),
+    lambda x: norm_act(x),
+], ids=["batch", "instance", "norm_act"])
+def test_one_image_in_channels_last(call: Callable[[Tensor], Tensor]) -> None:
+    """torch's norms err where gradients come in another format than features of odd strides."""
+    found = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = X[:1].contiguous(memory_format=form).requires_grad_()
+        y = call(x)
+        (first,) = torch.autograd.grad(y, x, normal(*y.shape, seed=9), create_graph=True)
+        found.append((first, *torch.autograd.grad(first.pow(3).sum(), x)))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-10 * float(a.abs().max()))

@@ -36,8 +36,9 @@ def recorded_gradients(
         One gradient for each input, None where it requires none.
     """
     with torch.autocast(inputs[0].device.type, enabled=False):
-        # Views, so that an input that depends on another is not differentiated through.
-        leaves = [x.view_as(x) for x in inputs]
+        # Aliases, so that an input that depends on another is not differentiated through; view_as
+        # gives one channels-last image other strides, on which torch's batch norm errs (2.13).
+        leaves: list[Tensor] = [torch.ops.aten.alias.default(x) for x in inputs]
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [x for x in leaves if x.requires_grad]
