@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the processors: more threads make small tests ten times slower. OpenMP reads it
+    # as torch loads; tests of what threads change set their number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 

@@ -10,11 +10,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the processors: threads must not spin. OpenMP reads it as torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import torch
 from require import unmet
 
