@@ -210,7 +210,9 @@ def test_maps_come_from_a_folder(tmp_path):
 
 
 def _run(*command, cwd=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # A worker of pytest-xdist has pytest-benchmark turn itself off in the run that it starts.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, check=True,
                           capture_output=True, text=True, timeout=300).stdout
 

@@ -34,7 +34,7 @@ def tiny(*arguments: str) -> TrainConfig:
 def weights(tmp_path: Path) -> Path:
     """VGG19 with drawn weights."""
     torch.manual_seed(0)
-    state: dict[str, Tensor] = perceptual._layers().state_dict()
+    state: dict[str, Tensor] = perceptual.build_trunk(perceptual._LAYERS).state_dict()
     path = tmp_path / "vgg.pth"
     torch.save({f"features.{key}": value for key, value in state.items()}, path)
     return path

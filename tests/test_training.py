@@ -568,10 +568,10 @@ def test_a_bad_picture_is_named_in_one_line(workers: str, tmp_path: Path) -> Non
 
 
 def test_the_perceptual_term_is_weighed(tmp_path: Path) -> None:
-    from smis_models.networks.perceptual import _layers
+    from smis_models.networks.perceptual import _LAYERS, build_trunk
 
     torch.manual_seed(0)
-    torch.save({f"features.{k}": v for k, v in _layers().state_dict().items()},
+    torch.save({f"features.{k}": v for k, v in build_trunk(_LAYERS).state_dict().items()},
                tmp_path / "vgg.pth")
     run = Run(tiny("--losses.perceptual", "3", "--losses.vgg", str(tmp_path / "vgg.pth")),
               tmp_path / "run")

@@ -355,10 +355,12 @@ Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_si
       if (kind == Form::rows) {
         const Grid<I> places(a.C / kPack<T>, a.OH, a.OW, true);
         rows_kernel<T, false><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+        launch.check();
       }
       if (kind == Form::planes) {
         const Grid<I> places(a.C, a.OH, a.OW / kPack<T>, false);
         planes_kernel<T, false><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+        launch.check();
       }
     }
     if (kind == Form::any) {
@@ -366,9 +368,9 @@ Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_si
       with_kernel_size(kernel_size, [&](auto k) {
         forward_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
             a, places, Divider<Offset>(a.C / a.G), items);
+        launch.check();
       });
     }
-    launch.check();
   });
   return y;
 }
@@ -397,10 +399,12 @@ Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const T
       if (kind == Form::rows) {
         const Grid<I> places(a.C / kPack<T>, a.OH, a.OW, true);
         rows_kernel<T, true><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+        launch.check();
       }
       if (kind == Form::planes) {
         const Grid<I> places(a.C, a.OH, a.OW / kPack<T>, false);
         planes_kernel<T, true><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+        launch.check();
       }
     }
     if (kind == Form::any) {
@@ -408,9 +412,9 @@ Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const T
       with_kernel_size(kernel_size, [&](auto k) {
         grad_weight_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
             a, places, a.C / a.G, items);
+        launch.check();
       });
     }
-    launch.check();
   });
   return w;
 }
@@ -435,6 +439,7 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
         const int64_t warps = int64_t(a.N) * places.channels * places.h * places.w;
         grad_input_rows_kernel<T>
             <<<grid(warps * 32), kThreads, 0, launch.stream>>>(a, places, warps);
+        launch.check();
       }
     }
     if (!rows) {
@@ -442,9 +447,9 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
       with_kernel_size(kernel_size, [&](auto k) {
         grad_input_kernel<T, k(), Offset><<<grid(x.numel()), kThreads, 0, launch.stream>>>(
             a, places, Divider<Offset>(a.C / a.G), Divider<Offset>(stride), x.numel());
+        launch.check();
       });
     }
-    launch.check();
   });
   return x;
 }
