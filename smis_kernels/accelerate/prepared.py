@@ -19,9 +19,13 @@ class Prepared:
         network: whose calls run inside :meth:`checked` or :meth:`vouched`.
 
     Example:
-        >>> prepared = Prepared(generator.eval())
-        >>> with prepared.checked():
-        ...     image = generator(semantics, z)
+        >>> import torch
+        >>> from smis_kernels import SPADE
+        >>> norm, x = SPADE(8, 4).eval(), torch.randn(1, 8, 16, 16)
+        >>> labels = torch.rand(1, 4, 16, 16)
+        >>> prepared = Prepared(norm)
+        >>> with prepared.checked(), torch.no_grad():
+        ...     y = norm(x, labels)
     """
 
     def __init__(self, network: nn.Module) -> None:

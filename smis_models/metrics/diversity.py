@@ -167,9 +167,13 @@ class DiversityMeter:
         ValueError: fewer layouts than the protocol's.
 
     Example:
-        >>> meter = DiversityMeter(model, [distance], protocol, 100)
-        >>> for layout in layouts:
-        ...     meter.add(layout)
+        >>> from smis_models import create_model
+        >>> from smis_models.data import GeneratedScenes
+        >>> from smis_models.metrics import PixelDistance, Scenes
+        >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
+        >>> short = DiversityProtocol(layouts=1, samples=2, pairs=1)
+        >>> meter = DiversityMeter(model, [PixelDistance()], short, 1)
+        >>> meter.add(Scenes(GeneratedScenes(1, 128), {}).scene(0)[0])
         >>> (found,) = meter.result()
     """
 
@@ -253,7 +257,7 @@ def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
         >>> from smis_models.data import GeneratedScenes
         >>> from smis_models.metrics import DiversityProtocol, PixelDistance, Scenes
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
-        >>> layout = Scenes(GeneratedScenes(1, 128), {}).layout(0)
+        >>> layout = Scenes(GeneratedScenes(1, 128), {}).scene(0)[0]
         >>> short = DiversityProtocol(layouts=1, samples=2, pairs=1)
         >>> found = diversity(model, [layout], PixelDistance(), short)
         >>> found.mcsd > 0

@@ -46,6 +46,7 @@ class LayoutSampler:
         batch: pictures made at once.
 
     Example:
+        >>> import numpy as np
         >>> from smis_models import create_model
         >>> from smis_models.synthesis.scene import Layout
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()

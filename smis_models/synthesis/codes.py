@@ -59,8 +59,8 @@ def interpolate(start: Tensor, end: Tensor, t: float, parts: int = 1) -> Tensor:
         ValueError: codes of two shapes.
 
     Example:
-        >>> z0, z1 = draw_code(model, 0), draw_code(model, 1)
-        >>> middle = interpolate(z0, z1, 0.5, code_parts(model.generator))
+        >>> z0, z1 = torch.randn(2, 1, 16, 1, 1)
+        >>> middle = interpolate(z0, z1, 0.5, parts=2)
     """
     if start.shape != end.shape:
         raise ValueError(f"end: expected the start's shape {tuple(start.shape)}, got "

@@ -110,8 +110,8 @@ def continued(folder: Path, arguments: Sequence[str] = ()) -> TrainConfig:
         ValueError: as :func:`smis_models.training.from_dict`.
 
     Example:
-        >>> config = continued(Path("run"), ["--data.batch", "4"])
-        >>> outcome = train(config, "run", resume=True)
+        >>> config = continued(Path("run"), ["--data.batch", "4"])  # doctest: +SKIP
+        >>> outcome = train(config, "run", resume=True)  # doctest: +SKIP
     """
     return from_dict(read_state(folder, mapped=True)["config"], arguments)
 
