@@ -18,7 +18,7 @@ from PIL import Image
 from smis_models import cli, create_model
 from smis_models.benchmark.case import Maps
 from smis_models.data import FileScenes, Preprocess, detect_layout, list_scenes
-from smis_models.data.celebamask import CLASSES, PARTS, convert_celebamask
+from smis_models.data.celebamask import CLASSES, PARTS, convert_celebamask, label_map
 from smis_models.data.doctor import examine, find_splits
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_CELEBAMASK, SPADE_COCO
 from smis_models.io import images
@@ -507,3 +507,26 @@ def test_a_missing_prediction_is_told_before_the_measuring(tmp_path: Path, smis:
                           "--samples", 2, "--pairs", 1, "--out", tmp_path / "e.json")
     assert (code, error.count("\n")) == (2, 1)
     assert "predictions: no map of scene '2'" in error
+
+
+@pytest.mark.parametrize("read", [
+    lambda p: read_labels(p, 8), read_instances, images.read_exact, images.read_picture,
+    images.image_size, lambda p: label_map({"skin": p}),
+], ids=["labels", "instances", "exact", "picture", "size", "mask"])
+@pytest.mark.parametrize("how", ["cut", "text", "huge", "absent"])
+def test_no_reader_lets_a_damaged_file_through_as_a_traceback(
+        read: Any, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    if how != "absent":
+        images.write_indices(path, a_map((64, 64), 8))
+    if how == "cut":  # inside its head
+        path.write_bytes(path.read_bytes()[:20])
+    elif how == "text":
+        path.write_text("no picture")
+    elif how == "huge":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    error = FileNotFoundError if how == "absent" else ImageError
+    words = r"a\.png: (cannot be read as an? \w+ \(|no such file)"
+    with pytest.raises(error, match=words) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)

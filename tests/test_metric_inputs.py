@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from smis_models import create_model, metrics
 from smis_models.data import Draw, GeneratedScenes, Sample, SceneDataset
-from smis_models.io.images import as_bytes, to_pictures
+from smis_models.io.images import ImageError, as_bytes, to_pictures, write_indices
 from smis_models.metrics.segmentation import predict
 from smis_models.synthesis import applications
 
@@ -97,3 +98,27 @@ def test_an_evaluation_reads_each_scene_once() -> None:
     layouts = [metrics.Scenes(_Counted(4), {}).scene(i)[0] for i in range(2)]
     alone = metrics.diversity(model, layouts, judges.distances[0], protocol.diversity)
     assert found["results"]["diversity"]["pixel L1"]["mcsd"] == alone.mcsd
+
+
+@pytest.mark.parametrize("late", ["label map", "prediction"])
+def test_a_bad_file_is_told_before_anything_is_painted(
+        late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last scene: an hour later it would cost the whole evaluation."""
+    from smis_models import shipped_weights
+    from smis_models.metrics.sampling import LayoutSampler
+    from smis_models.synthesis.scene import read_layouts
+
+    model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
+    for folder, bad in (("labels", late == "label map"), ("predicted", late == "prediction")):
+        for i in range(3):
+            value = 99 if bad and i == 2 else 1
+            write_indices(tmp_path / folder / f"{i}.png", np.full((128, 128), value))
+    painted: list[object] = []
+    monkeypatch.setattr(LayoutSampler, "load", lambda self, layout: painted.append(layout))
+    scenes = metrics.Scenes(read_layouts(tmp_path / "labels", None, model.preset), {})
+    judges = metrics.Judges([metrics.create_distance("pixel")], predictions=tmp_path / "predicted")
+    short = metrics.protocol("n100-m19", layouts=1, samples=2, pairs=1)
+    folder = "labels" if late == "label map" else "predicted"
+    with pytest.raises(ImageError, match=rf"{folder}/2\.png: expected labels 0\.\.7, got 99"):
+        metrics.evaluate(model, scenes, judges, short)
+    assert not painted

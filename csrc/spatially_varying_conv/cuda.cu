@@ -336,42 +336,51 @@ Form form(const Tensor& x, const Tensor& w, const Tensor& y, const Window& windo
   return Form::any;
 }
 
-Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_size, int64_t stride,
-                    int64_t padding, int64_t dilation) {
-  const Launch launch(input, "spatially_varying_conv2d");
-  const Tensor x = dense(input), w = dense(weight);
-  const Tensor y = empty_nchw(x.size(0), x.size(1), w.size(2), w.size(3), channels_last(input), x);
-  if (y.numel() == 0) return y;
-  const Window window{kernel_size, stride, padding, dilation};
+// One read of the weights, or one write of their gradient.
+template <bool gradient>
+void pass(const Launch& launch, const Tensor& x, const Tensor& w, const Tensor& y, const Window& window) {
   with_offsets(x, w, y, window, [&](auto t, auto offset) {
     using T = decltype(t);
     using Offset = decltype(offset);
     constexpr bool narrow = sizeof(Offset) == 4;
     const auto a = arguments<Offset>(x, w, y, window);
     const Form kind = narrow ? form(x, w, y, window, kPack<T>) : Form::any;
-    const int64_t items = y.numel() / (kind == Form::any ? 1 : kPack<T>);
+    const int64_t channels = gradient ? a.G : a.C;
+    const int64_t items = int64_t(a.N) * channels * a.OH * a.OW / (kind == Form::any ? 1 : kPack<T>);
     const dim3 blocks = grid(items);
     if constexpr (narrow) {
       if (kind == Form::rows) {
         const Grid<I> places(a.C / kPack<T>, a.OH, a.OW, true);
-        rows_kernel<T, false><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+        rows_kernel<T, gradient><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
         launch.check();
       }
       if (kind == Form::planes) {
         const Grid<I> places(a.C, a.OH, a.OW / kPack<T>, false);
-        planes_kernel<T, false><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
+        planes_kernel<T, gradient><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
         launch.check();
       }
     }
-    if (kind == Form::any) {
-      const Grid<Offset> places(a.C, a.OH, a.OW, channels_last(w));
-      with_kernel_size(kernel_size, [&](auto k) {
+    if (kind != Form::any) return;
+    const Grid<Offset> places(channels, a.OH, a.OW, channels_last(w));
+    with_kernel_size(window.kernel_size, [&](auto k) {
+      if constexpr (gradient) {
+        grad_weight_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
+            a, places, a.C / a.G, items);
+      } else {
         forward_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
             a, places, Divider<Offset>(a.C / a.G), items);
-        launch.check();
-      });
-    }
+      }
+      launch.check();
+    });
   });
+}
+
+Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_size, int64_t stride,
+                    int64_t padding, int64_t dilation) {
+  const Launch launch(input, "spatially_varying_conv2d");
+  const Tensor x = dense(input), w = dense(weight);
+  const Tensor y = empty_nchw(x.size(0), x.size(1), w.size(2), w.size(3), channels_last(input), x);
+  if (y.numel() != 0) pass<false>(launch, x, w, y, {kernel_size, stride, padding, dilation});
   return y;
 }
 
@@ -382,40 +391,8 @@ Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const T
   // In the weights' format, nine times as large: a copy costs less than mixed accesses.
   const bool last = channels_last(weight);
   const Tensor x = laid_out(input, last), y = laid_out(grad, last);
-  const Tensor w = empty_nchw(weight.size(0), weight.size(1), weight.size(2), weight.size(3),
-                              last, x);
-  if (w.numel() == 0) return w;
-  const Window window{kernel_size, stride, padding, dilation};
-  with_offsets(x, w, y, window, [&](auto t, auto offset) {
-    using T = decltype(t);
-    using Offset = decltype(offset);
-    constexpr bool narrow = sizeof(Offset) == 4;
-    const auto a = arguments<Offset>(x, w, y, window);
-    const Form kind = narrow ? form(x, w, y, window, kPack<T>) : Form::any;
-    const int64_t kernels = w.numel() / (kernel_size * kernel_size);
-    const int64_t items = kernels / (kind == Form::any ? 1 : kPack<T>);
-    const dim3 blocks = grid(items);
-    if constexpr (narrow) {
-      if (kind == Form::rows) {
-        const Grid<I> places(a.C / kPack<T>, a.OH, a.OW, true);
-        rows_kernel<T, true><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
-        launch.check();
-      }
-      if (kind == Form::planes) {
-        const Grid<I> places(a.C, a.OH, a.OW / kPack<T>, false);
-        planes_kernel<T, true><<<blocks, kThreads, 0, launch.stream>>>(a, places, items);
-        launch.check();
-      }
-    }
-    if (kind == Form::any) {
-      const Grid<Offset> places(a.G, a.OH, a.OW, channels_last(w));
-      with_kernel_size(kernel_size, [&](auto k) {
-        grad_weight_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
-            a, places, a.C / a.G, items);
-        launch.check();
-      });
-    }
-  });
+  const Tensor w = empty_nchw(weight.size(0), weight.size(1), weight.size(2), weight.size(3), last, x);
+  if (w.numel() != 0) pass<true>(launch, x, w, y, {kernel_size, stride, padding, dilation});
   return w;
 }
 

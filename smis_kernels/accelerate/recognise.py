@@ -98,17 +98,10 @@ class Recognition:
 
     def _judged(self, name: str, module: nn.Module, kind: str,
                 judge: Callable[[], Verdict | None]) -> Finding | None:
-        key = (kind, *_settings(module))
-        if key not in self._verdicts:
-            try:
-                with aside(module):
-                    self._verdicts[key] = judge()
-            except Exception as error:  # of foreign code: whatever it raises, it is left alone
-                self._verdicts[key] = None, str(error).partition("\n")[0]
-        verdict = self._verdicts[key]
+        verdict = self._read(kind, module, judge)
         if verdict is None:
             return None
-        plan, note = verdict
+        plan, note = (None, verdict) if isinstance(verdict, str) else verdict
         change = None if plan is None else Change(module, _MIXINS[kind], plan)
         return Finding(name, module, kind, change, note)
 
@@ -152,6 +145,7 @@ class Recognition:
         return {key: self._norms[m] for key, m in module.named_children() if m in self._norms}
 
     def _read(self, kind: str, module: nn.Module, read: Callable[[], Any]) -> Any:
+        """What ``read`` returns, once for modules of the same settings; where it raises, why."""
         key = (kind, *_settings(module))
         if key not in self._verdicts:
             try:

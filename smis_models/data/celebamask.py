@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from ..io.files import replacing
-from ..io.images import ImageError, write_indices
+from ..io.images import ImageError, opened, write_indices
 from ..io.names import files_under
 
 # The published order: part k is class k + 1, and later parts lie over earlier ones.
@@ -36,11 +35,8 @@ def label_map(masks: dict[str, Path]) -> NDArray[np.uint8]:
     for index, part in enumerate(PARTS, 1):
         if part not in masks:
             continue
-        try:
-            with Image.open(masks[part]) as image:
-                inside = np.asarray(image.convert("L")) > 0
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ImageError(f"{masks[part]}: cannot be read as a mask ({error})") from error
+        with opened(masks[part], "a mask as PNG", "a mask") as image:
+            inside = np.asarray(image.convert("L")) > 0
         if labels is None:
             labels = np.zeros(inside.shape, np.uint8)
         if inside.shape != labels.shape:

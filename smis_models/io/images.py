@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from .files import replacing
@@ -30,20 +31,39 @@ class ImageError(ValueError):
     """A file that cannot be used as the map it was given as; the message names file and cure."""
 
 
-def _read_indices(path: Path) -> NDArray[np.int64]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; expected a PNG index map")
+@contextmanager
+def opened(path: str | Path, expected: str, kind: str = "an image") -> Iterator[ImageFile.ImageFile]:
+    """An image to decode inside the block; of whatever cannot be, one line.
+
+    Args:
+        expected: what the file should be, for the error. kind: what it is read as.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageError: not an image, or a damaged one.
+
+    Example:
+        >>> with opened("mask.png", "a mask as PNG") as image:  # doctest: +SKIP
+        ...     inside = np.asarray(image.convert("L")) > 0
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
     try:
         with Image.open(path) as image:
-            stretch = _STRETCH.get(str(image.tile[0][3]) if image.tile else "", 1)
-            mode, kind = image.mode, str(image.format)
-            if image.info.get("compression") in _LOSSY:
-                kind = "lossy TIFF"
-            pixels = np.asarray(image)
+            yield image
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ImageError(f"{path}: cannot be read as an image ({reason}); "
-                         "expected a PNG index map") from error
+        raise ImageError(f"{path}: cannot be read as {kind} ({reason}); "
+                         f"expected {expected}") from error
+
+
+def _read_indices(path: Path) -> NDArray[np.int64]:
+    with opened(path, "a PNG index map") as image:
+        stretch = _STRETCH.get(str(image.tile[0][3]) if image.tile else "", 1)
+        mode, kind = image.mode, str(image.format)
+        if image.info.get("compression") in _LOSSY:
+            kind = "lossy TIFF"
+        pixels = np.asarray(image)
     if kind not in _EXACT:
         raise ImageError(f"{path}: expected an index map as PNG, got a {kind} file, which does not "
                          "keep indices; make the map again as PNG, for a conversion keeps the "
@@ -59,13 +79,11 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) from a file's head.
 
     Raises:
+        FileNotFoundError: no such file.
         ImageError: not an image.
     """
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (UnidentifiedImageError, OSError) as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error})") from error
+    with opened(path, "an image") as image:
+        return image.height, image.width
 
 
 def _no_indices(mode: str, pixels: NDArray[Any]) -> str:
@@ -160,16 +178,10 @@ def read_exact(path: str | Path) -> Picture:
         FileNotFoundError: no such file.
         ImageError: not an image, a lossy format, more than 8 bits, transparent pixels.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; expected a PNG")
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            kind = "lossy TIFF" if image.info.get("compression") in _LOSSY else str(image.format)
-            pixels = np.asarray(image.convert("RGBA"))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error})") from error
+    with opened(path, "a PNG") as image:
+        mode = image.mode
+        kind = "lossy TIFF" if image.info.get("compression") in _LOSSY else str(image.format)
+        pixels = np.asarray(image.convert("RGBA"))
     if kind not in _EXACT:
         raise ImageError(f"{path}: expected colours as PNG, got a {kind} file, which does not keep "
                          "them; make the map again as PNG")
@@ -188,16 +200,9 @@ def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> Pictu
         FileNotFoundError: no such file.
         ImageError: not an image.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; expected a picture")
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            picture = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: cannot be read as a picture ({error}); "
-                         "expected a PNG or JPEG") from error
+    with opened(path, "a PNG or JPEG", "a picture") as image:
+        mode = image.mode
+        picture = image.convert("RGB")
     if mode.startswith(("I", "F")):  # which Pillow clips to 255 instead of scaling
         raise ImageError(f"{path}: expected a picture of 8 bits per channel, got mode {mode} "
                          "(16 or 32 bits); convert it to 8 bits first")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import FileScenes, SceneClassifier, SceneDataset
@@ -77,6 +78,17 @@ class Scenes:
         if isinstance(self._source, FileScenes):
             return [files.name for files in self._source.records]
         return []
+
+    def check(self, step: Step, also: Callable[[Layout], object]) -> None:
+        """Read all files once and ask ``also`` of each layout: hours later a bad one costs all.
+
+        Raises:
+            FileNotFoundError, ImageError: a file is missing or bad; the message names it.
+        """
+        if isinstance(self._source, (Layouts, FileScenes)):
+            for i in range(len(self)):
+                step(f"checking scene {i + 1} of {len(self)}")
+                also(self.scene(i)[0])
 
     def used(self) -> dict[str, Any]:
         """What a protocol may promise of them: data set, split, count, how they are resized."""
@@ -172,15 +184,21 @@ class _PictureScores:
             self._fake.append(self._judges.extractor(as_bytes(picture)))
             self._real.append(self._judges.extractor(as_bytes(photograph)))
 
-    def read(self, layout: Layout) -> None:
-        """Count the label map on disk, resized by nearest, that was predicted for a layout."""
+    def predicted(self, layout: Layout) -> NDArray[np.int64] | None:
+        """The label map on disk, resized by nearest, that was predicted for a layout."""
         path = self._prediction(layout.name)
         if path is None:
-            return
+            return None
         rule = self._judges.rule
         known = self._score.classes if rule.meaning is None else len(rule.meaning)
         height, width = layout.labels.shape
-        self._score.add(layout.labels, read_labels(path, known, (height, width)), str(path))
+        return read_labels(path, known, (height, width))
+
+    def read(self, layout: Layout) -> None:
+        """Count the predicted label map."""
+        labels = self.predicted(layout)
+        if labels is not None:
+            self._score.add(layout.labels, labels, str(self._prediction(layout.name)))
 
     def _prediction(self, name: str) -> Path | None:
         """The map that was predicted for a scene; None where none are read."""
@@ -258,6 +276,7 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
     Raises:
         ValueError: scenes of another size than the protocol's, too few of them, or nothing to
             measure.
+        FileNotFoundError, ImageError: a file of any scene, before anything is measured.
 
     Example:
         >>> from smis_models import create_model
@@ -285,6 +304,7 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
     painter = _Painter(model, seed, clusters)
     meter = DiversityMeter(model, judges.distances, protocol.diversity, len(scenes), seed=seed,
                            step=step) if judges.distances else None
+    scenes.check(step, scores.predicted)
     digest = SceneDigest()
     for i, (layout, photograph) in enumerate(scenes):
         digest.add(layout)
