@@ -32,7 +32,8 @@ class ImageError(ValueError):
 
 
 @contextmanager
-def opened(path: str | Path, expected: str, kind: str = "an image") -> Iterator[ImageFile.ImageFile]:
+def opened(path: str | Path, expected: str,
+           kind: str = "an image") -> Iterator[ImageFile.ImageFile]:
     """An image to decode inside the block; of whatever cannot be, one line.
 
     Args:
