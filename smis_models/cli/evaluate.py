@@ -25,6 +25,7 @@ from .common import (
     Seed,
     Unknown,
     app,
+    chosen_model,
     console,
     file_to_write,
     load_model,
@@ -32,7 +33,8 @@ from .common import (
     resolve_device,
     say_random,
     selected,
-    weights_of,
+    unknown_class,
+    unusable,
 )
 
 DistanceNames = Annotated[list[str], typer.Option(
@@ -50,9 +52,9 @@ SegmenterFile = Annotated[str | None, typer.Option(
 
 @app.command()
 def evaluate(
-    model: Model,
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="JSON file to write", callback=file_to_write(""))],
-    checkpoint: Checkpoint = None,
+    model: Model = None, checkpoint: Checkpoint = None,
     labels: Labels = None, instances: Instances = None, unknown: Unknown = None,
     dataset: Annotated[str | None, typer.Option(
         help="scenes, cityscapes, ade20k, coco_stuff, deepfashion or folder, in place of --labels",
@@ -87,16 +89,29 @@ def evaluate(
                          "scenes")
     if segmenter is not None and predictions is not None:
         raise ValueError("segmenter, predictions: expected one of them, got both")
+    if dataset is None:
+        unusable(context, "--labels are given, and no --dataset", "root", "split", "count")
+    else:
+        unusable(context, "--dataset is given, and no --labels", "instances")
+    if dataset == "scenes":
+        unusable(context, "the generated scenes lie in no folder", "root")
+    elif dataset is not None:
+        unusable(context, "it counts the generated scenes, --dataset scenes", "count")
+    if segmenter in (None, "scenes"):
+        unusable(context, "it is of a --segmenter from a file", "segmenter_input")
+    if segmenter is None and predictions is None:
+        unusable(context, "no --segmenter and no --predictions are given", "rule")
     place = resolve_device(device)
     pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
                               mask_mode=mask_mode, dont_care=dont_care)
     distances = create_distances(distance, lpips_weights, lpips_heads, place)
     extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
     with selected(backend):
-        checkpoint = weights_of(model, checkpoint)
+        model, checkpoint = chosen_model(model, checkpoint)
         network = load_model(model, checkpoint, place, seed)
         preset = network.preset
         clusters = synthesis.read_clusters(preset, features)
+        index = unknown_class(unknown, model, preset)
         judges = Judges(
             distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
             metrics.label_rule(rule, preset, pinned.dont_care),
@@ -105,15 +120,15 @@ def evaluate(
             facts = {"dataset": dataset, "root": None if root is None else str(root),
                      "split": split}
             scenes = Scenes(build_dataset(dataset, root, preset, split, count=count,
-                                          augment=False, unknown=unknown, seed=0), facts)
+                                          augment=False, unknown=index, seed=0), facts)
         else:
             assert labels is not None
-            found = synthesis.read_layouts(labels, instances, preset, unknown)
+            found = synthesis.read_layouts(labels, instances, preset, index)
             scenes = Scenes(found, {"labels": str(labels)})
         say_random(checkpoint)
         with progress(None) as step:
             result = metrics.evaluate(network, scenes, judges, pinned, checkpoint=checkpoint,
-                                      seed=seed, clusters=clusters, step=step)
+                                      seed=seed, clusters=clusters, step=step, expect=step.expect)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     console.print(_table(result))
     for what, flag in (("fid", "--inception-weights"), ("segmentation", "--segmenter")):
@@ -126,8 +141,9 @@ def create_distances(names: list[str], weights: Path | None, heads: Path | None,
                      device: torch.device) -> list[Distance]:
     """The distances that were asked for; `none` for none."""
     wanted = [name for name in dict.fromkeys(names) if name != "none"]
-    if weights is not None and not any(name.startswith("lpips") for name in wanted):
-        raise ValueError(f"lpips-weights: {', '.join(names)} reads none; add --distance lpips-alex")
+    for option, file in (("lpips-weights", weights), ("lpips-heads", heads)):
+        if file is not None and not any(name.startswith("lpips") for name in wanted):
+            raise ValueError(f"{option}: {', '.join(names)} reads none; add --distance lpips-alex")
     files = {name: (weights, heads) if name.startswith("lpips") else (None, None)
              for name in wanted}
     return [metrics.create_distance(name, *files[name], device=device) for name in wanted]
@@ -145,8 +161,8 @@ def _table(result: dict[str, Any]) -> Table:
     rows = Table("metric", "value", "measured with",
                  title=metrics.protocol_title(result["protocol"]))
     for name, values in result["results"].get("diversity", {}).items():
-        for metric in ("mcsd", "mocd", "lpips"):
-            title = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}[metric]
+        for metric in ("mcsd", "mocd", "diversity"):
+            title = {"mcsd": "mCSD", "mocd": "mOCD", "diversity": "diversity"}[metric]
             rows.add_row(title, f"{values[metric]:.4g}", name)
     if "fid" in result["results"]:
         found = result["results"]["fid"]

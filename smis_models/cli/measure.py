@@ -19,6 +19,7 @@ from ..benchmark.family import COLUMNS as FAMILY
 from ..benchmark.family import family_table
 from ..benchmark.measure import resident_peak, under_default_allocator
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
+from ..io.files import locked
 from ..io.images import write_atomically
 from .common import Device, Out, app, console, progress, resolve_device
 
@@ -44,7 +45,7 @@ def benchmark(
     dtypes = (torch.float32,) if place.type == "cpu" else (torch.float32, torch.bfloat16)
     on_cpu = place.type == "cpu"
     records = []
-    with progress(None) as step:
+    with locked(out), progress(None) as step:
         for case in cases:
             for dtype in dtypes:
                 setting = harness.Setting(place, dtype, source)

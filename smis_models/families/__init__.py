@@ -44,6 +44,7 @@ from .bicyclegan import (
 from .configuration import Configuration
 from .models import (
     SynthesisModel,
+    checkpoint_file,
     configured_preset,
     create_model,
     shipped_weights,
@@ -89,6 +90,7 @@ __all__ = [
     "SPADEPreset",
     "SynthesisModel",
     "UNetPreset",
+    "checkpoint_file",
     "configured_preset",
     "create_model",
     "entry",

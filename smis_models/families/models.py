@@ -28,6 +28,22 @@ _OFFICIAL_FILES = dict(zip(PARTS, ("latest_net_G.pth", "latest_net_E.pth", "late
 _SHIPPED = Path(__file__).parent / "weights"
 
 
+_RUN_WEIGHTS = "model.safetensors"
+
+
+def checkpoint_file(checkpoint: str | Path) -> Path:
+    """The file or folder that a checkpoint's path stands for: of a training run's folder its
+    latest weights.
+
+    Example:
+        >>> checkpoint_file("latest_net_G.pth").name
+        'latest_net_G.pth'
+    """
+    path = Path(checkpoint)
+    weights = path / _RUN_WEIGHTS
+    return weights if weights.is_file() else path
+
+
 def shipped_weights(name: str) -> Path | None:
     """The file with the shipped weights of a model of the zoo; None where none ship.
 
@@ -100,12 +116,17 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
         files = {part: path / _OFFICIAL_FILES[part] for part in modules}
         found = {part: read_checkpoint(file) for part, file in files.items() if file.exists()}
         if not found:
-            names = ", ".join(file.name for file in files.values())
+            names = ", ".join([_RUN_WEIGHTS, *(file.name for file in files.values())])
             raise CheckpointError(f"checkpoint: expected one of {names} in {path}, found none")
         return found
     state = read_checkpoint(path)
-    if all(key.partition(".")[0] in PARTS for key in state):
-        held = {key.partition(".")[0] for key in state}
+    held = {key.partition(".")[0] for key in state}
+    other = [key for key in state if key.partition(".")[0] not in PARTS]
+    if held & set(PARTS) and len(other) < len(state) / 2:
+        if other:
+            raise CheckpointError(f"checkpoint: expected keys of {', '.join(PARTS)} in {path}, got "
+                                  f"{', '.join(map(repr, other[:2]))} among {len(state)}; "
+                                  "leave what is no weight out")
         if not held & set(modules):
             raise CheckpointError(
                 f"checkpoint: expected the {', '.join(modules)} in {path}, got the "
@@ -128,7 +149,7 @@ def stored_configuration(checkpoint: str | Path) -> Configuration | None:
         >>> stored_configuration(shipped_weights("groupdnet_scenes")).preset.image_size
         (128, 128)
     """
-    path = Path(checkpoint)
+    path = checkpoint_file(checkpoint)
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     return Configuration.from_metadata(read_metadata(path), path)
@@ -162,9 +183,9 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
     Args:
         name: one of :func:`list_models`; None for what the checkpoint says that it is.
         checkpoint: None for random weights; an official ``.pth`` file of one part, a
-            ``.safetensors`` file of one or all parts, or a folder with ``latest_net_G.pth`` (and
-            ``_E``, ``_D``). Loaded strictly; parts it lacks are not built. Options stored in the
-            file take the place of the published ones.
+            ``.safetensors`` file of one or all parts, the folder of a ``smis train`` run, or one
+            with ``latest_net_G.pth`` (and ``_E``, ``_D``). Loaded strictly; parts it lacks are not
+            built. Options stored in the file take the place of the published ones.
         part: "generator", "encoder" or "discriminator" for that network alone.
         device, dtype: of the parameters; "meta" for shapes alone.
         seed, init_gain: of the random weights (xavier normal, published gain 0.02; pix2pixHD's are
@@ -199,7 +220,7 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
             if torch.device(device).type != "meta":
                 init_weights(module, seed=seed, gain=init_gain, rule=preset.init_rule)
     else:
-        path = Path(checkpoint)
+        path = checkpoint_file(checkpoint)
         states = _states_by_part(path, modules)
         modules = {p: modules[p] for p in states}
         for p, module in modules.items():

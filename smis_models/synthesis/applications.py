@@ -137,8 +137,8 @@ def mix(model: Any, layout: Layout, codes: Sequence[Tensor], take: Mapping[int, 
     taken: dict[int, int] = {}
     for index, source in take.items():
         taken[index] = source
-        yield _frame(made, f"class {index} from {names[source]}", mixed_code(model, codes, taken),
-                     layout)
+        yield _frame(made, f"{layout.class_name(index)} from {names[source]}",
+                     mixed_code(model, codes, taken), layout)
 
 
 def edit(model: Any, layouts: Sequence[Layout],
@@ -214,13 +214,12 @@ def resample(model: Any, layout: Layout, index: int, samples: int, seed: int = 0
     yield _frame(made, "first", start, layout)
     for k in range(1, samples + 1):
         changed = resample_class(model, start, index, seed + k)
-        yield _frame(made, f"class {index}, draw {k}", changed, layout)
+        yield _frame(made, f"{layout.class_name(index)}, draw {k}", changed, layout)
 
 
 def _check_present(layout: Layout, index: int) -> None:
     if index not in layout.present:
-        raise ValueError(f"class: expected one of {layout.name}, {sorted(layout.present)}; got "
-                         f"{index}")
+        raise ValueError(f"class: expected one of {layout.name}, {layout.shown}; got {index}")
 
 
 def edit_features(model: Any, layout: Layout, clusters: FeatureClusters, instance: int,

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..extras import cure
 from ..families import Preset, create_model
+from ..io.choices import unknown_name
 from .config import TrainConfig
 from .recipes import RECIPES
 
@@ -20,7 +22,7 @@ def _parser(network: type[Preset]) -> Any:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise ValueError("jsonargparse: not installed, which reads training options; "
-                         "pip install 'smis-kernels[models]'") from error
+                         f"{cure('models', 'jsonargparse', 'pyyaml')}") from error
     parser = ArgumentParser(prog="smis train CONFIG", exit_on_error=False)
     parser.add_class_arguments(TrainConfig, skip={"network"})
     parser.add_argument("--network", type=network)
@@ -79,8 +81,7 @@ def recipe(name: str) -> TrainConfig:
         >>> config = recipe("groupdnet_deepfashion")
     """
     if name not in RECIPES:
-        raise ValueError(f"config: expected a .yaml or .json file, or one of {', '.join(RECIPES)}; "
-                         f"got {name!r}")
+        raise ValueError(unknown_name("config", RECIPES, name, "a .yaml or .json file, or one of"))
     return RECIPES[name]()
 
 

@@ -118,8 +118,9 @@ def _scenes_codes() -> TrainConfig:
 
 
 def _scenes() -> TrainConfig:
-    """The second half, from the first one's weights (``--init``): whitened codes with their noise,
-    and a discriminator that judges pictures of encoded and of drawn codes.
+    """The second half: codes with their noise, and a discriminator that judges pictures of encoded
+    and of drawn codes. The shipped weights went on from the first half's, ``--init FILE --whiten
+    true``.
     """
     return TrainConfig(
         model="groupdnet_scenes", network=SCENES,
@@ -127,7 +128,7 @@ def _scenes() -> TrainConfig:
         losses=LossConfig(adversarial=0.5, feature_matching=2.0, perceptual=0.0, kl=1e-3,
                           pixel=10.0, pixel_mean="classes", prior=0.5),
         optimizer=OptimizerConfig(generator=5e-4, discriminator=5e-4, ema=0.99, reuse_fake=True),
-        schedule=ScheduleConfig(epochs=3), log=_SCENES_LOG, init_gain=1.0, whiten=True,
+        schedule=ScheduleConfig(epochs=3), log=_SCENES_LOG, init_gain=1.0,
     )
 
 
