@@ -98,6 +98,12 @@ def file_to_write(suffix: str) -> Callable[[Path], Path]:
     return check
 
 
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"seed: expected 0 to {MOST_SEED}, got {seed}")
+    return seed
+
+
 Labels = Annotated[Path | None, typer.Option(help="label map (PNG) or a folder of them")]
 Instances = Annotated[Path | None, typer.Option(help="instance map or a folder of them")]
 Model = Annotated[str | None, typer.Option(
@@ -108,7 +114,7 @@ Checkpoint = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="folder to write to", callback=folder_to_write)]
 Seed = Annotated[int, typer.Option(
-    help="of the codes and of random weights", min=0, max=MOST_SEED)]
+    help="of the codes and of random weights", callback=_checked_seed)]
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Unknown = Annotated[str | None, typer.Option(

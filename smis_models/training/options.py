@@ -109,6 +109,11 @@ def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Trai
     else:
         raise ValueError("config: expected a recipe or a model; add `recipe: NAME` or "
                          "`model: NAME`")
+    for name, held in base.items():
+        if isinstance(held, dict) and not isinstance(given.get(name, held), Mapping):
+            got = "null" if given[name] is None else type(given[name]).__name__
+            raise ValueError(f"config: expected options (name: value) under {name}, got {got}; "
+                             f"leave {name} out, or give its options")
     if given.get("model", base["model"]) != base["model"]:
         raise ValueError(f"model: the recipe is of {base['model']}, got {given['model']!r}; "
                          "leave one of recipe and model out")
@@ -124,7 +129,8 @@ def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Trai
         config: TrainConfig = parser.instantiate(chosen)
         built = TrainConfig(**vars(config)) if not isinstance(config, TrainConfig) else config
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"config: {_line(error)}") from error
+        listed = "; --options lists all" if "unrecognized" in str(error) else ""
+        raise ValueError(f"config: {_line(error)}{listed}") from error
     if built.model != base["model"]:
         raise ValueError(f"model: the configuration is of {base['model']}, got {built.model!r}; "
                          "choose another CONFIG instead")
