@@ -220,9 +220,10 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
         raise CheckpointError(f"checkpoint: {source} is not {model}: {difference}; {hint}")
     for key, tensor in own.items():
         found = filled[key]
-        if found.is_complex() or tensor.is_floating_point() != found.is_floating_point():
-            kind = "floats" if tensor.is_floating_point() else "integers"
-            raise CheckpointError(f"checkpoint: expected {kind} under {key!r} in {source}, got "
+        if not tensor.is_floating_point():  # a counter, which `half()` of all tensors cast too
+            filled[key] = found.to(tensor.dtype)
+        elif not found.is_floating_point():
+            raise CheckpointError(f"checkpoint: expected floats under {key!r} in {source}, got "
                                   f"{found.dtype}; save the weights as they were trained")
     module.load_state_dict(filled, strict=True, assign=True)
 
