@@ -24,8 +24,9 @@ __all__ = ["app", "apply", "common", "convert", "data", "evaluate",
 def _line(error: BaseException) -> str:
     """What is said of an error that the user can mend."""
     name = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and str(error).startswith("No module named"):
-        return f"{name}: not installed, which this needs; {cure('models')}"
+    if isinstance(error, ModuleNotFoundError) and name and "pip install" not in str(error):
+        needed = "pip install torch" if name == "torch" else cure("models")
+        return f"{name}: not installed, which this needs; {needed}"
     return str(error)
 
 
