@@ -16,9 +16,9 @@ from ..runtime.tensors import is_channels_last
 from .formats import channels_last, gradient_in_format, in_format_of, network_call
 from .graph import is_plain_conv
 from .norms import FusedNorm, NormPlan, probe_inputs
-from .probe import PROBE_SIZE, Trial, agreeing, shadow, unit_outputs
+from .probe import PROBE_SIZE, Trial, agreeing, detached_copy, unit_outputs
 from .served import ForeignNorm
-from .swap import PLAN, Accelerated, AsWritten, Change, Fused, Plan, arguments_of
+from .swap import PLAN, Accelerated, AsWritten, Change, Fused, FusionPlan, arguments_of
 from .watch import hooked
 
 # Activation and slope between norm and conv, likeliest first.
@@ -28,7 +28,7 @@ _Wiring = tuple[tuple[str, str], tuple[str, str], tuple[str, str] | None]
 
 
 @dataclass(frozen=True)
-class BlockPlan(Plan):
+class BlockPlan(FusionPlan):
     """Names of (norm, conv) in the order of the computation, and the shortcut's, if any."""
 
     first: tuple[str, str]
@@ -88,7 +88,7 @@ def judge(block: nn.Module, plans: list[BlockPlan],
           norms: dict[str, NormPlan]) -> tuple[int | None, str]:
     """Which of the plans a block agrees with; else why it does not with the first."""
     convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
-    twin = shadow(block, keep=convs)
+    twin = detached_copy(block, keep=convs)
     unit_outputs(*(m for m in twin.children() if isinstance(m, nn.Conv2d)))
     for parameter in twin.parameters():  # weights' gradients have been seen norm by norm
         parameter.requires_grad_(parameter.requires_grad and parameter.dim() == 1)
@@ -121,7 +121,7 @@ class FusedBlock(Fused):
     """Norm and activation in one pass, both norms of the input from one read, channels-last."""
 
     @staticmethod
-    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+    def _smis_besides(module: nn.Module, plan: FusionPlan) -> list[nn.Module]:
         assert isinstance(plan, BlockPlan)
         pairs = (plan.first, plan.second, *([plan.shortcut] if plan.shortcut else []))
         return [module.get_submodule(name) for pair in pairs for name in pair]

@@ -1,4 +1,4 @@
-"""GPU kernels of modulation. Tiles are [BLOCK_C, BLOCK_P]; ROWS says which axis is dense in memory.
+"""GPU kernels of modulation. Tiles are [BLOCK_C, BLOCK_P]; NHWC says which axis is dense in memory.
 
 An operand's ``*_n`` is its batch stride and ``*_s`` the stride of the axis that is not dense; these
 and the dense size come divided by UNIT, so that the compiler sees what loads may be joined.
@@ -36,32 +36,32 @@ SUMMED_CHANNELS = 64  # of a tile at the most: sums over its pixels are written,
 
 
 @triton.jit
-def sizes(C, P, UNIT: tl.constexpr, ROWS: tl.constexpr):
-    if ROWS:
+def sizes(C, P, UNIT: tl.constexpr, NHWC: tl.constexpr):
+    if NHWC:
         return C * UNIT, P
     return C, P * UNIT
 
 
 @triton.jit
-def _offset(c, p, stride, UNIT: tl.constexpr, ROWS: tl.constexpr):
+def _offset(c, p, stride, UNIT: tl.constexpr, NHWC: tl.constexpr):
     # [BLOCK_C, BLOCK_P] offsets inside one image
-    if ROWS:
+    if NHWC:
         return c[:, None] + p.to(tl.int64)[None, :] * stride * UNIT
     return c[:, None] * stride * UNIT + p[None, :]
 
 
 @triton.jit
-def load_tile(base, n, stride_n, c, p, stride, mask, UNIT: tl.constexpr, ROWS: tl.constexpr,
+def load_tile(base, n, stride_n, c, p, stride, mask, UNIT: tl.constexpr, NHWC: tl.constexpr,
               ACC: tl.constexpr):
-    at = n * stride_n * UNIT + _offset(c, p, stride, UNIT, ROWS)
+    at = n * stride_n * UNIT + _offset(c, p, stride, UNIT, NHWC)
     return tl.load(base + at, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def store_tile(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
+def store_tile(base, value, n, c, p, channels, pixels, mask, NHWC: tl.constexpr):
     # outputs are dense: their strides follow from the shape
-    stride = channels if ROWS else pixels
-    offset = n * channels * pixels + _offset(c, p, stride, 1, ROWS)
+    stride = channels if NHWC else pixels
+    offset = n * channels * pixels + _offset(c, p, stride, 1, NHWC)
     tl.store(base + offset, narrowed(value, base), mask=mask)
 
 
@@ -97,50 +97,50 @@ def modulation_apply_kernel(
     mean2, rstd2, gamma2, gamma2_n, gamma2_s, beta2, beta2_n, beta2_s, out2,
     C, P, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    C, P = sizes(C, P, UNIT, ROWS)
+    C, P = sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
     if UPSAMPLE:
         source = (p // W // 2) * (W // 2) + (p % W) // 2
     else:
         source = p
-    value = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
-    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, UNIT, ROWS, ACC)
-    b = load_tile(beta, n, beta_n, c, p, beta_s, mask, UNIT, ROWS, ACC)
+    value = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, NHWC, ACC)
+    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, UNIT, NHWC, ACC)
+    b = load_tile(beta, n, beta_n, c, p, beta_s, mask, UNIT, NHWC, ACC)
     m = statistic(mean, n, per_image, c, C)
     r = statistic(rstd, n, per_image, c, C)
     if PAIR:
-        g2 = load_tile(gamma2, n, gamma2_n, c, p, gamma2_s, mask, UNIT, ROWS, ACC)
-        b2 = load_tile(beta2, n, beta2_n, c, p, beta2_s, mask, UNIT, ROWS, ACC)
+        g2 = load_tile(gamma2, n, gamma2_n, c, p, gamma2_s, mask, UNIT, NHWC, ACC)
+        b2 = load_tile(beta2, n, beta2_n, c, p, beta2_s, mask, UNIT, NHWC, ACC)
         m2 = statistic(mean2, n, per_image, c, C)
         r2 = statistic(rstd2, n, per_image, c, C)
     y = activate((value - m) * r * (1.0 + g) + b, SLOPE)
-    store_tile(out, y, n, c, p, C, P, mask, ROWS)
+    store_tile(out, y, n, c, p, C, P, mask, NHWC)
     if PAIR:
         y2 = activate((value - m2) * r2 * (1.0 + g2) + b2, SLOPE2)
-        store_tile(out2, y2, n, c, p, C, P, mask, ROWS)
+        store_tile(out2, y2, n, c, p, C, P, mask, NHWC)
 
 
 @triton.jit
 def activation_gradient(
     grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, NHWC: tl.constexpr, ACC: tl.constexpr,
 ):
-    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, NHWC, ACC)
     if SLOPE != 1.0:
-        y = load_tile(out, n, out_n, c, p, out_s, mask, UNIT, ROWS, ACC)
+        y = load_tile(out, n, out_n, c, p, out_s, mask, UNIT, NHWC, ACC)
         dz = tl.where(y > 0, dz, dz * SLOPE)
     return dz
 
 
 @triton.jit
-def store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS: tl.constexpr):
+def store_sums(total, hat, partial, partial_s, n, c, C, mask, NHWC: tl.constexpr):
     # [2, N, ...]: summed afterwards in a fixed order, so the result is deterministic
     kept = tl.where(mask, total, 0.0)
-    if ROWS:
+    if NHWC:
         at = (n * tl.num_programs(0) + tl.program_id(0)) * C + c
     else:
         at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
@@ -156,13 +156,13 @@ def modulation_backward_kernel(
     dgamma2, dbeta2, dx, partial, partial_s,
     C, P, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    C, P = sizes(C, P, UNIT, ROWS)
+    C, P = sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, NHWC, ACC)
     m = statistic(mean, n, per_image, c, C)
     r = statistic(rstd, n, per_image, c, C)
     hat = (value - m) * r
@@ -179,36 +179,36 @@ def modulation_backward_kernel(
             wide = p
             pixels = P
         dz = activation_gradient(
-            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, ROWS, ACC
+            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, NHWC, ACC
         )
-        g = load_tile(gamma, n, gamma_n, c, wide, gamma_s, mask, UNIT, ROWS, ACC)
+        g = load_tile(gamma, n, gamma_n, c, wide, gamma_s, mask, UNIT, NHWC, ACC)
         if PAIR:
             dz2 = activation_gradient(
                 grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, UNIT,
-                ROWS, ACC,
+                NHWC, ACC,
             )
-            g2 = load_tile(gamma2, n, gamma2_n, c, wide, gamma2_s, mask, UNIT, ROWS, ACC)
+            g2 = load_tile(gamma2, n, gamma2_n, c, wide, gamma2_s, mask, UNIT, NHWC, ACC)
         total += r * dz * (1.0 + g)
-        store_tile(dbeta, dz, n, c, wide, C, pixels, mask, ROWS)
-        store_tile(dgamma, dz * hat, n, c, wide, C, pixels, mask, ROWS)
+        store_tile(dbeta, dz, n, c, wide, C, pixels, mask, NHWC)
+        store_tile(dgamma, dz * hat, n, c, wide, C, pixels, mask, NHWC)
         if PAIR:
             total += r2 * dz2 * (1.0 + g2)
-            store_tile(dbeta2, dz2, n, c, wide, C, pixels, mask, ROWS)
-            store_tile(dgamma2, dz2 * hat2, n, c, wide, C, pixels, mask, ROWS)
-    store_tile(dx, total, n, c, p, C, P, mask, ROWS)
+            store_tile(dbeta2, dz2, n, c, wide, C, pixels, mask, NHWC)
+            store_tile(dgamma2, dz2 * hat2, n, c, wide, C, pixels, mask, NHWC)
+    store_tile(dx, total, n, c, p, C, P, mask, NHWC)
     if SUMS:
-        store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
+        store_sums(total, hat, partial, partial_s, n, c, C, mask, NHWC)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def channel_moments_kernel(
     x, x_n, x_s, mean, square, C, P, first, steps,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     # Mean and summed squared deviation of ``steps`` tiles. Each slot of the tile follows its own
     # pixels about the first of them, so that nothing cancels; slots meet once, at the end.
-    C, P = sizes(C, P, UNIT, ROWS)
+    C, P = sizes(C, P, UNIT, NHWC)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64) + first
     start = tl.program_id(0) * steps * BLOCK_P
@@ -216,13 +216,13 @@ def channel_moments_kernel(
     whole = (stop - start) // BLOCK_P  # tiles without a pixel outside
     inside = (c < C)[:, None]
     p = start + tl.arange(0, BLOCK_P)
-    pivot = load_tile(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, ROWS, ACC)
+    pivot = load_tile(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, NHWC, ACC)
     average = tl.zeros_like(pivot)
     spread = tl.zeros_like(pivot)
     seen = tl.full((1, 1), 1.0, ACC)
     for step in tl.range(1, whole, loop_unroll_factor=4):  # four loads are under way at once
         p = start + step * BLOCK_P + tl.arange(0, BLOCK_P)
-        value = load_tile(x, n, x_n, c, p, x_s, inside, UNIT, ROWS, ACC) - pivot
+        value = load_tile(x, n, x_n, c, p, x_s, inside, UNIT, NHWC, ACC) - pivot
         delta = value - average
         seen += 1.0
         average += delta * (1.0 / seen)
@@ -232,7 +232,7 @@ def channel_moments_kernel(
     count = whole + more.to(tl.int32)
     if start + whole * BLOCK_P < stop:
         mask = inside & more[None, :]
-        value = load_tile(x, n, x_n, c, last, x_s, mask, UNIT, ROWS, ACC) - pivot
+        value = load_tile(x, n, x_n, c, last, x_s, mask, UNIT, NHWC, ACC) - pivot
         delta = tl.where(mask, value - average, 0.0)
         average += delta * (1.0 / (whole + 1).to(ACC))
         spread += tl.where(mask, delta * (value - average), 0.0)
@@ -271,17 +271,17 @@ def merge_moments_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def modulation_center_kernel(
     grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, per_image, shift, scale, dx, C, P, first,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    C, P = sizes(C, P, UNIT, ROWS)
+    C, P = sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
-    g = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, NHWC, ACC)
+    g = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, NHWC, ACC)
     hat = (value - statistic(mean, n, per_image, c, C)) * statistic(rstd, n, per_image, c, C)
     a = statistic(shift, n, per_image, c, C)
     b = statistic(scale, n, per_image, c, C)
-    store_tile(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
+    store_tile(dx, g - a - hat * b, n, c, p, C, P, mask, NHWC)
 
 
 def per_image(statistics: Tensor) -> int:
@@ -291,9 +291,9 @@ def per_image(statistics: Tensor) -> int:
 
 def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, pixels = is_channels_last(input), h * w
-    x = dense(input, rows)
-    t = tiling("channel_moments", MOMENTS, pixels, rows, x)
+    nhwc, pixels = is_channels_last(input), h * w
+    x = dense(input, nhwc)
+    t = tiling("channel_moments", MOMENTS, pixels, nhwc, x)
     steps = triton.cdiv(t.tiles, triton.cdiv(MOMENT_PROGRAMS, n * t.groups))
     chunks = triton.cdiv(t.tiles, steps)
     means, squares = (
@@ -318,12 +318,12 @@ def modulation_apply(
     slope_s: float, upsample: bool,
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
-    x, g, b = (dense(t, rows) for t in (input, gamma, beta))
-    g2, b2 = (dense(t, rows) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
+    nhwc, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
+    x, g, b = (dense(t, nhwc) for t in (input, gamma, beta))
+    g2, b2 = (dense(t, nhwc) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
-    t = tiling("modulation_apply", APPLY, h * w * up * up, rows, x, g, b, g2, b2)
+    t = tiling("modulation_apply", APPLY, h * w * up * up, nhwc, x, g, b, g2, b2)
     with on_device(x):
         for first, grid in t.grids():
             modulation_apply_kernel[grid](
@@ -342,10 +342,10 @@ def modulation_backward(
     gamma_s: Tensor | None, slope: float, slope_s: float, upsample: bool, sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
-    x, dy, y, g = (dense(t, rows) for t in (input, grad, output, gamma))
+    nhwc, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
+    x, dy, y, g = (dense(t, nhwc) for t in (input, grad, output, gamma))
     dy2, y2, g2 = (
-        dense(t, rows) if t is not None else s
+        dense(t, nhwc) if t is not None else s
         for t, s in ((grad_s, dy), (output_s, y), (gamma_s, g))
     )
     dx = empty_nchw((n, c, h, w), input)
@@ -354,7 +354,7 @@ def modulation_backward(
     )
     dgamma2, dbeta2 = second or (dgamma, dbeta)
     check_plane(h * w * up * up)
-    t = tiling("modulation_backward", BACKWARD if rows else BACKWARD_PLANES, h * w, rows,
+    t = tiling("modulation_backward", BACKWARD if nhwc else BACKWARD_PLANES, h * w, nhwc,
                x, dy, y, g, dy2, y2, g2, widest=SUMMED_CHANNELS)
     partial = t.partial_sums(x, sums)
     with on_device(x):
@@ -377,10 +377,10 @@ def modulation_center(
     grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor
 ) -> Tensor:
     n, c, h, w = input.shape
-    rows = is_channels_last(input)
-    x, g = dense(input, rows), dense(grad, rows)
+    nhwc = is_channels_last(input)
+    x, g = dense(input, nhwc), dense(grad, nhwc)
     dx = empty_nchw((n, c, h, w), input)
-    t = tiling("modulation_center", APPLY, h * w, rows, x, g)
+    t = tiling("modulation_center", APPLY, h * w, nhwc, x, g)
     with on_device(x):
         for first, grid in t.grids():
             modulation_center_kernel[grid](
@@ -392,15 +392,15 @@ def modulation_center(
 
 def _compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
-    for dtype, rows in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-        name = f"{str(dtype).removeprefix('torch.')} {'rows' if rows else 'planes'}"
+    for dtype, nhwc in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        name = f"{str(dtype).removeprefix('torch.')} {'rows' if nhwc else 'planes'}"
         for c, size in ((256, 128), (280, 63)):
 
             def case(kind: str, function: Callable[..., object], up: int, pair: bool,
                      *rest: object) -> CompileCase:
                 def draw(scale: int) -> Tensor:
                     return meta(2, c, size * scale, size * scale, dtype=dtype,  # noqa: B023
-                                rows=rows)  # noqa: B023
+                                nhwc=nhwc)  # noqa: B023
 
                 m = meta(2, c)  # noqa: B023
                 second = (m, m, draw(up), draw(up)) if pair else (None,) * 4
