@@ -21,7 +21,7 @@ from smis_models.data.scenes import LANDSCAPE
 from smis_models.metrics.distance import PixelDistance
 from smis_models.metrics.diversity import diversity
 from smis_models.metrics.protocols import DiversityProtocol
-from smis_models.synthesis.scene import Layout
+from smis_models.synthesis.scene import Scene
 
 SCENES, SAMPLES = 8, 8
 
@@ -57,7 +57,7 @@ def test_it_is_what_the_zoo_lists(model: Any) -> None:
 
 
 def test_a_class_varies_and_the_rest_holds(model: Any, held_out: Any) -> None:
-    layouts = [Layout(name, labels.numpy().astype(np.int64), None)
+    layouts = [Scene(name, labels.numpy().astype(np.int64), None)
                for name, labels in zip(held_out["name"], held_out["labels"], strict=True)]
     found = diversity(model, layouts, PixelDistance(),
                       DiversityProtocol(layouts=SCENES, samples=4, pairs=3))
