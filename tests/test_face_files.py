@@ -26,7 +26,7 @@ from smis_models.io.files import LOCK, UNFINISHED, locked, unfinished
 from smis_models.io.images import write_indices
 from smis_models.io.sheet import captioned, legend
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
-from smis_models.synthesis.scene import Layout
+from smis_models.synthesis.scene import Scene
 from smis_models.training import load_config
 from smis_models.training.recipes import RECIPES
 
@@ -381,7 +381,7 @@ def test_a_class_is_found_by_name_or_number() -> None:
 
 def test_edits_speak_of_classes() -> None:
     names = class_names("groupdnet_scenes", 8)
-    scene = Layout("s", np.zeros((16, 16), np.int64), None, names, (32, 32))
+    scene = Scene("s", np.zeros((16, 16), np.int64), None, names, (32, 32))
     edited = relabelled(painted(scene, "tree:0,0,4,4", 8), "sky=water", 8)
     assert (edited.present, edited.class_names, edited.source_size) == ([2, 5], names, (32, 32))
     assert parse_takes(["sky=b", "5=0"], ["a", "b"], names) == {0: 1, 5: 0}

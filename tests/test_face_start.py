@@ -18,7 +18,7 @@ from smis_models.cli import common
 from smis_models.data import GeneratedScenes
 from smis_models.families import create_model, list_models
 from smis_models.io.images import write_indices
-from smis_models.metrics import Judges, PixelDistance, Scenes, evaluate, protocol, scene_labels
+from smis_models.metrics import Metrics, PixelDistance, Scenes, evaluate, protocol, scene_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,17 +98,17 @@ def test_progress_has_a_total_and_speaks_once_a_minute(terminal: bool,
 
 @pytest.mark.parametrize("source", ["files", "generated"])
 def test_evaluate_tells_how_many_steps_there_are(source: str, tmp_path: Path) -> None:
-    from smis_models.synthesis.scene import read_layouts
+    from smis_models.synthesis.scene import read_scenes
 
     model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
     scenes = Scenes(GeneratedScenes(3, 128, "test"), {"dataset": "scenes"})
     if source == "files":
         for k in range(3):
             write_indices(tmp_path / f"{k}.png", np.arange(128)[:, None].repeat(128, 1) // (40 + k))
-        scenes = Scenes(read_layouts(tmp_path, None, model.preset), {})
+        scenes = Scenes(read_scenes(tmp_path, None, model.preset), {})
     told: list[int] = []
     taken: list[str] = []
-    evaluate(model, scenes, Judges([PixelDistance()], None, scene_labels),
+    evaluate(model, scenes, Metrics([PixelDistance()], None, scene_labels),
              protocol("n100-m19", layouts=2, samples=2, pairs=1), step=taken.append,
              expect=told.append)
     assert told[-1] == len(taken)

@@ -10,7 +10,7 @@ from ..extras import cure
 _missing: ImportError | None = None
 try:
     from ..io.allocator import reuse_freed_memory
-    from . import apply, common, convert, data, evaluate, measure, synthesis, train
+    from . import apply, common, convert, data, evaluate, measure, paint, synthesis, train
     from .common import USER_ERRORS, app
 except ImportError as _error:
     if (_error.name or "smis_models").partition(".")[0] == "smis_models":
@@ -18,7 +18,7 @@ except ImportError as _error:
     _missing = _error
 
 __all__ = ["app", "apply", "common", "convert", "data", "evaluate",
-           "main", "measure", "synthesis", "train"]
+           "main", "measure", "paint", "synthesis", "train"]
 
 
 def _line(error: BaseException) -> str:

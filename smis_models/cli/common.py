@@ -34,7 +34,7 @@ from ..families import (
     stored_configuration,
 )
 from ..io.scene import one_shape, text_size
-from ..synthesis.scene import Layout
+from ..synthesis.scene import Scene
 
 MOST_SEED = 2**32 - 1  # samples add small numbers to it, and torch takes 64 bits
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
@@ -119,7 +119,7 @@ Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Unknown = Annotated[str | None, typer.Option(
     help="class of pixels labelled 255: its name or number")]
-Samples = Annotated[int, typer.Option(help="pictures of each layout", min=1)]
+Samples = Annotated[int, typer.Option(help="pictures of each scene", min=1)]
 
 
 _A_MINUTE = 60.0  # between lines where there is no terminal
@@ -241,12 +241,12 @@ def say_random(checkpoint: Path | None) -> None:
                       "show the mechanism, not what a trained network paints.")
 
 
-def resized_line(layout: Layout, count: int = 1) -> str | None:
+def resized_line(scene: Scene, count: int = 1) -> str | None:
     """What is said of a map that is not of the model's size; ``count``: how many of them."""
-    height, width = layout.labels.shape
-    if layout.source_size is None or layout.source_size == (height, width):
+    height, width = scene.labels.shape
+    if scene.source_size is None or scene.source_size == (height, width):
         return None
-    return _resized(layout.name, layout.source_size, (height, width), count)
+    return _resized(scene.name, scene.source_size, (height, width), count)
 
 
 def _resized(name: str, source: tuple[int, int], size: tuple[int, int], count: int) -> str:

@@ -32,7 +32,7 @@ from ..io.sheet import captioned_grid
 from ..synthesis import scene as synthesis
 from ..synthesis.codes import draw_code
 from ..synthesis.features import CLUSTERS, FeatureClusters, encode_features
-from ..synthesis.scene import Layout
+from ..synthesis.scene import Scene
 from ..synthesis.synthesizer import Synthesizer
 from .common import (
     Backend,
@@ -66,12 +66,12 @@ from .common import (
 @app.command("list")
 def list_command() -> None:
     """Every model with its size: parameters in millions."""
-    rows = Table(Column("model", no_wrap=True), Column("what it is", ratio=1), "G", "E", "D")
+    table = Table(Column("model", no_wrap=True), Column("what it is", ratio=1), "G", "E", "D")
     for info in list_models():
         sizes = (f"{info.parameters.get(part, 0) / 1e6:.1f}"
                  for part in ("generator", "encoder", "discriminator"))
-        rows.add_row(info.name, info.description, *sizes)
-    console.print(rows)
+        table.add_row(info.name, info.description, *sizes)
+    console.print(table)
     console.print("G, E, D: millions of parameters of generator, encoder and discriminator",
                   highlight=False)
 
@@ -85,11 +85,11 @@ def classes(
     name, weights = chosen_model(model, checkpoint)
     preset = preset_of(name, weights)
     names = class_names(name, preset.classes)
-    rows = Table("class", "name", "colour")
+    table = Table("class", "name", "colour")
     for k, (what, rgb) in enumerate(zip(names, class_colours(names), strict=True)):
         text = "#{:02x}{:02x}{:02x}".format(*map(int, rgb))
-        rows.add_row(str(k), what, f"[{text}]{'#' * 4}[/] {text}")
-    console.print(rows)
+        table.add_row(str(k), what, f"[{text}]{'#' * 4}[/] {text}")
+    console.print(table)
     if preset.dont_care is not None:
         console.print(f"255 in a file becomes {preset.dont_care}", highlight=False)
 
@@ -141,52 +141,52 @@ def synthesize(
         options = _size(size, model, preset)
         preset = with_options(preset, options, model)
         clusters = synthesis.read_clusters(preset, features)
-        layouts = synthesis.read_layouts(labels, instances, preset,
+        scenes = synthesis.read_scenes(labels, instances, preset,
                                          unknown_class(unknown, model, preset),
                                          class_names(model, preset.classes))
-        first = layouts[0]
+        first = scenes[0]
         network = load_model(model, checkpoint, place, seed, **options)
         say_random(checkpoint)
         if checkpoint is None:
             synthesis.calibrate(network, synthesis.semantics(network, first),
                                 synthesis.draw_input(network, first, seed, clusters))
-        rows = Table("scene", "classes", "pictures", "seconds each")
+        table = Table("scene", "classes", "pictures", "seconds each")
         sheet: list[list[tuple[str, Picture]]] = []
         made: Synthesizer | None = None
-        first_resized: Layout | None = None
+        first_resized: Scene | None = None
         count = 0
-        with progress(len(layouts) * samples) as step:
-            for i, layout in enumerate(layouts):
+        with progress(len(scenes) * samples) as step:
+            for i, scene in enumerate(scenes):
                 start, drawn = time.perf_counter(), []
                 if made is None:
-                    made = Synthesizer(network, *layout.tensors())
+                    made = Synthesizer(network, *scene.tensors())
                 else:
-                    made.update(*layout.tensors())
+                    made.update(*scene.tensors())
                 for k in range(samples):
-                    step(layout.name)
-                    z = synthesis.draw_input(network, layout, seed + k, clusters)
+                    step(scene.name)
+                    z = synthesis.draw_input(network, scene, seed + k, clusters)
                     (picture,) = to_pictures(made.sample(z))
-                    write_png(out / f"{layout.name}_{k}.png", picture)
+                    write_png(out / f"{scene.name}_{k}.png", picture)
                     drawn += [(f"seed {seed + k}", picture)] if i < _GRID_ROWS else []
-                _remove_older(out, layout.name, samples)
+                _remove_older(out, scene.name, samples)
                 spent = (time.perf_counter() - start) / samples
-                if resized_line(layout):
-                    first_resized, count = first_resized or layout, count + 1
+                if resized_line(scene):
+                    first_resized, count = first_resized or scene, count + 1
                 if i < _GRID_ROWS:
-                    sheet.append([(layout.name, layout.picture(preset.classes)),
-                                  ("classes", layout.legend(preset.classes)), *drawn])
-                files = f"{layout.name}_0.png" + (f" .. _{samples - 1}.png" if samples > 1 else "")
+                    sheet.append([(scene.name, scene.picture(preset.classes)),
+                                  ("classes", scene.legend(preset.classes)), *drawn])
+                files = f"{scene.name}_0.png" + (f" .. _{samples - 1}.png" if samples > 1 else "")
                 if i < _TABLE_ROWS:
-                    rows.add_row(layout.name, str(len(layout.present)), files, f"{spent:.2f}")
+                    table.add_row(scene.name, str(len(scene.present)), files, f"{spent:.2f}")
         path = write_png(out / "grid.png", captioned_grid(sheet))
-    console.print(rows)
-    if len(layouts) > _TABLE_ROWS:
-        console.print(f"... and {len(layouts) - _TABLE_ROWS} scenes more")
+    console.print(table)
+    if len(scenes) > _TABLE_ROWS:
+        console.print(f"... and {len(scenes) - _TABLE_ROWS} scenes more")
     if first_resized is not None:
         console.print(resized_line(first_resized, count), soft_wrap=True, highlight=False)
     console.print(f"weights: {weights_line(checkpoint)}", soft_wrap=True)
-    shown = "all" if len(layouts) <= _GRID_ROWS else f"the first {_GRID_ROWS} scenes"
-    console.print(f"{len(layouts) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
+    shown = "all" if len(scenes) <= _GRID_ROWS else f"the first {_GRID_ROWS} scenes"
+    console.print(f"{len(scenes) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
 
 
 def _remove_older(out: Path, scene: str, samples: int) -> None:
@@ -270,14 +270,14 @@ def demo(
                 "model: expected a GroupDNet, for the demo draws the code of one class anew; got "
                 f"{model!r}; smis synthesize takes every model"
             )
-        layouts = (
-            synthesis.sample_layouts(preset, scenes, seed, model) if labels is None
-            else synthesis.read_layouts(labels, instances, preset,
+        shown = (
+            synthesis.sample_scenes(preset, scenes, seed, model) if labels is None
+            else synthesis.read_scenes(labels, instances, preset,
                                         unknown_class(unknown, model, preset),
                                         class_names(model, preset.classes))
         )
         if labels is not None:
-            say_resized([(x.name, x.source_size) for x in layouts if x.source_size is not None],
+            say_resized([(x.name, x.source_size) for x in shown if x.source_size is not None],
                         preset.image_size)
         options = {} if published else _quarter_width(preset)
         network = load_model(model, checkpoint, place, seed, **options)
@@ -287,18 +287,18 @@ def demo(
         width = "its whole width" if published else "a quarter of the published width (--full: all)"
         console.print(f"{network.name}, {width}", soft_wrap=True)
         if checkpoint is None:
-            planes = synthesis.semantics(network, layouts[0])
+            planes = synthesis.semantics(network, shown[0])
             synthesis.calibrate(network, planes, draw_code(network, seed))
-        with progress(demonstration.forwards(len(layouts), samples) + 3) as step:
+        with progress(demonstration.forwards(len(shown), samples) + 3) as step:
             made = demonstration.run(
-                network, layouts, out, samples=samples, seed=seed, width=width,
+                network, shown, out, samples=samples, seed=seed, width=width,
                 random_weights=checkpoint is None, step=step,
             )
-    rows = Table("stage", "reference, ms", "fused, ms", "speedup")
+    table = Table("stage", "reference, ms", "fused, ms", "speedup")
     for stage in made.stages:
-        rows.add_row(stage.name, f"{stage.reference * 1e3:.1f}", f"{stage.fused * 1e3:.1f}",
+        table.add_row(stage.name, f"{stage.reference * 1e3:.1f}", f"{stage.fused * 1e3:.1f}",
                      f"{stage.speedup:.2f}x")
-    console.print(rows)
+    console.print(table)
     if made.backend == "reference":
         console.print("[yellow]The fused kernels are not available here[/]: both columns are the "
                       "reference; `smis info` says what is missing.")

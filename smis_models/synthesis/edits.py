@@ -9,19 +9,19 @@ from dataclasses import replace
 import numpy as np
 
 from ..data.classes import class_index
-from .scene import Layout
+from .scene import Scene
 
 _PAINT = re.compile(r"(.+):(\d+),(\d+),(\d+),(\d+)")
 _RELABEL = re.compile(r"([^=]+)=([^=]+)")
 
 
-def _class(argument: str, text: str, layout: Layout, classes: int) -> int:
-    """A class of the layout's model by its name or number."""
-    return class_index(argument, text, layout.class_names or tuple(
-        map(layout.class_name, range(classes))))
+def _class(argument: str, text: str, scene: Scene, classes: int) -> int:
+    """A class of the scene's model by its name or number."""
+    return class_index(argument, text, scene.class_names or tuple(
+        map(scene.class_name, range(classes))))
 
 
-def painted(layout: Layout, text: str, classes: int) -> Layout:
+def painted(scene: Scene, text: str, classes: int) -> Scene:
     """A box filled with a class: "CLASS:TOP,LEFT,BOTTOM,RIGHT", in pixels, ends excluded.
 
     A class is given by its name, where it has one, or its number.
@@ -32,43 +32,43 @@ def painted(layout: Layout, text: str, classes: int) -> Layout:
         ValueError: another form, an unknown class, a box outside the map.
 
     Example:
-        >>> layout = Layout("plain", np.zeros((64, 64), np.int64), None)
-        >>> int((painted(layout, "3:10,20,30,60", classes=8).labels == 3).sum())
+        >>> scene = Scene("plain", np.zeros((64, 64), np.int64), None)
+        >>> int((painted(scene, "3:10,20,30,60", classes=8).labels == 3).sum())
         800
     """
     match = _PAINT.fullmatch(text)
     if match is None:
         raise ValueError(f"paint: expected CLASS:TOP,LEFT,BOTTOM,RIGHT, got {text!r}")
-    index = _class("paint", match[1], layout, classes)
+    index = _class("paint", match[1], scene, classes)
     top, left, bottom, right = map(int, match.groups()[1:])
-    height, width = layout.labels.shape
+    height, width = scene.labels.shape
     if not (top < bottom <= height and left < right <= width):
         raise ValueError(f"paint: expected a box inside {height}x{width} (height, width), got "
                          f"{text!r}")
     mask = np.zeros((height, width), bool)
     mask[top:bottom, left:right] = True
-    return _filled(layout, mask, index)
+    return _filled(scene, mask, index)
 
 
-def relabelled(layout: Layout, text: str, classes: int) -> Layout:
+def relabelled(scene: Scene, text: str, classes: int) -> Scene:
     """All pixels of one class become another: "FROM=TO", by their names or numbers.
 
     Raises:
         ValueError: another form, an unknown class, no pixel of the first.
 
     Example:
-        >>> layout = Layout("plain", np.full((64, 64), 3), None)
-        >>> relabelled(layout, "3=5", classes=8).present
+        >>> scene = Scene("plain", np.full((64, 64), 3), None)
+        >>> relabelled(scene, "3=5", classes=8).present
         [5]
     """
     match = _RELABEL.fullmatch(text)
     if match is None:
         raise ValueError(f"relabel: expected FROM=TO, got {text!r}")
-    old, new = (_class("relabel", text, layout, classes) for text in match.groups())
-    mask = layout.labels == old
+    old, new = (_class("relabel", text, scene, classes) for text in match.groups())
+    mask = scene.labels == old
     if not mask.any():
-        raise ValueError(f"relabel: expected a class of {layout.name}, {layout.shown}; got {old}")
-    return _filled(layout, mask, new)
+        raise ValueError(f"relabel: expected a class of {scene.name}, {scene.shown}; got {old}")
+    return _filled(scene, mask, new)
 
 
 def parse_takes(texts: Sequence[str], names: Sequence[str],
@@ -101,8 +101,8 @@ def parse_takes(texts: Sequence[str], names: Sequence[str],
     return found
 
 
-def _filled(layout: Layout, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-            index: int) -> Layout:
-    ids = layout.instances
-    return replace(layout, labels=np.where(mask, index, layout.labels),
+def _filled(scene: Scene, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+            index: int) -> Scene:
+    ids = scene.instances
+    return replace(scene, labels=np.where(mask, index, scene.labels),
                    instances=None if ids is None else np.where(mask, index, ids))
