@@ -95,7 +95,7 @@ def compare(
         trained = comparison.train(settings, out, device=place, report=report)
     with selected(backend), progress(None) as step:
         result = comparison.measure(settings, out, trained, distances, extractor=extractor,
-                                    device=place, step=step)
+                                    device=place, step=step, expect=step.expect)
     head, lines = comparison.table(result)
     for first in range(1, len(head), 6):  # as much as a terminal shows
         rows = Table(head[0], *head[first:first + 6])

@@ -128,7 +128,7 @@ _A_MINUTE = 60.0  # between lines where there is no terminal
 class Steps:
     """A bar of steps; where there is no terminal, a line a minute.
 
-    Called with what is done next, which is one step.
+    Called with what is done, which is one step; :meth:`tell` says what is done within it.
     """
 
     def __init__(self, total: int | None, bar: Progress | None) -> None:
@@ -145,8 +145,12 @@ class Steps:
 
     def __call__(self, what: str) -> None:
         self._count += 1
+        self.tell(what)
+
+    def tell(self, what: str) -> None:
+        """What is done now."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=escape(what), advance=1)
+            self._bar.update(self._task, description=escape(what), completed=self._count)
             return
         now = time.monotonic()
         if now - self._told >= _A_MINUTE:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..io.choices import unknown_name
 from .celebamask import CLASSES as _FACES
-from .scenes import LANDSCAPE, palette
+from .scenes import LANDSCAPE, MODES, palette
 
 # As the data sets' own lists have them, in the order of the indices that their models read.
 _CITYSCAPES = """
@@ -65,10 +65,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 _NAMES = {"cityscapes": _names(_CITYSCAPES), "ade20k": _names(_ADE20K),
           "coco": _names(_COCO_STUFF), "celebamask": _FACES, "scenes": LANDSCAPE}
-# A landscape's sky is blue and its trees are green; other data sets' colours only tell apart.
-_NATURAL = {"sky": (135, 190, 235), "mountain": (140, 125, 115), "water": (45, 100, 170),
-            "ground": (125, 165, 75), "building": (200, 110, 80), "tree": (35, 100, 45),
-            "car": (230, 60, 60), "person": (245, 200, 60)}
 
 
 @cache
@@ -92,7 +88,8 @@ def class_names(model: str, classes: int) -> tuple[str, ...]:
 def class_colours(names: Sequence[str]) -> NDArray[np.uint8]:
     """(classes, 3) display colours: natural ones of landscapes, else well apart."""
     if tuple(names) == LANDSCAPE:
-        return np.array([_NATURAL[name] for name in names], np.uint8)
+        natural = np.array([MODES[name][0].colour for name in LANDSCAPE])
+        return (natural * 255).round().astype(np.uint8)
     return palette(len(names))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from smis_kernels import use_backend
 
 from ..data.build import reads_instances
-from ..data.classes import class_colours
+from ..data.classes import class_colours, class_names
 from ..data.sample import image_tensor
 from ..data.scenes import sample_scene
 from ..families import Pix2pixHDPreset, Preset
@@ -160,7 +160,7 @@ def sample_scenes(preset: Preset, count: int, seed: int = 0, model: str = "") ->
         kind = kinds[i % len(kinds)]
         scene = sample_scene(kind, *preset.image_size, preset.classes, seed + i)
         ids = scene.instances.astype(np.int64) if reads_instances(preset) else None
-        names = scene.names if kind == "landscape" else ()
+        names = class_names(model, preset.classes) if model else ()
         scenes.append(Scene(f"{kind}_{seed + i}", scene.labels.astype(np.int64), ids, names))
     return scenes
 

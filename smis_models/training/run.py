@@ -17,8 +17,9 @@ from ..data import Collate
 from ..data.classes import class_colours, class_names
 from ..io.checkpoint import CheckpointError, read_metadata, save_checkpoint
 from ..io.files import locked, remove_partial
-from ..io.images import grid, to_pictures, write_atomically, write_png
+from ..io.images import to_pictures, write_atomically, write_png
 from ..io.provenance import commit, versions
+from ..io.sheet import captioned_grid
 from .batches import Batches, MicroBatch, Place, dataset
 from .checkpoints import (
     BEST,
@@ -290,7 +291,9 @@ class Run:
         rows = [[colours[labels.cpu().numpy()], *pictures] for labels, *pictures in zip(
             batch.labels, *(to_pictures(column) for column in columns), strict=True)]
         painter.train()
-        picture = grid(rows)
+        names = ("layout", "picture", "of its code",
+                 *(f"drawn code {k}" for k in range(self.config.log.samples)))
+        picture = captioned_grid([list(zip(names, row, strict=True)) for row in rows])
         write_png(self.folder / "grids" / f"{self.trainer.step_count:07d}.png", picture)
         self._loggers.picture("samples", picture, self.trainer.step_count)
 
