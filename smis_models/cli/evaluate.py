@@ -12,7 +12,8 @@ from rich.table import Table
 
 from .. import metrics
 from ..data import build_dataset
-from ..io.images import write_atomically
+from ..io.images import image_size, write_atomically
+from ..io.names import map_files
 from ..metrics import DISTANCES, PROTOCOLS, Distance, Metrics, Scenes
 from ..synthesis import scene as synthesis
 from .common import (
@@ -32,6 +33,7 @@ from .common import (
     progress,
     resolve_device,
     say_random,
+    say_resized,
     selected,
     unknown_class,
     unusable,
@@ -124,7 +126,12 @@ def evaluate(
         else:
             assert labels is not None
             found = synthesis.read_scenes(labels, instances, preset, index)
+            say_resized([(of.name, image_size(of.labels)) for of in found.files if of.labels],
+                        preset.image_size)
             scenes = Scenes(found, {"labels": str(labels)})
+        if predictions is not None:
+            say_resized([(name, image_size(path)) for name, path in
+                         map_files("predictions", predictions).items()], preset.image_size)
         say_random(checkpoint)
         with progress(None) as step:
             result = metrics.evaluate(network, scenes, measured, pinned, checkpoint=checkpoint,

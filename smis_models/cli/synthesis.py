@@ -26,7 +26,7 @@ from ..families import (
     with_options,
 )
 from ..io.files import locked
-from ..io.images import Picture, to_pictures, write_png
+from ..io.images import Picture, image_size, to_pictures, write_png
 from ..io.names import PICTURE, PICTURE_SUFFIXES, map_files
 from ..io.sheet import captioned_grid
 from ..synthesis import scene as synthesis
@@ -231,7 +231,9 @@ def features(
         encoder = load_model(model, checkpoint, place, seed, part="encoder")
         say_random(checkpoint)
         scenes = synthesis.read_photographs(images, instances, preset.image_size)
-        with progress(len(map_files("images", images, PICTURE, PICTURE_SUFFIXES))) as step:
+        files = map_files("images", images, PICTURE, PICTURE_SUFFIXES)
+        say_resized([(name, image_size(path)) for name, path in files.items()], preset.image_size)
+        with progress(len(files)) as step:
             encoded = encode_features(
                 encoder, ((image.to(place), ids.to(place)) for image, ids in scenes), step)
         found = FeatureClusters.fit(encoded, clusters)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..io.files import UNFINISHED, unfinished_task
 from ..io.images import ImageError, read_instances, read_labels, read_picture
 from ..io.scene import SceneFiles, misfits
 from .listing import WITHOUT_INSTANCES, Listing, Problem, list_scenes
@@ -148,17 +147,6 @@ def _unreadable(path: Path, error: Exception) -> Problem:
     return Problem(path, str(error).removeprefix(f"{path}: "))
 
 
-def _stopped(root: Path) -> list[Problem]:
-    """That what wrote the data set did not come to its end."""
-    for folder in (root, root.absolute().parent):
-        task = unfinished_task(folder)
-        if task is not None:
-            command = task.get("command", "the command that wrote it")
-            return [Problem(folder / UNFINISHED, f"the data set is not complete: {command} was "
-                            "stopped; give the same command again, which goes on")]
-    return []
-
-
 def find_splits(folder_format: str, root: str | Path, split: str | None = None, *,
                 instances: bool | None = None) -> dict[str, Listing]:
     """The scenes of one split, or of both "train" and "val" where they are there.
@@ -182,10 +170,12 @@ def find_splits(folder_format: str, root: str | Path, split: str | None = None, 
                 break
             except FileNotFoundError as error:
                 lacking.setdefault(part, str(error).removeprefix(f"{root}: "))
-    stopped = _stopped(root)
     if not listings:
-        raise FileNotFoundError(f"{stopped[0]}" if stopped else f"{root}: {lacking[splits[0]]}")
-    next(iter(listings.values())).problems[:0] = stopped
+        raise FileNotFoundError(f"{root}: {lacking[splits[0]]}")
+    told: set[Problem] = set()
+    for listing in listings.values():  # what is of the whole set is told once
+        listing.problems = [problem for problem in listing.problems if problem not in told]
+        told.update(listing.problems)
     if instances or any(part not in lacking for part in listings):
         for part in listings.keys() & lacking.keys():
             listings[part].problems.append(Problem(root, lacking[part]))

@@ -100,6 +100,9 @@ def _read_torch(path: Path, head: bytes) -> State:
         raise CheckpointError(
             f"checkpoint: {path} is no complete PyTorch checkpoint: {_looks_like(head, error)}"
         ) from error
+    if isinstance(state, Mapping) and {"format", "config", "place"} <= state.keys():
+        raise CheckpointError(f"checkpoint: {path} is the state that smis train goes on from; give "
+                              "its folder, whose model.safetensors are the weights")
     return _unwrapped(state, path)
 
 

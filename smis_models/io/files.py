@@ -92,11 +92,13 @@ def locked(folder: str | Path) -> Iterator[Path]:
         raise ValueError(f"out: {who} is writing to {folder}; wait until it ends, or give another "
                          "place") from error
     try:
-        path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        with suppress(OSError):  # Windows keeps a locked file from being written or removed
+            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         remove_partial(folder, *_WRITTEN)
         yield folder
     finally:
-        path.unlink(missing_ok=True)  # while it is held, so that it is nobody else's
+        with suppress(OSError):
+            path.unlink()  # while it is held, so that it is nobody else's
         lock.release()
         with suppress(OSError):  # where nothing was written, nothing stays
             for place in made:
