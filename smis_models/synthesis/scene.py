@@ -58,8 +58,8 @@ class Scene:
     @property
     def shown(self) -> str:
         """The classes in the map, in words."""
-        return ", ".join(f"{c} ({self.class_names[c]})" if self.class_names else str(c)
-                         for c in sorted(self.present))
+        names = ((c, self.class_name(c)) for c in sorted(self.present))
+        return ", ".join(str(c) if name == f"class {c}" else f"{c} ({name})" for c, name in names)
 
     def tensors(self, batch: int = 1) -> tuple[Tensor, Tensor | None]:
         """Labels and instance ids, (batch, H, W) each."""
