@@ -18,6 +18,7 @@ from PIL import Image
 
 from smis_kernels import SPADE, LabelLayout, class_crops, instance_avg_pool2d, modulation, norm_act
 from smis_models import CheckpointError, cli, create_model, save_checkpoint
+from smis_models.data import build_dataset
 from smis_models.data.classes import class_colours, class_index, class_names
 from smis_models.data.doctor import examine, find_splits
 from smis_models.data.write import write_scenes
@@ -170,6 +171,9 @@ def test_killed_scenes_are_known_and_go_on(tmp_path: Path) -> None:
     for root in (out, out / "train"):
         problems = examine(find_splits("folder", root)).problems
         assert any("not complete" in p.message and not p.note for p in problems), problems
+    preset = create_model("groupdnet_scenes", device="meta").preset
+    with pytest.raises(ValueError, match="not complete"):
+        build_dataset("folder", out, preset)
     with pytest.raises(ValueError, match="unfinished set"):
         write_scenes(out, counts, 32, seed=1)
     write_scenes(out, counts, 32)
@@ -249,6 +253,13 @@ def test_what_is_wrong_in_a_checkpoint_is_named(change: Any, message: str, tmp_p
     torch.save(change(_generator()), tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message):
         create_model("groupdnet_scenes", tmp_path / "x.pth", **SMALL)
+
+
+def test_the_state_of_a_run_is_not_taken_for_its_weights(tmp_path: Path) -> None:
+    torch.save({"format": 2, "config": {}, "place": [0, 0], "model": _generator(),
+                "average": None}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"give its folder, whose model\.safetensors"):
+        create_model("groupdnet_scenes", tmp_path / "checkpoint.pt", **SMALL)
 
 
 def test_half_weights_with_their_counters_are_taken(tmp_path: Path) -> None:
@@ -411,3 +422,28 @@ def test_a_resized_map_is_told_by_every_command(smis: Any, tmp_path: Path) -> No
         code, out, error = smis(*command, *given)
         assert code == 0, error
         assert out.count("its shape is stretched") == (2 if command[0] == "mix" else 1)
+
+
+def test_samples_of_a_model_without_a_code_are_refused(smis: Any, tmp_path: Path) -> None:
+    model = create_model("spade_celebamask", ngf=4, hidden=8, image_size=(32, 32))
+    save_checkpoint(model, tmp_path / "spade.safetensors")
+    write_indices(tmp_path / "m.png", np.zeros((32, 32), np.int64))
+    given = ("synthesize", "--checkpoint", tmp_path / "spade.safetensors", "--labels",
+             tmp_path / "m.png", "--out", tmp_path / "out")
+    code, _, error = smis(*given, "--samples", 2)
+    assert (code, error.count("\n")) == (2, 1) and error.startswith("error: samples: ")
+    assert smis(*given)[0] == 0
+
+
+def test_evaluate_tells_of_resized_maps_and_removes_what_a_killed_run_left(
+        smis: Any, tmp_path: Path) -> None:
+    write_indices(tmp_path / "maps/m.png", np.zeros((64, 64), np.int64))
+    write_indices(tmp_path / "read/m.png", np.zeros((32, 32), np.int64))
+    (tmp_path / ".e.json.abcd_123").touch()
+    code, out, error = smis(
+        "evaluate", "--model", "groupdnet_scenes", "--labels", tmp_path / "maps", "--layouts", 1,
+        "--samples", 2, "--pairs", 1, "--distance", "none", "--predictions", tmp_path / "read",
+        "--out", tmp_path / "e.json")
+    assert code == 0, error
+    assert "m, 64x64, to 128x128" in out and "m, 32x32, to 128x128" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.json", "maps", "read"]

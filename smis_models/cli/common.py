@@ -33,6 +33,7 @@ from ..families import (
     shipped_weights,
     stored_configuration,
 )
+from ..io.files import remove_partial
 from ..io.scene import one_shape, text_size
 from ..synthesis.scene import Scene
 
@@ -93,6 +94,7 @@ def file_to_write(suffix: str) -> Callable[[Path], Path]:
         if not path.name.endswith(suffix):
             raise ValueError(f"out: expected a name ending in {suffix}, got {path.name!r}")
         _check_place(path)
+        remove_partial(path.parent, path.name)  # of a run that was killed
         return path
 
     return check

@@ -146,6 +146,9 @@ def synthesize(
                                          class_names(model, preset.classes))
         first = scenes[0]
         network = load_model(model, checkpoint, place, seed, **options)
+        if samples > 1 and clusters is None and draw_code(network, seed) is None:
+            raise ValueError(f"samples: {model} reads no code and paints one picture of a map; "
+                             "leave --samples out")
         say_random(checkpoint)
         if checkpoint is None:
             synthesis.calibrate(network, synthesis.semantics(network, first),
