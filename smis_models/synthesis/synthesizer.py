@@ -114,6 +114,13 @@ class Synthesizer:
         """The compiled layout; ``print(s.layout.summary())`` tells how much repeats."""
         return self._layout
 
+    @property
+    def windows(self) -> tuple[int, int]:
+        """(new, kept): the layout's windows, over all resolutions, whose table rows were computed
+        since the last :meth:`update`, and those whose rows were taken over from before it."""
+        assert self._layout.tables is not None
+        return self._layout.tables.windows
+
     def code(self, seed: int) -> Tensor | None:
         """A latent code for every image of the layout, from N(0, 1); None for a model without."""
         codes = [self._generator.sample_latent(1, torch.Generator().manual_seed(own))
