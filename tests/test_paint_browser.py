@@ -242,7 +242,8 @@ def test_what_is_saved_is_what_is_shown(board: Board, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(saved))), board.labels())
     text = board.saved("session.html").decode()
     assert "brush: tree" in text
-    assert not re.search(r"(?:https?:)?//[a-z]|<script|<a |<link", text.replace("base64,/", ""))
+    without = re.sub(r"data:image/png;base64,[\w+/=]+", "", text)
+    assert not re.search(r"//|<script|<a |<link", without)
     # The map that was saved is a map that can be loaded.
     labels = board.labels()
     board.doing(lambda: board.page.select_option("#scene", "landscape_1"))
