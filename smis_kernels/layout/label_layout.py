@@ -398,7 +398,7 @@ class _Known(threading.local):
 
     def __init__(self) -> None:
         self.scope: list[tuple[weakref.ref[Tensor], int, LabelLayout | None]] = []
-        self.last: LabelLayout | None = None
+        self.latest: LabelLayout | None = None
 
 
 _known = _Known()
@@ -439,9 +439,9 @@ def layout_of(conditioning: Tensor) -> LabelLayout | None:
                 return layout
     layout = LabelLayout.from_tensor(conditioning)
     if layout is not None:
-        if _known.last is not None and _same(layout, _known.last):
-            layout = _known.last
-        _known.last = layout
+        if _known.latest is not None and _same(layout, _known.latest):
+            layout = _known.latest
+        _known.latest = layout
     if tracked:
         _known.scope.append((weakref.ref(conditioning), conditioning._version, layout))
     return layout
