@@ -1,4 +1,4 @@
-"""`smis paint`'s server and painter: what is refused, in what order, and that pictures are exact."""
+"""`smis paint`'s server and painter: what is refused, what is in order, that pictures are exact."""
 
 from __future__ import annotations
 
@@ -241,7 +241,8 @@ def test_pages_elsewhere_are_refused(client: TestClient, origin: str) -> None:
 
 def test_no_path_of_the_browsers_is_opened(client: TestClient) -> None:
     for path in ("/../pyproject.toml", "/page/app.js", "/app.js/../../server.py",
-                 "/%2e%2e/server.py", "/session.html", "/api/save/..%2f..%2fetc%2fpasswd?session=a"):
+                 "/%2e%2e/server.py", "/session.html",
+                 "/api/save/..%2f..%2fetc%2fpasswd?session=a"):
         assert client.get(path).status_code == 404, path
     response = client.get("/api/scene", params={"name": "../../etc/passwd"})
     assert response.status_code == 404
@@ -330,10 +331,12 @@ def test_a_failure_of_the_model_leaves_the_session(painter: Painter,
 def test_maps_and_pictures_are_read_from_bytes(client: TestClient, painter: Painter) -> None:
     labels = scene(painter, 1)
     large = labels.repeat(2, 0).repeat(2, 1)
-    assert client.post("/api/map", content=encode_png(large)).content == labels.tobytes()
+    assert client.post("/api/map", content=encode_png(large)).content == packed(
+        {"size": [256, 256]}, labels.tobytes())
+    nine, colours = np.full((4, 4), 9, np.uint8), np.zeros((4, 4, 3), np.uint8)
     for content, message in ((b"no image", "map: cannot be read as an image"),
-                             (encode_png(np.full((4, 4), 9, np.uint8)), "map: expected labels 0..7"),
-                             (encode_png(np.zeros((4, 4, 3), np.uint8)), "map: expected one index")):
+                             (encode_png(nine), "map: expected labels 0..7"),
+                             (encode_png(colours), "map: expected one index")):
         response = client.post("/api/map", content=content)
         assert response.status_code == 400
         assert response.json()["error"].startswith(message), response.text
