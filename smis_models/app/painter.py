@@ -32,7 +32,7 @@ from ..io.images import (
 )
 from ..synthesis.applications import encode
 from ..synthesis.codes import code_parts, draw_code, interpolate
-from ..synthesis.scene import Layout, calibrate, sample_layouts
+from ..synthesis.scene import Scene, calibrate, sample_scenes
 from ..synthesis.synthesizer import Synthesizer
 
 Labels = NDArray[np.uint8]
@@ -186,16 +186,16 @@ class Painter:
         self._painted: Labels | None = None
 
     @functools.cached_property
-    def scenes(self) -> dict[str, Layout]:
+    def scenes(self) -> dict[str, Scene]:
         """The sample scenes by name."""
-        found = sample_layouts(self.preset, SCENES, self._seed, self.model.name)
-        return {layout.name: layout for layout in found}
+        found = sample_scenes(self.preset, SCENES, self._seed, self.model.name)
+        return {scene.name: scene for scene in found}
 
     @property
     def class_names(self) -> list[str]:
         """What each class is called."""
-        layout = next(iter(self.scenes.values()))
-        return [layout.class_name(c) for c in range(self.preset.classes)]
+        scene = next(iter(self.scenes.values()))
+        return [scene.class_name(c) for c in range(self.preset.classes)]
 
     @property
     def colours(self) -> NDArray[np.uint8]:
