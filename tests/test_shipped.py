@@ -24,7 +24,7 @@ from smis_models.demo.page import speed
 from smis_models.metrics.distance import PixelDistance
 from smis_models.metrics.diversity import diversity
 from smis_models.metrics.protocols import DiversityProtocol
-from smis_models.synthesis.scene import Layout
+from smis_models.synthesis.scene import Scene
 
 SCENES, SAMPLES = 8, 8
 
@@ -60,7 +60,7 @@ def test_it_is_what_the_zoo_lists(model: Any) -> None:
 
 
 def test_a_class_varies_and_the_rest_holds(model: Any, held_out: Any) -> None:
-    layouts = [Layout(name, labels.numpy().astype(np.int64), None)
+    layouts = [Scene(name, labels.numpy().astype(np.int64), None)
                for name, labels in zip(held_out["name"], held_out["labels"], strict=True)]
     found = diversity(model, layouts, PixelDistance(),
                       DiversityProtocol(layouts=SCENES, samples=4, pairs=3))
@@ -145,7 +145,7 @@ def test_winograd_in_every_conv_keeps_the_picture(model: Any, held_out: Any, til
 
 def test_the_speed_table_times_what_it_names(model: Any, held_out: Any,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = Layout("scene", held_out["labels"][0].numpy().astype(np.int64), None)
+    layout = Scene("scene", held_out["labels"][0].numpy().astype(np.int64), None)
     z = model.generator.sample_latent(1, torch.Generator().manual_seed(0))
     encoded = []
     encode = type(model.encoder).encode
