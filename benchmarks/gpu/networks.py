@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, use_backend
 from smis_models.families import create_model
-from smis_models.networks.semantics import layout as compile_layout
-from smis_models.networks.semantics import semantics
+from smis_models.networks.semantics import compile_layout, semantics
 from smis_models.synthesis.synthesizer import Synthesizer, frozen_copy
 
 from .inputs import Scene

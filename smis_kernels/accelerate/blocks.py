@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,10 +18,10 @@ from .formats import channels_last, gradient_in_format, in_format_of, network_ca
 from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
 from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
 from .norms import FusedNorm, NormPlan, inputs_of, is_small_call, of_another_size
-from .probe import PROBE_SIZE, Trial, agreeing, shadow, unit_outputs
+from .probe import PROBE_SIZE, Trial, agreeing, detached_copy, unit_outputs
 from .sequences import activation_of
 from .served import Evaluation
-from .swap import PLAN, Accelerated, Change, Fused, Plan, arguments_of
+from .swap import PLAN, Accelerated, Change, Fused, FusionPlan, arguments_of
 from .watch import hooked, original_type
 
 MOST_NORMS = 3
@@ -34,7 +32,7 @@ _LAYERS = (*POINTWISE_LAYERS, nn.Conv2d, nn.Upsample, nn.AvgPool2d, nn.MaxPool2d
            nn.InstanceNorm2d, nn.BatchNorm2d, nn.GroupNorm)
 _RESIZING = ("interpolate", "avg_pool2d", "max_pool2d", "pixel_shuffle")
 _RESIZING_LAYERS = (nn.Upsample, nn.AvgPool2d, nn.MaxPool2d, nn.PixelShuffle)
-_CALL = Plan(("input", "segmap"))  # of a norm of this library
+_CALL = FusionPlan(("input", "segmap"))  # of a norm of this library
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class BlockPlan(Plan):
+class BlockPlan(FusionPlan):
     """What a block computes, and what of it is done at once.
 
     Attributes:
@@ -125,7 +123,7 @@ def read(block: nn.Module, norms: Norms) -> Reading:
     without = next((name for name, plan in norms.items() if plan and plan.form.no_tables), None)
     if without is not None and all(p.is_cpu for p in block.parameters()):
         return f"{without} has no tables: on a CPU its parts are faster one by one"
-    twin = shadow(block, keep=(block,))
+    twin = detached_copy(block, keep=(block,))
     order = {name: _order(twin.get_submodule(name), plan) for name, plan in norms.items()}
     try:
         graph, swapped, channels, labels = _recorded(twin, norms, order)
@@ -268,7 +266,7 @@ def _parts(graph: Graph, block: nn.Module, norms: Norms) -> tuple[
             made[i] = Part(i, conv=steps[conv].settings, added=other, source=steps[conv].inputs[0])
             taken.add(conv)
     first = {MAP, FEATURES}
-    for i, step in enumerate(steps):
+    for i in range(len(steps)):
         if i not in made and i not in taken and i not in first:
             made[i] = Part(i)
     parts = _paired([made[i] for i in sorted(made)])
@@ -317,7 +315,7 @@ def _dropping(parts: list[Part], graph: Graph) -> Iterator[Part]:
 def judge(block: nn.Module, plans: list[BlockPlan], norms: Norms) -> tuple[int | None, str]:
     """Which of the plans a block agrees with; else why it does not with the first."""
     convs = [block.get_submodule(name) for name in plans[0].convs]
-    twin = shadow(block, keep=convs)
+    twin = detached_copy(block, keep=convs)
     unit_outputs(*(twin.get_submodule(name) for name in plans[0].convs))
     for parameter in twin.parameters():  # weights' gradients have been seen norm by norm
         parameter.requires_grad_(parameter.requires_grad and parameter.dim() == 1)
@@ -356,7 +354,7 @@ class FusedBlock(Fused):
     """Norm and activation in one pass, both norms of the input from one read, channels-last."""
 
     @staticmethod
-    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+    def _smis_besides(module: nn.Module, plan: FusionPlan) -> list[nn.Module]:
         assert isinstance(plan, BlockPlan)
         return [module.get_submodule(name) for name in (*plan.norms, *plan.convs)]
 

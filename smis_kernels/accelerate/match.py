@@ -115,7 +115,8 @@ class Form:
     def outline(self) -> Any:
         """What two norms that differ in their widths alone have in common."""
         convs = tuple((c.step, c.kernel, c.groups > 1) for c in self.convs)
-        return (outline(self.graph.steps), convs, self.levels, self.no_tables, self.pair, self.norm, self.resized,
+        return (outline(self.graph.steps), convs, self.levels, self.no_tables, self.pair, self.norm,
+                self.resized,
                 self.source, self.gamma, self.beta, bool(self.label_channels))
 
     def __getstate__(self) -> dict[str, Any]:
