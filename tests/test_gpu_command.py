@@ -548,9 +548,11 @@ def test_from_takes_results_of_the_same_machine_only(tmp_path: Path) -> None:
     assert "expected results of python -m benchmarks.gpu" in refusal()
     path.write_text("{")
     assert "expected results of python -m benchmarks.gpu" in refusal()
-    write_json(path, {"format": 2, "benchmarks": [], "parts": {}, "dry_run": False, "machine": "NVIDIA H200"})
+    write_json(path, {"format": 2, "benchmarks": [], "parts": {}, "dry_run": False,
+                      "machine": "NVIDIA H200"})
     assert "is of a run on a GPU, and this is none" in refusal()
-    write_json(path, {"format": 2, "benchmarks": [], "parts": {}, "dry_run": True, "machine": "NVIDIA H200"})
+    write_json(path, {"format": 2, "benchmarks": [], "parts": {}, "dry_run": True,
+                      "machine": "NVIDIA H200"})
     assert "is of NVIDIA H200, this is cpu" in refusal()
     assert command.stem("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
     done = launch(tmp_path, "--resume", "--from", str(path))

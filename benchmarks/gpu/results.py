@@ -214,8 +214,8 @@ class Journal:
         row.setdefault("seconds", round(time.monotonic() - start, 2))
         row |= {"commit": self.commit, "tuned": self.tuned}
         self._put(row)
-        reason = f": {row['reason']}" if row.get("reason") else ""
-        print(f"  {name}: {row['state']}{reason} ({row['seconds']:.1f} s)", flush=True)
+        why = f": {row['reason']}" if row.get("reason") else ""
+        print(f"  {name}: {row['state']}{why} ({row['seconds']:.1f} s)", flush=True)
         problem = self.healthy()
         if problem is not None:
             raise Unusable(problem)
