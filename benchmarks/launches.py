@@ -232,7 +232,7 @@ def count_layout(name: str, maps: Maps) -> tuple[LabelLayout, dict[str, int]]:
     """A layout at all sizes of a generator, and what compiling it takes."""
     labels, instances, preset = scene(name, maps)
     with Count() as count:
-        layout = semantics.layout(labels, preset, instances)
+        layout = semantics.compile_layout(labels, preset, instances)
         for size in _sizes(preset):
             layout.level(size)
     return layout, {"operations": count.operations.total(), "launches": count.launches.total(),

@@ -104,7 +104,7 @@ def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
     )
     assert code == 0
     assert "random" not in out.lower()
-    (layout,) = synthesis.read_layouts(scene / "person/0.png", None, model.preset)
+    (layout,) = synthesis.read_scenes(scene / "person/0.png", None, model.preset)
     with torch.no_grad():
         expected = images.to_pictures(
             model(synthesis.semantics(model, layout), codes.draw_code(model, 3)))
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
 def test_instances_are_matched_by_scene_and_keep_sixteen_bits(scene):
     preset = _small_model("groupdnet_cityscapes", part="generator", device="meta").preset
     folder = scene / "street"
-    layouts = synthesis.read_layouts(folder / "label", folder / "inst", preset)
+    layouts = synthesis.read_scenes(folder / "label", folder / "inst", preset)
     assert [layout.name for layout in layouts] == ["0", "1"]
     for layout in layouts:
         assert layout.labels.shape == layout.instances.shape == (64, 128)
@@ -277,7 +277,7 @@ def test_further_samples_build_no_further_tables(smis, scene, tmp_path, monkeypa
         assert code == 0, error
         counts.append(len(built))
     model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
-    layout = synthesis.sample_layouts(model.preset, 1)[0]
+    layout = synthesis.sample_scenes(model.preset, 1)[0]
     for samples in (1, 4):
         built.clear()
         strips(model, layout, samples, 0)

@@ -31,7 +31,7 @@ from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.native import cuda_emulated
-from smis_kernels.testing import with_layout
+from smis_kernels.testing import with_memory_format
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64, *HALF)
@@ -69,7 +69,7 @@ class OpCase:
         floating, integer = self.make()
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         placed = [t.to(device, acc if i in self.wide else dtype) for i, t in enumerate(floating)]
-        laid = tuple(with_layout(t, layout) if t.dim() == 4 else t for t in placed)
+        laid = tuple(with_memory_format(t, layout) if t.dim() == 4 else t for t in placed)
         return laid, tuple(t.to(device) for t in integer)
 
     def backend(self, device: str) -> str:

@@ -37,7 +37,7 @@ from smis_models.benchmark.case import (
     nbytes,
 )
 from smis_models.benchmark.measure import release
-from smis_models.networks.semantics import layout as compile_layout
+from smis_models.networks.semantics import compile_layout
 from smis_models.synthesis.synthesizer import Synthesizer
 
 from .results import Journal, Lacking, Row, Settings, Skip, explain

@@ -19,9 +19,9 @@ from ..modules.spade import CGNorm
 from ..runtime.path import requested_path
 from .graph import FEATURES, MAP, Graph, Step, Unclear, record
 from .match import PATTERN, Form, Mismatch, match
-from .probe import PROBE_SIZE, SEED, CannotRun, Trial, agreeing, at_scales, shadow
+from .probe import PROBE_SIZE, SEED, CannotRun, Trial, agreeing, at_scales, detached_copy
 from .served import ForeignNorm
-from .swap import PLAN, AsWritten, Change, Fused, Plan, arguments_of, is_small, serves
+from .swap import PLAN, AsWritten, Change, Fused, FusionPlan, arguments_of, is_small, serves
 from .watch import original_type
 
 _COUNTING = (nn.BatchNorm2d, nn.SyncBatchNorm)  # whose several processes are known, too
@@ -37,7 +37,7 @@ _MOST_SHAPES = 24  # of inputs that are tried on one
 
 
 @dataclass(frozen=True)
-class NormPlan(Plan):
+class NormPlan(FusionPlan):
     """What a norm computes; ``channels``: of the features, ``labels``: of the map that was probed.
 
     ``counts``: whether the norm advances ``num_batches_tracked``; ``swapped``: whether its forward
@@ -67,7 +67,7 @@ class FusedNorm(Fused):
             return "a map of another shape"
         if not form.resized and shape[2:] != x.shape[2:]:
             return "a map of another size"
-        view = ForeignNorm(self, form, plan.counts, plan.channels)
+        view = ForeignNorm(self, form, plan.counts, plan.channels, shape[1])
         if isinstance(segmap, LabelLayout):
             return view
         if not isinstance(segmap, Tensor) or not serves(segmap, weight):
@@ -245,7 +245,7 @@ def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
     Raises:
         Mismatch, CannotRun: it is none; the message says why.
     """
-    twin, why = shadow(module, keep=(module,)), None
+    twin, why = detached_copy(module, keep=(module,)), None
     for found in _recorded(twin):
         try:
             form = match(found.graph, module, PROBE_SIZE, found.map_size, found.labels)
@@ -262,7 +262,7 @@ def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
     return []
 
 
-def _of_another_size(x: Tensor) -> Tensor:
+def of_another_size(x: Tensor) -> Tensor:
     """One image, twice as high and three times as wide."""
     wide = torch.cat([x, x.flip(3), x.roll(1, 3)], 3)[:1]
     return torch.cat([wide, wide.flip(2)], 2)
@@ -271,7 +271,7 @@ def _of_another_size(x: Tensor) -> Tensor:
 def _trials(x: Tensor, planes: Tensor, form: Form) -> list[Trial]:
     soft = planes + 0.3 * torch.rand_like(planes)  # whose vectors do not repeat
     first, second = ("dense", "dense") if form.no_tables else ("two_level", "one_level")
-    other = (_of_another_size(x), _of_another_size(planes))
+    other = (of_another_size(x), of_another_size(planes))
     return [Trial((x, planes), True, path=first),
             Trial((x, planes), True, path="dense"),
             Trial((x, planes), False, parameters=False, path=second),
@@ -302,7 +302,7 @@ def read(module: nn.Module) -> Reading:
 
 def judge(module: nn.Module, plans: list[NormPlan]) -> tuple[int | None, str]:
     """Which of the plans a norm agrees with; else why it does not with the first."""
-    twin = shadow(module)
+    twin = detached_copy(module)
     x, planes = probe_inputs(plans[0], next(twin.parameters()), PROBE_SIZE, 2)
     trials = _trials(x, planes, plans[0].form)
     if plans[0].swapped:

@@ -35,7 +35,7 @@ class Accelerated(nn.Module):
     _smis_original: ClassVar[type[nn.Module]]
 
     @staticmethod
-    def _smis_besides(module: nn.Module, plan: Plan) -> Sequence[nn.Module]:
+    def _smis_besides(module: nn.Module, plan: FusionPlan) -> Sequence[nn.Module]:
         """Parts that are called as modules, or watch themselves."""
         return ()
 
@@ -70,7 +70,7 @@ def _revive(mixin: type[Accelerated], original: type[nn.Module]) -> Any:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FusionPlan:
     """What a fused forward knows beforehand: the names of the arguments that it serves."""
 
     arguments: tuple[str, ...]
@@ -137,7 +137,7 @@ class Change:
 
     module: nn.Module
     mixin: type[Accelerated]
-    plan: Plan | None = None
+    plan: FusionPlan | None = None
     settings: Settings | None = None
     calls: Counter[str] = field(default_factory=Counter, compare=False)
 
@@ -224,7 +224,7 @@ class Fused(Accelerated):
         return None if change is None else f"{change} since accelerate()"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan: Plan | None = vars(self).get(PLAN)  # a slice of a Sequential has none
+        plan: FusionPlan | None = vars(self).get(PLAN)  # a slice of a Sequential has none
         given = None if plan is None else plan.given(original_type(self), args, kwargs)
         reason: str | AsWritten | None = transformed()
         expected = reason is not None or requested() == "reference"

@@ -13,7 +13,7 @@ from rich.table import Table
 from .. import metrics
 from ..data import build_dataset
 from ..io.images import write_atomically
-from ..metrics import DISTANCES, PROTOCOLS, Distance, Judges, Scenes
+from ..metrics import DISTANCES, PROTOCOLS, Distance, Metrics, Scenes
 from ..synthesis import scene as synthesis
 from .common import (
     Backend,
@@ -97,7 +97,7 @@ def evaluate(
         network = load_model(model, checkpoint, place, seed)
         preset = network.preset
         clusters = synthesis.read_clusters(preset, features)
-        judges = Judges(
+        measured = Metrics(
             distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
             metrics.label_rule(rule, preset, pinned.dont_care),
         )
@@ -108,11 +108,11 @@ def evaluate(
                                           augment=False, unknown=unknown, seed=0), facts)
         else:
             assert labels is not None
-            found = synthesis.read_layouts(labels, instances, preset, unknown)
+            found = synthesis.read_scenes(labels, instances, preset, unknown)
             scenes = Scenes(found, {"labels": str(labels)})
         say_random(checkpoint)
         with progress(None) as step:
-            result = metrics.evaluate(network, scenes, judges, pinned, checkpoint=checkpoint,
+            result = metrics.evaluate(network, scenes, measured, pinned, checkpoint=checkpoint,
                                       seed=seed, clusters=clusters, step=step)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     console.print(_table(result))
@@ -142,20 +142,20 @@ def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    rows = Table("metric", "value", "measured with",
+    table = Table("metric", "value", "measured with",
                  title=metrics.protocol_title(result["protocol"]))
     for name, values in result["results"].get("diversity", {}).items():
         for metric in ("mcsd", "mocd", "lpips"):
             title = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}[metric]
-            rows.add_row(title, f"{values[metric]:.4g}", name)
+            table.add_row(title, f"{values[metric]:.4g}", name)
     if "fid" in result["results"]:
         found = result["results"]["fid"]
-        rows.add_row("FID" if found["published_weights"] else "Fréchet distance",
+        table.add_row("FID" if found["published_weights"] else "Fréchet distance",
                      f"{found['fid']:.2f}", "; ".join(
                          found[key] for key in ("network", "note") if key in found))
     if "segmentation" in result["results"]:
         found = result["results"]["segmentation"]
         judge = f"label rule {found['label_rule']}"
-        rows.add_row("mIoU", f"{found['miou']:.1%}", judge)
-        rows.add_row("accuracy", f"{found['accuracy']:.1%}", judge)
-    return rows
+        table.add_row("mIoU", f"{found['miou']:.1%}", judge)
+        table.add_row("accuracy", f"{found['accuracy']:.1%}", judge)
+    return table

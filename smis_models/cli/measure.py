@@ -61,10 +61,10 @@ def benchmark(
                 step(f"{case.group}: default allocator")
                 records += under_default_allocator(case, source)
     reused = [r for r in records if r.allocator == "reuse"]
-    rows = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])
+    table = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])
     for line in summary(reused):
-        rows.add_row(*line)
-    console.print(rows)
+        table.add_row(*line)
+    console.print(table)
     for text in target_lines(reused):
         console.print(text, soft_wrap=True, highlight=False)
     text = harness.markdown(records)

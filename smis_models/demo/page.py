@@ -1,4 +1,4 @@
-"""The demo: GroupDNet's three tricks on a few layouts, and this machine's speed, on one page."""
+"""The demo: GroupDNet's three tricks on a few scenes, and this machine's speed, on one page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..benchmark.timing import interleave
 from ..io.images import Picture, data_uri, grid, to_pictures, write_atomically, write_png
 from ..io.provenance import processor
 from ..synthesis.codes import code_parts, draw_code, interpolate, resample_class
-from ..synthesis.scene import Layout, semantics
+from ..synthesis.scene import Scene, semantics
 from ..synthesis.synthesizer import Synthesizer
 
 Step = Callable[[str], None]
@@ -43,7 +43,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Strip:
-    """One experiment on one layout: a title and captioned pictures."""
+    """One experiment on one scene: a title and captioned pictures."""
 
     title: str
     pictures: tuple[tuple[str, Picture], ...]
@@ -51,9 +51,9 @@ class Strip:
 
 @dataclass(frozen=True)
 class Demo:
-    """What was made: pictures by layout, speed, and where the files are."""
+    """What was made: pictures by scene, speed, and where the files are."""
 
-    strips: tuple[tuple[Layout, tuple[Strip, ...]], ...]
+    strips: tuple[tuple[Scene, tuple[Strip, ...]], ...]
     stages: tuple[Stage, ...]
     backend: str
     files: tuple[Path, ...]
@@ -97,15 +97,15 @@ def _main_convs(generator: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def speed(model: Any, layout: Layout, z: Tensor, seconds: float = 8.0,
+def speed(model: Any, scene: Scene, z: Tensor, seconds: float = 8.0,
           step: Step = lambda what: None) -> list[Stage]:
     """Time each stage by the reference and fused, interleaved in one run; medians.
 
     The generator's main convs are timed inside its forward; "modulation" is the remainder:
     the convs that predict gamma and beta, the modulation, and the upsampling folded into it.
     """
-    planes = semantics(model, layout)
-    labels = torch.from_numpy(layout.labels)[None].to(planes.device)
+    planes = semantics(model, scene)
+    labels = torch.from_numpy(scene.labels)[None].to(planes.device)
     device = planes.device
     image = model.generator(planes, z)
     crops = class_crops(image, labels, model.preset.classes, size=model.preset.image_size)
@@ -155,22 +155,22 @@ def speed(model: Any, layout: Layout, z: Tensor, seconds: float = 8.0,
 
 
 @torch.no_grad()
-def strips(model: Any, layout: Layout, samples: int, seed: int,
+def strips(model: Any, scene: Scene, samples: int, seed: int,
            step: Step = lambda what: None) -> tuple[Strip, ...]:
-    """Samples of the layout, one class resampled, and a morph between two codes."""
-    synthesizer = Synthesizer(model, *layout.tensors())
+    """Samples of the scene, one class resampled, and a morph between two codes."""
+    synthesizer = Synthesizer(model, *scene.tensors())
 
     def draw(what: str, z: Tensor) -> tuple[str, Picture]:
-        step(f"{layout.name}: {what}")
+        step(f"{scene.name}: {what}")
         (picture,) = to_pictures(synthesizer.sample(z))
         return what, picture
 
-    map_picture = ("layout", layout.picture(model.preset.classes))
+    map_picture = ("layout", scene.picture(model.preset.classes))
     codes = [draw_code(model, seed + i) for i in range(max(2, samples))]
     drawn = [draw(f"sample {i + 1}", z) for i, z in enumerate(codes[:samples])]
     # The largest class is background as a rule; the next one shows more.
-    index = layout.present[min(1, len(layout.present) - 1)]
-    name = layout.class_name(index)
+    index = scene.present[min(1, len(scene.present) - 1)]
+    name = scene.class_name(index)
     changed = [
         draw(f"{name}, code {i + 1}", resample_class(model, codes[0], index, seed + 100 + i))
         for i in range(max(1, samples - 1))
@@ -189,12 +189,12 @@ def strips(model: Any, layout: Layout, samples: int, seed: int,
     )
 
 
-def forwards(layouts: int, samples: int) -> int:
+def forwards(scenes: int, samples: int) -> int:
     """How many pictures :func:`strips` draws."""
-    return layouts * (samples + max(1, samples - 1) + samples - 1 + (samples == 1))
+    return scenes * (samples + max(1, samples - 1) + samples - 1 + (samples == 1))
 
 
-def page(demo_strips: Sequence[tuple[Layout, tuple[Strip, ...]]], stages: Sequence[Stage],
+def page(demo_strips: Sequence[tuple[Scene, tuple[Strip, ...]]], stages: Sequence[Stage],
          facts: dict[str, str], random_weights: bool, unfused: bool) -> str:
     """The self-contained HTML page."""
     environment = jinja2.Environment(
@@ -203,22 +203,22 @@ def page(demo_strips: Sequence[tuple[Layout, tuple[Strip, ...]]], stages: Sequen
     )
     environment.filters["data_uri"] = data_uri
     return environment.get_template("page.html").render(
-        layouts=demo_strips, stages=stages, facts=facts, random_weights=random_weights,
+        scenes=demo_strips, stages=stages, facts=facts, random_weights=random_weights,
         unfused=unfused,
         longest=max((max(s.reference, s.fused) for s in stages), default=1.0),
     )
 
 
-def run(model: Any, layouts: Sequence[Layout], out: str | Path, *, samples: int = 3, seed: int = 0,
+def run(model: Any, scenes: Sequence[Scene], out: str | Path, *, samples: int = 3, seed: int = 0,
         random_weights: bool = True, width: str = "", seconds: float = 8.0,
         step: Step = lambda what: None) -> Demo:
-    """Draw, time and write ``<layout>.png`` grids and ``index.html`` into ``out``.
+    """Draw, time and write ``<scene>.png`` grids and ``index.html`` into ``out``.
 
     Args:
         model: from :func:`create_model`, in eval mode.
-        layouts: what to draw.
+        scenes: what to draw.
         out: a folder, made if need be.
-        samples: pictures of each layout.
+        samples: pictures of each scene.
         seed: of the codes.
         random_weights: said on the page.
         width: how wide the network is, in words, for the page.
@@ -226,15 +226,15 @@ def run(model: Any, layouts: Sequence[Layout], out: str | Path, *, samples: int 
         step: called with what is done next: :func:`forwards` pictures and three timings.
     """
     folder = Path(out)
-    made = [(layout, strips(model, layout, samples, seed, step)) for layout in layouts]
-    stages = speed(model, layouts[0], draw_code(model, seed), seconds, step)
+    made = [(scene, strips(model, scene, samples, seed, step)) for scene in scenes]
+    stages = speed(model, scenes[0], draw_code(model, seed), seconds, step)
     device = next(model.parameters()).device
     backend = explain(instance_edges, torch.zeros(1, 2, 2, dtype=torch.int64, device=device))
     fused = backend.choices[0].backend
     files = [
-        write_png(folder / f"{layout.name}.png",
-                  grid([[picture for _, picture in strip.pictures] for strip in of_layout]))
-        for layout, of_layout in made
+        write_png(folder / f"{scene.name}.png",
+                  grid([[picture for _, picture in strip.pictures] for strip in of_scene]))
+        for scene, of_scene in made
     ]
     height, columns = model.preset.image_size
     facts = {

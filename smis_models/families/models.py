@@ -105,16 +105,16 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
         return found
     state = read_checkpoint(path)
     if all(key.partition(".")[0] in PARTS for key in state):
-        held = {key.partition(".")[0] for key in state}
-        if not held & set(modules):
+        parts = {key.partition(".")[0] for key in state}
+        if not parts & set(modules):
             raise CheckpointError(
                 f"checkpoint: expected the {', '.join(modules)} in {path}, got the "
-                f"{', '.join(sorted(held))}"
+                f"{', '.join(sorted(parts))}"
             )
         return {
             part: networks_keys({k.removeprefix(part + "."): v for k, v in state.items()
                                  if k.startswith(part + ".")})
-            for part in modules if part in held
+            for part in modules if part in parts
         }
     # One bare part: the one whose keys it shares most, so that an error speaks of that one.
     part = max(modules, key=lambda part: len(modules[part].state_dict().keys() & state.keys()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smis_kernels import InstanceNormAct2d, LabelLayout, WinogradConv2d, instance_avg_pool2d
 from smis_kernels.interface import prepare_map
 
-from ..networks import tiled as stripes
+from ..networks import tiled_inference
 from ..networks.blocks import check_maps, fast_format
 from ..networks.losses import feature_matching_loss, gan_loss
 from ..networks.preset import Preset
@@ -85,8 +85,8 @@ PIX2PIXHD_CITYSCAPES_1024 = register_model(
 )
 
 
-_STEM = 5  # layers that a striped stem stands for: padding, conv, norm, ReLU, halving conv
-_HEAD = 6  # and a striped head: doubling, norm, ReLU, padding, conv, tanh
+_STEM = 5  # layers that a tiled stem stands for: padding, conv, norm, ReLU, halving conv
+_HEAD = 6  # and a tiled head: doubling, norm, ReLU, padding, conv, tanh
 
 
 def _conv(channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1,
@@ -204,30 +204,30 @@ class _Generator(nn.Module):
         return semantics.dense(dtype=next(self.parameters()).dtype)
 
     def run(self, layers: nn.Module, source: Tensor | LabelLayout, image: bool) -> Tensor:
-        """``layers`` on the input; in inference, stem and (``image``) last layers in stripes."""
+        """``layers`` on the input; in inference, stem and (``image``) last layers in tiles."""
         assert isinstance(layers, nn.Sequential)
-        if not stripes.serves(self, source):
+        if not tiled_inference.serves(self, source):
             out: Tensor = layers(fast_format(self.dense(source)))
             return out
         source = prepare_map(source, next(self.parameters()))
-        rows = stripes.label_rows(source, layers[1])
+        rows = tiled_inference.label_rows(source, layers[1])
         if rows is None:
             start, x = 0, fast_format(self.dense(source))
         else:
-            start, x = _STEM, stripes.stem(rows, layers[2], layers[4], source.shape[2])
+            start, x = _STEM, tiled_inference.stem(rows, layers[2], layers[4], source.shape[2])
         return self.finish(layers, x, image, start)
 
     def finish(self, layers: nn.Module, x: Tensor, image: bool, start: int = 0) -> Tensor:
-        """``layers`` from ``start`` on; in inference, those that make the image in stripes."""
+        """``layers`` from ``start`` on; in inference, those that make the image in tiles."""
         assert isinstance(layers, nn.Sequential)
         rest = list(layers)[start:]
-        striped = image and stripes.serves(self, x)
-        for layer in rest[: -_HEAD] if striped else rest:
+        tiled = image and tiled_inference.serves(self, x)
+        for layer in rest[: -_HEAD] if tiled else rest:
             x = layer(x)
-        if not striped:
+        if not tiled:
             return x
         up, norm, _, _, conv, _ = rest[-_HEAD :]
-        return stripes.head(x, up, norm, conv)
+        return tiled_inference.head(x, up, norm, conv)
 
 
 class GlobalGenerator(_Generator):

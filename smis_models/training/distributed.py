@@ -55,7 +55,7 @@ def unsynchronized(module: nn.Module, last: bool) -> AbstractContextManager[None
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+def process_group(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that torchrun started, each with its own device; alone without torchrun.
 
     A process group that the program has already initialised is used as it is.

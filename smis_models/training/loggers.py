@@ -89,7 +89,7 @@ class LossTable:
                 csv.DictWriter(file, self._names, lineterminator="\n").writerow(texts)
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """Where curves and pictures go."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -160,23 +160,23 @@ class WandB:
         self._run.finish()
 
 
-class Board:
-    """All sinks as one."""
+class Loggers:
+    """All loggers as one."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = loggers
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """One point on the curve of each value."""
-        for sink in self._sinks:
-            sink.scalars(values, step)
+        for logger in self._loggers:
+            logger.scalars(values, step)
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
         """One (H, W, 3) picture."""
-        for sink in self._sinks:
-            sink.picture(name, picture, step)
+        for logger in self._loggers:
+            logger.picture(name, picture, step)
 
     def close(self) -> None:
         """Write what is pending."""
-        for sink in self._sinks:
-            sink.close()
+        for logger in self._loggers:
+            logger.close()

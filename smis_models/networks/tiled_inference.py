@@ -1,6 +1,6 @@
-"""pix2pixHD's widest layers a stripe of rows at a time: their features are never held whole.
+"""pix2pixHD's widest layers a tile of rows at a time: their features are never in memory whole.
 
-For inference. Instance norm needs the whole plane's statistics, so each stripe is computed twice:
+For inference. Instance norm needs the whole plane's statistics, so each tile is computed twice:
 once for them, once to be used. What is computed twice is cheap: a label conv, the last doubling.
 """
 
@@ -22,7 +22,7 @@ Rows = Callable[[int, int], Tensor]
 
 
 def serves(module: nn.Module, input: Tensor | LabelLayout) -> bool:
-    """Whether stripes may run: on a CPU's kernels, with nothing to differentiate."""
+    """Whether tiles may run: on a CPU's kernels, with nothing to differentiate."""
     weight = next(module.parameters())
     if torch.compiler.is_compiling() or resolve("norm_act", weight, None, ("cpu",)) != "cpu":
         return False
@@ -40,7 +40,7 @@ def label_rows(layout: Tensor | LabelLayout, conv: nn.Module) -> Rows | None:
     return LabelConv2d(layout, conv.weight, conv.bias).rows
 
 
-def _stripes(height: int) -> Iterator[tuple[int, int]]:
+def _tiles(height: int) -> Iterator[tuple[int, int]]:
     for first in range(0, height, ROWS):
         yield first, min(first + ROWS, height)
 
@@ -48,7 +48,7 @@ def _stripes(height: int) -> Iterator[tuple[int, int]]:
 def _normalised(rows: Rows, height: int, eps: float) -> Rows:
     """Norm and ReLU of features that come in rows; a pass over them for the statistics."""
     means, spreads, counts = [], [], []
-    for first, last in _stripes(height):
+    for first, last in _tiles(height):
         mean, var = channel_moments("cpu", rows(first, last))
         means.append(mean)
         spreads.append(var)
@@ -73,7 +73,7 @@ def stem(rows: Rows, norm: nn.Module, down: nn.Module, height: int) -> Tensor:
     assert isinstance(norm, nn.InstanceNorm2d) and isinstance(down, nn.Conv2d)
     features = _normalised(rows, height, norm.eps)
     parts = []
-    for first, last in _stripes(height):
+    for first, last in _tiles(height):
         # Output row i reads input rows 2i - 1 to 2i + 1; row -1 is padding.
         x = features(max(first - 1, 0), last)
         if first == 0:
@@ -104,8 +104,8 @@ def head(x: Tensor, up: nn.Module, norm: nn.Module, conv: nn.Module) -> Tensor:
     height, pad = 2 * x.shape[2], conv.kernel_size[0] // 2
     features = _normalised(_doubled_rows(x, up), height, norm.eps)
     parts = []
-    for first, last in _stripes(height):
-        # Heights are multiples of 16: the stripe that touches a border has the rows to reflect.
+    for first, last in _tiles(height):
+        # Heights are multiples of 16: the tile that touches a border has the rows to reflect.
         top, bottom = max(pad - first, 0), max(last + pad - height, 0)
         y = features(max(first - pad, 0), min(last + pad, height))
         y = F.pad(y, (pad, pad, top, bottom), mode="reflect")
