@@ -66,6 +66,10 @@ def _names(text: str) -> tuple[str, ...]:
 _NAMES = {"cityscapes": _names(_CITYSCAPES), "ade20k": _names(_ADE20K),
           "coco": _names(_COCO_STUFF), "celebamask": _FACES, "scenes": LANDSCAPE}
 
+# Modes of the landscapes' classes whose colours they are shown in.
+_NATURAL = {"sky": "clear", "mountain": "rock", "water": "deep", "ground": "grass",
+            "building": "brick", "tree": "summer", "car": "yellow", "person": "magenta"}
+
 
 @cache
 def class_names(model: str, classes: int) -> tuple[str, ...]:
@@ -88,7 +92,8 @@ def class_names(model: str, classes: int) -> tuple[str, ...]:
 def class_colours(names: Sequence[str]) -> NDArray[np.uint8]:
     """(classes, 3) display colours: natural ones of landscapes, else well apart."""
     if tuple(names) == LANDSCAPE:
-        natural = np.array([MODES[name][0].colour for name in LANDSCAPE])
+        natural = np.array([mode.colour for name in LANDSCAPE for mode in MODES[name]
+                            if mode.name == _NATURAL[name]])
         return (natural * 255).round().astype(np.uint8)
     return palette(len(names))
 

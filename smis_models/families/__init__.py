@@ -41,8 +41,8 @@ from .bicyclegan import (
     DSCGAN,
     UNetPreset,
 )
-from .configuration import Configuration
 from .models import (
+    Configuration,
     SynthesisModel,
     checkpoint_file,
     configured_preset,
@@ -50,7 +50,7 @@ from .models import (
     shipped_weights,
     stored_configuration,
 )
-from .registry import MODELS, PARTS, ModelInfo, entry, list_models, network_parts
+from .registry import MODELS, PARTS, RECIPES, ModelInfo, entry, list_models, network_parts
 # isort: on
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "PIX2PIXHD_CITYSCAPES",
     "PIX2PIXHD_CITYSCAPES_1024",
     "PIX2PIXHD_CITYSCAPES_FEATURES",
+    "RECIPES",
     "SCENES",
     "SPADE_ADE20K",
     "SPADE_CELEBAMASK",
