@@ -176,7 +176,7 @@ def checks(rows: dict[str, Record]) -> list[tuple[str, float | None, float, bool
 
 
 def duration(seconds: float) -> str:
-    """In s, ms or µs."""
+    """The time in s, ms or µs, as text."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
