@@ -267,7 +267,7 @@ def _packed(columns: Tensor, bits: int) -> Tensor:
 
 def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *, reach: int,
                   names: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """For each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
+    """Return for each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
 
     Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
     for 5x5 windows. ``names``: of the symbols, where they are known.

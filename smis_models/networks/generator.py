@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smis_kernels import LabelLayout
 from smis_kernels.interface import prepare_map
 
-from .blocks import check_maps, conv
+from .blocks import check_semantics, conv
 from .preset import CodePreset, LatentPreset
 
 # The blocks in order, and the widths of their outputs in units of ngf.
@@ -27,9 +27,7 @@ class UpwardGenerator(nn.Module):
 
     def _segmap(self, semantics: Tensor | LabelLayout) -> Tensor | LabelLayout:
         """The semantics, checked, and compiled where tables may serve."""
-        preset = self.preset
-        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-                   + (" and the edge plane" if preset.instance_edge else ""))
+        check_semantics(semantics, self.preset)
         return prepare_map(semantics, self.conv_img.weight)
 
     def _upsamples(self, name: str) -> bool:
