@@ -61,8 +61,8 @@ def lint(*arguments: str) -> None:
 
 
 def types(*arguments: str) -> None:
-    """Mypy, strict, over both packages and the tools."""
-    packages = ("smis_kernels", "smis_models", "tools")
+    """Mypy, strict, over both packages, the tools and the benchmarks."""
+    packages = ("smis_kernels", "smis_models", "tools", "benchmarks")
     _python("-m", "mypy", *(word for name in packages for word in ("-p", name)), *arguments)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import CASES, HALF, OpCase, run
+from benchmarks.gpu.op_cases import CASES, HALF, OpCase, run
 from smis_kernels import instance_avg_pool2d, instance_mean_table
 from smis_kernels.ops.label_windows.op import number_windows
 from smis_kernels.runtime.backend import missing

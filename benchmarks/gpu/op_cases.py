@@ -1,7 +1,11 @@
-"""Small calls of every op, which the GPU tests and the sanitizer run."""
+"""Small calls of every op, which the GPU tests and the sanitizer run.
+
+``python -m benchmarks.gpu.op_cases OP DEVICE`` runs those of one op.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -262,3 +266,27 @@ def _integer_cases() -> list[OpCase]:
 
 
 CASES = [*_norm_cases(), *_table_cases(), *_conv_cases(), *_integer_cases()]
+
+# Not sliced: beyond its end a slice has memory that is the program's own.
+KINDS = ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last"))
+
+
+def main() -> None:
+    """Run the cases of one op."""
+    name, device = sys.argv[1:3]
+    chosen = [case for case in CASES if case.op == name]
+    if not chosen:
+        sys.exit(f"no case of {name}")
+    kinds = KINDS[:1] if device == "cpu" else KINDS
+    for case in chosen:
+        for dtype, layout in kinds:
+            floating, integer = case.inputs(
+                device, dtype if dtype in case.dtypes else torch.float32, layout)
+            run(case, floating, integer, case.backend(device))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(chosen) * len(kinds)} runs of {name}")
+
+
+if __name__ == "__main__":
+    main()
