@@ -103,9 +103,13 @@ def _refused_by_gpu(kind: str, index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore  # a device's capability stays
 def _gpu_problem(kind: str, index: int) -> str | None:
     return _refused_by_gpu(kind, index)
+
+
+# A device's capability stays. torch.compiler.assume_constant_result sets this too, but imports the
+# whole compiler, which every process would pay.
+_gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dotted(capability: tuple[int, int]) -> str:
