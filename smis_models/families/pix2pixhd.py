@@ -18,7 +18,7 @@ from ..networks import tiled_inference
 from ..networks.blocks import check_maps, fast_format
 from ..networks.losses import feature_matching_loss, gan_loss
 from ..networks.preset import Preset
-from .registry import network, register_model
+from .registry import ADAM_OF_PIX2PIX, Recipe, network, register_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +64,28 @@ class Pix2pixHDPreset(Preset):
         return self.semantic_channels + (self.feature_channels if self.features else 0)
 
 
+def _recipe(epochs: int = 100, decay: int = 100, freeze: int = 0) -> Recipe:
+    """Least squares summed over the scales; ``freeze``: epochs of the enhancers alone."""
+    return {
+        "data": {"name": "cityscapes", "batch": 1},
+        "losses": {"gan": "ls", "scales": "sum", "discriminator": 0.5, "kl": 0.0},
+        "optimizer": ADAM_OF_PIX2PIX,
+        "schedule": {"epochs": epochs, "decay_epochs": decay, "freeze_global_epochs": freeze},
+    }
+
+
 PIX2PIXHD_CITYSCAPES = register_model(
     "pix2pixhd_cityscapes",
     "pix2pixHD for Cityscapes, global generator: 35 classes and instance edges, 512x1024",
     Pix2pixHDPreset(
         classes=35, image_size=(512, 1024), ngf=64, instance_edge=True,
     ),
+    _recipe(),
 )
 PIX2PIXHD_CITYSCAPES_FEATURES = register_model(
     "pix2pixhd_cityscapes_features",
     "pix2pixHD for Cityscapes, global generator with instance features, 512x1024",
-    replace(PIX2PIXHD_CITYSCAPES, features=True),
+    replace(PIX2PIXHD_CITYSCAPES, features=True), _recipe(),
 )
 PIX2PIXHD_CITYSCAPES_1024 = register_model(
     "pix2pixhd_cityscapes_1024",
@@ -82,6 +93,7 @@ PIX2PIXHD_CITYSCAPES_1024 = register_model(
     replace(
         PIX2PIXHD_CITYSCAPES, image_size=(1024, 2048), ngf=32, enhancers=1, discriminator_scales=3,
     ),
+    _recipe(epochs=50, decay=50, freeze=10),
 )
 
 
