@@ -9,8 +9,8 @@ from torch import Tensor
 def spatially_varying_conv2d(input: Tensor, weight: Tensor, *, kernel_size: int = 3,
                              stride: int = 1, padding: int = 1, dilation: int = 1) -> Tensor:
     """``sum_k weight[:, c, k] * input[:, c] shifted by k``, weight (N, G, k*k, h, w)."""
-    n, c, _, _ = input.shape
-    _, groups, taps, height, width = weight.shape
+    n, c = input.shape[:2]
+    groups, taps, height, width = weight.shape[1:]
     if input.shape[0] == 0:  # F.unfold refuses a batch of none
         return input[:, :, :1, :1] * weight[:, :1, 0]
     columns = F.unfold(input, kernel_size, dilation=dilation, padding=padding, stride=stride)
