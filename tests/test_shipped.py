@@ -1,17 +1,15 @@
-"""The model that ships, on scenes that it never saw; and the README's tour, which it paints."""
+"""The model that ships, on scenes that it never saw."""
 
 from __future__ import annotations
 
 import copy
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from smis_kernels import LabelLayout, explain
 from smis_kernels.ops.winograd_conv import choice
@@ -25,7 +23,6 @@ from smis_models.metrics.diversity import diversity
 from smis_models.metrics.protocols import DiversityProtocol
 from smis_models.synthesis.scene import Layout
 
-README = Path(__file__).parent.parent / "README.md"
 SCENES, SAMPLES = 8, 8
 
 
@@ -118,27 +115,6 @@ def test_the_demo_shows_trained_pictures(smis: Any, tmp_path: Path) -> None:
     html = (tmp_path / "demo/index.html").read_text()
     assert "<strong>random</strong>" not in html
     assert re.search(rf"only ({'|'.join(LANDSCAPE)}) gets a new code", html)
-
-
-def _tour() -> list[list[str]]:
-    section = README.read_text().split("## A tour", 1)[1].split("\n## ", 1)[0]
-    (block,) = re.findall(r"^```console\n(.*?)^```$", section, re.M | re.S)
-    lines = block.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
-
-
-def test_the_tour_of_the_readme_runs(smis: Any, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tour = _tour()
-    for program, *arguments in tour:
-        assert program == "smis"
-        smis(*arguments)
-    assert {words[1] for words in tour} >= {
-        "scenes", "doctor", "train", "synthesize", "mix", "edit", "morph", "resample", "evaluate"}
-    for name in ("mixed/mix.gif", "edited/edit.gif", "morphed/morph.gif", "resampled/resample.gif"):
-        with Image.open(tmp_path / name) as animation:
-            assert getattr(animation, "n_frames", 1) > 1
 
 
 @pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))

@@ -231,6 +231,12 @@ def readme(heading: str) -> None:
     print(block.group(1), end="")
 
 
+def docs(*arguments: str) -> None:
+    """The site, into build/docs: notebooks run, and every warning is an error."""
+    _python("-m", "sphinx", "-W", "--keep-going", "-b", "html", "-d", "build/doctrees",
+            *arguments, "docs", "build/docs", PYTHONPATH=str(ROOT))
+
+
 def ci() -> None:
     """All that has to pass, in a fresh virtual environment (.ci/run)."""
     _run(str(ROOT / ".ci" / "run"))
@@ -239,7 +245,7 @@ def ci() -> None:
 TASKS = {
     task.__name__: task
     for task in (lint, types, test, doctest, validate, instructions, interpreter, emulation, parity,
-                 kernels, bench, headers, abi, wheel, readme, ci)
+                 kernels, bench, headers, abi, wheel, docs, readme, ci)
 }
 
 

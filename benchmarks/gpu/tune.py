@@ -20,10 +20,10 @@ from smis_kernels import conditional_conv2d, modulation, norm_act
 from smis_kernels.ops.conditional_conv.triton import USUAL as CONDITIONAL
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation
 from smis_kernels.ops.modulation.op import channel_moments
-from smis_kernels.ops.modulation.triton import APPLY, BACKWARD, MOMENTS
 from smis_kernels.ops.window_table.op import window_table
 from smis_kernels.ops.window_table.triton import PRODUCT
 from smis_kernels.runtime import tuned as _tuned
+from smis_kernels.runtime.triton_tile import APPLY, BACKWARD
 from smis_kernels.runtime.tuned import Setting
 from smis_kernels.testing import max_error
 from smis_models.benchmark import timing
@@ -139,7 +139,7 @@ def _pointwise(scene: Scene) -> Iterator[Job]:
     for key, last in ((rows, True), (planes, False)):
         yield ("modulation_apply", key, f"modulation_apply, {key.split()[1]}",
                tiles(APPLY, 1024, 4096), partial(make, modulation, last, activation="leaky_relu"))
-    yield "channel_moments", rows, "channel_moments, rows", tiles(MOMENTS, 1024, 4096), moments
+    yield "channel_moments", rows, "channel_moments, rows", tiles(APPLY, 1024, 4096), moments
     yield ("modulation_backward", rows, "modulation_backward, rows", tiles(BACKWARD, 1024, 4096),
            partial(backward, True))
 

@@ -93,11 +93,10 @@ Scalar<A> scalar_stats(const ModulationArgs& a, const ModulationBranch& br, int6
   return {static_cast<const A*>(br.mean)[i], static_cast<const A*>(br.rstd)[i]};
 }
 template <class A>
-PerChannel<A> channel_stats(const ModulationArgs& a, const ModulationBranch& br, int64_t n) {
-  const int64_t i = (br.stat_n ? n : 0) * a.C;
+PerChannel<A> channel_stats(const ModulationArgs& a, const ModulationBranch& br, int64_t n, int64_t c) {
+  const int64_t i = (br.stat_n ? n : 0) * a.C + c;
   return {static_cast<const A*>(br.mean) + i, static_cast<const A*>(br.rstd) + i};
 }
-
 
 // dz, dgamma, dbeta of n elements; adds rstd * dz * (1 + gamma) to `into`.
 template <class A, class S>

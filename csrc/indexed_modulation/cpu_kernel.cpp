@@ -71,9 +71,7 @@ template <class T> void apply_rows(const IndexedArgs& a, int64_t begin, int64_t 
         const A* x = staged(at<const T>(a.x, n, c, h * a.W + w), m, xb);
         for (int k = 0; k < a.branches; ++k) {
           const auto& br = a.branch[k];
-          auto s = channel_stats<A>(a, br, n);
-          s.mean += c;
-          s.rstd += c;
+          const auto s = channel_stats<A>(a, br, n, c);
           if (a.upsample) hat_run(x, s, hat, m);
           for (int64_t q = 0; q < up * up; ++q) {
             const int64_t o = output_pixel(a, h, w, q);
@@ -225,9 +223,7 @@ template <class T> void backward_rows(const IndexedArgs& a, int64_t begin, int64
         const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
         for (int k = 0; k < a.branches; ++k) {
           const auto& br = a.branch[k];
-          auto s = channel_stats<A>(a, br, n);
-          s.mean += c;
-          s.rstd += c;
+          const auto s = channel_stats<A>(a, br, n, c);
           hat_run(x, s, hat, m);
           for (int64_t q = 0; q < up * up; ++q) {
             const int64_t o = output_pixel(a, p / a.W, p % a.W, q);

@@ -60,9 +60,7 @@ template <class T> void apply_rows(const ModulationArgs& a, int64_t begin, int64
         const A* x = staged(at<const T>(a.x, n, c, h * W + w), m, xb);
         for (int k = 0; k < a.branches; ++k) {
           const auto& br = a.branch[k];
-          auto s = channel_stats<A>(a, br, n);
-          s.mean += c;
-          s.rstd += c;
+          const auto s = channel_stats<A>(a, br, n, c);
           if (!a.upsample) {
             const int64_t p = h * W + w;
             apply_branch<T>(x, s, at<const T>(br.gamma, n, c, p), at<const T>(br.beta, n, c, p),
@@ -161,9 +159,7 @@ template <class T> void backward_rows(const ModulationArgs& a, int64_t begin, in
         const A* x = staged(at<const T>(a.x, n, c, p), m, xb);
         for (int k = 0; k < a.branches; ++k) {
           const auto& br = a.branch[k];
-          auto s = channel_stats<A>(a, br, n);
-          s.mean += c;
-          s.rstd += c;
+          const auto s = channel_stats<A>(a, br, n, c);
           hat_run(x, s, hat, m);
           if (!a.upsample) {
             backward_branch<T>(br, hat, s, n, c, p, into, k > 0, m);

@@ -1,101 +1,328 @@
-"""Residual blocks of conditional norm, activation and conv, each as one fused forward."""
+"""Blocks of conditional norms, activations and convs, each as one fused forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice, permutations
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.spade import modulate_pair
+from ..modules.spade import CGNorm, modulate_pair
 from ..modules.winograd_conv import WinogradConv2d
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
 from .formats import channels_last, gradient_in_format, in_format_of, network_call
-from .graph import is_plain_conv
-from .norms import FusedNorm, NormPlan, probe_inputs
+from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
+from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
+from .norms import FusedNorm, NormPlan, inputs_of, of_another_size
 from .probe import PROBE_SIZE, Trial, agreeing, shadow, unit_outputs
-from .served import ForeignNorm
+from .sequences import activation_of
+from .served import Evaluation
 from .swap import PLAN, Accelerated, AsWritten, Change, Fused, Plan, arguments_of
-from .watch import hooked
+from .watch import hooked, original_type
 
-# Activation and slope between norm and conv, likeliest first.
-_ACTIVATIONS = (("leaky_relu", 0.2), ("relu", 0.0), ("leaky_relu", 0.01), ("leaky_relu", 0.1))
-_MOST_WIRINGS = 4
-_Wiring = tuple[tuple[str, str], tuple[str, str], tuple[str, str] | None]
+MOST_NORMS = 3
+# Of features alone, and of any size: done as they were recorded.
+_FEATURES = POINTWISE | {"item", "number", "tensor", "cat", "chunk", "split", "avg_pool2d",
+                         "max_pool2d", "interpolate", "pixel_shuffle"}
+_LAYERS = (*POINTWISE_LAYERS, nn.Conv2d, nn.Upsample, nn.AvgPool2d, nn.MaxPool2d, nn.PixelShuffle,
+           nn.InstanceNorm2d, nn.BatchNorm2d, nn.GroupNorm)
+_RESIZING = ("interpolate", "avg_pool2d", "max_pool2d", "pixel_shuffle")
+_RESIZING_LAYERS = (nn.Upsample, nn.AvgPool2d, nn.MaxPool2d, nn.PixelShuffle)
+_CALL = Plan(("input", "segmap"))  # of a norm of this library
+
+
+@dataclass(frozen=True)
+class Part:
+    """What gives the result of ``step``, and the results that nothing reads after it.
+
+    Attributes:
+        norms: one, or two that read the same features, of which the second's result is that of
+            ``also`` and has no activation.
+        activation, slope: of the first norm.
+        conv: one whose result is added to that of ``added``.
+        source: what norms and conv read.
+    """
+
+    step: int
+    drops: tuple[int, ...] = ()
+    norms: tuple[str, ...] = ()
+    also: int | None = None
+    activation: str | None = None
+    slope: float = 0.2
+    conv: str = ""
+    added: int = FEATURES
+    source: int = FEATURES
 
 
 @dataclass(frozen=True)
 class BlockPlan(Plan):
-    """Names of (norm, conv) in the order of the computation, and the shortcut's, if any."""
+    """What a block computes, and what of it is done at once.
 
-    first: tuple[str, str]
-    second: tuple[str, str]
-    shortcut: tuple[str, str] | None
-    activation: str
-    slope: float
+    Attributes:
+        swapped: whether its forward takes the map first.
+        parts: in order; steps that others take in have none.
+        channels, labels: of the features, and of the map that was probed.
+        resized: whether a map of any size may come.
+        convs: those on its way.
+    """
 
+    graph: Graph
+    parts: tuple[Part, ...]
+    swapped: bool
+    channels: int
+    labels: int
+    resized: bool
+    convs: tuple[str, ...]
 
-def _wirings(widths: dict[str, int], convs: dict[str, nn.Conv2d]) -> Iterator[_Wiring]:
-    """Every way in which two or three norms and as many convs of fitting widths make a block."""
-    channels = {name: (c.in_channels, c.out_channels) for name, c in convs.items()}
-    for n in permutations(widths):
-        for c in permutations(convs):
-            start, middle, end = widths[n[0]], widths[n[1]], channels[c[1]][1]
-            fits = channels[c[0]] == (start, middle) and channels[c[1]] == (middle, end)
-            if fits and len(n) == 2 and start == end:
-                yield (n[0], c[0]), (n[1], c[1]), None
-            elif fits and len(n) == 3 and widths[n[2]] == start and (
-                    channels[c[2]] == (start, end)):
-                yield (n[0], c[0]), (n[1], c[1]), (n[2], c[2])
+    @property
+    def outline(self) -> Any:
+        """What two blocks that differ in their widths alone have in common."""
+        return outline(self.graph.steps), self.parts, self.swapped, self.resized, self.convs
 
-
-def _parts_problem(block: nn.Module, names: set[str]) -> str | None:
-    if block._parameters or block._buffers:
-        return "it has parameters of its own"
-    for name, child in block.named_children():
-        if name not in names and next(iter(child.parameters()), None) is not None:
-            return f"{name} has parameters of its own"
-    return None
+    @property
+    def norms(self) -> list[str]:
+        """Names of its norms, in the order of the computation."""
+        return [name for part in self.parts for name in part.norms]
 
 
 Reading = list[BlockPlan] | str | None  # what a block may be, or why it is none
+Norms = Mapping[str, NormPlan | None]  # inside a block, by name; None: one of this library
 
 
-def read(block: nn.Module, norms: dict[str, NormPlan]) -> Reading:
-    """Ways in which a module may be a residual block; None where it is nothing like one.
+def is_own_norm(module: nn.Module) -> bool:
+    """Whether it is a norm of this library, whose forward takes an activation."""
+    return isinstance(module, CGNorm) and type(module).forward is CGNorm.forward
+
+
+def _order(norm: nn.Module, plan: NormPlan | None) -> Order:
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        found = (plan or _CALL).given(original_type(norm), args, kwargs)
+        return found[::-1] if found and plan and plan.swapped else found
+
+    return given
+
+
+def read(block: nn.Module, norms: Norms) -> Reading:
+    """What a module computes, if it is a block of two or three norms; None: nothing like one.
 
     Args:
-        norms: those of its children that are norms which can be fused, by name: two or three.
+        norms: all that it holds.
     """
-    convs = {name: m for name, m in block.named_children() if isinstance(m, nn.Conv2d)}
-    if len(convs) != len(norms):
-        return None
-    problem = _parts_problem(block, {*norms, *convs})
     arguments = arguments_of(block, 2)
-    if problem is not None or arguments is None:
-        return problem or "its forward does not take features and a map"
-    widths = {name: plan.channels for name, plan in norms.items()}
-    return [
-        BlockPlan(arguments, *wiring, *active)
-        for active in _ACTIVATIONS for wiring in islice(_wirings(widths, convs), _MOST_WIRINGS)
-    ] or "the widths of its norms and convs fit no known block"
+    inside = tuple(f"{name}." for name in norms)
+    convs = [name for name, part in block.named_modules()
+             if isinstance(part, nn.Conv2d) and not f"{name}.".startswith(inside)]
+    if arguments is None or len(convs) != len(norms):
+        return None
+    twin = shadow(block, keep=(block,))
+    order = {name: _order(twin.get_submodule(name), plan) for name, plan in norms.items()}
+    try:
+        graph, swapped, channels, labels = _recorded(twin, norms, order)
+        parts, resized, on_the_way = _parts(graph, block, norms)
+    except (Mismatch, Unclear) as error:
+        return str(error)
+    return [BlockPlan(arguments, graph, parts, swapped, channels, labels, resized, on_the_way)]
 
 
-def judge(block: nn.Module, plans: list[BlockPlan],
-          norms: dict[str, NormPlan]) -> tuple[int | None, str]:
+def _widths(norm: nn.Module, plan: NormPlan | None) -> tuple[int, int]:
+    """Channels of a norm's features and map."""
+    if plan is not None:
+        return plan.channels, plan.labels
+    assert isinstance(norm, CGNorm)
+    return norm.channels, norm.label_channels
+
+
+def _recorded(twin: nn.Module, norms: Norms, order: Mapping[str, Order],
+              ) -> tuple[Graph, bool, int, int]:
+    """The block's forward, whether the map comes first, and the channels of both."""
+    weight, problem = next(twin.parameters()), ""
+    widths = dict.fromkeys(_widths(twin.get_submodule(k), p) for k, p in norms.items())
+    for swapped in (False, True):
+        for channels, labels in widths:
+            x, planes = inputs_of(weight, channels, labels, PROBE_SIZE, _map_scale(norms))
+            graphs = []
+            try:
+                for training in (False, True):
+                    twin.train(training)
+                    found = record(twin, x, planes, (planes, x) if swapped else (x, planes),
+                                   norms=order)
+                    graphs.append(found)
+            except Unclear:
+                raise
+            except Exception as error:  # of foreign code, on inputs that may not be its own
+                problem = problem or str(error).partition("\n")[0]
+                continue
+            if graphs[0] != graphs[1]:
+                raise Mismatch("in training it computes something else than in eval mode")
+            return _with_resizes(graphs[0]), swapped, channels, labels
+    raise Mismatch(f"the probe cannot run it: {problem}")
+
+
+def _map_scale(norms: Norms) -> int:
+    """How many times the features' size the map's is in a probe."""
+    return 2 if all(plan is None or plan.form.resized for plan in norms.values()) else 1
+
+
+def _with_resizes(graph: Graph) -> Graph:
+    steps = tuple(resize_of(step, PROBE_SIZE) if step.op == "interpolate" and step.inputs == (MAP,)
+                  else step for step in graph.steps)
+    return Graph(steps, graph.output)
+
+
+def _check(graph: Graph, block: nn.Module, norms: Norms) -> bool:
+    """Whether all of a block can be done again at any size; returns whether any map serves.
+
+    Raises:
+        Mismatch: it cannot; the message names what differs.
+    """
+    from_map = {MAP} | {i for i, step in enumerate(graph.steps) if step.op == "resize"}
+    resized = any(step.op == "resize" for step in graph.steps)
+    keeps, uses = True, _uses(graph)
+    found = [step.settings for step in graph.steps if step.op == "norm"]
+    if sorted(found) != sorted(norms):
+        raise Mismatch("not each of its norms runs once in a call")
+    for i, step in enumerate(graph.steps):
+        if i in (FEATURES, *from_map):
+            continue
+        if step.op == "norm":
+            if step.inputs[0] in from_map or step.inputs[1] not in from_map:
+                raise Mismatch(f"{step.settings} does not get the map as it came")
+            continue
+        if from_map & set(step.inputs):
+            raise Mismatch(f"{described(step, block)} of the map")
+        module = block.get_submodule(step.settings) if step.op == "module" else None
+        if getattr(module, "inplace", False) and uses[step.inputs[0]] > 1:
+            raise Mismatch(f"{described(step, block)} writes to what is read elsewhere")
+        if not isinstance(module, _LAYERS) if module else step.op not in _FEATURES:
+            raise Mismatch(f"{described(step, block)} beside its norms and convs")
+        if step.op == "interpolate" and not _by_factor(step):
+            raise Mismatch("its features are resized to a size of their own")
+        keeps = keeps and step.op not in _RESIZING and not isinstance(module, _RESIZING_LAYERS)
+        if isinstance(module, nn.Conv2d):
+            k = module.kernel_size[0]
+            keeps = keeps and module.stride == (1, 1) and module.padding in (
+                "same", (k // 2, k // 2))
+    if not keeps and (resized or _map_scale(norms) == 1):
+        raise Mismatch("its features change their size, and its norms do not resize the map")
+    return resized or _map_scale(norms) == 2
+
+
+def _uses(graph: Graph) -> Counter[int]:
+    """How often the result of each step is read."""
+    return Counter([*(j for step in graph.steps for j in step.inputs), graph.output])
+
+
+def _by_factor(step: Step) -> bool:
+    _, args, kwargs = step.settings
+    return (len(args) < 2 or args[1] is None) and dict(kwargs).get("size") is None
+
+
+def _active(step: Step, block: nn.Module) -> dict[str, Any] | None:
+    """ReLU or LeakyReLU as arguments of a norm."""
+    if step.op == "module":
+        return activation_of(block.get_submodule(step.settings))
+    if step.op == "relu":
+        return {"activation": "relu"}
+    if step.op == "leaky_relu" and 0 < step.settings < 1:
+        return {"activation": "leaky_relu", "negative_slope": step.settings}
+    return None
+
+
+def _parts(graph: Graph, block: nn.Module, norms: Norms) -> tuple[
+        tuple[Part, ...], bool, tuple[str, ...]]:
+    """What of a block is done at once; whether any map serves; its convs.
+
+    Raises:
+        Mismatch: it is no such block.
+    """
+    resized = _check(graph, block, norms)
+    steps = graph.steps
+    uses = _uses(graph)
+    reader = {j: i for i, step in enumerate(steps) for j in step.inputs}
+    made: dict[int, Part] = {}
+    for i, step in enumerate(steps):
+        if step.op == "norm":
+            next_one = reader[i] if uses[i] == 1 and i in reader else i
+            active = None if next_one == i else _active(steps[next_one], block)
+            result = i if active is None else next_one
+            found = {} if active is None else {
+                "activation": active["activation"], "slope": active.get("negative_slope", 0.2)}
+            made[i] = Part(result, norms=(step.settings,), source=step.inputs[0], **found)
+    taken = {part.step for part in made.values()}
+    for i, step in enumerate(steps):
+        if step.op == "add" and (conv := _last_conv(steps, step, uses, block)) is not None:
+            other = next(j for j in step.inputs if j != conv)
+            made[i] = Part(i, conv=steps[conv].settings, added=other, source=steps[conv].inputs[0])
+            taken.add(conv)
+    first = {MAP, FEATURES}
+    for i, step in enumerate(steps):
+        if i not in made and i not in taken and i not in first:
+            made[i] = Part(i)
+    parts = _paired([made[i] for i in sorted(made)])
+    convs = tuple(step.settings for step in steps if step.op == "module" and is_plain_conv(
+        block.get_submodule(step.settings)))
+    return tuple(_dropping(parts, graph)), resized, convs
+
+
+def _last_conv(steps: tuple[Step, ...], step: Step, uses: Counter[int],
+               block: nn.Module) -> int | None:
+    """The last 3x3 conv among what is added up, where nothing else reads its result."""
+    convs = [j for j in step.inputs if uses[j] == 1 and steps[j].op == "module"
+             and is_plain_conv(conv := block.get_submodule(steps[j].settings))
+             and getattr(conv, "kernel_size", None) == (3, 3)]
+    return max(convs) if convs and len(set(step.inputs)) == 2 else None
+
+
+def _paired(parts: list[Part]) -> list[Part]:
+    """Norms of the same features as one, where one of them at most is activated."""
+    for i, a in enumerate(parts):
+        for b in parts[i + 1 :]:
+            if a.norms and b.norms and a.source == b.source and not (a.activation and b.activation):
+                first, second = (b, a) if b.activation else (a, b)
+                both = Part(first.step, norms=first.norms + second.norms, also=second.step,
+                            activation=first.activation, slope=first.slope, source=a.source)
+                return [both if p is a else p for p in parts if p is not b]
+    return parts
+
+
+def _reads(part: Part, graph: Graph) -> set[int]:
+    if part.norms:
+        return {part.source}
+    if part.conv:
+        return {part.source, part.added}
+    return set(graph.steps[part.step].inputs)
+
+
+def _dropping(parts: list[Part], graph: Graph) -> Iterator[Part]:
+    """The parts, each with the results that are not read after it."""
+    last = {j: i for i, part in enumerate(parts) for j in _reads(part, graph)}
+    for i, part in enumerate(parts):
+        drops = tuple(j for j, k in last.items() if k == i and j not in (MAP, graph.output))
+        yield Part(**{**vars(part), "drops": drops})
+
+
+def judge(block: nn.Module, plans: list[BlockPlan], norms: Norms) -> tuple[int | None, str]:
     """Which of the plans a block agrees with; else why it does not with the first."""
-    convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
+    convs = [block.get_submodule(name) for name in plans[0].convs]
     twin = shadow(block, keep=convs)
-    unit_outputs(*(m for m in twin.children() if isinstance(m, nn.Conv2d)))
+    unit_outputs(*(twin.get_submodule(name) for name in plans[0].convs))
     for parameter in twin.parameters():  # weights' gradients have been seen norm by norm
         parameter.requires_grad_(parameter.requires_grad and parameter.dim() == 1)
-    norm = norms[plans[0].first[0]]
-    x, planes = probe_inputs(norm, next(twin.parameters()), PROBE_SIZE, 2)
-    trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False)]
-    inner = [Change(twin.get_submodule(name), FusedNorm, plan) for name, plan in norms.items()]
+    plan = plans[0]
+    x, planes = inputs_of(next(twin.parameters()), plan.channels, plan.labels, PROBE_SIZE,
+                          2 if plan.resized else 1)
+    other = (of_another_size(x), of_another_size(planes))
+    trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False),
+              Trial(other, False, differentiable=(), parameters=False)]
+    if plan.swapped:
+        trials = [t.swapped() for t in trials]
+    inner = [Change(twin.get_submodule(name), FusedNorm, p) for name, p in norms.items() if p]
     return agreeing(twin, trials, [[*inner, *conv_changes(twin, plan), Change(
         twin, FusedBlock, plan)] for plan in plans])
 
@@ -112,9 +339,10 @@ class FusedConv(Accelerated, WinogradConv2d):
 
 
 def conv_changes(block: nn.Module, plan: BlockPlan) -> list[Change]:
-    """The convs of a block that may be swapped."""
-    convs = (block.get_submodule(name) for _, name in (plan.first, plan.second))
-    return [Change(conv, FusedConv) for conv in convs if is_plain_conv(conv)]
+    """The convs of a block that are swapped."""
+    convs = (block.get_submodule(name) for name in plan.convs)
+    return [Change(conv, FusedConv) for conv in convs
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)]
 
 
 class FusedBlock(Fused):
@@ -123,63 +351,98 @@ class FusedBlock(Fused):
     @staticmethod
     def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
         assert isinstance(plan, BlockPlan)
-        pairs = (plan.first, plan.second, *([plan.shortcut] if plan.shortcut else []))
-        return [module.get_submodule(name) for pair in pairs for name in pair]
+        return [module.get_submodule(name) for name in (*plan.norms, *plan.convs)]
 
-    def _smis_ready(self, x: Any, segmap: Any) -> list[ForeignNorm] | AsWritten | str:
+    def _smis_ready(self, *inputs: Any) -> dict[str, CGNorm] | AsWritten | str:
         plan: BlockPlan = vars(self)[PLAN]
-        names = [plan.first[0], plan.second[0]] + ([plan.shortcut[0]] if plan.shortcut else [])
-        norms = [self._modules.get(name) for name in names]
-        views: list[ForeignNorm] = []
+        x, segmap = inputs[::-1] if plan.swapped else inputs
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            return "features of another kind"
+        if any(step.op == "resize" for step in plan.graph.steps):
+            segmap = _like(segmap, None, x)
+        views: dict[str, CGNorm] = {}
         small: AsWritten | None = None
-        for name, norm in zip(names, norms, strict=True):
-            if not isinstance(norm, FusedNorm) or hooked(norm):
-                return f"{name} is not fused, or has hooks"
-            # The features of norm_1 are not there yet; they have x's dtype and batch size.
-            width = vars(norm)[PLAN].channels
-            like = x if name != plan.second[0] else _like(x, width)
-            view = norm._smis_changed() or norm._smis_ready(like, segmap)
-            if isinstance(view, str):
-                return f"{name}: {view}"
-            if isinstance(view, AsWritten):
-                small = view
-            else:
-                views.append(view)
+        for part in plan.parts:
+            for name in part.norms:
+                norm = self.get_submodule(name)
+                if hooked(norm):
+                    return f"{name} has hooks"
+                if isinstance(norm, CGNorm) and is_own_norm(norm):
+                    views[name] = norm
+                    continue
+                if not isinstance(norm, FusedNorm):
+                    return f"{name} is not fused"
+                # Features inside are not there yet; they have x's dtype and batch size.
+                like = x if part.source == FEATURES else _like(x, vars(norm)[PLAN].channels, x)
+                pair = (segmap, like) if vars(norm)[PLAN].swapped else (like, segmap)
+                view = norm._smis_changed() or norm._smis_ready(*pair)
+                if isinstance(view, str):
+                    return f"{name}: {view}"
+                if isinstance(view, AsWritten):
+                    small = view
+                else:
+                    views[name] = view
         return small or views
 
-    def _smis_run(self, ready: list[ForeignNorm], x: Tensor, segmap: Tensor) -> Tensor:
+    def _smis_run(self, ready: dict[str, CGNorm], *inputs: Tensor) -> Tensor:
         plan: BlockPlan = vars(self)[PLAN]
-        active: dict[str, Any] = {"activation": plan.activation, "negative_slope": plan.slope}
-        conv_0, conv_1 = self._modules[plan.first[1]], self._modules[plan.second[1]]
-        assert conv_0 is not None and conv_1 is not None
-        norm_0, norm_1, *rest = ready
+        x, segmap = inputs[::-1] if plan.swapped else inputs
         with network_call():
-            h = shortcut = channels_last(gradient_in_format(x))
-            if rest:
-                h, shortcut = _both(norm_0, rest[0], h, segmap, active)
-                assert plan.shortcut is not None
-                shortcut = self.get_submodule(plan.shortcut[1])(shortcut)
-            else:
-                h = norm_0.forward(h, segmap, **active)
-            h = norm_1.forward(conv_0(h), segmap, **active)
-            if isinstance(conv_1, FusedConv) and not hooked(conv_1, weights=False):
-                out: Tensor = conv_1(h, shortcut)
-            else:  # a hook is to see what the conv was written to take and to return
-                out = shortcut + conv_1(h)
+            start = channels_last(gradient_in_format(x))
+            steps = _Steps(self, plan.graph, {FEATURES: start, MAP: segmap})
+            segmap = next((steps.value(i) for i, step in enumerate(plan.graph.steps)
+                           if step.op == "resize"), segmap)
+            for part in plan.parts:
+                self._smis_do(part, steps, ready, segmap)
+                for i in part.drops:
+                    steps.found.pop(i, None)
+            out = steps.found[plan.graph.output]
         result: Tensor = in_format_of(out, x)
         return result
 
+    def _smis_do(self, part: Part, steps: Evaluation, ready: Mapping[str, CGNorm],
+                 segmap: Tensor) -> None:
+        found = steps.found
+        if part.norms:
+            active: dict[str, Any] = {"activation": part.activation, "negative_slope": part.slope}
+            first, *rest = (ready[name] for name in part.norms)
+            if rest:
+                assert part.also is not None
+                found[part.step], found[part.also] = _both(first, rest[0], found[part.source],
+                                                           segmap, active)
+            else:
+                found[part.step] = first.forward(found[part.source], segmap, **active)
+        elif part.conv:
+            conv, h = self.get_submodule(part.conv), found[part.source]
+            if isinstance(conv, FusedConv) and not hooked(conv, weights=False):
+                found[part.step] = conv(h, found[part.added])
+            else:  # a hook is to see what the conv was written to take and to return
+                found[part.step] = found[part.added] + conv(h)
+        else:
+            steps.value(part.step)
 
-def _both(norm_0: ForeignNorm, norm_s: ForeignNorm, x: Tensor, segmap: Tensor,
+
+class _Steps(Evaluation):
+    """The steps of a block; a map of its own size where it resizes it."""
+
+    def _done(self, i: int, step: Step) -> Any:
+        if step.op == "resize":
+            return F.interpolate(self.found[MAP], size=self.found[FEATURES].shape[2:],
+                                 mode="nearest")
+        return super()._done(i, step)
+
+
+def _both(norm_0: CGNorm, norm_s: CGNorm, x: Tensor, segmap: Tensor,
           active: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    pair = norm_0.shares_features and norm_s.shares_features
+    pair = all(getattr(norm, "shares_features", True) for norm in (norm_0, norm_s))
     if pair and norm_0.shared_arguments() == norm_s.shared_arguments():
         return modulate_pair(norm_0, norm_s, x, segmap, **active)
     return norm_0.forward(x, segmap, **active), norm_s.forward(x, segmap)
 
 
-def _like(x: Any, width: int) -> Any:
-    """A stand-in of another width, without memory."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        return x
-    return x.detach().new_empty(1).expand(x.shape[0], width, *x.shape[2:])
+def _like(tensor: Any, channels: int | None, x: Tensor) -> Any:
+    """A stand-in of the features' size, without memory."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+        return tensor
+    return tensor.detach().new_empty(1).expand(
+        len(tensor), channels or tensor.shape[1], *x.shape[2:])

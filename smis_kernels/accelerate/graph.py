@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,8 @@ class Step:
     """One operation on results of earlier steps.
 
     ``op``: "features", "map", "number", "tensor" (a parameter or buffer), "module" (a part that is
-    called as one), "item" (of a function's several results), or a torch function's name.
+    called as one), "norm" (one that takes features and a map), "item" (of a function's several
+    results), or a torch function's name.
     ``settings``: the number; the name; or the arguments, with :class:`Ref` in tensors' places.
     """
 
@@ -61,6 +62,20 @@ class Graph:
 
     steps: tuple[Step, ...]
     output: int
+
+
+def outline(steps: Sequence[Step]) -> Any:
+    """What steps that differ in widths alone have in common."""
+    def masked(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(masked, value))
+        return "width" if type(value) is int and value > 4 else value
+
+    return tuple((s.op, s.inputs, masked(s.settings)) for s in steps)
+
+
+# Puts the arguments of a call in order: features, map; None where it is one of another kind.
+Order = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...] | None]
 
 
 class Unclear(Exception):
@@ -162,7 +177,16 @@ class _Recorder(TorchFunctionMode):
         template, inputs = self._arguments((tuple(args), dict(kwargs)))
         if not isinstance(out, Tensor) or template != ((Ref(inputs[0]) if inputs else None,), ()):
             raise Unclear(f"{name} is called with more than one tensor, or returns none")
+        if self._of.get(id(out)) in (FEATURES, MAP):
+            raise Unclear(f"it writes to its input ({name})")
         self._note(out, Step("module", inputs, name))
+
+    def norm_called(self, name: str, order: Order, args: Any, kwargs: Any, out: Any) -> None:
+        """Note the result of a conditional norm."""
+        given = order(tuple(args), dict(kwargs))
+        if given is None or not all(isinstance(t, Tensor) for t in (out, *given)):
+            raise Unclear(f"{name} is called with other arguments than features and a map")
+        self._note(out, Step("norm", tuple(map(self.step_of, given)), name))
 
     def _arithmetic(self, name: str, left: Any, right: Any, out: Tensor) -> None:
         places = []
@@ -214,10 +238,11 @@ class _Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def _leaves_recorded(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _leaves_recorded(module: nn.Module, recorder: _Recorder,
+                     norms: Mapping[str, Order]) -> Iterator[None]:
     """Calls of parts that are one step are noted as such."""
-    leaves = {name: part for name, part in module.named_modules()
-              if name and _is_leaf(part) and type(part) is not nn.Identity}
+    leaves = {name: part for name, part in module.named_modules() if name in norms or (
+        name and _is_leaf(part) and type(part) is not nn.Identity)}
 
     def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -226,7 +251,9 @@ def _leaves_recorded(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
                 out = original(*args, **kwargs)
             finally:
                 recorder.paused -= 1
-            if not recorder.paused:
+            if not recorder.paused and name in norms:
+                recorder.norm_called(name, norms[name], args, kwargs, out)
+            elif not recorder.paused:
                 recorder.module_called(name, args, kwargs, out)
             return out
         return forward
@@ -241,18 +268,21 @@ def _leaves_recorded(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 def record(module: nn.Module, features: Tensor, segmap: Tensor,
-           arguments: Sequence[Tensor] | None = None) -> Graph:
+           arguments: Sequence[Tensor] | None = None, *,
+           norms: Mapping[str, Order] | None = None) -> Graph:
     """What ``module(features, segmap)`` computes, run once.
 
     Args:
         module: one to experiment on: it is run.
         arguments: both in the order that it takes them, where that is another.
+        norms: names of its conditional norms, which are one step each, and the order of what they
+            take.
 
     Raises:
         Unclear: it cannot be recorded. Whatever the module raises.
     """
     recorder = _Recorder(module, (features, segmap))
-    with _leaves_recorded(module, recorder), torch.no_grad(), recorder:
+    with _leaves_recorded(module, recorder, norms or {}), torch.no_grad(), recorder:
         out = module(*(arguments or (features, segmap)))
     if not isinstance(out, Tensor):
         raise Unclear(f"it returns {type(out).__name__}, not a tensor")

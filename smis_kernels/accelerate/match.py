@@ -11,17 +11,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .graph import FEATURES, MAP, Graph, Ref, Step, is_plain_conv, pruned
+from .graph import FEATURES, MAP, Graph, Ref, Step, is_plain_conv, outline, pruned
 
 PATTERN = "N(x) * (o + G(m)) + B(m)"
 # Of each value alone, or of each pixel's channels: the same on rows of a table as on an image.
-_POINTWISE = {"relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu", "elu", "selu", "celu",
+POINTWISE = {"relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu", "elu", "selu", "celu",
               "softplus", "hardtanh", "relu6", "hardswish", "hardsigmoid", "mish", "softsign",
               "abs", "exp", "log", "pow", "square", "sqrt", "rsqrt", "sin", "cos", "clamp",
               "clamp_min", "clamp_max", "reciprocal", "sign", "add", "sub", "mul", "div", "rpow",
               "maximum", "minimum", "addcmul", "where", "gt", "lt", "ge", "le", "eq", "ne", "lerp",
               "long", "int", "logsigmoid", "tanhshrink"}
-_POINTWISE_LAYERS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.ELU, nn.SELU,
+POINTWISE_LAYERS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.ELU, nn.SELU,
                      nn.CELU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid,
                      nn.Mish, nn.PReLU, nn.Identity, nn.Softsign)
 _CHANNELS = {"chunk", "split", "cat", "stack", "__getitem__", "argmax", "softmax", "permute",
@@ -32,7 +32,7 @@ _IMAGES = {"conv2d", "pad", "instance_norm", "group_norm", "mean", "var", "std",
            "std_mean", "sum", "amax", "amin", "normalize", "layer_norm", "rms_norm", "norm",
            "linear", "matmul", "linalg_vector_norm", "vector_norm", "batch_norm", "expand_as",
            "view_as", "type_as"}
-_KNOWN = _POINTWISE | _CHANNELS | _IMAGES | {"item", "number", "tensor", "module", "resize",
+_KNOWN = POINTWISE | _CHANNELS | _IMAGES | {"item", "number", "tensor", "module", "resize",
                                              "features", "map"}
 
 
@@ -89,14 +89,8 @@ class Form:
     @property
     def outline(self) -> Any:
         """What two norms that differ in their widths alone have in common."""
-        def masked(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(map(masked, value))
-            return "width" if type(value) is int and value > 4 else value
-
-        steps = tuple((s.op, s.inputs, masked(s.settings)) for s in self.graph.steps)
         convs = tuple((c.step, c.kernel, c.groups > 1) for c in self.convs)
-        return (steps, convs, self.levels, self.no_tables, self.pair, self.norm, self.resized,
+        return (outline(self.graph.steps), convs, self.levels, self.no_tables, self.pair, self.norm, self.resized,
                 self.source, self.gamma, self.beta, bool(self.label_channels))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,6 +117,24 @@ def conv_problem(conv: nn.Conv2d) -> str | None:
     return None
 
 
+def resize_of(step: Step, size: tuple[int, int]) -> Step:
+    """A step that resizes the map to the features, whatever their size.
+
+    Raises:
+        Mismatch: it resizes otherwise than by nearest, or not to the features' ``size``.
+    """
+    _, args, kwargs = step.settings
+    names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor",
+             "antialias")
+    given = {**dict(zip(names, args, strict=False)), **dict(kwargs)}
+    mode, to = given.get("mode", "nearest"), given.get("size")
+    if mode != "nearest":
+        raise Mismatch(f"the map is resized by {mode}, not by nearest")
+    if to is None or tuple((to,) * 2 if isinstance(to, int) else to) != size:
+        raise Mismatch("the map is resized to another size than the features'")
+    return Step("resize", (MAP,))
+
+
 class _Matcher:
     """Takes a recorded forward apart; new steps are put at its end."""
 
@@ -132,8 +144,8 @@ class _Matcher:
         self.module, self.size, self.map_size = module, size, map_size
         self.resized = False
         for i, step in enumerate(self.steps):
-            if step.op == "interpolate":
-                self.steps[i] = self._resize(step)
+            if step.op == "interpolate" and step.inputs == (MAP,):
+                self.steps[i], self.resized = resize_of(step, size), True
         self._reads: list[frozenset[int]] = []
         self._affine: dict[int, tuple[int, int, int]] = {}
 
@@ -147,21 +159,6 @@ class _Matcher:
                 self._reads.append(frozenset().union(*(
                     self._reads[k] for k in self.steps[j].inputs)))
         return self._reads[i]
-
-    def _resize(self, step: Step) -> Step:
-        if step.inputs != (MAP,):
-            return step
-        _, args, kwargs = step.settings
-        names = ("input", "size", "scale_factor", "mode", "align_corners",
-                 "recompute_scale_factor", "antialias")
-        given = {**dict(zip(names, args, strict=False)), **dict(kwargs)}
-        mode, size = given.get("mode", "nearest"), given.get("size")
-        if mode != "nearest":
-            raise Mismatch(f"the map is resized by {mode}, not by nearest")
-        if size is None or tuple((size,) * 2 if isinstance(size, int) else size) != self.size:
-            raise Mismatch("the map is resized to another size than the features'")
-        self.resized = True
-        return Step("resize", (MAP,))
 
     def _add(self, op: str, inputs: Sequence[int] = (), settings: Any = None) -> int:
         self.steps.append(Step(op, tuple(inputs), settings))
@@ -372,7 +369,7 @@ def _levels(graph: Graph, module: nn.Module,
                 level += k // 2
             elif isinstance(layer, _InstanceNorm) and serves_statistics(layer):
                 images = True
-            elif not isinstance(layer, _POINTWISE_LAYERS):
+            elif not isinstance(layer, POINTWISE_LAYERS):
                 why = why or f"{described(step, module)} has no tables"
         elif level >= 0 and step.op in _IMAGES:
             why = why or f"{step.op} has no tables"

@@ -178,7 +178,7 @@ def _chosen(model: nn.Module, findings: Sequence[Finding],
                              f"pattern of a module, got {entry!r}, which fits none")
     asked = [f for f in possible
              if any(f.kind == entry or _fits(f.name, entry) for entry in wanted)]
-    parts = {child for f in asked if f.kind == BLOCK for child in f.module.children()}
+    parts = {part for f in asked if f.kind == BLOCK for part in f.module.modules()}
     return [f for f in possible if f in asked or (f.kind == NORM and f.module in parts)]
 
 

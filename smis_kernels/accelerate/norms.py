@@ -67,7 +67,7 @@ class FusedNorm(Fused):
             return "a map of another shape"
         if not form.resized and shape[2:] != x.shape[2:]:
             return "a map of another size"
-        view = ForeignNorm(self, form, plan.counts, plan.channels)
+        view = ForeignNorm(self, form, plan.counts, plan.channels, shape[1])
         if isinstance(segmap, LabelLayout):
             return view
         if not isinstance(segmap, Tensor) or not serves(segmap, weight):
@@ -262,7 +262,7 @@ def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
     return []
 
 
-def _of_another_size(x: Tensor) -> Tensor:
+def of_another_size(x: Tensor) -> Tensor:
     """One image, twice as high and three times as wide."""
     wide = torch.cat([x, x.flip(3), x.roll(1, 3)], 3)[:1]
     return torch.cat([wide, wide.flip(2)], 2)
@@ -271,7 +271,7 @@ def _of_another_size(x: Tensor) -> Tensor:
 def _trials(x: Tensor, planes: Tensor, form: Form) -> list[Trial]:
     soft = planes + 0.3 * torch.rand_like(planes)  # whose vectors do not repeat
     first, second = ("dense", "dense") if form.no_tables else ("two_level", "one_level")
-    other = (_of_another_size(x), _of_another_size(planes))
+    other = (of_another_size(x), of_another_size(planes))
     return [Trial((x, planes), True, path=first),
             Trial((x, planes), True, path="dense"),
             Trial((x, planes), False, parameters=False, path=second),

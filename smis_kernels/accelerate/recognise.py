@@ -24,6 +24,7 @@ KINDS = (NORM, BLOCK, CONV, PIXEL_CONV, NORM_ACT, INSTANCE_POOL, SPECTRAL_NORM)
 _MIXINS = {NORM: norms.FusedNorm, BLOCK: blocks.FusedBlock, PIXEL_CONV: layers.FusedPixelConv,
            NORM_ACT: sequences.FusedSequence, INSTANCE_POOL: layers.FusedInstancePool}
 _NOT_SETTINGS = {*vars(nn.Module())}
+_WIDTHS = {"in_channels", "out_channels", "num_features", "num_channels", "groups"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,31 @@ def _masked(value: Any, widths: Collection[int]) -> Any:
     return "width" if type(value) is int and value in widths else value
 
 
-def _settings(module: nn.Module, widths: Collection[int] = ()) -> Iterator[Any]:
-    """Whatever may decide what a module computes, but for values of tensors, and ``widths``."""
+def _masked_attribute(name: str, value: Any, widths: Collection[int] | None) -> str:
+    if widths is None or name not in _WIDTHS:
+        return repr(_masked(value, widths or ()))
+    return "width" if name != "groups" or value != 1 else "1"
+
+
+def _masked_shape(shape: tuple[int, ...], widths: Collection[int] | None) -> Any:
+    if widths is None:
+        return shape
+    return (("width",) * 2 + shape[2:]) if len(shape) == 4 else _masked(shape, widths)
+
+
+def _settings(module: nn.Module, widths: Collection[int] | None = None) -> Iterator[Any]:
+    """Whatever may decide what a module computes, but for values of tensors, and ``widths``.
+
+    Of convs in groups it is one setting that there are several.
+    """
     for name, part in module.named_modules():
-        plain = {k: repr(_masked(v, widths)) for k, v in vars(part).items()
+        plain = {k: _masked_attribute(k, v, widths) for k, v in vars(part).items()
                  if k not in _NOT_SETTINGS and not k.startswith(OWN)
                  and not isinstance(v, Tensor)}
         hooks = tuple(type(hook) for hook in weight_hooks(part).values())
         yield name, original_type(part), hooks, tuple(sorted(plain.items()))
         for key, t in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
-            yield key, _masked(tuple(t.shape), widths), t.dtype, t.device
+            yield key, _masked_shape(tuple(t.shape), widths), t.dtype, t.device
 
 
 def _size(module: nn.Module) -> int:
@@ -129,20 +145,26 @@ class Recognition:
         return found
 
     def _all_blocks(self, named: Mapping[str, nn.Module]) -> list[Finding]:
-        """Residual blocks of norms that can be fused."""
+        """The outermost modules that are blocks of norms, and can be fused."""
         readings: dict[str, blocks.Reading] = {}
         for name, module in named.items():
+            outer = accumulate(name.split(".")[:-1], "{}.{}".format)
+            if any(isinstance(readings.get(parent), list) for parent in ("", *outer) if name):
+                continue
             inside = self._norms_inside(module)
-            if len(inside) in (2, 3):
+            if 2 <= len(inside) <= blocks.MOST_NORMS:
                 reading = self._read(BLOCK, module, partial(blocks.read, module, inside))
                 if reading is not None:
                     readings[name] = reading
         return self._findings(
             BLOCK, named, readings,
-            lambda module, plans: blocks.judge(module, plans, self._norms_inside(module)), str)
+            lambda module, plans: blocks.judge(module, plans, self._norms_inside(module)),
+            lambda plan: plan.outline)
 
-    def _norms_inside(self, module: nn.Module) -> dict[str, norms.NormPlan]:
-        return {key: self._norms[m] for key, m in module.named_children() if m in self._norms}
+    def _norms_inside(self, module: nn.Module) -> dict[str, norms.NormPlan | None]:
+        """Norms that are fused, or this library's own."""
+        return {name: self._norms.get(part) for name, part in module.named_modules()
+                if name and (part in self._norms or blocks.is_own_norm(part))}
 
     def _read(self, kind: str, module: nn.Module, read: Callable[[], Any]) -> Any:
         """What ``read`` returns, once for modules of the same settings; where it raises, why."""
@@ -194,7 +216,7 @@ def _convs(block: Finding | None) -> list[Finding]:
     if block is None or not isinstance(block.change, Change):
         return []
     assert isinstance(block.change.plan, blocks.BlockPlan)
-    names = {child: name for name, child in block.module.named_children()}
+    names = {child: name for name, child in block.module.named_modules()}
     return [Finding(f"{block.name}.{names[c.module]}".lstrip("."), c.module, CONV, c)
             for c in blocks.conv_changes(block.module, block.change.plan)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
 from ..runtime.tensors import acc_dtype
 from .formats import gradient_in_format
-from .graph import FEATURES, MAP, Step, call
+from .graph import FEATURES, MAP, Graph, Step, call
 from .match import Conv, Form
 from .watch import weight_hooks
 
@@ -40,17 +40,17 @@ def _conv(owner: nn.Module, step: Step) -> nn.Conv2d:
     return conv
 
 
-class _Evaluation:
-    """The steps of a norm's forward, each done once and when it is asked for."""
+class Evaluation:
+    """The steps of a recorded forward, each done once and when it is asked for."""
 
-    def __init__(self, owner: nn.Module, form: Form, inputs: dict[int, Tensor]) -> None:
-        self.owner, self.form = owner, form
-        self._found: dict[int, Any] = dict(inputs)
+    def __init__(self, owner: nn.Module, graph: Graph, inputs: Mapping[int, Any]) -> None:
+        self.owner, self.steps = owner, graph.steps
+        self.found: dict[int, Any] = dict(inputs)
 
     def value(self, i: int) -> Any:
-        if i not in self._found:
-            self._found[i] = self._done(i, self.form.graph.steps[i])
-        return self._found[i]
+        if i not in self.found:
+            self.found[i] = self._done(i, self.steps[i])
+        return self.found[i]
 
     def _done(self, i: int, step: Step) -> Any:
         if step.op == "number":
@@ -77,13 +77,13 @@ class _Evaluation:
         return out
 
 
-class _Pixels(_Evaluation):
+class _Pixels(Evaluation):
     """On the map itself, by the parts as they were written; ``fused``: the last convs as one."""
 
     def __init__(self, owner: nn.Module, form: Form, segmap: Tensor, size: tuple[int, int],
                  fused: bool) -> None:
-        super().__init__(owner, form, {MAP: segmap})
-        self._size, self._fused = size, fused
+        super().__init__(owner, form.graph, {MAP: segmap})
+        self.form, self._size, self._fused = form, size, fused
 
     def _done(self, i: int, step: Step) -> Any:
         if step.op == "resize":
@@ -99,8 +99,8 @@ class _Pixels(_Evaluation):
         convs = [_conv(self.owner, self.form.graph.steps[j]) for j in pair]
         both = conv3x3(self.value(step.inputs[0]), torch.cat([conv.weight for conv in convs]),
                        _joined_bias(convs))
-        self._found.update(zip(pair, both.split(known.channels, 1), strict=True))
-        out: Tensor = self._found[i]
+        self.found.update(zip(pair, both.split(known.channels, 1), strict=True))
+        out: Tensor = self.found[i]
         return out
 
 
@@ -114,7 +114,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
     return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
-class _Rows(_Evaluation):
+class _Rows(Evaluation):
     """On the distinct windows of a layout, as (1 or N, C, rows, 1): N after a norm of the image.
 
     Row 0 is the outside of the image: zero wherever a conv reads it.
@@ -125,7 +125,8 @@ class _Rows(_Evaluation):
         self._layout, self._size, self._path, self._dtype = layout, size, path, dtype
         vectors = layout.vectors.to(dtype).t()[None, :, :, None]
         inputs = {i: vectors for i, s in enumerate(form.graph.steps) if s.op == "resize"}
-        super().__init__(owner, form, {MAP: vectors, **inputs})
+        super().__init__(owner, form.graph, {MAP: vectors, **inputs})
+        self.form = form
         self._convs = {conv.step: conv for conv in form.convs}
         self.table: Tensor | None = None  # of both last convs, whole
 
@@ -201,8 +202,8 @@ class _Rows(_Evaluation):
             matrix, gamma.weight, _bias(gamma), beta.weight, _bias(beta), windows,
             groups=conv.groups, one_level=self._path == "one_level")
         for j, half in zip(pair, self.table.split(conv.channels, 1), strict=True):
-            self._found[j] = self._image(half)
-        out: Tensor = self._found[conv.step]
+            self.found[j] = self._image(half)
+        out: Tensor = self.found[conv.step]
         return out
 
     def _matrix(self, rows: Tensor) -> Tensor:
@@ -254,12 +255,13 @@ class ForeignNorm(CGNorm):
     counts: bool
     norm: nn.Module | None
 
-    def __init__(self, owner: nn.Module, form: Form, counts: bool, channels: int) -> None:
+    def __init__(self, owner: nn.Module, form: Form, counts: bool, channels: int,
+                 label_channels: int) -> None:
         norm = owner.get_submodule(form.norm) if form.norm else None
         vars(self).update(
             owner=owner, form=form, counts=counts, norm=norm, channels=channels, backend=None,
             training=owner.training if norm is None else norm.training,
-            label_channels=form.label_channels, _modules={}, _parameters={}, _buffers={},
+            label_channels=label_channels, _modules={}, _parameters={}, _buffers={},
         )
 
     def __eq__(self, other: object) -> bool:
@@ -313,8 +315,6 @@ class ForeignNorm(CGNorm):
             counter.add_(1)
 
     def forward(self, input: Tensor, segmap: Tensor | LabelLayout, **options: Any) -> Tensor:
-        if not self.label_channels:
-            vars(self)["label_channels"] = segmap.shape[1]
         source = gradient_in_format(self.source(gradient_in_format(input)))
         return super().forward(source, segmap, **options)
 
@@ -322,7 +322,7 @@ class ForeignNorm(CGNorm):
         """What is modulated: the features, where the kernels or nothing normalise them."""
         if self.norm is not None:
             return input
-        steps = _Evaluation(self.owner, self.form, {FEATURES: input})
+        steps = Evaluation(self.owner, self.form.graph, {FEATURES: input})
         found: Tensor = steps.value(self.form.source)
         return found
 

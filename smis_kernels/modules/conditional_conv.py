@@ -20,8 +20,7 @@ class ConditionalConv2d(nn.Conv2d):
 
     Shapes: input (N, C, H, W), condition (N, D, H, W) -> (N, C, H, W).
 
-    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
-    Image Synthesis", 2019.
+    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions", 2019.
 
     Example:
         >>> import torch

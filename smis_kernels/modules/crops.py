@@ -14,7 +14,7 @@ class ClassCrops(nn.Module):
         num_classes, size, box, backend: as in :func:`class_crops`.
 
     Shape: image (N, K, H, W) and semantics (N, H, W) or (N, num_classes, H, W)
-    -> (N, num_classes*K, *size).
+    -> (N, num_classes*K, size[0], size[1]).
 
     Example:
         >>> import torch

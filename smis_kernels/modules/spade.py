@@ -82,7 +82,7 @@ class CGNorm(Normalizing):
     def gamma_beta(
         self, segmap: Tensor, size: tuple[int, int], fused: bool
     ) -> tuple[Tensor, Tensor]:
-        """Gamma and beta (N, C, *size) by dense convs; ``fused``: one conv with 2C outputs."""
+        """Gamma and beta (N, C, H, W) by dense convs; ``fused``: one conv with 2C outputs."""
         if fused and tuple(segmap.shape[2:]) == tuple(size):
             resized = segmap
         else:

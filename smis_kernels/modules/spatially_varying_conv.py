@@ -20,8 +20,7 @@ class SpatiallyVaryingConv2d(nn.Module):
 
     State dict: ``norm_layer.*`` (unused).
 
-    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
-    Image Synthesis", 2019.
+    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions", 2019.
 
     Example:
         >>> import torch

@@ -61,6 +61,16 @@ def check_device(name: str, tensor: Tensor, like: Tensor, other: str) -> None:
         )
 
 
+def like_input(name: str, tensor: Tensor, input: Tensor) -> Tensor:
+    """An operand of the shape, dtype (autocast casts it to that) and device of ``input``."""
+    if autocast_enabled(input) and isinstance(tensor, Tensor):
+        tensor = tensor.to(input.dtype)
+    check_tensor(name, tensor, 4, "(N, C, H, W)", (input.dtype,))
+    check_shape(name, tensor, tuple(input.shape), "to match input")
+    check_device(name, tensor, input, "input")
+    return tensor
+
+
 def check_range(name: str, labels: Tensor, count: int) -> None:
     """Label values 0..count-1 (reads the tensor, so it synchronises on a GPU)."""
     if labels.numel() == 0:

@@ -196,16 +196,16 @@ def list_scenes(layout: str, root: str | Path, split: str = "train", *,
                 instances: bool = False) -> Listing:
     """The scenes of a data set on disk.
 
-    ============== =================================================================
-    ``cityscapes`` ``leftImg8bit/{train,val}/<city>/*_leftImg8bit.png``,
-                   ``gtFine/{train,val}/<city>/*_{labelIds,instanceIds}.png``, or the
-                   folders of pix2pixHD: ``{train,test}_{img,label,inst}``
-    ``ade20k``     ``ADE_{train,val}_*.jpg`` and ``.png`` anywhere under the root
-    ``coco_stuff`` ``{train,val}_{img,label,inst}``, equal stems
+    =============== =================================================================
+    ``cityscapes``  ``leftImg8bit/{train,val}/<city>/*_leftImg8bit.png``,
+                    ``gtFine/{train,val}/<city>/*_{labelIds,instanceIds}.png``, or the
+                    folders of pix2pixHD: ``{train,test}_{img,label,inst}``
+    ``ade20k``      ``ADE_{train,val}_*.jpg`` and ``.png`` anywhere under the root
+    ``coco_stuff``  ``{train,val}_{img,label,inst}``, equal stems
     ``deepfashion`` ``{train,test}``, ``cihp_{train,test}_mask``, equal stems
-    ``folder``     ``images``, ``labels`` (and ``instances``), or each split's own:
-                   ``train/images`` or ``train_images``, ...
-    ============== =================================================================
+    ``folder``      ``images``, ``labels`` (and ``instances``), or each split's own:
+                    ``train/images`` or ``train_images``, ...
+    =============== =================================================================
 
     Args:
         layout: one of the above.

@@ -48,7 +48,7 @@ class Plan:
 class Preprocess:
     """The published preprocess modes of pix2pixHD, SPADE, CC-FPSE and SMIS.
 
-    ===========================  ===================================================
+    ============================ ===================================================
     ``resize``                   to ``load``, aspect ratio ignored
     ``resize_and_crop``          to ``load``, aspect ratio ignored; crop ``size``
     ``crop``                     crop ``size``
@@ -58,7 +58,7 @@ class Preprocess:
     ``scale_shortside_and_crop`` the same; crop ``size``
     ``fixed``                    to ``size``, aspect ratio ignored
     ``none``                     each side to the nearest multiple of ``multiple``
-    ===========================  ===================================================
+    ============================ ===================================================
 
     Pictures are resized bicubically, labels and ids by nearest. Where ``augment``, the place of the
     crop is drawn uniformly and the scene is mirrored with probability 1/2 (if ``flip``); otherwise

@@ -77,8 +77,8 @@ def class_crops(image: Tensor, semantics: Tensor, num_classes: int, *,
         backend: "auto", "reference", "cpu" or "cuda".
 
     Returns:
-        (N, num_classes*K, *size), class-major, in the image's dtype and memory format. Gradients
-        flow to the image, deterministically (and to float masks, on the reference path).
+        (N, num_classes*K, size[0], size[1]), class-major, in the image's dtype and memory format.
+        Gradients flow to the image, deterministically (and to float masks, on the reference path).
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import FLOATS, autocast_enabled, check_device, check_shape, check_tensor
+from ...runtime.check import FLOATS, check_tensor, like_input
 from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -38,18 +38,13 @@ def conditional_attention(input: Tensor, logits: Tensor, *, negative_slope: floa
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.
         BackendError: the backend asked for cannot run here.
 
-    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
-    Image Synthesis", 2019.
+    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions", 2019.
 
     Example:
         >>> y = conditional_attention(torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4))
     """
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
-    if autocast_enabled(input):
-        logits = logits.to(input.dtype)
-    check_tensor("logits", logits, 4, "(N, C, H, W)", (input.dtype,))
-    check_shape("logits", logits, tuple(input.shape), "to match input")
-    check_device("logits", logits, input, "input")
+    logits = like_input("logits", logits, input)
     kind = resolve("conditional_attention", input, backend, KINDS)
     record("conditional_attention", kind, input)
     if kind == "reference":

@@ -44,8 +44,7 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.
         BackendError: the backend asked for cannot run here.
 
-    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
-    Image Synthesis", 2019.
+    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions", 2019.
 
     Example:
         >>> x, h = torch.randn(1, 8, 16, 16), torch.randn(1, 4, 16, 16)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime import triton_tile as tile
 from ...runtime.tensors import acc_dtype, empty_nchw, is_channels_last
 from ...runtime.triton_support import (
     SIZES,
@@ -23,21 +24,6 @@ from ...runtime.triton_support import (
     on_device,
     tile_sizes,
     tiling,
-)
-from ..modulation.triton import (
-    APPLY,
-    BACKWARD,
-    BACKWARD_PLANES,
-    SUMMED_CHANNELS,
-    activate,
-    activation_gradient,
-    load_tile,
-    per_image,
-    sizes,
-    statistic,
-    store_sums,
-    store_tile,
-    tile_at,
 )
 from ..window_table.triton import segment_sum, sorted_segments
 
@@ -60,28 +46,23 @@ def indexed_apply_kernel(
     BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    C, P = sizes(C, P, UNIT, ROWS)
-    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    if UPSAMPLE:
-        source = (p // W // 2) * (W // 2) + (p % W) // 2
-    else:
-        source = p
+    C, P = tile.sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
+    source = tile.source_pixel(p, W, UPSAMPLE)
     row = tl.load(index + n * P + p, mask=p < P, other=0).to(tl.int64)
-    value = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
-    m = statistic(mean, n, per_image, c, C)
-    r = statistic(rstd, n, per_image, c, C)
+    value = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+    m = tile.statistic(mean, n, per_image, c, C)
+    r = tile.statistic(rstd, n, per_image, c, C)
     g = _gather(table, row, c, C, U, mask, ROWS, ACC)
     b = _gather(table, row, c + C, C, U, mask, ROWS, ACC)
     if PAIR:
-        m2 = statistic(mean2, n, per_image, c, C)
-        r2 = statistic(rstd2, n, per_image, c, C)
+        m2 = tile.statistic(mean2, n, per_image, c, C)
+        r2 = tile.statistic(rstd2, n, per_image, c, C)
         g2 = _gather(table2, row, c, C, U, mask, ROWS, ACC)
         b2 = _gather(table2, row, c + C, C, U, mask, ROWS, ACC)
-    y = activate((value - m) * r * (1.0 + g) + b, SLOPE)
-    store_tile(out, y, n, c, p, C, P, mask, ROWS)
+    tile.store_modulated(out, value, m, r, g, b, n, c, p, C, P, mask, SLOPE, ROWS)
     if PAIR:
-        y2 = activate((value - m2) * r2 * (1.0 + g2) + b2, SLOPE2)
-        store_tile(out2, y2, n, c, p, C, P, mask, ROWS)
+        tile.store_modulated(out2, value, m2, r2, g2, b2, n, c, p, C, P, mask, SLOPE2, ROWS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -94,35 +75,31 @@ def indexed_backward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    C, P = sizes(C, P, UNIT, ROWS)
-    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
-    r = statistic(rstd, n, per_image, c, C)
-    hat = (value - statistic(mean, n, per_image, c, C)) * r
+    C, P = tile.sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
+    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    r = tile.statistic(rstd, n, per_image, c, C)
+    hat = (value - tile.statistic(mean, n, per_image, c, C)) * r
     if PAIR:
-        r2 = statistic(rstd2, n, per_image, c, C)
+        r2 = tile.statistic(rstd2, n, per_image, c, C)
     total = tl.zeros_like(hat)
+    pixels = 4 * P if UPSAMPLE else P
     for q in tl.static_range(4 if UPSAMPLE else 1):
-        if UPSAMPLE:
-            wide = (2 * (p // W) + q // 2) * (2 * W) + 2 * (p % W) + q % 2
-            pixels = 4 * P
-        else:
-            wide = p
-            pixels = P
+        wide = tile.output_pixel(p, q, W, UPSAMPLE)
         row = tl.load(index + n * pixels + wide, mask=p < P, other=0).to(tl.int64)
-        dz = activation_gradient(
+        dz = tile.activation_gradient(
             grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, ROWS, ACC
         )
         total += r * dz * (1.0 + _gather(table, row, c, C, U, mask, ROWS, ACC))
         if PAIR:
-            dz = activation_gradient(
+            dz = tile.activation_gradient(
                 grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, UNIT,
                 ROWS, ACC,
             )
             total += r2 * dz * (1.0 + _gather(table2, row, c, C, U, mask, ROWS, ACC))
-    store_tile(dx, total, n, c, p, C, P, mask, ROWS)
+    tile.store(dx, total, n, c, p, C, P, mask, ROWS)
     if SUMS:
-        store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
+        tile.store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -133,7 +110,7 @@ def table_gradient_kernel(
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # pixels of a piece read one row of the table; p counts output pixels, W is the output's width
-    C, _ = sizes(C, P, UNIT, ROWS)
+    C, _ = tile.sizes(C, P, UNIT, ROWS)
     piece = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     start, last = tl.load(pieces + piece), tl.load(pieces + piece + 1)
@@ -144,15 +121,12 @@ def table_gradient_kernel(
         mask = (c < C)[:, None] & (i < last)[None, :]
         pixel = tl.load(order + i, mask=i < last, other=0)
         n, p = (pixel // pixels)[None, :], pixel % pixels
-        if UPSAMPLE:
-            source = (p // W // 2) * (W // 2) + (p % W) // 2
-        else:
-            source = p
+        source = tile.source_pixel(p, W, UPSAMPLE)
         channel = n * C * per_image + c[:, None]  # the pixels may belong to several images
-        hat = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+        hat = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
         hat -= tl.load(mean + channel, mask=mask, other=0.0)
         hat *= tl.load(rstd + channel, mask=mask, other=0.0)
-        dz = activation_gradient(
+        dz = tile.activation_gradient(
             grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE, UNIT, ROWS, ACC
         )
         dgamma += dz * hat
@@ -176,11 +150,11 @@ def indexed_modulation_apply(
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
     t2 = t if table_s is None else _laid_out(table_s, rows)
-    tiles = tiling("indexed_apply", APPLY, h * w * up * up, rows, x)
+    tiles = tiling("indexed_apply", tile.APPLY, h * w * up * up, rows, x)
     with on_device(x):
         for first, grid in tiles.grids():
             indexed_apply_kernel[grid](
-                x, *tiles.strides(x), mean, rstd, per_image(mean), t, out,
+                x, *tiles.strides(x), mean, rstd, tile.per_image(mean), t, out,
                 mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s, t2,
                 out2 if pair else out, index, *tiles.sizes, table.shape[0], w * up, first,
                 SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, **tiles.constants,
@@ -201,17 +175,17 @@ def _table_gradients(
     order, bounds = sorted_segments(index.flatten(), count)
     cuts = torch.arange(0, index.numel(), PIECE, device=index.device)
     pieces = torch.cat([bounds, cuts]).sort().values
-    block_c, block_p = tile_sizes(channels, PIECE, rows, APPLY["tile"])
+    block_c, block_p = tile_sizes(channels, PIECE, rows, tile.APPLY["tile"])
     partial = torch.empty(
         (pieces.numel() - 1, 2 * channels), dtype=acc_dtype(x), device=x.device
     )
     results = []
     for grad, output, mean, rstd, slope in branches:
-        t = tiling("table_gradient", APPLY, x.shape[2] * x.shape[3], rows, x, grad, output)
+        t = tiling("table_gradient", tile.APPLY, x.shape[2] * x.shape[3], rows, x, grad, output)
         t.constants.update(BLOCK_C=block_c, BLOCK_P=block_p)
         with on_device(x):
             table_gradient_kernel[(len(partial), triton.cdiv(channels, block_c))](
-                x, *t.strides(x), mean, rstd, per_image(mean), grad, *t.strides(grad),
+                x, *t.strides(x), mean, rstd, tile.per_image(mean), grad, *t.strides(grad),
                 output, *t.strides(output), order, pieces, partial, *t.sizes, width, pixels,
                 SLOPE=slope, UPSAMPLE=upsample, **t.constants,
             )
@@ -236,13 +210,13 @@ def indexed_modulation_backward(
     mean2, rstd2 = mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s
     dx = empty_nchw((n, c, h, w), input)
     check_plane(index[0].numel())
-    tiles = tiling("indexed_backward", BACKWARD if rows else BACKWARD_PLANES, h * w, rows,
-                   x, dy, y, dy2, y2, widest=SUMMED_CHANNELS)
+    tiles = tiling("indexed_backward", tile.BACKWARD if rows else tile.BACKWARD_PLANES, h * w, rows,
+                   x, dy, y, dy2, y2, widest=tile.SUMMED_CHANNELS)
     partial = tiles.partial_sums(x, sums)
     with on_device(x):
         for first, grid in tiles.grids():
             indexed_backward_kernel[grid](
-                x, *tiles.strides(x), mean, rstd, per_image(mean),
+                x, *tiles.strides(x), mean, rstd, tile.per_image(mean),
                 dy, *tiles.strides(dy), y, *tiles.strides(y), t, mean2, rstd2,
                 dy2, *tiles.strides(dy2), y2, *tiles.strides(y2), t2, index,
                 dx, partial, partial.numel() // 2, *tiles.sizes, table.shape[0], w, first,

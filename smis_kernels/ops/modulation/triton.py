@@ -1,9 +1,4 @@
-"""GPU kernels of modulation. Tiles are [BLOCK_C, BLOCK_P]; ROWS says which axis is dense in memory.
-
-An operand's ``*_n`` is its batch stride and ``*_s`` the stride of the axis that is not dense; these
-and the dense size come divided by UNIT, so that the compiler sees what loads may be joined.
-Statistics are (1 or N, C), ``per_image`` says which.
-"""
+"""GPU kernels of modulation: statistics, the pass over the features and its gradients."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime import triton_tile as tile
 from ...runtime.tensors import acc_dtype, empty_nchw, is_channels_last
 from ...runtime.triton_support import (
     SIZES,
@@ -21,73 +17,12 @@ from ...runtime.triton_support import (
     check_plane,
     dense,
     meta,
-    narrowed,
     on_device,
     tiling,
 )
 
-# 16 bytes of 16 bits a thread. A block of channels has fewer elements than there are threads: else
-# its statistics reach them through shared memory, with barriers.
-APPLY = BACKWARD = MOMENTS = {"tile": 2048, "warps": 8}
-BACKWARD_PLANES = {"tile": 1024, "warps": 8}  # more spills where two outputs and upsampling meet
 MOMENT_PROGRAMS = 512  # about four for each multiprocessor, of 8 warps with four loads each
 MOMENT_COLUMNS = 8  # channels that one program merges: a sector of float32
-SUMMED_CHANNELS = 64  # of a tile at the most: sums over its pixels are written, so it needs some
-
-
-@triton.jit
-def sizes(C, P, UNIT: tl.constexpr, ROWS: tl.constexpr):
-    if ROWS:
-        return C * UNIT, P
-    return C, P * UNIT
-
-
-@triton.jit
-def _offset(c, p, stride, UNIT: tl.constexpr, ROWS: tl.constexpr):
-    # [BLOCK_C, BLOCK_P] offsets inside one image
-    if ROWS:
-        return c[:, None] + p.to(tl.int64)[None, :] * stride * UNIT
-    return c[:, None] * stride * UNIT + p[None, :]
-
-
-@triton.jit
-def load_tile(base, n, stride_n, c, p, stride, mask, UNIT: tl.constexpr, ROWS: tl.constexpr,
-              ACC: tl.constexpr):
-    at = n * stride_n * UNIT + _offset(c, p, stride, UNIT, ROWS)
-    return tl.load(base + at, mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def store_tile(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
-    # outputs are dense: their strides follow from the shape
-    stride = channels if ROWS else pixels
-    offset = n * channels * pixels + _offset(c, p, stride, 1, ROWS)
-    tl.store(base + offset, narrowed(value, base), mask=mask)
-
-
-@triton.jit
-def tile_at(C, P, first, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    # 64-bit: batch x channels x pixels exceeds 2^31 at sizes that fit one GPU. Pixels of one image
-    # do not, and dividing them by the width is several times cheaper in 32 bits.
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.program_id(2).to(tl.int64) + first
-    return n, c, p, (c < C)[:, None] & (p < P)[None, :]
-
-
-@triton.jit
-def statistic(base, n, per_image, c, C):
-    return tl.load(base + n * C * per_image + c, mask=c < C, other=0.0)[:, None]
-
-
-@triton.jit
-def activate(z, SLOPE: tl.constexpr):
-    # NaN is not below zero, so it passes
-    if SLOPE == 1.0:
-        return z
-    if SLOPE == 0.0:
-        return tl.where(z < 0, 0.0, z)
-    return tl.where(z < 0, z * SLOPE, z)
 
 
 # Loads stand before the first store: behind it none may move, and all wait for memory together.
@@ -101,51 +36,22 @@ def modulation_apply_kernel(
     BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    C, P = sizes(C, P, UNIT, ROWS)
-    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    if UPSAMPLE:
-        source = (p // W // 2) * (W // 2) + (p % W) // 2
-    else:
-        source = p
-    value = load_tile(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
-    g = load_tile(gamma, n, gamma_n, c, p, gamma_s, mask, UNIT, ROWS, ACC)
-    b = load_tile(beta, n, beta_n, c, p, beta_s, mask, UNIT, ROWS, ACC)
-    m = statistic(mean, n, per_image, c, C)
-    r = statistic(rstd, n, per_image, c, C)
+    C, P = tile.sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
+    source = tile.source_pixel(p, W, UPSAMPLE)
+    value = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+    g = tile.load(gamma, n, gamma_n, c, p, gamma_s, mask, UNIT, ROWS, ACC)
+    b = tile.load(beta, n, beta_n, c, p, beta_s, mask, UNIT, ROWS, ACC)
+    m = tile.statistic(mean, n, per_image, c, C)
+    r = tile.statistic(rstd, n, per_image, c, C)
     if PAIR:
-        g2 = load_tile(gamma2, n, gamma2_n, c, p, gamma2_s, mask, UNIT, ROWS, ACC)
-        b2 = load_tile(beta2, n, beta2_n, c, p, beta2_s, mask, UNIT, ROWS, ACC)
-        m2 = statistic(mean2, n, per_image, c, C)
-        r2 = statistic(rstd2, n, per_image, c, C)
-    y = activate((value - m) * r * (1.0 + g) + b, SLOPE)
-    store_tile(out, y, n, c, p, C, P, mask, ROWS)
+        g2 = tile.load(gamma2, n, gamma2_n, c, p, gamma2_s, mask, UNIT, ROWS, ACC)
+        b2 = tile.load(beta2, n, beta2_n, c, p, beta2_s, mask, UNIT, ROWS, ACC)
+        m2 = tile.statistic(mean2, n, per_image, c, C)
+        r2 = tile.statistic(rstd2, n, per_image, c, C)
+    tile.store_modulated(out, value, m, r, g, b, n, c, p, C, P, mask, SLOPE, ROWS)
     if PAIR:
-        y2 = activate((value - m2) * r2 * (1.0 + g2) + b2, SLOPE2)
-        store_tile(out2, y2, n, c, p, C, P, mask, ROWS)
-
-
-@triton.jit
-def activation_gradient(
-    grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-):
-    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
-    if SLOPE != 1.0:
-        y = load_tile(out, n, out_n, c, p, out_s, mask, UNIT, ROWS, ACC)
-        dz = tl.where(y > 0, dz, dz * SLOPE)
-    return dz
-
-
-@triton.jit
-def store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS: tl.constexpr):
-    # [2, N, ...]: summed afterwards in a fixed order, so the result is deterministic
-    kept = tl.where(mask, total, 0.0)
-    if ROWS:
-        at = (n * tl.num_programs(0) + tl.program_id(0)) * C + c
-    else:
-        at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial + at, tl.sum(kept, 1), mask=c < C)
-    tl.store(partial + partial_s + at, tl.sum(kept * hat, 1), mask=c < C)
+        tile.store_modulated(out2, value, m2, r2, g2, b2, n, c, p, C, P, mask, SLOPE2, ROWS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -160,44 +66,40 @@ def modulation_backward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    C, P = sizes(C, P, UNIT, ROWS)
-    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
-    m = statistic(mean, n, per_image, c, C)
-    r = statistic(rstd, n, per_image, c, C)
+    C, P = tile.sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
+    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    m = tile.statistic(mean, n, per_image, c, C)
+    r = tile.statistic(rstd, n, per_image, c, C)
     hat = (value - m) * r
     if PAIR:
-        m2 = statistic(mean2, n, per_image, c, C)
-        r2 = statistic(rstd2, n, per_image, c, C)
+        m2 = tile.statistic(mean2, n, per_image, c, C)
+        r2 = tile.statistic(rstd2, n, per_image, c, C)
         hat2 = (value - m2) * r2
     total = tl.zeros_like(hat)
+    pixels = 4 * P if UPSAMPLE else P
     for q in tl.static_range(4 if UPSAMPLE else 1):
-        if UPSAMPLE:
-            wide = (2 * (p // W) + q // 2) * (2 * W) + 2 * (p % W) + q % 2
-            pixels = 4 * P
-        else:
-            wide = p
-            pixels = P
-        dz = activation_gradient(
+        wide = tile.output_pixel(p, q, W, UPSAMPLE)
+        dz = tile.activation_gradient(
             grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, ROWS, ACC
         )
-        g = load_tile(gamma, n, gamma_n, c, wide, gamma_s, mask, UNIT, ROWS, ACC)
+        g = tile.load(gamma, n, gamma_n, c, wide, gamma_s, mask, UNIT, ROWS, ACC)
         if PAIR:
-            dz2 = activation_gradient(
+            dz2 = tile.activation_gradient(
                 grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, UNIT,
                 ROWS, ACC,
             )
-            g2 = load_tile(gamma2, n, gamma2_n, c, wide, gamma2_s, mask, UNIT, ROWS, ACC)
+            g2 = tile.load(gamma2, n, gamma2_n, c, wide, gamma2_s, mask, UNIT, ROWS, ACC)
         total += r * dz * (1.0 + g)
-        store_tile(dbeta, dz, n, c, wide, C, pixels, mask, ROWS)
-        store_tile(dgamma, dz * hat, n, c, wide, C, pixels, mask, ROWS)
+        tile.store(dbeta, dz, n, c, wide, C, pixels, mask, ROWS)
+        tile.store(dgamma, dz * hat, n, c, wide, C, pixels, mask, ROWS)
         if PAIR:
             total += r2 * dz2 * (1.0 + g2)
-            store_tile(dbeta2, dz2, n, c, wide, C, pixels, mask, ROWS)
-            store_tile(dgamma2, dz2 * hat2, n, c, wide, C, pixels, mask, ROWS)
-    store_tile(dx, total, n, c, p, C, P, mask, ROWS)
+            tile.store(dbeta2, dz2, n, c, wide, C, pixels, mask, ROWS)
+            tile.store(dgamma2, dz2 * hat2, n, c, wide, C, pixels, mask, ROWS)
+    tile.store(dx, total, n, c, p, C, P, mask, ROWS)
     if SUMS:
-        store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
+        tile.store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -208,7 +110,7 @@ def channel_moments_kernel(
 ):
     # Mean and summed squared deviation of ``steps`` tiles. Each slot of the tile follows its own
     # pixels about the first of them, so that nothing cancels; slots meet once, at the end.
-    C, P = sizes(C, P, UNIT, ROWS)
+    C, P = tile.sizes(C, P, UNIT, ROWS)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64) + first
     start = tl.program_id(0) * steps * BLOCK_P
@@ -216,13 +118,13 @@ def channel_moments_kernel(
     whole = (stop - start) // BLOCK_P  # tiles without a pixel outside
     inside = (c < C)[:, None]
     p = start + tl.arange(0, BLOCK_P)
-    pivot = load_tile(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, ROWS, ACC)
+    pivot = tile.load(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, ROWS, ACC)
     average = tl.zeros_like(pivot)
     spread = tl.zeros_like(pivot)
     seen = tl.full((1, 1), 1.0, ACC)
     for step in tl.range(1, whole, loop_unroll_factor=4):  # four loads are under way at once
         p = start + step * BLOCK_P + tl.arange(0, BLOCK_P)
-        value = load_tile(x, n, x_n, c, p, x_s, inside, UNIT, ROWS, ACC) - pivot
+        value = tile.load(x, n, x_n, c, p, x_s, inside, UNIT, ROWS, ACC) - pivot
         delta = value - average
         seen += 1.0
         average += delta * (1.0 / seen)
@@ -232,7 +134,7 @@ def channel_moments_kernel(
     count = whole + more.to(tl.int32)
     if start + whole * BLOCK_P < stop:
         mask = inside & more[None, :]
-        value = load_tile(x, n, x_n, c, last, x_s, mask, UNIT, ROWS, ACC) - pivot
+        value = tile.load(x, n, x_n, c, last, x_s, mask, UNIT, ROWS, ACC) - pivot
         delta = tl.where(mask, value - average, 0.0)
         average += delta * (1.0 / (whole + 1).to(ACC))
         spread += tl.where(mask, delta * (value - average), 0.0)
@@ -274,26 +176,22 @@ def modulation_center_kernel(
     ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    C, P = sizes(C, P, UNIT, ROWS)
-    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    value = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
-    g = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
-    hat = (value - statistic(mean, n, per_image, c, C)) * statistic(rstd, n, per_image, c, C)
-    a = statistic(shift, n, per_image, c, C)
-    b = statistic(scale, n, per_image, c, C)
-    store_tile(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
-
-
-def per_image(statistics: Tensor) -> int:
-    """Whether (1 or N, C) statistics have a row for each image."""
-    return int(statistics.shape[0] > 1)
+    C, P = tile.sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
+    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    g = tile.load(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    hat = value - tile.statistic(mean, n, per_image, c, C)
+    hat *= tile.statistic(rstd, n, per_image, c, C)
+    a = tile.statistic(shift, n, per_image, c, C)
+    b = tile.statistic(scale, n, per_image, c, C)
+    tile.store(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
 
 
 def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
     rows, pixels = is_channels_last(input), h * w
     x = dense(input, rows)
-    t = tiling("channel_moments", MOMENTS, pixels, rows, x)
+    t = tiling("channel_moments", tile.APPLY, pixels, rows, x)
     steps = triton.cdiv(t.tiles, triton.cdiv(MOMENT_PROGRAMS, n * t.groups))
     chunks = triton.cdiv(t.tiles, steps)
     means, squares = (
@@ -323,12 +221,13 @@ def modulation_apply(
     g2, b2 = (dense(t, rows) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
-    t = tiling("modulation_apply", APPLY, h * w * up * up, rows, x, g, b, g2, b2)
+    t = tiling("modulation_apply", tile.APPLY, h * w * up * up, rows, x, g, b, g2, b2)
     with on_device(x):
         for first, grid in t.grids():
             modulation_apply_kernel[grid](
-                x, *t.strides(x), mean, rstd, per_image(mean), g, *t.strides(g), b, *t.strides(b),
-                out, mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
+                x, *t.strides(x), mean, rstd, tile.per_image(mean),
+                g, *t.strides(g), b, *t.strides(b), out,
+                mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
                 g2, *t.strides(g2), b2, *t.strides(b2), out2 if pair else out,
                 *t.sizes, w * up, first,
                 SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, **t.constants,
@@ -354,13 +253,13 @@ def modulation_backward(
     )
     dgamma2, dbeta2 = second or (dgamma, dbeta)
     check_plane(h * w * up * up)
-    t = tiling("modulation_backward", BACKWARD if rows else BACKWARD_PLANES, h * w, rows,
-               x, dy, y, g, dy2, y2, g2, widest=SUMMED_CHANNELS)
+    t = tiling("modulation_backward", tile.BACKWARD if rows else tile.BACKWARD_PLANES, h * w, rows,
+               x, dy, y, g, dy2, y2, g2, widest=tile.SUMMED_CHANNELS)
     partial = t.partial_sums(x, sums)
     with on_device(x):
         for first, grid in t.grids():
             modulation_backward_kernel[grid](
-                x, *t.strides(x), mean, rstd, per_image(mean),
+                x, *t.strides(x), mean, rstd, tile.per_image(mean),
                 dy, *t.strides(dy), y, *t.strides(y), g, *t.strides(g), dgamma, dbeta,
                 mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s,
                 dy2, *t.strides(dy2), y2, *t.strides(y2), g2, *t.strides(g2), dgamma2, dbeta2,
@@ -380,12 +279,12 @@ def modulation_center(
     rows = is_channels_last(input)
     x, g = dense(input, rows), dense(grad, rows)
     dx = empty_nchw((n, c, h, w), input)
-    t = tiling("modulation_center", APPLY, h * w, rows, x, g)
+    t = tiling("modulation_center", tile.APPLY, h * w, rows, x, g)
     with on_device(x):
         for first, grid in t.grids():
             modulation_center_kernel[grid](
-                g, *t.strides(g), x, *t.strides(x), mean, rstd, per_image(mean), shift, scale, dx,
-                *t.sizes, first, **t.constants,
+                g, *t.strides(g), x, *t.strides(x), mean, rstd, tile.per_image(mean),
+                shift, scale, dx, *t.sizes, first, **t.constants,
             )
     return dx
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
+from ...runtime.check import like_input
 from ...runtime.derivatives import recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -69,11 +69,7 @@ def norm_act(
     running = (running_mean, running_var)
     check_input(input, options, running)
     if residual is not None:
-        if autocast_enabled(input):
-            residual = residual.to(input.dtype)
-        check_tensor("residual", residual, 4, "(N, C, H, W)", (input.dtype,))
-        check_shape("residual", residual, tuple(input.shape), "to match input")
-        check_device("residual", residual, input, "input")
+        residual = like_input("residual", residual, input)
     kind = resolve("norm_act", input, backend, KINDS)
     record("norm_act", kind, input)
     if kind == "reference" or input.numel() == 0:

@@ -9,20 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...runtime import triton_tile as tile
 from ...runtime.tensors import empty_nchw, is_channels_last
 from ...runtime.triton_support import SIZES, CompileCase, dense, meta, on_device, tiling
-from ..modulation.triton import (
-    APPLY,
-    SUMMED_CHANNELS,
-    activate,
-    load_tile,
-    per_image,
-    sizes,
-    statistic,
-    store_sums,
-    store_tile,
-    tile_at,
-)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -31,14 +20,14 @@ def norm_act_kernel(
     SLOPE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    C, P = sizes(C, P, UNIT, ROWS)
-    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    features = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
-    hat = features - statistic(mean, n, per_image, c, C)
-    value = activate(hat * statistic(rstd, n, per_image, c, C), SLOPE)
+    C, P = tile.sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
+    features = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    hat = features - tile.statistic(mean, n, per_image, c, C)
+    value = tile.activate(hat * tile.statistic(rstd, n, per_image, c, C), SLOPE)
     if ADD:
-        value += load_tile(residual, n, residual_n, c, p, residual_s, mask, UNIT, ROWS, ACC)
-    store_tile(out, value, n, c, p, C, P, mask, ROWS)
+        value += tile.load(residual, n, residual_n, c, p, residual_s, mask, UNIT, ROWS, ACC)
+    tile.store(out, value, n, c, p, C, P, mask, ROWS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -47,18 +36,18 @@ def norm_act_backward_kernel(
     SLOPE: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    C, P = sizes(C, P, UNIT, ROWS)
-    n, c, p, mask = tile_at(C, P, first, BLOCK_C, BLOCK_P)
-    features = load_tile(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
-    dz = load_tile(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
-    r = statistic(rstd, n, per_image, c, C)
-    hat = (features - statistic(mean, n, per_image, c, C)) * r
+    C, P = tile.sizes(C, P, UNIT, ROWS)
+    n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
+    features = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    dz = tile.load(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    r = tile.statistic(rstd, n, per_image, c, C)
+    hat = (features - tile.statistic(mean, n, per_image, c, C)) * r
     if SLOPE != 1.0:
         dz = tl.where(hat > 0, dz, dz * SLOPE)
     value = r * dz
-    store_tile(dx, value, n, c, p, C, P, mask, ROWS)
+    tile.store(dx, value, n, c, p, C, P, mask, ROWS)
     if SUMS:
-        store_sums(value, hat, partial, partial_s, n, c, C, mask, ROWS)
+        tile.store_sums(value, hat, partial, partial_s, n, c, C, mask, ROWS)
 
 
 def norm_act(input: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None,
@@ -68,11 +57,11 @@ def norm_act(input: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None,
     x = dense(input, rows)
     r = x if residual is None else dense(residual, rows)
     out = empty_nchw((n, c, h, w), input)
-    t = tiling("norm_act", APPLY, h * w, rows, x, r)
+    t = tiling("norm_act", tile.APPLY, h * w, rows, x, r)
     with on_device(x):
         for first, grid in t.grids():
             norm_act_kernel[grid](
-                x, *t.strides(x), mean, rstd, per_image(mean), r, *t.strides(r), out, *t.sizes,
+                x, *t.strides(x), mean, rstd, tile.per_image(mean), r, *t.strides(r), out, *t.sizes,
                 first, SLOPE=slope, ADD=residual is not None, **t.constants,
             )
     return out
@@ -84,12 +73,12 @@ def norm_act_backward(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, s
     rows = is_channels_last(input)
     x, dy = dense(input, rows), dense(grad, rows)
     dx = empty_nchw((n, c, h, w), input)
-    t = tiling("norm_act_backward", APPLY, h * w, rows, x, dy, widest=SUMMED_CHANNELS)
+    t = tiling("norm_act_backward", tile.APPLY, h * w, rows, x, dy, widest=tile.SUMMED_CHANNELS)
     sums_of_tiles = t.partial_sums(x, sums)
     with on_device(x):
         for first, grid in t.grids():
             norm_act_backward_kernel[grid](
-                dy, *t.strides(dy), x, *t.strides(x), mean, rstd, per_image(mean), dx,
+                dy, *t.strides(dy), x, *t.strides(x), mean, rstd, tile.per_image(mean), dx,
                 sums_of_tiles, sums_of_tiles.numel() // 2, *t.sizes, first,
                 SLOPE=slope, SUMS=sums, **t.constants,
             )

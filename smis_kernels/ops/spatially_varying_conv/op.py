@@ -48,8 +48,7 @@ def spatially_varying_conv2d(
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.
         BackendError: the backend asked for cannot run here.
 
-    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions for Semantic
-    Image Synthesis", 2019.
+    Source: Liu et al., "Learning to Predict Layout-to-image Conditional Convolutions", 2019.
 
     Example:
         >>> x, w = torch.randn(1, 8, 16, 16), torch.randn(1, 8 * 9, 16, 16)
