@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..io.checkpoint import CheckpointError
@@ -21,10 +22,41 @@ class Configuration:
     model: str
     preset: Preset
 
+    def content(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"model": self.model, "preset": asdict(self.preset)}
+
+    def difference(self, other: Configuration) -> str:
+        """Where the two differ first, in words: of this one what the other does not say."""
+        if self.model != other.model:
+            return f"another model ({self.model}, not {other.model})"
+        mine, theirs = asdict(self.preset), asdict(other.preset)
+        name = next(key for key in mine if mine[key] != theirs[key])
+        return f"another {name} ({mine[name]!r}, not {theirs[name]!r})"
+
+    @classmethod
+    def from_file(cls, path: Path) -> Configuration | None:
+        """The content of a config.json; None for one of a training run, whose weights tell it.
+
+        Raises:
+            CheckpointError: it is of no model of this package.
+        """
+        try:
+            text = path.read_text()
+            content = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint: {path} is no JSON: {error}; save the model again"
+                                  ) from error
+        if isinstance(content, dict) and "network" in content and "preset" not in content:
+            return None
+        if not isinstance(content, dict) or not {"model", "preset"} <= set(content):
+            raise CheckpointError(f"checkpoint: {path} is of no model of this package: expected "
+                                  "'model' and 'preset' in it; save_pretrained writes such")
+        return cls.from_metadata({KEY: text}, path)
+
     def to_metadata(self) -> dict[str, str]:
         """What a safetensors file keeps: text."""
-        content = {"model": self.model, "preset": asdict(self.preset)}
-        return {"format": "pt", KEY: json.dumps(content)}
+        return {"format": "pt", KEY: json.dumps(self.content())}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], source: object) -> Configuration | None:
