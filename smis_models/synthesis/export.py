@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smis_kernels import instance_edges, use_backend
+from smis_kernels import BackendError, __version__, instance_edges, use_backend
 from smis_kernels.interface import NAMESPACE, requested
 
 from ..io.files import replacing
@@ -28,6 +28,10 @@ _ONNX_LIMIT = 2**31 - 2**20  # bytes of one protobuf file
 _TRACED, _CHECKED = 2, 3  # batches
 
 Run = Callable[..., Tensor]
+
+
+class ExportError(ValueError):
+    """A file that could not be written, or that is not the model; the message is one line."""
 
 
 class Painter(nn.Module):
@@ -126,10 +130,6 @@ def _need(format: str, *modules: str) -> None:
                                   f"pip install {' '.join(lacking)}", name=lacking[0])
 
 
-def _dimension() -> Any:
-    return torch.export.Dim("batch", min=1)
-
-
 def _onnx(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:
     """Plain operators of ONNX's own set, of the definitions; run by onnxruntime."""
     _need("onnx", "onnx", "onnxruntime")
@@ -140,8 +140,7 @@ def _onnx(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:
     if size > _ONNX_LIMIT:
         raise ValueError(f"format: one ONNX file holds 2 GB, these weights are {size / 1e9:.1f} GB;"
                          " use torch-export or aoti")
-    with warnings.catch_warnings(), use_backend("reference"):
-        warnings.simplefilter("ignore")  # that shapes are constants, which they are but the batch
+    with use_backend("reference"):
         torch.onnx.export(
             painter, painter.example(_TRACED, 0), str(path), dynamo=False, opset_version=_OPSET,
             input_names=list(painter.names), output_names=["picture"],
@@ -151,7 +150,8 @@ def _onnx(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:
     onnx.save(made, str(path))
     onnx.checker.check_model(str(path), full_check=True)
     foreign = {node.domain for node in made.graph.node} - {""}
-    assert not foreign, foreign
+    if foreign:
+        raise ExportError(f"export: the graph has operators of {', '.join(foreign)}; report it")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
@@ -165,10 +165,13 @@ def _onnx(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:
 
 def _program(painter: Painter) -> tuple[Any, tuple[str, ...]]:
     """The exported program, and the operators of this library in it."""
-    shapes = {"inputs": tuple({0: _dimension()} for _ in painter.names)}
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {"inputs": tuple({0: batch} for _ in painter.names)}
     example = tuple(x.to(_device(painter)) for x in painter.example(_TRACED, 0))
     program = torch.export.export(painter, example, dynamic_shapes=shapes)
-    found = {node.target for node in program.graph.nodes
+    graphs = [part.graph for part in program.graph_module.modules()
+              if isinstance(part, torch.fx.GraphModule)]
+    found = {node.target for graph in graphs for node in graph.nodes
              if isinstance(node.target, torch._ops.OpOverload)
              and node.target.namespace == NAMESPACE}
     return program, tuple(sorted(str(op._schema).removeprefix(f"{NAMESPACE}::") for op in found))
@@ -232,7 +235,8 @@ def export(model: Any, out: str | Path, format: str) -> Exported:
     Raises:
         ValueError: an unknown format, another ending, weights that ONNX cannot hold, a model of
             other floats than float32.
-        RuntimeError: the file does not compute what the model does; nothing is written.
+        ExportError: the exporter fails, or the file does not compute what the model does; nothing
+            is written.
         ModuleNotFoundError: onnx or onnxruntime is missing.
         OSError: the place cannot be written.
 
@@ -250,19 +254,30 @@ def export(model: Any, out: str | Path, format: str) -> Exported:
         raise ValueError(f"model: expected float32 weights, got {dtype}; use model.float()")
     if format == "onnx" and device.type != "cpu":
         raise ValueError(f"model: ONNX is written from the CPU, got {device}; use model.cpu()")
-    from .. import __name__ as package
-
-    notes = {**model.configuration.to_metadata(), "made_with": f"{package}, torch "
-             f"{torch.__version__}", "inputs": ", ".join(painter.names),
-             "output": "picture, RGB in [-1, 1]; NaN where a label is out of range"}
+    notes = {**model.configuration.to_metadata(), "inputs": ", ".join(painter.names),
+             "output": "picture, RGB in [-1, 1]; NaN where a label is out of range",
+             "made_with": f"smis_models {__version__}, torch {torch.__version__}"}
     with replacing(out, sync=True) as partial, tempfile.TemporaryDirectory(
             dir=out.parent, prefix=f".{out.name}.") as folder:
         draft = Path(folder) / out.name
-        written = FORMATS[format][1](painter, draft, notes)
+        written = _written(format, painter, draft, notes)
         difference = _difference(painter, model, written.run)
         size = draft.stat().st_size
         os.replace(draft, partial)
     return Exported(out, size, difference, painter.names, written.operators)
+
+
+def _written(format: str, painter: Painter, draft: Path, notes: Mapping[str, str]) -> _Written:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters; the check decides
+            return FORMATS[format][1](painter, draft, notes)
+    except (ValueError, OSError, BackendError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # the exporters raise many kinds
+        text = " ".join(str(error).split())[:200]
+        raise ExportError(f"export: {format} was not written: {type(error).__name__}: {text}; try "
+                          "--backend reference or another format") from error
 
 
 def _difference(painter: Painter, model: Any, run: Run) -> float:
@@ -279,11 +294,11 @@ def _difference(painter: Painter, model: Any, run: Run) -> float:
             model.train(training)
         got = run(*(x.clone() for x in inputs))
         if got.shape != expected.shape:
-            raise RuntimeError(f"export: the file paints {tuple(got.shape)}, the model "
-                               f"{tuple(expected.shape)}; nothing was written")
+            raise ExportError(f"export: the file paints {tuple(got.shape)}, the model "
+                              f"{tuple(expected.shape)}; nothing was written")
         error = float((got.to(expected) - expected).abs().max() / expected.abs().max())
         if not error <= TOLERANCE:  # NaN fails too
-            raise RuntimeError(f"export: the file differs from the model by {error:.1e} of the "
-                               f"largest value, {TOLERANCE:g} is allowed; nothing was written")
+            raise ExportError(f"export: the file differs from the model by {error:.1e} of the "
+                              f"largest value, {TOLERANCE:g} is allowed; nothing was written")
         found = max(found, error)
     return found
