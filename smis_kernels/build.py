@@ -87,7 +87,7 @@ class Torch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LibraryBuild:
     """How to make one library: the text of build.ninja, and facts for the record."""
 
     library: str
@@ -211,7 +211,7 @@ def _text(command: tuple[str, ...]) -> str:
 
 
 def _plan(name: str, units: dict[str, tuple[Path, tuple[str, ...]]], link: tuple[str, ...],
-          libraries: tuple[str, ...], facts: dict[str, str], stub: str = "") -> Plan:
+          libraries: tuple[str, ...], facts: dict[str, str], stub: str = "") -> LibraryBuild:
     versions = f"{facts['compiler']}, torch {facts['torch']}"
     lines = [RULES.format(versions=versions.replace("$", "$$"))]
     for target, (source, compiler) in units.items():
@@ -224,10 +224,10 @@ def _plan(name: str, units: dict[str, tuple[Path, tuple[str, ...]]], link: tuple
     library = f"_{name}.abi3.so"
     lines += [f"build {library}: link {' '.join(units)} | {stub}".rstrip(" |"),
               f"  linker = {_text((*link, *units, *libraries))}"]
-    return Plan(library, "\n".join(lines) + "\n", facts)
+    return LibraryBuild(library, "\n".join(lines) + "\n", facts)
 
 
-def plan_cpu(source_dir: Path, torch: Torch | None) -> Plan:
+def plan_cpu(source_dir: Path, torch: Torch | None) -> LibraryBuild:
     """The CPU library: bindings once, kernels once per instruction set."""
     torch, cxx = _checked_torch(torch), find_cxx()
     host = (*cxx, *COMMON, *HOST, f"-I{source_dir}")
@@ -247,7 +247,7 @@ def plan_cpu(source_dir: Path, torch: Torch | None) -> Plan:
     return _plan("cpu", units, (*cxx, "-shared"), libraries, facts)
 
 
-def plan_cuda(source_dir: Path, torch: Torch | None) -> Plan:
+def plan_cuda(source_dir: Path, torch: Torch | None) -> LibraryBuild:
     """The CUDA library; neither a GPU nor a CUDA build of torch is needed to compile it."""
     torch, nvcc, cxx = _checked_torch(torch), find_nvcc(), find_cxx()
     version = _version((nvcc, "--version"), r"release [^\n]+")
@@ -268,10 +268,12 @@ def plan_cuda(source_dir: Path, torch: Torch | None) -> Plan:
                  stub="libtorch_cuda.so")
 
 
-PLANS: dict[str, Callable[[Path, Torch | None], Plan]] = {"cpu": plan_cpu, "cuda": plan_cuda}
+PLANS: dict[str, Callable[[Path, Torch | None], LibraryBuild]] = {
+    "cpu": plan_cpu, "cuda": plan_cuda}
 
 
-def make(plan: Plan, directory: Path, *targets: str, say: Callable[[str], None] = print) -> Path:
+def make(plan: LibraryBuild, directory: Path, *targets: str,
+         say: Callable[[str], None] = print) -> Path:
     """Bring ``targets`` (default: the library) up to date in ``directory``; the library's path."""
     import fcntl  # not on Windows, for which there is no plan
 

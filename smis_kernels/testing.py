@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
+MEMORY_FORMATS = ("contiguous", "channels_last", "sliced", "transposed")
 
 
-def with_layout(x: Tensor, layout: str) -> Tensor:
-    """A copy of ``x`` (N, C, H, W) with the same values in another memory layout.
+def with_memory_format(x: Tensor, memory_format: str) -> Tensor:
+    """A copy of ``x`` (N, C, H, W) with the same values in another memory format.
 
     ``sliced`` cuts it out of a larger tensor on every axis; ``transposed`` swaps H and W in memory.
     """
-    if layout == "contiguous":
+    if memory_format == "contiguous":
         return x.clone(memory_format=torch.contiguous_format)
-    if layout == "channels_last":
+    if memory_format == "channels_last":
         return x.clone(memory_format=torch.channels_last)
-    if layout == "sliced":
+    if memory_format == "sliced":
         n, c, h, w = x.shape
         big = x.new_full((n + 1, c + 2, h + 3, w + 2), float("nan") if x.is_floating_point() else 1)
         view = big[1:, 1:-1, 2:-1, 1:-1]
         view.copy_(x)
         return view
-    if layout == "transposed":
+    if memory_format == "transposed":
         return x.transpose(2, 3).contiguous().transpose(2, 3)
-    raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}")
+    raise ValueError(f"memory_format: expected one of {', '.join(MEMORY_FORMATS)}; "
+                     f"got {memory_format!r}")
 
 
 def max_error(x: Tensor, truth: Tensor) -> float:

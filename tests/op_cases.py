@@ -29,7 +29,7 @@ from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.ops.window_table.op import window_embedding, window_table
-from smis_kernels.testing import with_layout
+from smis_kernels.testing import with_memory_format
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,7 +121,7 @@ class OpCase:
               seed: int = 0) -> Made:
         """The call, and inputs of ``dtype`` in ``layout``."""
         call, inputs = self.make(shape, Random(seed), **options)
-        return call, tuple(with_layout(t.to(dtype), layout) if t.dim() == 4 else t.to(dtype)
+        return call, tuple(with_memory_format(t.to(dtype), layout) if t.dim() == 4 else t.to(dtype)
                            for t in inputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,14 +13,24 @@ from smis_kernels.runtime.backend import missing
 INDEPENDENT = Path(os.environ.get("SMIS_INDEPENDENT", Path(sys.prefix) / "independent"))
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), "")
+
+
 def lacking(name: str) -> str | None:
-    """Why ``name`` is not at hand, with the cure: a backend, "independent", or a module."""
+    """Why ``name`` is not at hand, with the cure: a backend, "chromium", a module."""
     if name in ("cpu", "cuda", "triton"):
         return missing(name)
     if name == "independent":
         return None if INDEPENDENT.is_dir() else (
             f"{INDEPENDENT}: no such folder; python -m pip install --no-deps --target "
             f"{INDEPENDENT} -r tests/independent.txt")
+    if name == "chromium":
+        absent = [module for module in ("playwright", "starlette", "uvicorn")
+                  if importlib.util.find_spec(module) is None]
+        if CHROMIUM and not absent:
+            return None
+        return (f"no module {absent[0]!r}; pip install it" if CHROMIUM
+                else "no chromium; apt-get install chromium")
     return None if importlib.util.find_spec(name) else f"no module {name!r}; pip install it"
 
 

@@ -19,9 +19,9 @@ from smis_models.synthesis.codes import draw_code, interpolate
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
 from smis_models.synthesis.features import FeatureClusters
 from smis_models.synthesis.scene import (
-    Layout,
+    Scene,
     calibrate,
-    sample_layouts,
+    sample_scenes,
     semantics,
 )
 from smis_models.synthesis.shapes import ShapeLibrary, exchange_shape, regions
@@ -40,7 +40,7 @@ def model():
 
 def _scene(index):
     sample = GeneratedScenes(4, 64, "test")[index]
-    return Layout(sample["name"], sample["labels"].numpy().astype(np.int64), None)
+    return Scene(sample["name"], sample["labels"].numpy().astype(np.int64), None)
 
 
 def _photo(index):
@@ -116,7 +116,7 @@ def test_one_class_is_drawn_anew(model):
     frames = list(applications.resample(model, layout, index, 3, seed=2))
     assert len(frames) == 4
     assert len({frame.picture.tobytes() for frame in frames}) == 4
-    absent = Layout("flat", np.zeros((64, 64), np.int64), None)
+    absent = Scene("flat", np.zeros((64, 64), np.int64), None)
     with pytest.raises(ValueError, match=r"class: expected one of flat, \[0\]; got 5"):
         list(applications.resample(model, absent, 5, 1))
 
@@ -133,7 +133,7 @@ def test_models_without_class_codes_are_named(name):
 
 def test_instance_features_of_pix2pixhd():
     painter = create_model("pix2pixhd_cityscapes_features", **PIX2PIXHD).eval()
-    (layout,) = sample_layouts(painter.preset, 1)
+    (layout,) = sample_scenes(painter.preset, 1)
     instance = int(layout.instances[layout.instances >= 1000][0])
     r = np.random.default_rng(0)
     clusters = FeatureClusters({c: r.normal(size=(4, 3)).astype(np.float32) for c in range(35)})
@@ -162,9 +162,9 @@ def _boxes():
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_a_shape_is_exchanged_and_the_hole_filled(with_ids):
     labels, ids = _boxes()
-    layout = Layout("boxes", labels, ids if with_ids else None)
+    layout = Scene("boxes", labels, ids if with_ids else None)
     assert sorted(int(mask.sum()) for mask in regions(layout, 1)) == [9, 24]
-    library = ShapeLibrary.from_layouts([layout])
+    library = ShapeLibrary.from_scenes([layout])
     shapes = sorted(mask.shape for mask in library.of(1))
     assert shapes == [(3, 3), (6, 4)]
     triangle = np.tril(np.ones((3, 3), bool))
@@ -185,13 +185,13 @@ def test_a_shape_is_exchanged_and_the_hole_filled(with_ids):
 
 def test_shape_and_texture_vary(model):
     layout = _scene(0)
-    library = ShapeLibrary.from_layouts([_scene(k) for k in range(4)])
+    library = ShapeLibrary.from_scenes([_scene(k) for k in range(4)])
     target = next(c for c in layout.present if library.shapes.get(c))
     frames = list(applications.exchange(model, layout, target, library, 3, seed=1))
     assert len(frames) == 4
-    assert len({frame.layout.labels.tobytes() for frame in frames}) > 1
+    assert len({frame.scene.labels.tobytes() for frame in frames}) > 1
     held = list(applications.exchange(model, layout, target, library, 1, seed=1, texture=False))
-    assert _close(held[1].picture, _model_paints(model, held[1].layout, draw_code(model, 1)))
+    assert _close(held[1].picture, _model_paints(model, held[1].scene, draw_code(model, 1)))
 
 
 @pytest.mark.parametrize(("format", "suffix"), [("gif", ".gif"), ("apng", ".png"),
@@ -227,7 +227,7 @@ def test_animated_files(format, suffix, tmp_path):
 )
 def test_edits_in_words_refuse_others(call, message):
     with pytest.raises(ValueError, match=message):
-        call(Layout("boxes", *_boxes()))
+        call(Scene("boxes", *_boxes()))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from smis_models.io.images import write_indices, write_png
 from smis_models.io.seeds import derived_seed
 from smis_models.training import Run, TrainConfig, from_dict
 from smis_models.training.batches import Batches, MicroBatch, dataset
-from smis_models.training.processes import Processes
+from smis_models.training.distributed import Processes
 from smis_models.training.trainer import Trainer, _first_pictures
 
 pytest.importorskip("jsonargparse")

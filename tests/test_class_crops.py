@@ -18,7 +18,13 @@ from smis_kernels.ops.class_crops.op import (
 )
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.check import FLOATS, INTEGERS
-from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
+from smis_kernels.testing import (
+    MEMORY_FORMATS,
+    assert_as_accurate,
+    gradients,
+    poisoned_empty,
+    with_memory_format,
+)
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_cpu))
@@ -67,12 +73,13 @@ def test_by_hand(backend: str, form: str) -> None:
 @needs_cpu
 @pytest.mark.parametrize("box", ["nonzero", "sums"])
 @pytest.mark.parametrize("form", ["labels", "planes"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_loop(shape: tuple[int, int, int], layout: str, form: str, box: str) -> None:
-    image = with_layout(_image(*shape), layout)
+    image = with_memory_format(_image(*shape), layout)
     labels = _labels(*shape, 6)
-    semantics = with_layout(labels.unsqueeze(1) if form == "labels" else _planes(labels, 6), layout)
+    semantics = labels.unsqueeze(1) if form == "labels" else _planes(labels, 6)
+    semantics = with_memory_format(semantics, layout)
     for size in (None, (9, 23), 64):
         expected = class_crops(image, semantics, 6, size=size, box=box, backend="reference")
         with poisoned_empty():
@@ -88,7 +95,7 @@ def test_matches_the_loop(shape: tuple[int, int, int], layout: str, form: str, b
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_float_dtypes(dtype: torch.dtype, layout: str) -> None:
-    image = with_layout(_image(2, 19, 23, dtype=dtype), layout)
+    image = with_memory_format(_image(2, 19, 23, dtype=dtype), layout)
     labels = _labels(2, 19, 23, 5)
     soft = torch.rand((2, 5, 19, 23), generator=torch.Generator().manual_seed(0)).to(dtype)
     for semantics in (labels, _planes(labels, 5, dtype), soft):
@@ -131,7 +138,7 @@ def test_underflowing_products_are_zero() -> None:
 def test_non_finite_pixels_survive_every_mask(value: float, form: str, layout: str) -> None:
     image, labels = _image(2, 10, 12), _labels(2, 10, 12, 4)
     image[0, 1, 3, 5] = value
-    image = with_layout(image, layout)
+    image = with_memory_format(image, layout)
     semantics = labels if form == "labels" else _planes(labels, 7)
     expected = class_crops(image, semantics, 7, size=25, backend="reference")
     found = class_crops(image, semantics, 7, size=25, backend="cpu")
@@ -167,7 +174,7 @@ def test_sums_rule(backend: str) -> None:
 def test_rounds_as_interpolate(layout: str) -> None:
     labels = torch.zeros((1, 2, 1), dtype=torch.uint8)
     for source in (*range(1, 40), 97, 126, 255):
-        image = with_layout(1 + torch.rand((1, 3, 2, source)), layout)
+        image = with_memory_format(1 + torch.rand((1, 3, 2, source)), layout)
         wide = labels.expand(1, 2, source)
         for size in (1, 2, 3, 7, 41, 64, 100, 300):
             expected = F.interpolate(image, (3, size), mode="nearest")
@@ -178,7 +185,7 @@ def test_rounds_as_interpolate(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [256, (255, 251)])
 def test_large_output_is_streamed(layout: str, size: int | tuple[int, int]) -> None:
-    image, labels = with_layout(_image(1, 90, 120), layout), _labels(1, 90, 120, 9)
+    image, labels = with_memory_format(_image(1, 90, 120), layout), _labels(1, 90, 120, 9)
     expected = class_crops(image, labels, 12, size=size, backend="reference")
     assert expected.numel() * 4 > 8 << 20
     with poisoned_empty():
@@ -211,7 +218,7 @@ def test_any_map(data: st.DataObject) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("form", ["labels", "planes"])
 def test_threads_do_not_change_the_result(layout: str, form: str) -> None:
-    image, labels = with_layout(_image(1, 120, 180), layout), _labels(1, 120, 180, 11)
+    image, labels = with_memory_format(_image(1, 120, 180), layout), _labels(1, 120, 180, 11)
     semantics = labels if form == "labels" else _planes(labels, 11)
     threads, results = torch.get_num_threads(), []
     for count in (1, 3):
@@ -226,11 +233,12 @@ def test_threads_do_not_change_the_result(layout: str, form: str) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("form", ["labels", "planes", "soft"])
 @pytest.mark.parametrize("size", [None, (40, 7)])
 def test_gradient(dtype: torch.dtype, layout: str, form: str, size: tuple[int, int] | None) -> None:
-    image, labels = with_layout(_image(2, 17, 21, dtype=dtype), layout), _labels(2, 17, 21, 6)
+    image = with_memory_format(_image(2, 17, 21, dtype=dtype), layout)
+    labels = _labels(2, 17, 21, 6)
     generator = torch.Generator().manual_seed(2)
     soft = torch.rand((2, 6, 17, 21), generator=generator).double()
     semantics = {"labels": labels, "planes": _planes(labels, 6), "soft": soft}[form]
@@ -251,7 +259,7 @@ def test_gradient(dtype: torch.dtype, layout: str, form: str, size: tuple[int, i
 @needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradient_layout_and_broadcast_cotangent(layout: str) -> None:
-    image = with_layout(_image(1, 9, 8), layout).requires_grad_()
+    image = with_memory_format(_image(1, 9, 8), layout).requires_grad_()
     labels = _labels(1, 9, 8, 3)
     class_crops(image, labels, 3, size=16, backend="cpu").sum().backward()
     assert image.grad is not None
@@ -289,7 +297,7 @@ def test_compile(layout: str, box: str) -> None:
         fullgraph=True, backend="aot_eager",
     )
     for h, w in ((7, 9), (8, 11), (6, 5)):
-        image = with_layout(_image(1, h, w), layout)
+        image = with_memory_format(_image(1, h, w), layout)
         for semantics in (_labels(1, h, w, 4), _planes(_labels(1, h, w, 4), 4)):
             x, y = (image.clone().requires_grad_() for _ in range(2))
             found = compiled(x, semantics)

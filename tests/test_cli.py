@@ -104,7 +104,7 @@ def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
     )
     assert code == 0
     assert "random" not in out.lower()
-    (layout,) = synthesis.read_layouts(scene / "person/0.png", None, model.preset)
+    (layout,) = synthesis.read_scenes(scene / "person/0.png", None, model.preset)
     with torch.no_grad():
         expected = images.to_pictures(
             model(synthesis.semantics(model, layout), codes.draw_code(model, 3)))
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
 def test_instances_are_matched_by_scene_and_keep_sixteen_bits(scene):
     preset = _small_model("groupdnet_cityscapes", part="generator", device="meta").preset
     folder = scene / "street"
-    layouts = synthesis.read_layouts(folder / "label", folder / "inst", preset)
+    layouts = synthesis.read_scenes(folder / "label", folder / "inst", preset)
     assert [layout.name for layout in layouts] == ["0", "1"]
     for layout in layouts:
         assert layout.labels.shape == layout.instances.shape == (64, 128)
@@ -205,11 +205,17 @@ def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, 
     assert "random" in out.lower()
     html = (tmp_path / "demo/index.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len(sources) == 3 + 3 + 4  # samples, one class, morph; each with the layout
+    assert len(sources) == 1 + 2 + 2 + 3  # the layout; samples, one class, morph
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     for stage in ("class crops", "encoder", "modulation", "main convs", "generator"):
         assert stage in html
         assert stage in out
+    # Pictures first, then this machine, then what to try.
+    assert html.index("<img") < html.index("On this machine") < html.index("Go on")
+    widths = {int(width) for width in re.findall(r'<img [^>]*width="(\d+)"', html)}
+    assert all(width % 256 == 0 or 256 % width == 0 for width in widths), widths
+    assert "image-rendering: pixelated" in html and "prefers-color-scheme: dark" in html
+    assert "--model groupdnet_deepfashion --checkpoint FILE" in html
     assert "<strong>random</strong>" in html
     assert _read(tmp_path / "demo/person_0.png").std() > 10
 
@@ -277,7 +283,7 @@ def test_further_samples_build_no_further_tables(smis, scene, tmp_path, monkeypa
         assert code == 0, error
         counts.append(len(built))
     model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
-    layout = synthesis.sample_layouts(model.preset, 1)[0]
+    layout = synthesis.sample_scenes(model.preset, 1)[0]
     for samples in (1, 4):
         built.clear()
         strips(model, layout, samples, 0)

@@ -9,12 +9,12 @@ from torch import Tensor
 from smis_kernels import conditional_attention
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
-    LAYOUTS,
+    MEMORY_FORMATS,
     assert_as_accurate,
     gradients,
     max_error,
     poisoned_empty,
-    with_layout,
+    with_memory_format,
 )
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -25,7 +25,8 @@ def make(shape: tuple[int, ...], layout: str, other: str,
          dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(shape))
     x, logits = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-    return with_layout(x.to(dtype), layout), with_layout((8 * logits).to(dtype), other)
+    return (with_memory_format(x.to(dtype), layout),
+            with_memory_format((8 * logits).to(dtype), other))
 
 
 def results(inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
@@ -36,10 +37,10 @@ def results(inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
 
 
 @needs_cpu
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cpu_equals_reference(shape: tuple[int, ...], layout: str) -> None:
-    for other in LAYOUTS:
+    for other in MEMORY_FORMATS:
         inputs = make(shape, layout, other)
         for a, b in zip(results(inputs, "cpu"), results(inputs, "reference"), strict=True):
             assert max_error(a, b) < 1e-14
@@ -82,7 +83,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_triton_equals_reference(layout: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for shape in SHAPES:

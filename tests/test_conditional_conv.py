@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from smis_kernels import ConditionalConv2d, conditional_conv2d
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.testing import (
-    LAYOUTS,
+    MEMORY_FORMATS,
     assert_as_accurate,
     gradients,
     max_error,
     poisoned_empty,
-    with_layout,
+    with_memory_format,
 )
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -33,8 +33,8 @@ def make(case: tuple[int, ...], layout: str = "contiguous", other: str | None = 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return (with_layout(draw(n, c, h, w), layout),
-            with_layout(draw(n, depth, h, w), other or layout),
+    return (with_memory_format(draw(n, c, h, w), layout),
+            with_memory_format(draw(n, depth, h, w), other or layout),
             draw(9 * c, depth, 3, 3) / (9 * depth) ** 0.5, draw(9 * c))
 
 
@@ -46,7 +46,7 @@ def results(inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
 
 
 @needs_cpu
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_equals_reference(case: tuple[int, ...], layout: str) -> None:
     for other in ("contiguous", "channels_last", "sliced"):

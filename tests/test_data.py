@@ -36,7 +36,7 @@ from smis_models.families import (
 )
 from smis_models.io import images
 from smis_models.io.images import ImageError
-from smis_models.networks.semantics import layout
+from smis_models.networks.semantics import compile_layout
 
 SIZE = (64, 64)
 SMALL = replace(DEEPFASHION, image_size=SIZE, upsampling="normal")
@@ -47,7 +47,7 @@ CITY = "leftImg8bit/{0}/bonn/bonn_000000_00000{1}_leftImg8bit.png", (
 FLAT = ("{0}_img/bonn_000000_00000{1}_leftImg8bit.png",
         "{0}_label/bonn_000000_00000{1}_gtFine_labelIds.png",
         "{0}_inst/bonn_000000_00000{1}_gtFine_instanceIds.png")
-LAYOUTS = {
+FOLDER_FORMATS = {
     "cityscapes": ("cityscapes", CITYSCAPES, ("train", "val"), CITY),
     "cityscapes, flat": ("cityscapes", CITYSCAPES, ("train", "test"), FLAT),
     "coco_stuff": ("coco_stuff", SPADE_COCO, ("train", "val"), (
@@ -73,7 +73,7 @@ def _write_scene(root, files, labels, ids, *names):
 
 
 def _write_set(root, which, count=2, top=None, size=(96, 192)):
-    layout_name, preset, splits, files = LAYOUTS[which]
+    layout_name, preset, splits, files = FOLDER_FORMATS[which]
     r = np.random.default_rng(7)
     made = {}
     for split, mark in zip(splits, ("train", "val"), strict=True):
@@ -86,7 +86,7 @@ def _write_set(root, which, count=2, top=None, size=(96, 192)):
     return layout_name, preset, made
 
 
-@pytest.mark.parametrize("which", LAYOUTS)
+@pytest.mark.parametrize("which", FOLDER_FORMATS)
 def test_published_layouts(tmp_path, which):
     name, preset, made = _write_set(tmp_path, which)
     assert detect_layout(tmp_path) == name
@@ -135,9 +135,9 @@ def test_the_published_test_split_is_val(tmp_path):
     ],
 )
 def test_label_rules(tmp_path, which, stored, expected):
-    name, preset, _, files = LAYOUTS[which]
+    name, preset, _, files = FOLDER_FORMATS[which]
     labels = np.array([stored])
-    _write_scene(tmp_path, files, labels, labels, LAYOUTS[which][2][0], 0, "train")
+    _write_scene(tmp_path, files, labels, labels, FOLDER_FORMATS[which][2][0], 0, "train")
     preprocess = Preprocess("fixed", labels.shape, augment=False)
     records = list_scenes(name, tmp_path, instances=preset.instance_edge).records
     dataset = FileScenes(records, preset.classes, preprocess, unknown=preset.dont_care)
@@ -218,7 +218,7 @@ def test_flips_come_half_of_the_time():
 
 def _damage(root):
     """Seven scenes in the layout of COCO-Stuff, each with a flaw of its own but the first."""
-    files = LAYOUTS["coco_stuff"][3]
+    files = FOLDER_FORMATS["coco_stuff"][3]
     labels = np.arange(64).reshape(8, 8) % 7
     for i in range(7):
         _write_scene(root, files, labels, labels, "train", i)
@@ -255,7 +255,7 @@ def test_doctor_names_each_bad_file_and_value(tmp_path):
     assert "6 train" in out
 
 
-@pytest.mark.parametrize("which", LAYOUTS)
+@pytest.mark.parametrize("which", FOLDER_FORMATS)
 def test_doctor_passes_a_good_set(tmp_path, which):
     name, _, _ = _write_set(tmp_path, which, size=(32, 64))
     code, out, _ = _smis("doctor", tmp_path, "--dataset", name, "--jobs", 2)
@@ -382,7 +382,7 @@ def test_batches_carry_the_compiled_labels(tmp_path, preset, workers):
     assert batch["labels"].shape == (2, *preset.image_size)
     assert batch["image"].shape == (2, 3, *preset.image_size)
     assert len(batch["name"]) == 2
-    expected = layout(batch["labels"], preset, batch.get("instances"))
+    expected = compile_layout(batch["labels"], preset, batch.get("instances"))
     sent = batch["layout"]
     assert torch.equal(sent.dense(), expected.dense())
     assert set(sent._levels) == set(modulation_sizes(preset))

@@ -22,7 +22,7 @@ from smis_models import Synthesizer, create_model
 from smis_models.benchmark import timing
 from smis_models.data.scenes import sample_scene
 from smis_models.synthesis import graphs
-from smis_models.synthesis.graphs import GraphedGenerator, HeldLayout, capacity
+from smis_models.synthesis.graphs import GraphedGenerator, StaticLayout, capacity
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 MODELS: dict[str, dict[str, Any]] = {
@@ -126,7 +126,7 @@ def test_buffers_hold_every_path(path: str) -> None:
         recorder = Recorder()
         fast = GraphedGenerator(made._generator, made.layout, None, recorder)
         torch.testing.assert_close(fast(None), expected)
-        assert HeldLayout(made.layout).fits(made.layout)
+        assert StaticLayout(made.layout).fits(made.layout)
 
 
 def test_buffers_have_room_for_edits() -> None:

@@ -32,7 +32,7 @@ from smis_models.metrics import (
 from smis_models.metrics.diversity import area_distances
 from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.segmentation import FileSegmenter, predict
-from smis_models.synthesis.scene import Layout
+from smis_models.synthesis.scene import Scene
 
 # torchvision's Python files run beside any torch once its two operators are there.
 _OPERATORS = ("nms", "qnms")
@@ -263,11 +263,11 @@ def test_mcsd_and_mocd_by_hand() -> None:
     model: Any = SimpleNamespace(generator=generator, preset=generator.preset,
                                  parameters=generator.parameters)
     maps = np.array([[[0, 0, 1, 1], [0, 0, 0, 1]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
-    layouts = [Layout(f"scene {i}", labels, None) for i, labels in enumerate(maps)]
+    layouts = [Scene(f"scene {i}", labels, None) for i, labels in enumerate(maps)]
     options = DiversityProtocol(layouts=2, samples=3, pairs=2, mask_mode="zero")
     found = diversity(model, layouts, PixelDistance(), options, seed=5)
 
-    def paint(layout: Layout, z: Tensor) -> Tensor:
+    def paint(layout: Scene, z: Tensor) -> Tensor:
         planes = F.one_hot(torch.from_numpy(layout.labels), 2).permute(2, 0, 1)[None].float()
         return generator(planes, z).detach()
 

@@ -14,12 +14,12 @@ from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_m
 from smis_kernels.ops.indexed_modulation.reference import gamma_beta
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
-    LAYOUTS,
+    MEMORY_FORMATS,
     assert_as_accurate,
     gradients,
     max_error,
     poisoned_empty,
-    with_layout,
+    with_memory_format,
 )
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -43,7 +43,7 @@ class Case:
             return torch.randn(size, generator=random, dtype=torch.float64)
 
         self.pair, self.options = pair, options
-        self.x = with_layout((draw(*shape) + 3).to(dtype), layout)
+        self.x = with_memory_format((draw(*shape) + 3).to(dtype), layout)
         # Runs of one row, as in label maps, and single pixels; the last row is never picked.
         index = torch.randint(0, max(rows - 1, 1), (n, h * up, w * up), generator=random)
         index[torch.rand(index.shape, generator=random) < 0.7] = min(1, rows - 1)
@@ -82,7 +82,7 @@ class Case:
 
 
 @needs_cpu
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cpu_equals_reference(shape: tuple[int, ...], layout: str) -> None:
     norms = NORMS if layout in ("contiguous", "channels_last") else NORMS[:1]
@@ -207,7 +207,7 @@ def test_layouts_of_index_table_and_gradient() -> None:
 def test_nan_and_infinity_pass(layout: str) -> None:
     x = torch.zeros(1, 2, 4, 4)
     x[0, 0, 1, 2], x[0, 1, 0, 0], x[0, 1, 0, 1] = float("nan"), float("inf"), float("-inf")
-    x = with_layout(x, layout)
+    x = with_memory_format(x, layout)
     index = torch.ones(1, 4, 4, dtype=torch.int32)
     index[0, 3, 3] = 2
     table = torch.ones(3, 4)
@@ -306,7 +306,7 @@ def test_empty_input_gives_empty_output(shape: tuple[int, ...]) -> None:
 def test_sums_over_many_pixels_keep_their_digits(layout: str) -> None:
     # one row for all pixels, as on a blank map: a plain fp32 sum loses two digits here
     random = torch.Generator().manual_seed(0)
-    x = with_layout(torch.rand((1, 3, 256, 256), generator=random), layout)
+    x = with_memory_format(torch.rand((1, 3, 256, 256), generator=random), layout)
     index = torch.zeros(1, 256, 256, dtype=torch.int32)
     table = torch.rand((1, 6), generator=random)
 

@@ -13,7 +13,7 @@ from smis_kernels.modules.edges import InstanceEdges
 from smis_kernels.ops.instance_edges.op import instance_edges
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.check import INTEGERS
-from smis_kernels.testing import LAYOUTS, poisoned_empty, with_layout
+from smis_kernels.testing import MEMORY_FORMATS, poisoned_empty, with_memory_format
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_cpu))
@@ -37,10 +37,10 @@ def test_by_hand(backend: str) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_slices(shape: tuple[int, int, int], layout: str) -> None:
-    ids = with_layout(_ids(*shape).unsqueeze(1), layout)
+    ids = with_memory_format(_ids(*shape).unsqueeze(1), layout)
     expected = instance_edges(ids, backend="reference")
     with poisoned_empty():
         found = instance_edges(ids, backend="cpu")

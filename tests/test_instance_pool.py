@@ -23,7 +23,13 @@ from smis_kernels.ops.instance_pool.op import (
 )
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.check import FLOATS, INTEGERS
-from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
+from smis_kernels.testing import (
+    MEMORY_FORMATS,
+    assert_as_accurate,
+    gradients,
+    poisoned_empty,
+    with_memory_format,
+)
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_cpu))
@@ -59,12 +65,12 @@ def test_by_hand(backend: str) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_loop(shape: tuple[int, int, int, int], layout: str,
                           dtype: torch.dtype) -> None:
-    image = with_layout(_image(*shape, dtype=dtype), layout)
-    ids = with_layout(_ids(shape[0], *shape[2:]).unsqueeze(1), layout)
+    image = with_memory_format(_image(*shape, dtype=dtype), layout)
+    ids = with_memory_format(_ids(shape[0], *shape[2:]).unsqueeze(1), layout)
     expected = instance_avg_pool2d(image, ids, backend="reference")
     truth = instance_avg_pool2d(image.double(), ids, backend="reference")
     with poisoned_empty():
@@ -98,7 +104,7 @@ def test_id_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("ids", ["one", "all", "noise"])
 def test_extreme_maps(ids: str, layout: str) -> None:
     n, c, h, w = 2, 5, 300, 301  # several stripes, and ids that grow the hash table
-    image = with_layout(_image(n, c, h, w, torch.float64), layout)
+    image = with_memory_format(_image(n, c, h, w, torch.float64), layout)
     generator = torch.Generator().manual_seed(0)
     maps = {
         "one": torch.full((n, h, w), 26001),
@@ -121,7 +127,7 @@ def test_extreme_maps(ids: str, layout: str) -> None:
 @pytest.mark.parametrize("channels", [3, 64])
 def test_large_output_is_streamed(layout: str, channels: int, dtype: torch.dtype) -> None:
     size = 1024 if channels == 3 else 300
-    image = with_layout(_image(1, channels, size, size - 1, dtype), layout)
+    image = with_memory_format(_image(1, channels, size, size - 1, dtype), layout)
     ids = _ids(1, size, size - 1, 40)
     with poisoned_empty():
         found = instance_avg_pool2d(image, ids, backend="cpu")
@@ -145,7 +151,7 @@ def test_any_map(data: st.DataObject) -> None:
     image = torch.tensor(
         data.draw(st.lists(values, min_size=n * c * h * w, max_size=n * c * h * w))
     ).view(n, c, h, w)
-    image = with_layout(image, data.draw(st.sampled_from(LAYOUTS)))
+    image = with_memory_format(image, data.draw(st.sampled_from(MEMORY_FORMATS)))
     expected = instance_avg_pool2d(image, ids, backend="reference")
     found = instance_avg_pool2d(image, ids, backend="cpu")
     torch.testing.assert_close(found, expected, equal_nan=True, check_stride=False)
@@ -154,7 +160,7 @@ def test_any_map(data: st.DataObject) -> None:
 @needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_threads_do_not_change_the_result(layout: str) -> None:
-    image = with_layout(_image(1, 19, 300, 310), layout)
+    image = with_memory_format(_image(1, 19, 300, 310), layout)
     ids, threads, results = _ids(1, 300, 310, 700), torch.get_num_threads(), []
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -168,7 +174,7 @@ def test_channel_blocks() -> None:
     """So many instances that the sums of all channels do not fit at once."""
     ids = torch.arange(200 * 210).view(1, 200, 210)
     for memory in ("contiguous", "channels_last"):
-        image = with_layout(_image(1, 107, 200, 210), memory)
+        image = with_memory_format(_image(1, 107, 200, 210), memory)
         assert torch.equal(instance_avg_pool2d(image, ids, backend="cpu"), image)
         table = instance_mean_table(image, ids, backend="cpu")
         assert torch.equal(table.mean, image[0].flatten(1).T)
@@ -176,9 +182,9 @@ def test_channel_blocks() -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_gradient(dtype: torch.dtype, layout: str) -> None:
-    image, ids = with_layout(_image(2, 3, 17, 21, dtype), layout), _ids(2, 17, 21)
+    image, ids = with_memory_format(_image(2, 3, 17, 21, dtype), layout), _ids(2, 17, 21)
 
     def run(backend: str, x: Tensor) -> Tensor:
         (grad,) = gradients(lambda y: instance_avg_pool2d(y, ids, backend=backend), (x,))
@@ -193,7 +199,7 @@ def test_gradient(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_deterministic_path_of_the_gpu(layout: str, dtype: torch.dtype) -> None:
-    image, ids = with_layout(_image(2, 3, 17, 21, dtype), layout), _ids(2, 17, 21)
+    image, ids = with_memory_format(_image(2, 3, 17, 21, dtype), layout), _ids(2, 17, 21)
     found = _pooled_by_sorting(image, ids)
     expected = instance_avg_pool2d(image, ids, backend="reference")
     assert found.stride() == image.stride()
@@ -246,7 +252,7 @@ def test_determinism_is_honoured(function: Callable[..., Iterable[Tensor]],
 @pytest.mark.parametrize("way", [pytest.param("cpu", marks=needs_cpu), "sorted"])
 def test_large_instances_keep_their_digits(way: str, layout: str) -> None:
     """Sums of a million pixels in fp32 would lose an eighth of the digits."""
-    image = with_layout(_image(1, 3, 1000, 1001) + 10, layout)
+    image = with_memory_format(_image(1, 3, 1000, 1001) + 10, layout)
     ids = torch.zeros((1, 1000, 1001), dtype=torch.int32)
     ids[0, :1] = 3
     exact = image[0, :, 1:].double().mean((1, 2))
@@ -274,7 +280,7 @@ def test_compile(layout: str) -> None:
     compiled = torch.compile(lambda x, i: instance_avg_pool2d(x, i) * 2, fullgraph=True,
                              backend="aot_eager")
     for h, w in ((7, 9), (8, 11), (6, 5)):
-        image, ids = with_layout(_image(1, 3, h, w), layout), _ids(1, h, w)
+        image, ids = with_memory_format(_image(1, 3, h, w), layout), _ids(1, h, w)
         x, y = (image.clone().requires_grad_() for _ in range(2))
         found, expected = compiled(x, ids), instance_avg_pool2d(y, ids) * 2
         assert torch.equal(found, expected)

@@ -31,7 +31,7 @@ from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_m
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.runtime.backend import missing
-from smis_kernels.testing import gradients, max_error, with_layout
+from smis_kernels.testing import gradients, max_error, with_memory_format
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 F64 = torch.float64
@@ -48,7 +48,8 @@ def agree(call: Callable[..., Tensor], *inputs: Tensor, bound: float = 1e-10) ->
 
 def draw(*shape: int, last: bool = False) -> Tensor:
     made = torch.randn(shape, dtype=F64) + 1
-    return with_layout(made, "channels_last" if last else "contiguous") if len(shape) == 4 else made
+    form = "channels_last" if last else "contiguous"
+    return with_memory_format(made, form) if len(shape) == 4 else made
 
 
 def _paired(x: Tensor, *rest: Tensor, call: Any, **options: Any) -> Tensor:
@@ -115,7 +116,8 @@ def crops(width: int, target: int) -> None:
     labels = torch.zeros(1, 2, width, dtype=torch.uint8)
     labels[..., width // 3 : width - 1] = 1
     for form in ("contiguous", "channels_last"):
-        made = [class_crops(with_layout(image, form), labels, 2, size=(3, target), backend=kind)
+        image = with_memory_format(image, form)
+        made = [class_crops(image, labels, 2, size=(3, target), backend=kind)
                 for kind in ("cpu", "reference")]
         assert torch.equal(*made)
     agree(lambda x, backend: class_crops(x, labels, 2, size=(3, target), backend=backend), image,

@@ -17,7 +17,7 @@ from smis_kernels.testing import (
     gradients,
     max_error,
     poisoned_empty,
-    with_layout,
+    with_memory_format,
 )
 
 DEVICE = "cpu" if triton_interpreted() else "cuda"
@@ -104,7 +104,7 @@ class Modulated:
         index = torch.randint(1, 9, (n, h * up, w * up), generator=generator, dtype=torch.int32)
         index[torch.rand(index.shape, generator=generator) < 0.7] = 3
         self.index = index.to(DEVICE)
-        self.x = with_layout(draw(*shape) + 1, layout)
+        self.x = with_memory_format(draw(*shape) + 1, layout)
         self.tables = (draw(11, 2 * c), draw(11, 2 * c, seed=1))
         self.upsample = upsample
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from smis_kernels import BackendError
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.runtime.backend import missing
-from smis_kernels.testing import LAYOUTS, poisoned_empty, with_layout
+from smis_kernels.testing import MEMORY_FORMATS, poisoned_empty, with_memory_format
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
@@ -149,7 +149,7 @@ def test_ids_below_1_are_refused(size: int, value: int, backend: str) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_vectors_of_any_kind_equal_reference(layout: str, dtype: torch.dtype) -> None:
     for shape in ((1, 1, 1), (2, 7, 5), (1, 40, 37)):
         map = random_map(shape, 9)
@@ -166,7 +166,7 @@ def test_vectors_of_any_kind_equal_reference(layout: str, dtype: torch.dtype) ->
             edge,
             torch.zeros_like(edge),
         ):
-            check_vectors(with_layout(planes, layout))
+            check_vectors(with_memory_format(planes, layout))
 
 
 @needs_cpu
@@ -260,13 +260,13 @@ def test_every_element_is_written() -> None:
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 3), h=st.integers(1, 12), w=st.integers(1, 12), k=st.integers(1, 6),
        ids=st.integers(1, 5), block=st.integers(1, 4), kind=st.sampled_from(("hot", "soft")),
-       layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 1000))
+       layout=st.sampled_from(MEMORY_FORMATS), seed=st.integers(0, 1000))
 def test_any_map(n: int, h: int, w: int, k: int, ids: int, block: int, kind: str, layout: str,
                  seed: int) -> None:
     map = random_map((n, h, w), ids, block, seed)
     random = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, 2 if kind == "hot" else 4, (ids, k), generator=random).float()
-    check_vectors(with_layout(rows[map.long() - 1].permute(0, 3, 1, 2), layout))
+    check_vectors(with_memory_format(rows[map.long() - 1].permute(0, 3, 1, 2), layout))
     assert_equal(number_windows(map, map.numel(), backend="cpu"),
                  number_windows(map, map.numel(), backend="reference"))
 

@@ -54,7 +54,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return compile_level(symbols, unlimited)
 
     monkeypatch.setattr(layout_module, "_compile_level", counting)
-    monkeypatch.setattr(layout_module._known, "last", None)
+    monkeypatch.setattr(layout_module._known, "latest", None)
     return calls
 
 

@@ -81,11 +81,11 @@ def test_every_reader_gives_one_map(tmp_path: Path) -> None:
         images.write_indices(tmp_path / folder / "a.png", pixels)
     images.write_png(tmp_path / "images/a.png", picture)
     expected, expected_ids = pillow(labels, (64, 96)), pillow(ids, (64, 96))
-    layout = synthesis.read_layouts(tmp_path / "labels", None, SMALL)[0]
+    layout = synthesis.read_scenes(tmp_path / "labels", None, SMALL)[0]
     np.testing.assert_array_equal(layout.labels, expected)
     assert layout.source_size == (213, 160)
     edged = replace(SMALL, instance_edge=True)
-    with_ids = synthesis.read_layouts(tmp_path / "labels", tmp_path / "inst", edged)[0]
+    with_ids = synthesis.read_scenes(tmp_path / "labels", tmp_path / "inst", edged)[0]
     np.testing.assert_array_equal(with_ids.instances, expected_ids)
     (_, image, maps), = read_pictures([tmp_path / "images"], [tmp_path / "labels"], SMALL)
     np.testing.assert_array_equal(maps[0], expected)
@@ -169,13 +169,13 @@ def test_two_files_of_one_scene_are_named(tmp_path: Path) -> None:
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
     with pytest.raises(ValueError, match=r"labels: .*cat\.bmp and .*cat\.png are both of the scene "
                                          r"'cat'"):
-        synthesis.read_layouts(tmp_path, None, SMALL)
+        synthesis.read_scenes(tmp_path, None, SMALL)
 
 
 def test_scenes_in_subfolders_keep_their_folder(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         images.write_indices(tmp_path / folder / "1.png", np.full((4, 4), 1))
-    assert [x.name for x in synthesis.read_layouts(tmp_path, None, SMALL)] == ["a/1", "b/1"]
+    assert [x.name for x in synthesis.read_scenes(tmp_path, None, SMALL)] == ["a/1", "b/1"]
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_files_of_a_scene_have_one_shape(tmp_path: Path) -> None:
     images.write_indices(tmp_path / "labels/a.png", np.zeros((10, 20), int))
     images.write_indices(tmp_path / "inst/a.png", np.zeros((20, 20), int))
     preset = replace(SMALL, instance_edge=True)
-    layouts = synthesis.read_layouts(tmp_path / "labels", tmp_path / "inst", preset)
+    layouts = synthesis.read_scenes(tmp_path / "labels", tmp_path / "inst", preset)
     with pytest.raises(ImageError, match=r"20x20 \(width x height\), but labels/a.png is 20x10"):
         _ = layouts[0]
 
@@ -308,7 +308,7 @@ def test_a_folder_of_maps_is_read_one_by_one(tmp_path: Path,
         return read_scene(files, *given, **named)
 
     monkeypatch.setattr(synthesis, "read_scene", counted)
-    layouts = synthesis.read_layouts(tmp_path, None, SMALL)
+    layouts = synthesis.read_scenes(tmp_path, None, SMALL)
     assert (len(layouts), read) == (5, [])
     assert next(iter(layouts)).name == "0"
     assert read == ["0"]

@@ -89,14 +89,14 @@ def test_an_evaluation_reads_each_scene_once() -> None:
 
     model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
     source = _Counted(4)
-    judges = metrics.Judges([metrics.create_distance("pixel")], _features, metrics.scene_labels)
+    measured = metrics.Metrics([metrics.create_distance("pixel")], _features, metrics.scene_labels)
     protocol = metrics.protocol("n100-m19", layouts=2, samples=2, pairs=1)
-    found = metrics.evaluate(model, metrics.Scenes(source, {}), judges, protocol)
+    found = metrics.evaluate(model, metrics.Scenes(source, {}), measured, protocol)
     assert source.read == [0, 1, 2, 3]
     assert set(found["results"]) == {"diversity", "fid", "segmentation"}
     assert (found["results"]["fid"]["real"], found["data"]["scenes"]) == (4, 4)
     layouts = [metrics.Scenes(_Counted(4), {}).scene(i)[0] for i in range(2)]
-    alone = metrics.diversity(model, layouts, judges.distances[0], protocol.diversity)
+    alone = metrics.diversity(model, layouts, measured.distances[0], protocol.diversity)
     assert found["results"]["diversity"]["pixel L1"]["mcsd"] == alone.mcsd
 
 
@@ -106,7 +106,7 @@ def test_a_bad_file_is_told_before_anything_is_painted(
     """Of the last scene: an hour later it would cost the whole evaluation."""
     from smis_models import shipped_weights
     from smis_models.metrics.sampling import LayoutSampler
-    from smis_models.synthesis.scene import read_layouts
+    from smis_models.synthesis.scene import read_scenes
 
     model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
     for folder, bad in (("labels", late == "label map"), ("predicted", late == "prediction")):
@@ -115,10 +115,11 @@ def test_a_bad_file_is_told_before_anything_is_painted(
             write_indices(tmp_path / folder / f"{i}.png", np.full((128, 128), value))
     painted: list[object] = []
     monkeypatch.setattr(LayoutSampler, "load", lambda self, layout: painted.append(layout))
-    scenes = metrics.Scenes(read_layouts(tmp_path / "labels", None, model.preset), {})
-    judges = metrics.Judges([metrics.create_distance("pixel")], predictions=tmp_path / "predicted")
+    scenes = metrics.Scenes(read_scenes(tmp_path / "labels", None, model.preset), {})
+    measured = metrics.Metrics([metrics.create_distance("pixel")],
+                               predictions=tmp_path / "predicted")
     short = metrics.protocol("n100-m19", layouts=1, samples=2, pairs=1)
     folder = "labels" if late == "label map" else "predicted"
     with pytest.raises(ImageError, match=rf"{folder}/2\.png: expected labels 0\.\.7, got 99"):
-        metrics.evaluate(model, scenes, judges, short)
+        metrics.evaluate(model, scenes, measured, short)
     assert not painted

@@ -26,8 +26,8 @@ from smis_models.metrics import (
     FeatureStatistics,
     FileSegmenter,
     Inception,
-    Judges,
     LabelRule,
+    Metrics,
     PixelDistance,
     Scenes,
     SegmentationScore,
@@ -40,12 +40,12 @@ from smis_models.metrics import (
     label_rule,
     protocol,
 )
-from smis_models.metrics.diversity import area_distances, layout_diversity
+from smis_models.metrics.diversity import area_distances, scene_diversity
 from smis_models.metrics.lpips import TRUNKS
 from smis_models.metrics.sampling import LayoutSampler, sample_codes
 from smis_models.metrics.segmentation import predict
 from smis_models.synthesis.codes import drawn_code
-from smis_models.synthesis.scene import sample_layouts, semantics
+from smis_models.synthesis.scene import sample_scenes, semantics
 
 TINY = {"ngf": 8, "nef": 16, "image_size": (64, 64), "upsampling": "normal", "init_gain": 1.0}
 QUICK = DiversityProtocol(layouts=2, samples=3, pairs=2)
@@ -58,7 +58,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def layouts(model):
-    return sample_layouts(model.preset, 2)
+    return sample_scenes(model.preset, 2)
 
 
 def _pictures(count=4, size=(40, 48), seed=0):
@@ -225,8 +225,8 @@ def test_the_synthesizer_measures_what_the_model_paints(model, layouts, mask_mod
     sampler = LayoutSampler(model, 2)  # 3 samples: the last batch is filled up
     for layout in layouts:
         planes = semantics(model, layout)
-        slow = layout_diversity(model, layout, plain, distances, options)
-        fast = layout_diversity(model, layout, sampler.load(layout), distances, options)
+        slow = scene_diversity(model, layout, plain, distances, options)
+        fast = scene_diversity(model, layout, sampler.load(layout), distances, options)
         for (by_class, whole), (expected, expected_whole) in zip(fast, slow, strict=True):
             assert set(by_class) == set(layout.present)
             assert whole == pytest.approx(expected_whole, rel=1e-3)
@@ -265,7 +265,7 @@ def test_models_with_one_code_draw_it_whole(name):
     options = {"ngf": 4, "image_size": (64, 64), "classes": 8, "dont_care": None,
                "instance_edge": False, "init_gain": 1.0}
     whole = create_model(name, **options).eval()
-    found = diversity(whole, sample_layouts(whole.preset, 2), PixelDistance(), QUICK)
+    found = diversity(whole, sample_scenes(whole.preset, 2), PixelDistance(), QUICK)
     assert not found.class_codes
     assert found.pictures == 6
     assert found.mocd > 0
@@ -399,10 +399,10 @@ def test_a_segmenter_must_give_labels_or_scores():
 
 def test_evaluate_is_repeatable_and_says_how(model):
     scenes = Scenes(GeneratedScenes(3, 64, "test"), {"dataset": "scenes"})
-    judges = Judges([PixelDistance()], lambda batch: batch.float().mean((2, 3)),
+    measured = Metrics([PixelDistance()], lambda batch: batch.float().mean((2, 3)),
                     lambda pictures: torch.zeros(len(pictures), 64, 64, dtype=torch.long))
     options = protocol("n100-m19", layouts=2, samples=3, pairs=2)
-    found, again = (evaluate(model, scenes, judges, options, seed=4) for _ in range(2))
+    found, again = (evaluate(model, scenes, measured, options, seed=4) for _ in range(2))
     for result in (found, again):
         result["results"]["diversity"]["pixel L1"].pop("seconds")
         json.dumps(result)
@@ -414,7 +414,7 @@ def test_evaluate_is_repeatable_and_says_how(model):
     assert {"torch", "smis_kernels"} <= set(found["versions"])
     wrong = protocol("cityscapes-256x512")
     with pytest.raises(ValueError, match=r"protocol: cityscapes-256x512 is of pictures"):
-        evaluate(model, scenes, judges, wrong)
+        evaluate(model, scenes, measured, wrong)
 
 
 @pytest.fixture

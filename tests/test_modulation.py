@@ -15,12 +15,12 @@ import smis_kernels
 from smis_kernels import SPADE, BackendError, CGNorm, modulate_pair, modulation, modulation_pair
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.testing import (
-    LAYOUTS,
+    MEMORY_FORMATS,
     assert_as_accurate,
     gradients,
     max_error,
     poisoned_empty,
-    with_layout,
+    with_memory_format,
 )
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -42,8 +42,8 @@ class Case:
             return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
         self.pair, self.options = pair, options
-        self.x = with_layout(draw(*shape) + 3, layout)
-        self.affine = [with_layout(draw(n, c, h * up, w * up), layout) for _ in range(4)]
+        self.x = with_memory_format(draw(*shape) + 3, layout)
+        self.affine = [with_memory_format(draw(n, c, h * up, w * up), layout) for _ in range(4)]
         self.running = [draw(c), draw(c).abs() + 0.5, draw(c), draw(c).abs() + 0.5]
         if options.get("norm") == "group":
             options["num_groups"] = c
@@ -76,7 +76,7 @@ class Case:
 
 
 @needs_cpu
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cpu_equals_reference(shape: tuple[int, ...], layout: str) -> None:
     for norm, training, upsample, pair in itertools.product(NORMS, *[(False, True)] * 3):
@@ -164,7 +164,7 @@ def test_statistics_survive_an_outlier(pixel: tuple[int, int], layout: str) -> N
     x[:, :, pixel[0], pixel[1]] = 50 + 100 * outlier[..., 0]
     truth = F.instance_norm(x.double())
     zero = torch.zeros_like(x)
-    fused = modulation(with_layout(x, layout), zero, zero, norm="instance", backend="cpu")
+    fused = modulation(with_memory_format(x, layout), zero, zero, norm="instance", backend="cpu")
     assert_as_accurate(fused, F.instance_norm(x), truth)
 
 
@@ -172,7 +172,7 @@ def test_statistics_survive_an_outlier(pixel: tuple[int, int], layout: str) -> N
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiles_without_a_graph_break(layout: str) -> None:
     norm_0, norm_s = SPADE(6, 3, 8), CGNorm(6, 3, 9, groups=3)
-    x = with_layout(torch.randn(2, 6, 8, 8), layout).requires_grad_()
+    x = with_memory_format(torch.randn(2, 6, 8, 8), layout).requires_grad_()
     seg = torch.randn(2, 3, 32, 32)
 
     def call(x: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def test_triton_moments_of_several_tiles(layout: str, programs: int,
 
     monkeypatch.setattr(kernels, "MOMENT_PROGRAMS", programs)
     for shape in ((2, 2, 91, 97), (1, 40, 23, 31), (1, 3, 5, 3)):
-        x = with_layout(torch.randn(shape, dtype=torch.float64) + 50, layout)
+        x = with_memory_format(torch.randn(shape, dtype=torch.float64) + 50, layout)
         mean, var = kernels.channel_moments(x)
         assert max_error(mean, x.mean((2, 3))) < 1e-14
         assert max_error(var, x.var((2, 3), unbiased=False)) < 1e-12
@@ -243,12 +243,12 @@ def test_triton_moments_survive_an_outlier_and_a_large_mean(
     for pixel in ((0, 0), (0, 63), (20, 30), (63, 63)):
         x = level[..., None].expand(1, 40, 64, 64).clone()
         x[:, :, pixel[0], pixel[1]] = 50 + 100 * outlier[..., 0]
-        mean, var = kernels.channel_moments(with_layout(x, layout))
+        mean, var = kernels.channel_moments(with_memory_format(x, layout))
         true_var, true_mean = torch.var_mean(x.double(), (2, 3), correction=0)
         assert float(((mean - true_mean) / true_var.sqrt()).abs().max()) < 3e-6
         assert float((var / true_var - 1).abs().max()) < 1e-5  # 256 sums, one after another
     x = torch.randn(1, 40, 64, 64, generator=torch.Generator().manual_seed(1)) + 10_000
-    mean, var = kernels.channel_moments(with_layout(x, layout))
+    mean, var = kernels.channel_moments(with_memory_format(x, layout))
     true_var, true_mean = torch.var_mean(x.double(), (2, 3), correction=0)
     assert float((mean - true_mean).abs().max()) < 1e-3  # a unit in the last place of 10000
     assert float((var / true_var - 1).abs().max()) < 1e-4

@@ -14,7 +14,13 @@ from smis_kernels.ops.norm_act import reference
 from smis_kernels.ops.norm_act.op import norm_act
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.check import FLOATS
-from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
+from smis_kernels.testing import (
+    MEMORY_FORMATS,
+    assert_as_accurate,
+    gradients,
+    poisoned_empty,
+    with_memory_format,
+)
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 BACKENDS = (pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=pytest.mark.triton))
@@ -36,11 +42,11 @@ def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tupl
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(shape: tuple[int, ...], layout: str, added: bool, activation: str | None,
                  backend: str) -> None:
-    x, r = (with_layout(t.to(_place(backend)), layout) for t in _tensors(shape))
+    x, r = (with_memory_format(t.to(_place(backend)), layout) for t in _tensors(shape))
     r = r if added else None
     options = {"norm": "instance", "activation": activation}
     expected = reference.norm_act(x, r, **options)
@@ -56,7 +62,7 @@ def test_forward(shape: tuple[int, ...], layout: str, added: bool, activation: s
 @pytest.mark.parametrize("norm", ["instance", "batch", "group", "none"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes_norms_and_gradients(layout: str, norm: str, dtype: torch.dtype) -> None:
-    x, r = (with_layout(t, layout) for t in _tensors((2, 6, 11, 13), dtype))
+    x, r = (with_memory_format(t, layout) for t in _tensors((2, 6, 11, 13), dtype))
     options = {"norm": norm, "num_groups": 3, "activation": "leaky_relu", "training": True}
 
     def run(backend: str, *tensors: Tensor) -> list[Tensor]:
@@ -77,7 +83,7 @@ def test_dtypes_norms_and_gradients(layout: str, norm: str, dtype: torch.dtype) 
 @pytest.mark.triton
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_triton_gradients(layout: str) -> None:
-    x, r = (with_layout(t.to(_place("triton")), layout) for t in _tensors((2, 5, 6, 7)))
+    x, r = (with_memory_format(t.to(_place("triton")), layout) for t in _tensors((2, 5, 6, 7)))
     for activation in ACTIVATIONS:
         found, expected = (
             gradients(partial(norm_act, activation=activation, backend=kind), (x, r))
@@ -90,7 +96,7 @@ def test_triton_gradients(layout: str) -> None:
 @needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_output_is_streamed(layout: str) -> None:
-    x, r = (with_layout(t, layout) for t in _tensors((1, 33, 260, 261)))
+    x, r = (with_memory_format(t, layout) for t in _tensors((1, 33, 260, 261)))
     with poisoned_empty():
         found = norm_act(x, r, activation="relu", backend="cpu")
     truth = reference.norm_act(x.double(), r.double(), norm="instance", activation="relu")
@@ -127,7 +133,7 @@ def test_compile(layout: str) -> None:
     compiled = torch.compile(lambda x, r: norm_act(x, r, activation="relu") * 2, fullgraph=True,
                              backend="aot_eager")
     for size in ((7, 9), (8, 11)):
-        x, r = (with_layout(t, layout) for t in _tensors((1, 3, *size)))
+        x, r = (with_memory_format(t, layout) for t in _tensors((1, 3, *size)))
         a, b = (x.clone().requires_grad_() for _ in range(2))
         found, expected = compiled(a, r), norm_act(b, r, activation="relu") * 2
         assert torch.equal(found, expected)

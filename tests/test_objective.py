@@ -20,8 +20,8 @@ from smis_models.networks.losses import (
 )
 from smis_models.training import TrainConfig, from_dict
 from smis_models.training.batches import Batches, MicroBatch, dataset
-from smis_models.training.objective import Objective, held, objective
-from smis_models.training.processes import Processes
+from smis_models.training.distributed import Processes
+from smis_models.training.objective import Objective, frozen_parameters, objective
 from smis_models.training.trainer import Trainer
 
 pytest.importorskip("jsonargparse")
@@ -169,7 +169,7 @@ def reached(trainer: Trainer, loss: Tensor) -> set[str]:
 
 def test_gradients_reach_the_right_network(trainer: Trainer, batch: MicroBatch) -> None:
     model = trainer.model
-    with held(model.discriminator):
+    with frozen_parameters(model.discriminator):
         losses, fakes = of(trainer, _Grey(), perceptual=1.0).generator(batch)
         assert {name: reached(trainer, term) for name, term in losses.items()} == REACHED
     painted = of(trainer).repaint(batch, fakes)
@@ -329,7 +329,7 @@ def test_a_step_sums_the_terms_with_weight_one(trainer: Trainer, batch: MicroBat
                               "--optimizer.discriminator", "0"]))
     made.model.load_state_dict(trainer.model.state_dict())
     made.model.eval()
-    with held(made.model.discriminator):
+    with frozen_parameters(made.model.discriminator):
         losses, fakes = made.objective.generator(batch)
     wanted = [p for part in (made.model.generator, made.model.encoder) for p in part.parameters()]
     expected = torch.autograd.grad(sum(losses.values()), wanted, allow_unused=True)

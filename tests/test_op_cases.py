@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smis_kernels.runtime import library
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.native import cuda_emulated
-from smis_kernels.testing import assert_as_accurate, max_error, poisoned_empty, with_layout
+from smis_kernels.testing import assert_as_accurate, max_error, poisoned_empty, with_memory_format
 
 SHAPES: tuple[Shape, ...] = (
     (1, 1, 1, 1), (2, 3, 5, 7), (1, 13, 11, 17), (3, 8, 4, 6),
     *(() if cuda_emulated() else ((1, 40, 33, 50),)))  # too many fibers
 SMALL: tuple[Shape, ...] = ((2, 3, 5, 7), (1, 13, 11, 17))
-LAYOUTS = ("contiguous", "channels_last", "sliced")
+MEMORY_FORMATS = ("contiguous", "channels_last", "sliced")
 # Their first input is no map of features, or their output is channels-last whatever it is.
 WITHOUT_FORMAT = ("spectral_weight", "label_conv", "number_vectors", "winograd_conv2d")
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -73,7 +73,7 @@ def agree(case: OpCase, shape: Shape, layout: str, options: Mapping[str, Any], d
 
 @needs_cpu
 @cases
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=shown)
 def test_shapes(shape: Shape, layout: str, name: str) -> None:
     case = CASES[name]
@@ -82,7 +82,7 @@ def test_shapes(shape: Shape, layout: str, name: str) -> None:
 
 @needs_cpu
 @cases
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(dtype: torch.dtype, layout: str, name: str) -> None:
     case = CASES[name]
@@ -100,7 +100,7 @@ def single_changes() -> Iterator[Any]:
 
 
 @needs_cpu
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", MEMORY_FORMATS[:2])
 @pytest.mark.parametrize(("name", "change"), [*single_changes()])
 def test_options(name: str, change: dict[str, Any], layout: str) -> None:
     case = CASES[name]
@@ -115,7 +115,8 @@ def test_any_shape(name: str) -> None:
 
     @settings(max_examples=25, deadline=None)
     @given(st.tuples(st.integers(1, 3), st.integers(1, 18), st.integers(1, 12),
-                     st.integers(1, 12)), st.sampled_from(LAYOUTS), drawn, st.integers(0, 1000))
+                     st.integers(1, 12)), st.sampled_from(MEMORY_FORMATS), drawn,
+           st.integers(0, 1000))
     def check(shape: Shape, layout: str, options: dict[str, Any], seed: int) -> None:
         agree(case, shape, layout, options, torch.float64, "cpu", seed)
 
@@ -124,7 +125,7 @@ def test_any_shape(name: str) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.gpu == "triton"])
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", MEMORY_FORMATS[:2])
 @pytest.mark.parametrize("shape", SMALL, ids=shown)
 def test_triton(shape: Shape, layout: str, name: str) -> None:
     case = CASES[name]
@@ -136,7 +137,7 @@ def test_triton(shape: Shape, layout: str, name: str) -> None:
 @needs_cpu
 @cases
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", MEMORY_FORMATS[:2])
 def test_gradcheck(layout: str, order: int, name: str) -> None:
     case = CASES[name]
     if case.leaves == 0:
@@ -176,7 +177,7 @@ def raw_calls(name: str, layout: str) -> list[tuple[Any, tuple[Any, ...]]]:
 
 @needs_cpu
 @cases
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", MEMORY_FORMATS[:2])
 def test_opcheck(layout: str, name: str) -> None:
     calls = raw_calls(name, layout)
     assert calls
@@ -195,7 +196,7 @@ def test_no_operator_is_left_out_of_opcheck() -> None:
 
 @needs_cpu
 @cases
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", MEMORY_FORMATS[:2])
 def test_the_output_keeps_dtype_and_memory_format(layout: str, name: str) -> None:
     case = CASES[name]
     for dtype in case.dtypes:
@@ -205,4 +206,4 @@ def test_the_output_keeps_dtype_and_memory_format(layout: str, name: str) -> Non
         output = results(case, call, inputs, "cpu")[0]
         if output.dim() == 4 and output.is_floating_point():
             assert output.dtype == dtype
-            assert output.stride() == with_layout(torch.empty_like(output), layout).stride()
+            assert output.stride() == with_memory_format(torch.empty_like(output), layout).stride()

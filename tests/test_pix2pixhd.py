@@ -75,7 +75,7 @@ def test_norm_activation_and_sum_are_one_pass() -> None:
     ops = [choice.op for choice in explain(model.generator, inputs(model)[0]).choices
            if choice.op != "conv2d"]
     # The stem from its labels; then four halvings, two blocks of two, four doublings, of which
-    # stem and last doubling come in one stripe.
+    # stem and last doubling come in one tile.
     assert ops == ["label_conv2d", *["norm_act"] * (1 + 4 + 2 * 2 + 4)]
 
 
@@ -95,16 +95,16 @@ def test_wide_blocks_take_winograd() -> None:
 @needs_cpu
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["labels", "soft"])
-def test_stripes_make_the_same_picture(name: str, kind: str) -> None:
-    model = tiny(name, image_size=(160, 96))  # two whole stripes of 64 rows and a half
+def test_tiles_make_the_same_picture(name: str, kind: str) -> None:
+    model = tiny(name, image_size=(160, 96))  # two whole tiles of 64 rows and a half
     semantics, features, _ = inputs(model, 2)
     if kind == "soft":
         semantics = semantics + 0.1 * torch.rand(semantics.shape)
     with torch.no_grad():
-        striped = model.double()(semantics.double(), features)
+        tiled = model.double()(semantics.double(), features)
         with use_backend("reference"):
             expected = model(semantics.double(), features)
-    torch.testing.assert_close(striped, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(tiled, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_layout_serves_as_semantics() -> None:

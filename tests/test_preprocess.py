@@ -8,7 +8,7 @@ from PIL import Image
 from validation import agree
 
 from smis_models.data import Draw, FileScenes, Preprocess, list_scenes
-from smis_models.data.preprocess import Plan
+from smis_models.data.preprocess import Transform
 from smis_models.data.sample import image_tensor
 from smis_models.io import images
 
@@ -19,7 +19,7 @@ LABELS = R.integers(0, 70000, (20, 30))
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_plan_cuts_and_mirrors_these_pixels(flip: bool) -> None:
-    plan = Plan((20, 30), (3, 7, 8, 11), flip)
+    plan = Transform((20, 30), (3, 7, 8, 11), flip)
     rows, columns = slice(3, 11), slice(7, 18)
     step = -1 if flip else 1
     np.testing.assert_array_equal(plan.picture(PICTURE), PICTURE[rows, columns][:, ::step])
@@ -28,7 +28,7 @@ def test_a_plan_cuts_and_mirrors_these_pixels(flip: bool) -> None:
 
 @pytest.mark.parametrize("size", [(13, 47), (40, 9)])
 def test_a_plan_resizes_as_pillow(size: tuple[int, int]) -> None:
-    plan = Plan(size, None, False)
+    plan = Transform(size, None, False)
     wide = size[::-1]
     agree("pictures of another size", "Pillow, bicubic", plan.picture(PICTURE),
           Image.fromarray(PICTURE).resize(wide, Image.Resampling.BICUBIC))

@@ -25,7 +25,7 @@ from smis_models.metrics import (
     PROTOCOLS,
     DiversityProtocol,
     Inception,
-    Judges,
+    Metrics,
     PixelDistance,
     Protocol,
     Scenes,
@@ -34,7 +34,7 @@ from smis_models.metrics import (
     protocol_title,
 )
 from smis_models.metrics.fid import INCEPTION
-from smis_models.synthesis.scene import Layout
+from smis_models.synthesis.scene import Scene
 
 LPIPS_FILE = import_module("smis_models.metrics.lpips")
 PROMISED: dict[str, Any] = {
@@ -119,9 +119,9 @@ def test_an_evaluation_tells_what_it_used(
     def measured(split: str, network: str = INCEPTION, name: str = "deepfashion",
                  **options: Any) -> dict[str, Any]:
         made = build_dataset(name, folder, model.preset, split, augment=False, **options)
-        judges = Judges([PixelDistance()], Features(network))
+        metrics = Metrics([PixelDistance()], Features(network))
         scenes = Scenes(made, {"dataset": name, "split": split})
-        return evaluate(model, scenes, judges, protocol("tiny"))
+        return evaluate(model, scenes, metrics, protocol("tiny"))
 
     kept = measured("val")
     assert kept["protocol"]["changed"] == {}
@@ -142,7 +142,7 @@ def test_an_evaluation_tells_what_it_used(
 
 
 def test_scenes_say_what_they_are() -> None:
-    layouts = [Layout("a", np.zeros((8, 8), np.int64), None)]
+    layouts = [Scene("a", np.zeros((8, 8), np.int64), None)]
     assert Scenes(layouts, {"labels": "maps"}).used() == {
         "dataset": None, "split": None, "scenes": 1, "label_filter": LABEL_FILTER}
     generated = Scenes(GeneratedScenes(3, 64, "test"), {"dataset": "scenes", "split": "test"})

@@ -33,7 +33,7 @@ write_scenes
 """
 METRICS = """
 DISTANCES Distance Diversity DiversityProtocol FeatureStatistics FileSegmenter Inception Judges
-LPIPS LabelRule LayoutSampler PROTOCOLS PixelDistance Protocol Scenes SegmentationScore
+LPIPS LabelRule LayoutSampler Metrics PROTOCOLS PixelDistance Protocol Scenes SegmentationScore
 create_distance diversities diversity evaluate fid frechet_distance label_rule protocol
 protocol_title scene_labels
 """

@@ -14,9 +14,9 @@ from validation import agree
 from smis_models import create_model
 from smis_models.training import RECIPES, TrainConfig, from_dict
 from smis_models.training.batches import Batches, dataset
-from smis_models.training.optimizers import Average, adam
+from smis_models.training.distributed import Processes
+from smis_models.training.optimizers import EMA, adam
 from smis_models.training.options import to_dict
-from smis_models.training.processes import Processes
 from smis_models.training.trainer import Trainer
 
 pytest.importorskip("jsonargparse")
@@ -165,7 +165,7 @@ def test_rates_reach_both_optimizers(
     _, _, epochs, decay, frozen, optimizer, losses = PUBLISHED[name]
     monkeypatch.setattr("smis_models.training.trainer._start", lambda config, device: _Parts())
     monkeypatch.setattr("smis_models.training.trainer.objective", _Objective)
-    monkeypatch.setattr("smis_models.training.trainer.Average", lambda model, decay: _Nothing())
+    monkeypatch.setattr("smis_models.training.trainer.EMA", lambda model, decay: _Nothing())
     monkeypatch.setattr("smis_models.training.trainer.load_perceptual_loss", lambda path: None)
     trainer = Trainer(from_dict({"recipe": name}))
     late = LATE_U_NET if name in U_NETS else LATE[epochs, decay]
@@ -248,7 +248,7 @@ def test_the_average_keeps_its_share(decay: float) -> None:
     """The first weights as they are, then decay of the average and the rest of the new ones."""
     model = create_model("groupdnet_deepfashion", ngf=8, nef=8, ndf=4, image_size=(64, 64),
                          upsampling="normal")
-    average = Average(model, decay)
+    average = EMA(model, decay)
     parameters = {f"{part}.{name}": p for part in ("generator", "encoder")
                   for name, p in getattr(model, part).named_parameters()}
     buffers = {f"{part}.{name}": b for part in ("generator", "encoder")
@@ -278,14 +278,14 @@ def test_the_average_keeps_its_share(decay: float) -> None:
 def test_the_average_is_updated_once_a_step() -> None:
     config = tiny("--optimizer.ema", "0.75", "--optimizer.accumulate", "2")
     trainer = Trainer(config)
-    assert trainer.average is not None
-    calls, update = [], trainer.average.update
+    assert trainer.ema is not None
+    calls, update = [], trainer.ema.update
 
     def counting() -> None:
         calls.append(trainer.model.generator.fc.weight.detach().clone())
         update()
 
-    trainer.average.update = counting  # type: ignore[method-assign]
+    trainer.ema.update = counting  # type: ignore[method-assign]
     batches = Batches(dataset(config, "train"), config, Processes(), torch.device("cpu"))
     for step in range(2):
         before = trainer.model.generator.fc.weight.detach().clone()

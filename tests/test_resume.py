@@ -24,10 +24,10 @@ from smis_models.io.images import write_indices, write_png
 from smis_models.training import NonFiniteLoss, Run, TrainConfig, continued, from_dict, train
 from smis_models.training.batches import Order, Place
 from smis_models.training.checkpoints import TRAINING
-from smis_models.training.journal import Clock, LossTable
+from smis_models.training.distributed import Processes
+from smis_models.training.loggers import Clock, LossTable
 from smis_models.training.objective import Objective
 from smis_models.training.options import to_dict, to_json
-from smis_models.training.processes import Processes
 
 pytest.importorskip("jsonargparse")
 MACHINE = ("images_per_second", "waiting", "memory")
@@ -472,7 +472,7 @@ def test_a_damaged_state_names_the_kept_ones(tmp_path: Path) -> None:
 
 def test_speed_is_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("smis_models.training.journal.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("smis_models.training.loggers.time.perf_counter", lambda: now[0])
     clock = Clock()
     for _ in range(3):
         with clock.waiting():

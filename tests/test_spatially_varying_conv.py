@@ -10,12 +10,12 @@ from torch import Tensor
 from smis_kernels import SpatiallyVaryingConv2d, spatially_varying_conv2d
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
-    LAYOUTS,
+    MEMORY_FORMATS,
     assert_as_accurate,
     gradients,
     max_error,
     poisoned_empty,
-    with_layout,
+    with_memory_format,
 )
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -39,8 +39,8 @@ def make(case: tuple[int, ...], layout: str = "contiguous", weight_layout: str |
     x = torch.randn(n, c, h, w, generator=generator, dtype=torch.float64)
     weight = torch.randn(n, groups * k * k, *out, generator=generator, dtype=torch.float64)
     options = {"kernel_size": k, "stride": stride, "padding": padding, "dilation": dilation}
-    inputs = (with_layout(x.to(dtype), layout),
-              with_layout(weight.to(dtype), weight_layout or layout))
+    inputs = (with_memory_format(x.to(dtype), layout),
+              with_memory_format(weight.to(dtype), weight_layout or layout))
     return inputs, options
 
 
@@ -52,10 +52,10 @@ def results(inputs: tuple[Tensor, ...], options: dict[str, int], backend: str) -
 
 
 @needs_cpu
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_equals_reference(case: tuple[int, ...], layout: str) -> None:
-    for weight_layout in LAYOUTS:
+    for weight_layout in MEMORY_FORMATS:
         inputs, options = make(case, layout, weight_layout)
         for a, b in zip(results(inputs, options, "cpu"), results(inputs, options, "reference"),
                         strict=True):
@@ -147,12 +147,12 @@ def test_an_empty_batch_passes(backend: str) -> None:
 
 @pytest.mark.skipif(missing("cuda") is not None or not torch.cuda.is_available(),
                     reason="needs a CUDA device and the native cuda library")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cuda_equals_reference(case: tuple[int, ...], layout: str) -> None:
-    for weight_layout in LAYOUTS:
+    for weight_layout in MEMORY_FORMATS:
         inputs, options = make(case, layout, weight_layout)
-        inputs = tuple(with_layout(t.cuda(), form) for t, form in
+        inputs = tuple(with_memory_format(t.cuda(), form) for t, form in
                        zip(inputs, (layout, weight_layout), strict=True))
         for a, b in zip(results(inputs, options, "cuda"), results(inputs, options, "reference"),
                         strict=True):

@@ -14,7 +14,13 @@ from smis_kernels import WinogradConv2d, explain, spectral_norm, spectral_weight
 from smis_kernels.modules.spectral_norm import FusedSpectralNorm
 from smis_kernels.ops.spectral_weight.op import _backward
 from smis_kernels.runtime.backend import missing
-from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
+from smis_kernels.testing import (
+    MEMORY_FORMATS,
+    assert_as_accurate,
+    gradients,
+    poisoned_empty,
+    with_memory_format,
+)
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 SHAPES = ((2, 1, 1, 1), (5, 7, 3, 3), (16, 65, 3, 3), (3, 130, 4, 4), (7, 6, 5, 2), (4, 1, 3, 3),
@@ -45,8 +51,8 @@ def test_value_and_gradient(shape: tuple[int, ...], form: torch.memory_format,
         pytest.skip("only 4-d weights have channels-last memory")
     weight, u, v = _tensors(shape, dtype)
     exact = [t.double() for t in (weight, u, v)]
-    for layout in LAYOUTS if len(shape) == 4 else ("contiguous",):
-        w = with_layout(weight, layout) if len(shape) == 4 else weight
+    for layout in MEMORY_FORMATS if len(shape) == 4 else ("contiguous",):
+        w = with_memory_format(weight, layout) if len(shape) == 4 else weight
         with poisoned_empty():
             found = [_call(u, v, "cpu", form)(w), *gradients(_call(u, v, "cpu", form), (w,))]
         ours = _call(u, v, "reference", form)
@@ -61,13 +67,13 @@ def test_value_and_gradient(shape: tuple[int, ...], form: torch.memory_format,
                 assert_as_accurate(*three, what=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_gradients_of_any_layout(layout: str) -> None:
     weight, u, v = _tensors((9, 70, 3, 3), torch.float64)
     sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
     grad = torch.randn(weight.shape, dtype=torch.float64)
     plain = grad / sigma - (grad * weight).sum() / sigma**2 * torch.outer(u, v).view(weight.shape)
-    found = _backward("cpu", with_layout(grad, layout), weight, u, v, sigma)
+    found = _backward("cpu", with_memory_format(grad, layout), weight, u, v, sigma)
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
 
 
@@ -125,7 +131,7 @@ def _pair(**options: object) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_hook_is_torchs_over_steps(layout: str, rounds: int) -> None:
     theirs, ours = _pair(n_power_iterations=rounds)
-    x = with_layout(torch.randn(2, 12, 9, 8), layout)
+    x = with_memory_format(torch.randn(2, 12, 9, 8), layout)
     pair = theirs, ours
     optimizers = [torch.optim.SGD(layer.parameters(), 0.5) for layer in pair]
     for training in (True, True, False, True):
@@ -165,7 +171,7 @@ def test_the_weight_is_stored_as_its_conv_reads_it() -> None:
     layer = spectral_norm(WinogradConv2d(64, 64, 3, padding=1))
     for size, layout, last in ((4, "channels_last", True), (4, "contiguous", False),
                                (64, "channels_last", False)):
-        layer(with_layout(torch.randn(1, 64, size, size), layout))
+        layer(with_memory_format(torch.randn(1, 64, size, size), layout))
         assert layer.weight.is_contiguous(memory_format=torch.channels_last) == last
 
 

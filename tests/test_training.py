@@ -35,7 +35,7 @@ from smis_models.training import (
     train,
 )
 from smis_models.training.batches import Batches, MicroBatch, Order, dataset
-from smis_models.training.processes import Processes
+from smis_models.training.distributed import Processes
 from smis_models.training.trainer import Trainer
 from smis_models.training.whiten import whiten_codes
 
@@ -380,7 +380,7 @@ import os, sys
 import torch
 import torch.distributed as dist
 from smis_models.training import load_config
-from smis_models.training.processes import Processes
+from smis_models.training.distributed import Processes
 from smis_models.training.batches import dataset
 from smis_models.training.run import Run
 folder, rank = sys.argv[1], int(sys.argv[2])

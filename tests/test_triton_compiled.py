@@ -34,7 +34,7 @@ def compiled(call: Callable[[], object], arch: int = 90) -> dict[str, str]:
 
 
 def test_sizes_that_maps_decide_do_not_compile_again() -> None:
-    x, m = meta(1, 16, 8, 8, rows=True), meta(1, 16)
+    x, m = meta(1, 16, 8, 8, nhwc=True), meta(1, 16)
     index = meta(1, 8, 8, dtype=torch.int32)
     weight, bias = meta(32, 16, 3, 3), meta(32)
 
@@ -60,7 +60,7 @@ def test_sizes_that_maps_decide_do_not_compile_again() -> None:
 
 @pytest.mark.parametrize("channels", [160, 280, 320])
 def test_rows_are_read_16_bytes_at_a_time(channels: int) -> None:
-    x = meta(2, channels, 21, 13, dtype=torch.bfloat16, rows=True)
+    x = meta(2, channels, 21, 13, dtype=torch.bfloat16, nhwc=True)
     m = meta(2, channels)
     (apply,) = compiled(lambda: modulation_apply(x, m, m, x, x, None, None, None, None, 0.2, 1.0,
                                                  False)).values()
@@ -72,7 +72,7 @@ def test_rows_are_read_16_bytes_at_a_time(channels: int) -> None:
 
 
 def test_moments_meet_once_behind_the_loop() -> None:
-    ptx = compiled(lambda: channel_moments(meta(1, 128, 256, 256, dtype=torch.bfloat16, rows=True))
+    ptx = compiled(lambda: channel_moments(meta(1, 128, 256, 256, dtype=torch.bfloat16, nhwc=True))
                    )["channel_moments_kernel"]
     inside: list[str] = []
     for label, body in re.findall(r"^(\$L__BB\d+_\d+):(.*?)bra\s+\1;", ptx, re.M | re.S):
@@ -98,7 +98,7 @@ def test_tf32_products_round_their_rows(kind: torch.dtype, rounds: bool) -> None
     (90, r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16"),
 ])
 def test_bfloat16_products_are_bfloat16(arch: int, instruction: str) -> None:
-    x, h = (meta(1, c, 32, 32, dtype=torch.bfloat16, rows=True) for c in (64, 32))
+    x, h = (meta(1, c, 32, 32, dtype=torch.bfloat16, nhwc=True) for c in (64, 32))
     weight = meta(9 * 64, 32, 3, 3, dtype=torch.bfloat16)
     (ptx,) = compiled(lambda: conditional_conv(x, h, weight, None), arch).values()
     assert re.search(instruction, ptx)

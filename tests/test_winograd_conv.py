@@ -15,7 +15,13 @@ from smis_kernels.ops.winograd_conv import choice, reference
 from smis_kernels.ops.winograd_conv.kept import KeptWeight
 from smis_kernels.ops.winograd_conv.op import transform_weight, transformed_size
 from smis_kernels.runtime.backend import missing
-from smis_kernels.testing import LAYOUTS, assert_as_accurate, gradients, poisoned_empty, with_layout
+from smis_kernels.testing import (
+    MEMORY_FORMATS,
+    assert_as_accurate,
+    gradients,
+    poisoned_empty,
+    with_memory_format,
+)
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 # (N, C, H, W), outputs, groups
@@ -34,11 +40,11 @@ def _tensors(shape, out, groups, dtype=torch.float32):
     return tuple(t.to(dtype) for t in (x, w / (9 * w.shape[1]) ** 0.5, b, r))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize(("shape", "out", "groups"), CASES)
 def test_forward(shape, out, groups, layout):
     x, w, b, r = _tensors(shape, out, groups)
-    x, r = with_layout(x, layout), with_layout(r, layout)
+    x, r = with_memory_format(x, layout), with_memory_format(r, layout)
     for bias, residual in ((None, None), (b, None), (None, r), (b, r)):
         arguments = (x, w, bias, residual)
         wide = [None if t is None else t.double() for t in arguments]
@@ -49,13 +55,13 @@ def test_forward(shape, out, groups, layout):
         assert_as_accurate(found, expected, truth)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize(("shape", "out", "groups"), CASES[1:4] + CASES[5:])
 def test_float64_equals_the_direct_conv(shape, out, groups, tile, padding, layout):
     x, w, b, _ = _tensors(shape, out, groups, torch.float64)
-    w = with_layout(w, layout)
+    w = with_memory_format(w, layout)
     if not padding and min(shape[2:]) < 3:
         x = torch.cat([x, x], 3)
     with poisoned_empty():
@@ -134,7 +140,8 @@ def test_gradients_of_large_tiles(create_graph):
 def test_opcheck():
     x, w, b, r = _tensors((1, 32, 6, 7), 48, 1)
     ops = torch.ops.smis_kernels
-    for arguments in ((x, w, b, r, 1, 1), (with_layout(x, "channels_last"), w, None, None, 1, 0),
+    strided = with_memory_format(x, "channels_last")
+    for arguments in ((x, w, b, r, 1, 1), (strided, w, None, None, 1, 0),
                       (x, w, b, r, 1, 1, 4, transform_weight(w, 1, 4))):
         torch.library.opcheck(ops.winograd_conv.default, arguments)
     u = ops.winograd_weight.default(w, 3, 4)

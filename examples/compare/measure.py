@@ -15,15 +15,15 @@ import torch
 from smis_kernels import use_backend
 from smis_models.benchmark.timing import interleave, peak_allocated
 from smis_models.families import LatentPreset
-from smis_models.networks.semantics import layout as compile_labels
+from smis_models.networks.semantics import compile_layout
 from smis_models.synthesis.codes import draw_code
-from smis_models.synthesis.scene import Layout, semantics
+from smis_models.synthesis.scene import Scene, semantics
 from smis_models.training import Run, TrainConfig
 
 Call = Callable[[], Any]
 
 
-def _calls(model: Any, layout: Layout) -> tuple[Call, Call]:
+def _calls(model: Any, layout: Scene) -> tuple[Call, Call]:
     """One picture of a new layout, batch 1: (ours, by the reference definition)."""
     labels = torch.from_numpy(layout.labels)[None]
     z = draw_code(model, 0)
@@ -31,7 +31,7 @@ def _calls(model: Any, layout: Layout) -> tuple[Call, Call]:
 
     @torch.no_grad()
     def compiled() -> Any:
-        return model.generator(compile_labels(labels, model.preset).to(device), z)
+        return model.generator(compile_layout(labels, model.preset).to(device), z)
 
     @torch.no_grad()
     def dense() -> Any:
@@ -46,7 +46,7 @@ def _calls(model: Any, layout: Layout) -> tuple[Call, Call]:
     return compiled if isinstance(model.preset, LatentPreset) else dense, reference
 
 
-def speeds(models: Mapping[str, Any], layout: Layout, seconds: float) -> dict[str, dict[str, Any]]:
+def speeds(models: Mapping[str, Any], layout: Scene, seconds: float) -> dict[str, dict[str, Any]]:
     """Pictures per second and peak memory of inference, all systems in one interleaved run.
 
     The label map is new to every call. ``fps`` is of this library, ``fps_reference`` of the same

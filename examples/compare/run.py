@@ -18,7 +18,7 @@ from smis_models.io.images import write_atomically
 from smis_models.io.provenance import commit, versions
 from smis_models.metrics import (
     Distance,
-    Judges,
+    Metrics,
     Scenes,
     evaluate,
     label_rule,
@@ -124,8 +124,8 @@ def _judged(model: Any, weights: Path, settings: Settings, distances: Sequence[D
                     {"dataset": "scenes", "split": "test", "seed": settings.seed})
     pinned = protocol("n100-m19", layouts=settings.layouts, samples=settings.samples,
                       pairs=settings.pairs)
-    judges = Judges(distances, extractor, scene_labels, None, label_rule("same", model.preset))
-    return evaluate(model, scenes, judges, pinned, checkpoint=weights, seed=settings.seed,
+    metrics = Metrics(distances, extractor, scene_labels, None, label_rule("same", model.preset))
+    return evaluate(model, scenes, metrics, pinned, checkpoint=weights, seed=settings.seed,
                     step=step)
 
 

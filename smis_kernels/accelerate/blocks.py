@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,11 +17,11 @@ from ..runtime.tensors import is_channels_last
 from .formats import channels_last, gradient_in_format, in_format_of, network_call
 from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
 from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
-from .norms import FusedNorm, NormPlan, inputs_of, of_another_size
-from .probe import PROBE_SIZE, Trial, agreeing, shadow, unit_outputs
+from .norms import FusedNorm, NormPlan, inputs_of, is_small_call, of_another_size
+from .probe import PROBE_SIZE, Trial, agreeing, detached_copy, unit_outputs
 from .sequences import activation_of
 from .served import Evaluation
-from .swap import PLAN, Accelerated, AsWritten, Change, Fused, Plan, arguments_of
+from .swap import PLAN, Accelerated, Change, Fused, FusionPlan, arguments_of
 from .watch import hooked, original_type
 
 MOST_NORMS = 3
@@ -34,7 +32,7 @@ _LAYERS = (*POINTWISE_LAYERS, nn.Conv2d, nn.Upsample, nn.AvgPool2d, nn.MaxPool2d
            nn.InstanceNorm2d, nn.BatchNorm2d, nn.GroupNorm)
 _RESIZING = ("interpolate", "avg_pool2d", "max_pool2d", "pixel_shuffle")
 _RESIZING_LAYERS = (nn.Upsample, nn.AvgPool2d, nn.MaxPool2d, nn.PixelShuffle)
-_CALL = Plan(("input", "segmap"))  # of a norm of this library
+_CALL = FusionPlan(("input", "segmap"))  # of a norm of this library
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class BlockPlan(Plan):
+class BlockPlan(FusionPlan):
     """What a block computes, and what of it is done at once.
 
     Attributes:
@@ -70,6 +68,7 @@ class BlockPlan(Plan):
         channels, labels: of the features, and of the map that was probed.
         resized: whether a map of any size may come.
         convs: those on its way.
+        work: multiply-adds at one pixel of that foreign norm which has the fewest.
     """
 
     graph: Graph
@@ -79,6 +78,7 @@ class BlockPlan(Plan):
     labels: int
     resized: bool
     convs: tuple[str, ...]
+    work: float
 
     @property
     def outline(self) -> Any:
@@ -120,14 +120,19 @@ def read(block: nn.Module, norms: Norms) -> Reading:
              if isinstance(part, nn.Conv2d) and not f"{name}.".startswith(inside)]
     if arguments is None or len(convs) != len(norms):
         return None
-    twin = shadow(block, keep=(block,))
+    without = next((name for name, plan in norms.items() if plan and plan.form.no_tables), None)
+    if without is not None and all(p.is_cpu for p in block.parameters()):
+        return f"{without} has no tables: on a CPU its parts are faster one by one"
+    twin = detached_copy(block, keep=(block,))
     order = {name: _order(twin.get_submodule(name), plan) for name, plan in norms.items()}
     try:
         graph, swapped, channels, labels = _recorded(twin, norms, order)
         parts, resized, on_the_way = _parts(graph, block, norms)
     except (Mismatch, Unclear) as error:
         return str(error)
-    return [BlockPlan(arguments, graph, parts, swapped, channels, labels, resized, on_the_way)]
+    work = min((plan.form.work for plan in norms.values() if plan), default=float("inf"))
+    return [BlockPlan(arguments, graph, parts, swapped, channels, labels, resized, on_the_way,
+                      work)]
 
 
 def _widths(norm: nn.Module, plan: NormPlan | None) -> tuple[int, int]:
@@ -261,7 +266,7 @@ def _parts(graph: Graph, block: nn.Module, norms: Norms) -> tuple[
             made[i] = Part(i, conv=steps[conv].settings, added=other, source=steps[conv].inputs[0])
             taken.add(conv)
     first = {MAP, FEATURES}
-    for i, step in enumerate(steps):
+    for i in range(len(steps)):
         if i not in made and i not in taken and i not in first:
             made[i] = Part(i)
     parts = _paired([made[i] for i in sorted(made)])
@@ -310,7 +315,7 @@ def _dropping(parts: list[Part], graph: Graph) -> Iterator[Part]:
 def judge(block: nn.Module, plans: list[BlockPlan], norms: Norms) -> tuple[int | None, str]:
     """Which of the plans a block agrees with; else why it does not with the first."""
     convs = [block.get_submodule(name) for name in plans[0].convs]
-    twin = shadow(block, keep=convs)
+    twin = detached_copy(block, keep=convs)
     unit_outputs(*(twin.get_submodule(name) for name in plans[0].convs))
     for parameter in twin.parameters():  # weights' gradients have been seen norm by norm
         parameter.requires_grad_(parameter.requires_grad and parameter.dim() == 1)
@@ -349,11 +354,16 @@ class FusedBlock(Fused):
     """Norm and activation in one pass, both norms of the input from one read, channels-last."""
 
     @staticmethod
-    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+    def _smis_besides(module: nn.Module, plan: FusionPlan) -> list[nn.Module]:
         assert isinstance(plan, BlockPlan)
         return [module.get_submodule(name) for name in (*plan.norms, *plan.convs)]
 
-    def _smis_ready(self, *inputs: Any) -> dict[str, CGNorm] | AsWritten | str:
+    def _smis_small(self, *inputs: Any) -> bool:
+        plan: BlockPlan = vars(self)[PLAN]
+        x, segmap = inputs[::-1] if plan.swapped else inputs
+        return isinstance(segmap, Tensor) and is_small_call(x, plan.work)
+
+    def _smis_ready(self, *inputs: Any) -> dict[str, CGNorm] | str:
         plan: BlockPlan = vars(self)[PLAN]
         x, segmap = inputs[::-1] if plan.swapped else inputs
         if not isinstance(x, Tensor) or x.dim() != 4:
@@ -361,7 +371,6 @@ class FusedBlock(Fused):
         if any(step.op == "resize" for step in plan.graph.steps):
             segmap = _like(segmap, None, x)
         views: dict[str, CGNorm] = {}
-        small: AsWritten | None = None
         for part in plan.parts:
             for name in part.norms:
                 norm = self.get_submodule(name)
@@ -378,11 +387,8 @@ class FusedBlock(Fused):
                 view = norm._smis_changed() or norm._smis_ready(*pair)
                 if isinstance(view, str):
                     return f"{name}: {view}"
-                if isinstance(view, AsWritten):
-                    small = view
-                else:
-                    views[name] = view
-        return small or views
+                views[name] = view
+        return views
 
     def _smis_run(self, ready: dict[str, CGNorm], *inputs: Tensor) -> Tensor:
         plan: BlockPlan = vars(self)[PLAN]

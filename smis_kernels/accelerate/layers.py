@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..ops.instance_pool.op import MAX_ID, instance_avg_pool2d
 from ..ops.spatially_varying_conv.op import KERNEL_SIZES, spatially_varying_conv2d
-from .probe import SEED, CannotRun, Trial, Verdict, agreeing, shadow
-from .swap import Change, Fused, Plan, arguments_of, serves
+from .probe import SEED, CannotRun, Trial, Verdict, agreeing, detached_copy
+from .swap import Change, Fused, FusionPlan, arguments_of, serves
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def judge_pixel_conv(module: nn.Module) -> Verdict | None:
     inputs = tuple(torch.randn(shape, generator=generator).to(like)
                    for shape in ((2, channels, *size), (2, channels * k * k, *out)))
     trials = [Trial(inputs, training, differentiable=(0, 1)) for training in (True, False)]
-    plan, twin = Plan(arguments), shadow(module)
+    plan, twin = FusionPlan(arguments), detached_copy(module)
     chosen, why = agreeing(twin, trials, [[Change(twin, FusedPixelConv, plan)]])
     return (None if chosen is None else plan), why
 
@@ -92,7 +92,7 @@ class FusedInstancePool(Fused):
     """``encoder(image, instances)``: features of its one network, pooled in one reduction."""
 
     @staticmethod
-    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+    def _smis_besides(module: nn.Module, plan: FusionPlan) -> list[nn.Module]:
         return list(module.children())
 
     def _smis_ready(self, image: Any, instances: Any) -> tuple[nn.Module, Tensor] | str:
@@ -123,7 +123,7 @@ def judge_instance_pool(module: nn.Module) -> Verdict | None:
     conv = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if conv is None:
         return None
-    plan, twin = Plan(arguments), shadow(module, keep=(network,))
+    plan, twin = FusionPlan(arguments), detached_copy(module, keep=(network,))
     generator = torch.Generator().manual_seed(SEED)
     for side in (32, 64):  # what is halved often needs more pixels
         image = torch.randn((2, conv.in_channels, side, side + 16), generator=generator)

@@ -19,9 +19,9 @@ from ..modules.spade import CGNorm
 from ..runtime.path import requested_path
 from .graph import FEATURES, MAP, Graph, Step, Unclear, record
 from .match import PATTERN, Form, Mismatch, match
-from .probe import PROBE_SIZE, SEED, CannotRun, Trial, agreeing, at_scales, shadow
+from .probe import PROBE_SIZE, SEED, CannotRun, Trial, agreeing, at_scales, detached_copy
 from .served import ForeignNorm
-from .swap import PLAN, AsWritten, Change, Fused, Plan, arguments_of, is_small, serves
+from .swap import PLAN, Change, Fused, FusionPlan, arguments_of, is_small, serves
 from .watch import original_type
 
 _COUNTING = (nn.BatchNorm2d, nn.SyncBatchNorm)  # whose several processes are known, too
@@ -37,7 +37,7 @@ _MOST_SHAPES = 24  # of inputs that are tried on one
 
 
 @dataclass(frozen=True)
-class NormPlan(Plan):
+class NormPlan(FusionPlan):
     """What a norm computes; ``channels``: of the features, ``labels``: of the map that was probed.
 
     ``counts``: whether the norm advances ``num_batches_tracked``; ``swapped``: whether its forward
@@ -54,7 +54,12 @@ class NormPlan(Plan):
 class FusedNorm(Fused):
     """``norm(x, segmap)`` through window tables or dense convs, and one pass over x."""
 
-    def _smis_ready(self, *inputs: Any) -> ForeignNorm | AsWritten | str:
+    def _smis_small(self, *inputs: Any) -> bool:
+        plan: NormPlan = vars(self)[PLAN]
+        x, segmap = inputs[::-1] if plan.swapped else inputs
+        return isinstance(segmap, Tensor) and is_small_call(x, plan.form.work)
+
+    def _smis_ready(self, *inputs: Any) -> ForeignNorm | str:
         plan: NormPlan = vars(self)[PLAN]
         x, segmap = inputs[::-1] if plan.swapped else inputs
         weight = next(self.parameters())
@@ -72,14 +77,19 @@ class FusedNorm(Fused):
             return view
         if not isinstance(segmap, Tensor) or not serves(segmap, weight):
             return "a map of another kind"
-        problem = _parallel_problem(self, view.norm)
-        if problem is None and requested_path() == "auto" and is_small(x, view.work(x), SMALL):
-            return AsWritten()
-        return problem or view
+        return _parallel_problem(self, view.norm) or view
 
     def _smis_run(self, ready: ForeignNorm, *inputs: Any) -> Tensor:
         plan: NormPlan = vars(self)[PLAN]
         return ready.forward(*(inputs[::-1] if plan.swapped else inputs))
+
+
+def is_small_call(x: Any, work: float) -> bool:
+    """Whether convs of so many multiply-adds a pixel are too few for a fused form to be faster."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or requested_path() != "auto":
+        return False
+    n, _, height, width = x.shape
+    return is_small(x, work * n * height * width, SMALL)
 
 
 def _parallel_problem(owner: nn.Module, norm: nn.Module | None) -> str | None:
@@ -245,7 +255,7 @@ def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
     Raises:
         Mismatch, CannotRun: it is none; the message says why.
     """
-    twin, why = shadow(module, keep=(module,)), None
+    twin, why = detached_copy(module, keep=(module,)), None
     for found in _recorded(twin):
         try:
             form = match(found.graph, module, PROBE_SIZE, found.map_size, found.labels)
@@ -302,7 +312,7 @@ def read(module: nn.Module) -> Reading:
 
 def judge(module: nn.Module, plans: list[NormPlan]) -> tuple[int | None, str]:
     """Which of the plans a norm agrees with; else why it does not with the first."""
-    twin = shadow(module)
+    twin = detached_copy(module)
     x, planes = probe_inputs(plans[0], next(twin.parameters()), PROBE_SIZE, 2)
     trials = _trials(x, planes, plans[0].form)
     if plans[0].swapped:

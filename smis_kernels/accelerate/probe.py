@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..runtime.backend import use_backend
 from ..runtime.path import use_path
-from .swap import Change, Plan, at_any_size
+from .swap import Change, FusionPlan, at_any_size
 from .watch import Settings, weight_hooks
 
 SEED = 3
 PROBE_SIZE = (3, 4)
-Verdict = tuple[Plan | None, str]  # what a module can become, or why it cannot
+Verdict = tuple[FusionPlan | None, str]  # what a module can become, or why it cannot
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
@@ -53,7 +53,7 @@ def _random_parameter(name: str, p: Tensor, generator: torch.Generator) -> nn.Pa
     return nn.Parameter(value)
 
 
-def shadow(module: nn.Module, keep: Sequence[nn.Module] = ()) -> nn.Module:
+def detached_copy(module: nn.Module, keep: Sequence[nn.Module] = ()) -> nn.Module:
     """A copy to experiment on: random parameters, buffers of its own, none of the user's hooks.
 
     Parameters inside ``keep`` are shared instead, and ask for no gradient.
@@ -86,7 +86,7 @@ def shadow(module: nn.Module, keep: Sequence[nn.Module] = ()) -> nn.Module:
 
 
 def unit_outputs(*convs: nn.Module) -> None:
-    """Scale the outputs of a shadow's convs to one, so that no weight can hide what follows."""
+    """Scale the outputs of a copy's convs to one, so that no weight can hide what follows."""
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return output * output.detach().square().mean().clamp_min(1e-30).rsqrt()
 
@@ -231,7 +231,7 @@ def _compare(original: _Outcome, fused: _Outcome) -> str | None:
 
 
 @contextmanager
-def aside(module: nn.Module) -> Iterator[None]:
+def default_modes(module: nn.Module) -> Iterator[None]:
     """Away from the caller's random state, grad mode, autocast and choice of backend."""
     devices = {t.device for t in (*module.parameters(), *module.buffers())}
     cuda = [d for d in devices if d.type == "cuda"]

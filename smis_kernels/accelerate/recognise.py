@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..modules.spectral_norm import FusedSpectralNorm
 from . import blocks, folding, layers, norms, sequences
 from .formats import Network
-from .probe import Verdict, aside
-from .swap import Change, Plan, Step
+from .probe import Verdict, default_modes
+from .swap import Change, FusionPlan, Step
 from .watch import OWN, original_type, weight_hooks
 
 NORM, BLOCK, CONV, PIXEL_CONV = "norm", "block", "conv", "pixel_conv"
@@ -171,7 +171,7 @@ class Recognition:
         key = (kind, *_settings(module))
         if key not in self._verdicts:
             try:
-                with aside(module):
+                with default_modes(module):
                     self._verdicts[key] = read()
             except Exception as error:  # of foreign code: whatever it raises, it is left alone
                 self._verdicts[key] = str(error).partition("\n")[0]
@@ -195,7 +195,7 @@ class Recognition:
             narrowest = min(names, key=lambda name: _size(named[name]))
             module = named[narrowest]
             try:
-                with aside(module):
+                with default_modes(module):
                     verdict = judge(module, readings[narrowest])
             except Exception as error:  # of foreign code
                 verdict = None, str(error).partition("\n")[0]
@@ -228,7 +228,7 @@ def _spectral_norm(name: str, module: nn.Module, inference: bool) -> Finding | N
         return Finding(name, module, SPECTRAL_NORM, folding.SwapHooks(tuple(hooks), fused))
     if inference and folding.is_spectral_parametrization(module):
         return Finding(name, module, SPECTRAL_NORM, Change(
-            module, folding.FoldedParametrization, Plan(())))
+            module, folding.FoldedParametrization, FusionPlan(())))
     return None
 
 

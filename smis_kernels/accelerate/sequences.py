@@ -14,8 +14,8 @@ from ..ops.norm_act.op import norm_act
 from .folding import Folded, constant
 from .formats import channels_last, gradient_in_format
 from .graph import is_plain_conv
-from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, shadow
-from .swap import FOLDED, PLAN, Change, Fused, Plan, is_small, serves
+from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, detached_copy
+from .swap import FOLDED, PLAN, Change, Fused, FusionPlan, is_small, serves
 from .watch import hooked, original_type, weight_hooks
 
 # On the CPU a call of norm_act costs 80 us more than torch's: what that pays for, in values.
@@ -24,7 +24,7 @@ SMALL = 65_536
 
 
 @dataclass(frozen=True)
-class SequencePlan(Plan):
+class SequencePlan(FusionPlan):
     """``fold``: whether batch norms go into convs; ``reformat``: features channels-last inside."""
 
     fold: bool
@@ -77,7 +77,7 @@ class FusedSequence(Fused):
     """A Sequential whose instance norms take in their activation, and convs their batch norm."""
 
     @staticmethod
-    def _smis_besides(module: nn.Module, plan: Plan) -> list[nn.Module]:
+    def _smis_besides(module: nn.Module, plan: FusionPlan) -> list[nn.Module]:
         return list(module.children())  # each is looked at, or called, in each call
 
     def _smis_ready(self, x: Any) -> list[nn.Module] | str:
@@ -160,7 +160,7 @@ def judge(sequence: nn.Module, inference: bool) -> Verdict | None:
     for norm, activation in pairs:
         assert isinstance(norm, nn.InstanceNorm2d)
         parts = [norm] if activation_of(activation) is None else [norm, activation]
-        twin = shadow(nn.Sequential(*(p for p in parts if p is not None)))
+        twin = detached_copy(nn.Sequential(*(p for p in parts if p is not None)))
         like = next(sequence.parameters(), torch.empty(0))
         generator = torch.Generator().manual_seed(SEED)
         x = torch.randn((2, norm.num_features, *PROBE_SIZE), generator=generator).to(like)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -236,33 +236,89 @@ class LabelLayout:
         return "\n".join(lines)
 
 
-def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *,
-                  reach: int) -> Tensor:
-    """For each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
-
-    Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
-    for 5x5 windows.
-    """
+def _names(old: LabelLayout, new: LabelLayout) -> tuple[Tensor, Tensor]:
+    """A number for each symbol of both layouts: of equal vectors the same one."""
     marked = [
         torch.cat([x.vectors.double(), torch.zeros((len(x.vectors), 1))
                    .to(x.vectors.device, torch.double).index_fill_(0, _first(x.vectors), 1)], 1)
         for x in (old, new)
     ]  # the outside differs from a pixel whose vector is zero
     _, common = torch.unique(torch.cat(marked), dim=0, return_inverse=True)
-    names = common.split([len(old.vectors), len(new.vectors)])
-    rows = []
-    for layout, name in zip((old, new), names, strict=True):
-        windows = layout.patches(size) if reach == 2 else layout.level(size).windows3
-        rows.append(name[windows.long()])
-    _, keys = torch.unique(torch.cat(rows), dim=0, return_inverse=True)
-    old_keys, new_keys = keys.split([len(rows[0]), len(rows[1])])
-    place = torch.full((int(keys.max()) + 1,), -1, device=keys.device)
-    place[old_keys] = torch.arange(len(old_keys), device=keys.device)
-    return place[new_keys]
+    before, after = common.split([len(old.vectors), len(new.vectors)])
+    return before, after
+
+
+def _numbered(rows: Sequence[Tensor]) -> list[Tensor]:
+    """A number for each row (R, K), integers from 0, of all tensors: of equal rows the same one."""
+    columns = torch.cat([*rows]).long()
+    while True:
+        bits = max(1, int(columns.max()).bit_length())
+        parts = columns.split(63 // bits, dim=1)  # as many as fit a key
+        keys = torch.stack([_packed(part, bits) for part in parts], 1)
+        _, columns = torch.unique(keys, return_inverse=True)
+        if len(parts) == 1:
+            return list(columns.flatten().split([len(part) for part in rows]))
+
+
+def _packed(columns: Tensor, bits: int) -> Tensor:
+    keys = columns[:, 0]
+    for k in range(1, columns.shape[1]):
+        keys = keys << bits | columns[:, k]
+    return keys
+
+
+def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *, reach: int,
+                  names: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """For each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
+
+    Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
+    for 5x5 windows. ``names``: of the symbols, where they are known.
+    """
+    levels = [layout.level(size) for layout in (old, new)]
+    numbers: Sequence[Tensor] = _names(old, new) if names is None else names
+    for windows in ("windows3", "windows5")[:reach]:
+        numbers = _numbered([number[getattr(level, windows).long()]
+                             for number, level in zip(numbers, levels, strict=True)])
+    before, after = numbers
+    place = torch.full((int(torch.maximum(before.max(), after.max())) + 1,), -1,
+                       device=before.device)
+    place[before] = torch.arange(len(before), device=place.device)
+    return place[after]
 
 
 def _first(rows: Tensor) -> Tensor:
     return torch.zeros(1, dtype=torch.long, device=rows.device)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What the windows of an edited layout have in common with those before it.
+
+    Attributes:
+        row: (U + 1,) the row before of each window; of new ones 0. None where nothing has changed.
+        fresh: (F,) the windows that are new.
+        windows3, windows: the new ones, row 0 the outside, by the 3x3 windows that they hold alone.
+    """
+
+    row: Tensor | None
+    fresh: Tensor
+    windows3: Tensor
+    windows: Tensor
+
+    @classmethod
+    def of(cls, row: Tensor, rows_before: int, level: WindowLevel, reach: int) -> _Edit:
+        fresh = (row < 0).nonzero().flatten()
+        windows3, windows = level.windows3, level.windows3 if reach == 1 else level.windows5
+        wanted = torch.cat([torch.zeros_like(windows[:1]), windows.index_select(0, fresh)])
+        if reach == 2:
+            used, renamed = torch.unique(wanted, return_inverse=True)  # 0 is the first of them
+            windows3, wanted = windows3.index_select(0, used.long()), renamed.int()
+        if len(row) == rows_before and torch.equal(row, torch.arange(len(row)).to(row.device)):
+            return cls(None, fresh, windows3, wanted)
+        return cls(row.clamp_min(0), fresh, windows3, wanted)
+
+
+Build = Callable[[Tensor, Tensor], Tensor]  # of the 3x3 windows and those that rows are for
 
 
 class TableCache:
@@ -273,14 +329,14 @@ class TableCache:
 
     def __init__(self, earlier: TableCache | None = None) -> None:
         self._kept: dict[tuple[nn.Module, tuple[int, int]], tuple[LabelLayout, Tensor]] = {}
-        self._matches: dict[tuple[tuple[int, int], int], Tensor] = {}  # of (size, reach)
+        self._names: dict[tuple[int, int], tuple[LabelLayout, LabelLayout, Any]] = {}
+        self._edits: dict[Any, _Edit] = {}
+        self._counts: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
         self._earlier = None if earlier is None else earlier._kept
-        if earlier is not None:
-            earlier._earlier = None  # one step back serves; a chain would keep every edit's tables
-
-    def get(self, owner: nn.Module, size: tuple[int, int]) -> Tensor | None:
-        found = self._kept.get((owner, size))
-        return None if found is None else found[1]
+        if earlier is not None:  # one step back serves; a chain would keep every edit's tables
+            earlier._earlier = None
+            earlier._names.clear()
+            earlier._edits.clear()
 
     def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
             table: Tensor) -> None:
@@ -291,17 +347,50 @@ class TableCache:
         for key, (_, table) in self._kept.items():
             yield key, table
 
-    def earlier(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
-                reach: int) -> tuple[Tensor, Tensor] | None:
-        """The owner's table before the edit, and the row in it of each window (-1: new)."""
-        found = None if self._earlier is None else self._earlier.get((owner, size))
-        if found is None:
-            return None
-        before, table = found
-        key = size, reach  # the same for all norms of a resolution that see as far
-        if key not in self._matches:
-            self._matches[key] = match_windows(before, layout, size, reach=reach)
-        return table, self._matches[key]
+    @property
+    def windows(self) -> tuple[int, int]:
+        """(new, kept): windows whose rows were computed, and taken over, over all resolutions."""
+        return (sum(new for new, _ in self._counts.values()),
+                sum(kept for _, kept in self._counts.values()))
+
+    def table(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout, reach: int,
+              build: Build) -> Tensor:
+        """The owner's rows (U + 1, 2C) of the windows at ``size``; ``build`` makes those missing.
+
+        ``reach`` is 1 for 3x3 and 2 for 5x5 windows.
+        """
+        found = self._kept.get((owner, size))
+        if found is not None:
+            return found[1]
+        level = layout.level(size)
+        earlier = None if self._earlier is None else self._earlier.get((owner, size))
+        if earlier is None:
+            windows = level.windows3 if reach == 1 else level.windows5
+            table, new, total = build(level.windows3, windows), len(windows) - 1, len(windows) - 1
+        else:
+            before, rows = earlier
+            edit = self._edit(before, layout, size, reach, len(rows))
+            table = rows if edit.row is None else rows.index_select(0, edit.row)
+            new, total = len(edit.fresh), len(table) - 1
+            if new:
+                made = build(edit.windows3, edit.windows)[1:]
+                table.index_copy_(0, edit.fresh, made)
+        self._counts[size, reach] = (new, total - new)
+        self.put(owner, size, layout, table)
+        return table
+
+    def _edit(self, before: LabelLayout, after: LabelLayout, size: tuple[int, int], reach: int,
+              rows: int) -> _Edit:
+        pair = id(before), id(after)
+        if pair not in self._names:
+            self._names[pair] = before, after, _names(before, after)
+        names = self._names[pair][2]
+        # The same for all norms of a resolution that see as far, on vectors that differ alike.
+        key = size, reach, *(tuple(name.tolist()) for name in names)
+        if key not in self._edits:
+            row = match_windows(before, after, size, reach=reach, names=names)
+            self._edits[key] = _Edit.of(row, rows, after.level(size), reach)
+        return self._edits[key]
 
 
 class _Known(threading.local):
@@ -311,7 +400,7 @@ class _Known(threading.local):
 
     def __init__(self) -> None:
         self.scope: list[tuple[weakref.ref[Tensor], int, LabelLayout | None]] = []
-        self.last: LabelLayout | None = None
+        self.latest: LabelLayout | None = None
 
 
 _known = _Known()
@@ -352,9 +441,9 @@ def layout_of(conditioning: Tensor) -> LabelLayout | None:
                 return layout
     layout = LabelLayout.from_tensor(conditioning)
     if layout is not None:
-        if _known.last is not None and _same(layout, _known.last):
-            layout = _known.last
-        _known.last = layout
+        if _known.latest is not None and _same(layout, _known.latest):
+            layout = _known.latest
+        _known.latest = layout
     if tracked:
         _known.scope.append((weakref.ref(conditioning), conditioning._version, layout))
     return layout

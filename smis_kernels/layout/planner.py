@@ -95,7 +95,7 @@ def rates_of(input: Tensor) -> Rates:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PathChoice:
     """What was chosen: a layout and a table path, or a dense map (``fused``: not the reference)."""
 
     path: str
@@ -143,7 +143,7 @@ def _check_map(norm: ModulationConvs, segmap: Tensor | LabelLayout, input: Tenso
 
 
 def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | LabelLayout,
-           size: tuple[int, int]) -> Plan:
+           size: tuple[int, int]) -> PathChoice:
     """Choose for one norm, or for the two that share a read of the input.
 
     Raises:
@@ -155,9 +155,9 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
     kind = resolve("modulation", input, first.backend, ("cpu", "triton"))
     name = type(first).__name__ + (" pair" if len(norms) > 1 else "")
 
-    def plan(path: str, layout: LabelLayout | None, reason: str, **numbers: Any) -> Plan:
+    def plan(path: str, layout: LabelLayout | None, reason: str, **numbers: Any) -> PathChoice:
         record(name, kind, input, path, reason, **numbers)
-        return Plan(path, kind != "reference", layout, segmap, input.dtype)
+        return PathChoice(path, kind != "reference", layout, segmap, input.dtype)
 
     if kind == "reference":
         return plan("dense", None, "the reference is dense")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout.label_layout import LabelLayout
-from ..layout.planner import Plan, choose
+from ..layout.planner import PathChoice, choose
 from ..ops.indexed_modulation.op import indexed_modulation
 from ..ops.label_windows.op import number_vectors
 from ..ops.modulation.op import modulation
@@ -86,7 +86,7 @@ class MultiSPADE(Normalizing):
                 f"conditions: expected {len(self.spades)} (None where one is absent), got "
                 f"{len(conditions)}"
             )
-        plans: list[tuple[SPADE, Plan]] = []
+        plans: list[tuple[SPADE, PathChoice]] = []
         for spade, condition in zip(self.spades, conditions, strict=True):
             assert isinstance(spade, SPADE)
             size = spade.output_size(input, upsample)
@@ -105,13 +105,13 @@ class MultiSPADE(Normalizing):
         return modulation(input, gamma, beta, **options)
 
 
-def _table(spade: CGNorm, plan: Plan, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _table(spade: CGNorm, plan: PathChoice, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The row of each pixel, (N, h, w), and the table, rows [gamma | beta]."""
     assert plan.layout is not None
     return spade.index(plan.layout, size), spade.table(plan.layout, size, plan.path)
 
 
-def _dense(spade: CGNorm, plan: Plan, size: tuple[int, int]) -> Affine:
+def _dense(spade: CGNorm, plan: PathChoice, size: tuple[int, int]) -> Affine:
     """Gamma and beta at every pixel."""
     if plan.layout is None:
         return spade.gamma_beta(plan.dense(size), size, plan.fused)
@@ -120,7 +120,7 @@ def _dense(spade: CGNorm, plan: Plan, size: tuple[int, int]) -> Affine:
     return both[:, : spade.channels], both[:, spade.channels :]
 
 
-def _indexed(plans: Sequence[tuple[CGNorm, Plan]],
+def _indexed(plans: Sequence[tuple[CGNorm, PathChoice]],
              size: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
     """Index and table of all conditions together, where all have one and combinations repeat."""
     if any(plan.layout is None for _, plan in plans):

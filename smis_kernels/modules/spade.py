@@ -109,24 +109,10 @@ class CGNorm(Normalizing):
         """Gamma and beta of every distinct window at ``size``: (U + 1, 2C), rows [gamma | beta]."""
         level = layout.level(size)
         windows = level.windows5 if self.hidden else level.windows3
-        kept = layout.tables
-        if kept is None:
-            return self._build_table(layout, level.windows3, windows, path)
-        table = kept.get(self, size)
-        if table is not None:
-            return table
-        earlier = kept.earlier(self, size, layout, reach=2 if self.hidden else 1)
-        if earlier is None:
-            table = self._build_table(layout, level.windows3, windows, path)
-        else:
-            before, row = earlier
-            fresh = row < 0
-            table = before[row.clamp_min(0)]
-            if bool(fresh.any()):
-                wanted = torch.cat([torch.zeros_like(windows[:1]), windows[fresh]])
-                table[fresh] = self._build_table(layout, level.windows3, wanted, path)[1:]
-        kept.put(self, size, layout, table)
-        return table
+        build = partial(self._build_table, layout, path=path)
+        if layout.tables is None:
+            return build(level.windows3, windows)
+        return layout.tables.table(self, size, layout, self.reach, build)
 
     def _build_table(self, layout: LabelLayout, windows3: Tensor, windows: Tensor,
                      path: str) -> Tensor:
@@ -147,13 +133,6 @@ class CGNorm(Normalizing):
                 window_embedding(vectors, *wide(conv), windows, groups=conv.groups, relu=False)
                 for conv in (gamma, beta)
             ], 1)
-        if len(windows) < len(windows3) // 4:
-            # A few windows after an edit: only the 3x3 windows that they hold.
-            used, renamed = torch.unique(
-                torch.cat([windows.new_zeros(1), windows.flatten()]), return_inverse=True
-            )
-            windows3 = windows3[used.long()]
-            windows = renamed[1:].view_as(windows).int()
         hidden = window_embedding(vectors, *wide(shared), windows3, groups=shared.groups)
         assert gamma.bias is not None and beta.bias is not None
         return window_table(

@@ -47,8 +47,8 @@ class Store:
             with torch.inference_mode(False), torch.no_grad():
                 value: Any = make()
                 # Held, so that no other memory can come to lie where theirs was.
-                held = [s.detach() for s in sources]
-            found = self._kept[place] = ((_state(sources), _state(value)), value, held)
+                detached = [s.detach() for s in sources]
+            found = self._kept[place] = ((_state(sources), _state(value)), value, detached)
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, Tensor):
                     self._known[id(part)] = part

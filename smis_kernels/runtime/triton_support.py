@@ -91,21 +91,21 @@ def acc_type(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def dense(t: Tensor, rows: bool) -> Tensor:
+def dense(t: Tensor, nhwc: bool) -> Tensor:
     """``t`` where its layout is the kernel's, else a copy that is."""
     _, c, h, w = t.shape
     _, sc, sh, sw = t.stride()
-    if rows:
+    if nhwc:
         fits = (c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
         return t if fits else t.contiguous(memory_format=torch.channels_last)
     fits = (w == 1 or sw == 1) and (h == 1 or sh == w)
     return t if fits else t.contiguous()
 
 
-def _strides(t: Tensor, rows: bool) -> tuple[int, int]:
+def _strides(t: Tensor, nhwc: bool) -> tuple[int, int]:
     """(batch stride, stride of the axis that is not dense)."""
     batch = t.stride(0) if t.shape[0] > 1 else 0
-    return batch, t.stride(3 if t.shape[3] > 1 else 2) if rows else t.stride(1)
+    return batch, t.stride(3 if t.shape[3] > 1 else 2) if nhwc else t.stride(1)
 
 
 def _near(channels: int) -> int:
@@ -116,10 +116,10 @@ def _near(channels: int) -> int:
 
 
 def tile_sizes(
-    channels: int, pixels: int, rows: bool, tile: int, widest: int = 128
+    channels: int, pixels: int, nhwc: bool, tile: int, widest: int = 128
 ) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_P): the dense axis first, then the other one up to the tile's size."""
-    if rows:
+    if nhwc:
         block_c = min(_near(channels), widest)
         return block_c, max(1, min(triton.next_power_of_2(pixels), tile // block_c))
     block_p = min(triton.next_power_of_2(pixels), tile)
@@ -149,7 +149,7 @@ class Tiling(NamedTuple):
 
     Attributes:
         images, channels, pixels: the shape.
-        rows: channels are dense, else pixels are.
+        nhwc: channels are dense, else pixels are.
         unit: elements that divide the dense size and all strides, which are passed divided by it.
         block_c, block_p: the tile.
         constants: of the kernel and its launch.
@@ -158,7 +158,7 @@ class Tiling(NamedTuple):
     images: int
     channels: int
     pixels: int
-    rows: bool
+    nhwc: bool
     unit: int
     block_c: int
     block_p: int
@@ -167,7 +167,7 @@ class Tiling(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int]:
         """C and P as kernels receive them."""
-        if self.rows:
+        if self.nhwc:
             return self.channels // self.unit, self.pixels
         return self.channels, self.pixels // self.unit
 
@@ -183,7 +183,7 @@ class Tiling(NamedTuple):
 
     def strides(self, t: Tensor) -> tuple[int, int]:
         """(batch stride, stride of the axis that is not dense) as kernels receive them."""
-        batch, other = _strides(t, self.rows)
+        batch, other = _strides(t, self.nhwc)
         return batch // self.unit, other // self.unit
 
     def grids(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
@@ -192,27 +192,27 @@ class Tiling(NamedTuple):
 
     def partial_sums(self, x: Tensor, wanted: bool) -> Tensor:
         """Two empty sums of each channel and tile, tiles before the dense axis of the stores."""
-        shape = (self.tiles, self.channels) if self.rows else (self.channels, self.tiles)
+        shape = (self.tiles, self.channels) if self.nhwc else (self.channels, self.tiles)
         return x.new_empty((2, self.images, *shape) if wanted else 0, dtype=acc_dtype(x))
 
     def total(self, partial: Tensor) -> Tensor:
         """Those sums over the tiles, (2, N, C); nothing of nothing."""
-        return partial.sum(2 if self.rows else 3) if partial.numel() else partial
+        return partial.sum(2 if self.nhwc else 3) if partial.numel() else partial
 
 
-def tiling(kernel: str, usual: Setting, pixels: int, rows: bool, *operands: Tensor,
+def tiling(kernel: str, usual: Setting, pixels: int, nhwc: bool, *operands: Tensor,
            widest: int = 128) -> Tiling:
     """Tiles of ``operands`` (N, C, H, W), the first of which gives the shape and dtype."""
     check_plane(pixels)
     x = operands[0]
     n, c = x.shape[:2]
     chosen = setting(kernel, f"{str(x.dtype).removeprefix('torch.')} "
-                             f"{'rows' if rows else 'planes'}", usual, x.device)
-    block_c, block_p = tile_sizes(c, pixels, rows, chosen["tile"], widest)
-    unit = math.gcd(VECTOR, c if rows else pixels,
-                    *(stride for t in operands for stride in _strides(t, rows)))
-    return Tiling(n, c, pixels, rows, unit, block_c, block_p, {
-        "ROWS": rows, "UNIT": unit, "ACC": acc_type(x), "BLOCK_C": block_c, "BLOCK_P": block_p,
+                             f"{'rows' if nhwc else 'planes'}", usual, x.device)
+    block_c, block_p = tile_sizes(c, pixels, nhwc, chosen["tile"], widest)
+    unit = math.gcd(VECTOR, c if nhwc else pixels,
+                    *(stride for t in operands for stride in _strides(t, nhwc)))
+    return Tiling(n, c, pixels, nhwc, unit, block_c, block_p, {
+        "NHWC": nhwc, "UNIT": unit, "ACC": acc_type(x), "BLOCK_C": block_c, "BLOCK_P": block_p,
         "num_warps": chosen["warps"]})
 
 
@@ -225,7 +225,7 @@ def product_precision(x: Tensor) -> str:
     return "tf32x3" if x.dtype == torch.float32 else "ieee"
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float32, rows: bool = False) -> Tensor:
+def meta(*shape: int, dtype: torch.dtype = torch.float32, nhwc: bool = False) -> Tensor:
     """An operand of a compile case: it has a shape and strides, but no memory."""
     t = torch.empty(shape, dtype=dtype, device="meta")
-    return t.contiguous(memory_format=torch.channels_last) if rows else t
+    return t.contiguous(memory_format=torch.channels_last) if nhwc else t

@@ -1,6 +1,6 @@
 """What the kernels that normalise share: tiles of features, statistics, the pass and its sums.
 
-Tiles are [BLOCK_C, BLOCK_P]; ROWS says which axis is dense in memory. An operand's ``*_n`` is its
+Tiles are [BLOCK_C, BLOCK_P]; NHWC says which axis is dense in memory. An operand's ``*_n`` is its
 batch stride and ``*_s`` the stride of the axis that is not dense; these and the dense size come
 divided by UNIT, so that the compiler sees which loads may be merged. Statistics are (1 or N, C),
 ``per_image`` says which. Where UPSAMPLE, the output is twice as high and wide as the input.
@@ -22,32 +22,32 @@ SUMMED_CHANNELS = 64  # of a tile at the most: sums over its pixels are written,
 
 
 @triton.jit
-def sizes(C, P, UNIT: tl.constexpr, ROWS: tl.constexpr):
-    if ROWS:
+def sizes(C, P, UNIT: tl.constexpr, NHWC: tl.constexpr):
+    if NHWC:
         return C * UNIT, P
     return C, P * UNIT
 
 
 @triton.jit
-def _offset(c, p, stride, UNIT: tl.constexpr, ROWS: tl.constexpr):
+def _offset(c, p, stride, UNIT: tl.constexpr, NHWC: tl.constexpr):
     # [BLOCK_C, BLOCK_P] offsets inside one image
-    if ROWS:
+    if NHWC:
         return c[:, None] + p.to(tl.int64)[None, :] * stride * UNIT
     return c[:, None] * stride * UNIT + p[None, :]
 
 
 @triton.jit
-def load(base, n, stride_n, c, p, stride, mask, UNIT: tl.constexpr, ROWS: tl.constexpr,
+def load(base, n, stride_n, c, p, stride, mask, UNIT: tl.constexpr, NHWC: tl.constexpr,
          ACC: tl.constexpr):
-    at = n * stride_n * UNIT + _offset(c, p, stride, UNIT, ROWS)
+    at = n * stride_n * UNIT + _offset(c, p, stride, UNIT, NHWC)
     return tl.load(base + at, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def store(base, value, n, c, p, channels, pixels, mask, ROWS: tl.constexpr):
+def store(base, value, n, c, p, channels, pixels, mask, NHWC: tl.constexpr):
     # outputs are dense: their strides follow from the shape
-    stride = channels if ROWS else pixels
-    offset = n * channels * pixels + _offset(c, p, stride, 1, ROWS)
+    stride = channels if NHWC else pixels
+    offset = n * channels * pixels + _offset(c, p, stride, 1, NHWC)
     tl.store(base + offset, narrowed(value, base), mask=mask)
 
 
@@ -94,29 +94,29 @@ def activate(z, SLOPE: tl.constexpr):
 
 @triton.jit
 def store_modulated(
-    base, value, m, r, g, b, n, c, p, C, P, mask, SLOPE: tl.constexpr, ROWS: tl.constexpr,
+    base, value, m, r, g, b, n, c, p, C, P, mask, SLOPE: tl.constexpr, NHWC: tl.constexpr,
 ):
     y = activate((value - m) * r * (1.0 + g) + b, SLOPE)
-    store(base, y, n, c, p, C, P, mask, ROWS)
+    store(base, y, n, c, p, C, P, mask, NHWC)
 
 
 @triton.jit
 def activation_gradient(
     grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, NHWC: tl.constexpr, ACC: tl.constexpr,
 ):
-    dz = load(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    dz = load(grad, n, grad_n, c, p, grad_s, mask, UNIT, NHWC, ACC)
     if SLOPE != 1.0:
-        y = load(out, n, out_n, c, p, out_s, mask, UNIT, ROWS, ACC)
+        y = load(out, n, out_n, c, p, out_s, mask, UNIT, NHWC, ACC)
         dz = tl.where(y > 0, dz, dz * SLOPE)
     return dz
 
 
 @triton.jit
-def store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS: tl.constexpr):
+def store_sums(total, hat, partial, partial_s, n, c, C, mask, NHWC: tl.constexpr):
     # [2, N, ...]: summed afterwards in a fixed order, so the result is deterministic
     kept = tl.where(mask, total, 0.0)
-    if ROWS:
+    if NHWC:
         at = (n * tl.num_programs(0) + tl.program_id(0)) * C + c
     else:
         at = (n * C + c) * tl.num_programs(0) + tl.program_id(0)

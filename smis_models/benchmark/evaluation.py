@@ -1,4 +1,4 @@
-"""The set ``evaluation``: mCSD and mOCD of one layout of 8 classes, sampling and measuring.
+"""The set ``evaluation``: mCSD and mOCD of one scene of 8 classes, sampling and measuring.
 
 The reference paints each picture through the dense definition; ours compiles the layout once and
 keeps its tables. Both paint the same codes, as many at once, with spectral norm folded, and both
@@ -12,7 +12,6 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +19,9 @@ from smis_kernels import use_backend
 
 from ..families import create_model
 from ..metrics import Distance, DiversityProtocol, LayoutSampler, create_distance
-from ..metrics.diversity import layout_diversity
+from ..metrics.diversity import scene_diversity
 from ..metrics.sampling import Draw
-from ..synthesis.scene import Layout, semantics
+from ..synthesis.scene import Scene, semantics
 from ..synthesis.synthesizer import frozen_copy
 from .case import Case, Inputs, Provider, Setting, channels_last
 
@@ -43,27 +42,27 @@ def _distance(device: torch.device) -> Distance:
     return create_distance("random-alex", device=device)
 
 
-def _table(model: Any, layout: Layout, draw: Draw) -> Tensor:
+def _table(model: Any, scene: Scene, draw: Draw) -> Tensor:
     """(classes + 1, 2): L_c and L_other of each class; last, the LPIPS of whole pictures."""
     place = next(model.generator.parameters()).device
     protocol = DiversityProtocol(layouts=1, samples=SAMPLES, pairs=SAMPLES - 1)
-    ((by_class, lpips),) = layout_diversity(model, layout, draw, [_distance(place)], protocol)
+    ((by_class, lpips),) = scene_diversity(model, scene, draw, [_distance(place)], protocol)
     return torch.tensor([*by_class.values(), (lpips, lpips)])
 
 
-def _reference(generator: Any, planes: Tensor, held: Any, layout: Layout) -> Tensor:
+def _reference(generator: Any, planes: Tensor, owner: Any, scene: Scene) -> Tensor:
     def draw(codes: Tensor) -> Tensor:
         # The generator's memory format is the provider's choice.
         with use_backend("reference"):
             pictures = [generator(planes[: len(z)], z.to(planes)) for z in codes.split(BATCH)]
         return torch.cat(pictures)
 
-    painted = SimpleNamespace(generator=generator, name=held.model.name)
-    return _table(painted, layout, draw)
+    painted = SimpleNamespace(generator=generator, name=owner.model.name)
+    return _table(painted, scene, draw)
 
 
-def _fused(_: Any, planes: Tensor, held: Any, layout: Layout) -> Tensor:
-    return _table(held.model, layout, LayoutSampler(held.model, BATCH).load(layout))
+def _fused(_: Any, planes: Tensor, owner: Any, scene: Scene) -> Tensor:
+    return _table(owner.model, scene, LayoutSampler(owner.model, BATCH).load(scene))
 
 
 def _diversity_case(name: str, size: int, seconds: float) -> Case:
@@ -72,11 +71,11 @@ def _diversity_case(name: str, size: int, seconds: float) -> Case:
     """
 
     def make_inputs(setting: Setting) -> Inputs:
-        model = _model(size, setting.device, setting.dtype)
-        labels = setting.maps.labels("person", (size, size), model.preset.classes, setting.index)
-        layout = Layout("map", np.asarray(labels, np.int64), None)
-        planes = semantics(model, layout).repeat(BATCH, 1, 1, 1)
-        return frozen_copy(model.generator), planes, SimpleNamespace(model=model), layout
+        model = _model(64 if setting.tiny else size, setting.device, setting.dtype)
+        labels = setting.labels("person", model.preset.image_size, model.preset.classes)
+        scene = Scene("map", labels[0].cpu().numpy(), None)
+        planes = semantics(model, scene).repeat(BATCH, 1, 1, 1)
+        return frozen_copy(model.generator), planes, SimpleNamespace(model=model), scene
 
     def last(inputs: Inputs) -> Inputs:
         return (*channels_last(inputs[:2]), *inputs[2:])
@@ -87,7 +86,7 @@ def _diversity_case(name: str, size: int, seconds: float) -> Case:
                    Provider("channels_last", _reference, last),
                    Provider("fused", _fused)),
         memory_bound=False, floor=1e-3, seconds=seconds, graphs=False,
-        targets={"reference": 3.0}, single_precision_truth=True,
+        targets={"reference": 3.0}, truth=_reference,
     )
 
 

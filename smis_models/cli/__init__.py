@@ -8,11 +8,22 @@ from typing import Annotated
 import typer
 
 from ..io.allocator import reuse_freed_memory
-from . import apply, common, convert, data, evaluate, export, measure, synthesis, train
+from . import (
+    apply,
+    common,
+    convert,
+    data,
+    evaluate,
+    export,
+    measure,
+    paint,
+    synthesis,
+    train,
+)
 from .common import USER_ERRORS, app
 
 __all__ = ["app", "apply", "common", "convert", "data", "evaluate", "export",
-           "main", "measure", "synthesis", "train"]
+           "main", "measure", "paint", "synthesis", "train"]
 
 
 @app.callback()

@@ -19,7 +19,7 @@ from ..synthesis.applications import Frame
 from ..synthesis.codes import draw_code, drawn_code
 from ..synthesis.edits import painted, parse_takes, relabelled
 from ..synthesis.pictures import read_pictures
-from ..synthesis.scene import Layout
+from ..synthesis.scene import Scene
 from ..synthesis.shapes import ShapeLibrary
 from .common import (
     Backend,
@@ -53,11 +53,11 @@ FeatureFile = Annotated[Path | None, typer.Option(
 
 
 @dataclass
-class _Scene:
-    """A model and the layout that it paints."""
+class _Application:
+    """A model and the scene that it paints."""
 
     model: Any
-    layout: Layout
+    scene: Scene
     device: torch.device
     random: bool
     """Whether its weights are."""
@@ -81,34 +81,34 @@ class _Scene:
 
 
 @contextmanager
-def _scene(model: str, checkpoint: Path | None, labels: Path, instances: Path | None,
-           unknown: int | None, seed: int, backend: str | None, device: str,
-           animation: str) -> Iterator[_Scene]:
+def _prepared(model: str, checkpoint: Path | None, labels: Path, instances: Path | None,
+              unknown: int | None, seed: int, backend: str | None, device: str,
+              animation: str) -> Iterator[_Application]:
     check_format(animation)
     place = resolve_device(device)
     with selected(backend):
         checkpoint = weights_of(model, checkpoint)
         network = load_model(model, checkpoint, place, seed)
-        layouts = synthesis.read_layouts(labels, instances, network.preset, unknown)
-        if len(layouts) > 1:
-            raise ValueError(f"labels: expected one label map, got {len(layouts)} in {labels}; "
+        scenes = synthesis.read_scenes(labels, instances, network.preset, unknown)
+        if len(scenes) > 1:
+            raise ValueError(f"labels: expected one label map, got {len(scenes)} in {labels}; "
                              "give a file")
-        layout = layouts[0]
+        scene = scenes[0]
         say_random(checkpoint)
-        if line := resized_line(layout):
+        if line := resized_line(scene):
             console.print(line, soft_wrap=True, highlight=False)
-        yield _Scene(network, layout, place, checkpoint is None)
+        yield _Application(network, scene, place, checkpoint is None)
 
 
-def _settle(scene: _Scene, z: Any) -> None:
+def _settle(made: _Application, z: Any) -> None:
     """Random weights paint grey until their scales are set."""
-    if scene.random:
-        synthesis.calibrate(scene.model, synthesis.semantics(scene.model, scene.layout), z)
+    if made.random:
+        synthesis.calibrate(made.model, synthesis.semantics(made.model, made.scene), z)
 
 
-def _write(name: str, frames: Iterator[Frame], total: int, scene: _Scene, out: Path,
+def _write(name: str, frames: Iterator[Frame], total: int, made: _Application, out: Path,
            animation: str, seconds: float) -> None:
-    """OUT/<name>_<k>.png, all of them with their layouts on OUT/<name>_grid.png, and animated."""
+    """OUT/<name>_<k>.png, all with their label maps on OUT/<name>_grid.png, and animated."""
     drawn: list[Frame] = []
     with progress(total) as step:
         for frame in frames:
@@ -116,9 +116,9 @@ def _write(name: str, frames: Iterator[Frame], total: int, scene: _Scene, out: P
             drawn.append(frame)
     for k, frame in enumerate(drawn):
         write_png(out / f"{name}_{k}.png", frame.picture)
-    classes = scene.model.preset.classes
-    rows = [[frame.layout.picture(classes) for frame in drawn], [f.picture for f in drawn]]
-    write_png(out / f"{name}_grid.png", grid(rows))
+    classes = made.model.preset.classes
+    pictures = [[frame.scene.picture(classes) for frame in drawn], [f.picture for f in drawn]]
+    write_png(out / f"{name}_grid.png", grid(pictures))
     path = write_animation(out / name, [f.picture for f in drawn], animation, seconds)
     for k, frame in enumerate(drawn):
         console.print(f"{name}_{k}.png: {frame.caption}", highlight=False)
@@ -136,14 +136,14 @@ def mix(
     unknown: Unknown = None,
 ) -> None:
     """Appearance mixture: paint a label map with each class's code from another picture."""
-    with _scene(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                animation) as scene:
-        codes, names = scene.encoded(images, image_labels, unknown)
+    with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
+                   animation) as made:
+        codes, names = made.encoded(images, image_labels, unknown)
         takes = parse_takes(take, names) if take else None
-        _settle(scene, codes[0])
-        count = 1 + len(scene.layout.present if takes is None else takes)
-        frames = applications.mix(scene.model, scene.layout, codes, takes, names)
-        _write("mix", frames, count, scene, out, animation, seconds)
+        _settle(made, codes[0])
+        count = 1 + len(made.scene.present if takes is None else takes)
+        frames = applications.mix(made.model, made.scene, codes, takes, names)
+        _write("mix", frames, count, made, out, animation, seconds)
 
 
 @app.command()
@@ -177,40 +177,40 @@ def edit(
 
     Edits follow one another: first --relabel, then --paint, then --to.
     """
-    with _scene(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                animation) as scene:
-        preset = scene.model.preset
-        layouts = [scene.layout]
+    with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
+                   animation) as made:
+        preset = made.model.preset
+        scenes = [made.scene]
         for text in relabel or ():
-            layouts.append(relabelled(layouts[-1], text, preset.classes))
+            scenes.append(relabelled(scenes[-1], text, preset.classes))
         for text in paint or ():
-            layouts.append(painted(layouts[-1], text, preset.classes))
+            scenes.append(painted(scenes[-1], text, preset.classes))
         for path, ids in _paired(to or (), to_instances or ()):
-            layouts += synthesis.read_layouts(path, ids, preset, unknown)
-        if (exchange is None) == (len(layouts) == 1):
+            scenes += synthesis.read_scenes(path, ids, preset, unknown)
+        if (exchange is None) == (len(scenes) == 1):
             raise ValueError("edit: expected --relabel, --paint or --to; or --exchange with "
                              "--library")
         clusters = synthesis.read_clusters(preset, features)
         if clusters is not None:
-            z: Any = [synthesis.draw_input(scene.model, x, seed, clusters) for x in layouts]
-            _settle(scene, z[0])
+            z: Any = [synthesis.draw_input(made.model, x, seed, clusters) for x in scenes]
+            _settle(made, z[0])
         else:
-            z = scene.code(images or (), image_labels or (), unknown, seed)
-            _settle(scene, z)
+            z = made.code(images or (), image_labels or (), unknown, seed)
+            _settle(made, z)
         if exchange is None:
-            frames = applications.edit(scene.model, layouts, z)
-            _write("edit", frames, len(layouts), scene, out, animation, seconds)
+            frames = applications.edit(made.model, scenes, z)
+            _write("edit", frames, len(scenes), made, out, animation, seconds)
             return
         if library is None:
             raise ValueError("library: expected a folder of label maps with --exchange, got none")
         if clusters is not None:
             raise ValueError("exchange: expected a model with codes, got one that reads instance "
                              "features; use --to with the exchanged map")
-        shelf = ShapeLibrary.from_layouts(
-            synthesis.read_layouts(library, library_instances, preset, unknown))
-        frames = applications.exchange(scene.model, scene.layout, exchange, shelf, shapes, seed, z,
+        shelf = ShapeLibrary.from_scenes(
+            synthesis.read_scenes(library, library_instances, preset, unknown))
+        frames = applications.exchange(made.model, made.scene, exchange, shelf, shapes, seed, z,
                                        texture)
-        _write("exchange", frames, 1 + shapes, scene, out, animation, seconds)
+        _write("exchange", frames, 1 + shapes, made, out, animation, seconds)
 
 
 def _paired(maps: Sequence[Path], ids: Sequence[Path]) -> list[tuple[Path, Path | None]]:
@@ -234,18 +234,18 @@ def morph(
     unknown: Unknown = None,
 ) -> None:
     """Style morphing: from one code to another on a line."""
-    with _scene(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                animation) as scene:
+    with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
+                   animation) as made:
         if images:
-            codes, names = scene.encoded(images, image_labels or (), unknown)
+            codes, names = made.encoded(images, image_labels or (), unknown)
             if len(codes) != 2:
                 raise ValueError(f"images: expected two pictures, got {len(names)}")
         else:
-            codes = [drawn_code(scene.model, seed + k) for k in range(2)]
+            codes = [drawn_code(made.model, seed + k) for k in range(2)]
         start, end = codes
-        _settle(scene, start)
-        frames = applications.morph(scene.model, scene.layout, start, end, steps, classes)
-        _write("morph", frames, steps, scene, out, animation, seconds)
+        _settle(made, start)
+        frames = applications.morph(made.model, made.scene, start, end, steps, classes)
+        _write("morph", frames, steps, made, out, animation, seconds)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def resample(
         help="of a pix2pixHD with --features: its clusters in turn", min=0)] = None,
     samples: Annotated[int, typer.Option(help="draws", min=1)] = 6,
     images: Annotated[list[Path] | None, typer.Option(
-        help="a picture whose codes are held; without it they are drawn")] = None,
+        help="a picture whose codes are kept; without it they are drawn")] = None,
     image_labels: Annotated[list[Path] | None, typer.Option(help="its label map")] = None,
     features: FeatureFile = None,
     checkpoint: Checkpoint = None, instances: Instances = None, animation: Animation = "gif",
@@ -266,21 +266,21 @@ def resample(
     """Draw one class (or the features of one instance) anew, again and again; hold the rest."""
     if (index is None) == (instance is None):
         raise ValueError("class, instance: expected one of them; give --class N")
-    with _scene(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                animation) as scene:
-        clusters = synthesis.read_clusters(scene.model.preset, features)
+    with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
+                   animation) as made:
+        clusters = synthesis.read_clusters(made.model.preset, features)
         if instance is not None:
             if clusters is None:
                 raise ValueError("instance: this model reads no instance features; give --class")
-            first = synthesis.draw_input(scene.model, scene.layout, seed, clusters)
-            _settle(scene, first)
-            frames = applications.edit_features(scene.model, scene.layout, clusters, instance,
+            first = synthesis.draw_input(made.model, made.scene, seed, clusters)
+            _settle(made, first)
+            frames = applications.edit_features(made.model, made.scene, clusters, instance,
                                                 seed, samples)
             total = min(samples, clusters.count(instance))
-            _write("resample", frames, total, scene, out, animation, seconds)
+            _write("resample", frames, total, made, out, animation, seconds)
             return
         assert index is not None
-        z = scene.code(images or (), image_labels or (), unknown, seed)
-        _settle(scene, z)
-        frames = applications.resample(scene.model, scene.layout, index, samples, seed, z)
-        _write("resample", frames, 1 + samples, scene, out, animation, seconds)
+        z = made.code(images or (), image_labels or (), unknown, seed)
+        _settle(made, z)
+        frames = applications.resample(made.model, made.scene, index, samples, seed, z)
+        _write("resample", frames, 1 + samples, made, out, animation, seconds)

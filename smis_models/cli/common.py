@@ -24,7 +24,7 @@ from smis_kernels import BackendError, use_backend
 
 from ..families import Preset, create_model, shipped_weights, stored_configuration
 from ..io.scene import one_shape, text_size
-from ..synthesis.scene import Layout
+from ..synthesis.scene import Scene
 
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
@@ -79,7 +79,7 @@ Seed = Annotated[int, typer.Option(help="of the codes and of random weights", mi
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Unknown = Annotated[int | None, typer.Option(help="class of pixels labelled 255")]
-Samples = Annotated[int, typer.Option(help="pictures of each layout", min=1)]
+Samples = Annotated[int, typer.Option(help="pictures of each scene", min=1)]
 
 
 @contextmanager
@@ -138,14 +138,14 @@ def say_random(checkpoint: Path | None) -> None:
                       "show the mechanism, not what a trained network paints.")
 
 
-def resized_line(layout: Layout, count: int = 1) -> str | None:
+def resized_line(scene: Scene, count: int = 1) -> str | None:
     """What is said of a map that is not of the model's size; ``count``: how many of them."""
-    if layout.source_size is None or layout.source_size == layout.labels.shape:
+    if scene.source_size is None or scene.source_size == scene.labels.shape:
         return None
-    height, width = layout.labels.shape
-    text = (f"resized by nearest, pixel centres: {layout.name}, {text_size(layout.source_size)}, "
+    height, width = scene.labels.shape
+    text = (f"resized by nearest, pixel centres: {scene.name}, {text_size(scene.source_size)}, "
             f"to {text_size((height, width))} (width x height)")
-    if not one_shape(layout.source_size, (height, width)):
+    if not one_shape(scene.source_size, (height, width)):
         text += "; its shape is stretched"
     return text + (f"; {count} maps in all" if count > 1 else "")
 

@@ -38,13 +38,13 @@ def convert(
     name, published = configured_preset(model, source, {})
     made = create_model(name, source, **_options(option or (), published))
     save_checkpoint(made, out)
-    rows = Table("part", "parameters", "tensors")
+    table = Table("part", "parameters", "tensors")
     for part in PARTS:
         if part in dict(made.named_children()):
             network = made.get_submodule(part)
             count = sum(p.numel() for p in network.parameters())
-            rows.add_row(part, f"{count:,}", str(len(network.state_dict())))
-    console.print(rows)
+            table.add_row(part, f"{count:,}", str(len(network.state_dict())))
+    console.print(table)
     console.print(f"{made.name}: {_labels(made.preset)}", soft_wrap=True)
     console.print(f"wrote {out}; create_model(checkpoint={str(out)!r}) loads it", soft_wrap=True)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..data.celebamask import HELD_OUT, convert_celebamask
 from ..data.doctor import LABEL_RULES, Diagnosis, LabelRule, examine, find_splits
-from ..data.listing import LAYOUTS, Problem, detect_layout
+from ..data.listing import FOLDER_FORMATS, Problem, detect_layout
 from ..data.write import write_scenes
 from ..io.colours import convert_colours, read_colour_table
 from ..io.images import write_indices
@@ -32,8 +32,8 @@ def _ranges(values: Iterable[int]) -> str:
     return ", ".join("-".join(str(end) for end in run) for run in runs)
 
 
-def _summary(root: Path, layout: str, diagnosis: Diagnosis, rule: LabelRule | None) -> Table:
-    table = Table(title=f"{root} as {layout}", show_header=False, title_justify="left")
+def _summary(root: Path, folder_format: str, diagnosis: Diagnosis, rule: LabelRule | None) -> Table:
+    table = Table(title=f"{root} as {folder_format}", show_header=False, title_justify="left")
     table.add_row("scenes", ", ".join(f"{n} {part}" for part, n in diagnosis.scenes.items()))
     sizes = [f"{w}x{h} ({n})" for (h, w), n in diagnosis.sizes.most_common(4)]
     more = len(diagnosis.sizes) - len(sizes)
@@ -61,7 +61,7 @@ def _tell(problems: list[Problem], style: str, shown: int) -> None:
 def doctor(
     data: Annotated[Path, typer.Argument(help="the root folder of the data set")],
     dataset: Annotated[str | None, typer.Option(
-        help=f"{', '.join(LAYOUTS)}; without it: told from the subfolders")] = None,
+        help=f"{', '.join(FOLDER_FORMATS)}; without it: told from the subfolders")] = None,
     split: Annotated[str | None, typer.Option(help="train or val; without it: both")] = None,
     classes: Annotated[int | None, typer.Option(
         help="labels must lie below this; published data sets know it", min=1)] = None,
@@ -73,8 +73,8 @@ def doctor(
     show: Annotated[int, typer.Option(help="problems shown at most", min=1)] = 50,
 ) -> None:
     """Check a data set and name every bad file and value; exit code 1 if there are problems."""
-    layout = dataset or detect_layout(data)
-    rule = LABEL_RULES.get(layout)
+    folder_format = dataset or detect_layout(data)
+    rule = LABEL_RULES.get(folder_format)
     if classes is not None or unknown is not None:
         count = classes if classes is not None else rule.classes if rule else None
         if count is None:
@@ -82,10 +82,10 @@ def doctor(
         if unknown is not None and unknown >= count:
             raise ValueError(f"unknown: expected a class 0..{count - 1}, got {unknown}")
         rule = LabelRule(count, unknown if unknown is not None or rule is None else rule.unknown)
-    listings = find_splits(layout, data, split, instances=instances)
+    listings = find_splits(folder_format, data, split, instances=instances)
     with progress(sum(len(listing.records) for listing in listings.values())) as step:
         diagnosis = examine(listings, rule, jobs=jobs, step=step)
-    console.print(_summary(data, layout, diagnosis, rule))
+    console.print(_summary(data, folder_format, diagnosis, rule))
     notes = [problem for problem in diagnosis.problems if problem.note]
     problems = [problem for problem in diagnosis.problems if not problem.note]
     _tell(notes, "yellow", show)

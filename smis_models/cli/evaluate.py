@@ -14,7 +14,7 @@ from .. import metrics
 from ..data import build_dataset
 from ..io.hub import metric_rows
 from ..io.images import write_atomically
-from ..metrics import DISTANCES, PROTOCOLS, Distance, Judges, Scenes
+from ..metrics import DISTANCES, PROTOCOLS, Distance, Metrics, Scenes
 from ..synthesis import scene as synthesis
 from .common import (
     Backend,
@@ -98,7 +98,7 @@ def evaluate(
         network = load_model(model, checkpoint, place, seed)
         preset = network.preset
         clusters = synthesis.read_clusters(preset, features)
-        judges = Judges(
+        measured = Metrics(
             distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
             metrics.label_rule(rule, preset, pinned.dont_care),
         )
@@ -109,11 +109,11 @@ def evaluate(
                                           augment=False, unknown=unknown, seed=0), facts)
         else:
             assert labels is not None
-            found = synthesis.read_layouts(labels, instances, preset, unknown)
+            found = synthesis.read_scenes(labels, instances, preset, unknown)
             scenes = Scenes(found, {"labels": str(labels)})
         say_random(checkpoint)
         with progress(None) as step:
-            result = metrics.evaluate(network, scenes, judges, pinned, checkpoint=checkpoint,
+            result = metrics.evaluate(network, scenes, measured, pinned, checkpoint=checkpoint,
                                       seed=seed, clusters=clusters, step=step)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     console.print(_table(result))
@@ -143,8 +143,8 @@ def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    rows = Table("metric", "value", "measured with",
+    table = Table("metric", "value", "measured with",
                  title=metrics.protocol_title(result["protocol"]))
     for row in metric_rows(result):
-        rows.add_row(*row)
-    return rows
+        table.add_row(*row)
+    return table

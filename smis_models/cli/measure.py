@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .. import benchmark as harness
-from ..benchmark.family import COLUMNS as FAMILY
-from ..benchmark.family import family_table
 from ..benchmark.measure import resident_peak, under_default_allocator
+from ..benchmark.networks import FAMILY_COLUMNS as FAMILY
+from ..benchmark.networks import family_table
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
 from ..io.images import write_atomically
 from .common import Device, Out, app, console, progress, resolve_device
@@ -61,10 +61,10 @@ def benchmark(
                 step(f"{case.group}: default allocator")
                 records += under_default_allocator(case, source)
     reused = [r for r in records if r.allocator == "reuse"]
-    rows = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])
+    table = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])
     for line in summary(reused):
-        rows.add_row(*line)
-    console.print(rows)
+        table.add_row(*line)
+    console.print(table)
     for text in target_lines(reused):
         console.print(text, soft_wrap=True, highlight=False)
     text = harness.markdown(records)

@@ -27,7 +27,7 @@ from ..io.images import grid, to_pictures, write_png
 from ..synthesis import scene as synthesis
 from ..synthesis.codes import draw_code
 from ..synthesis.features import CLUSTERS, FeatureClusters, encode_features
-from ..synthesis.scene import Layout
+from ..synthesis.scene import Scene
 from ..synthesis.synthesizer import Synthesizer
 from .common import (
     Backend,
@@ -58,12 +58,12 @@ from .common import (
 @app.command("list")
 def list_command() -> None:
     """The models and their sizes."""
-    rows = Table("model", "description", "generator", "encoder", "discriminator")
+    table = Table("model", "description", "generator", "encoder", "discriminator")
     for info in list_models():
         sizes = (f"{info.parameters.get(part, 0) / 1e6:.1f} M"
                  for part in ("generator", "encoder", "discriminator"))
-        rows.add_row(info.name, info.description, *sizes)
-    console.print(rows)
+        table.add_row(info.name, info.description, *sizes)
+    console.print(table)
 
 
 @app.command()
@@ -111,44 +111,44 @@ def synthesize(
         options = _size(size, model, preset)
         preset = with_options(preset, options, model)
         clusters = synthesis.read_clusters(preset, features)
-        layouts = synthesis.read_layouts(labels, instances, preset, unknown)
-        first = layouts[0]
+        scenes = synthesis.read_scenes(labels, instances, preset, unknown)
+        first = scenes[0]
         network = load_model(model, checkpoint, place, seed, **options)
         say_random(checkpoint)
         if checkpoint is None:
             synthesis.calibrate(network, synthesis.semantics(network, first),
                                 synthesis.draw_input(network, first, seed, clusters))
-        rows, sheet = Table("scene", "classes", "pictures", "seconds each"), []
+        table, sheet = Table("scene", "classes", "pictures", "seconds each"), []
         made: Synthesizer | None = None
-        first_resized: Layout | None = None
+        first_resized: Scene | None = None
         count = 0
-        with progress(len(layouts) * samples) as step:
-            for i, layout in enumerate(layouts):
+        with progress(len(scenes) * samples) as step:
+            for i, scene in enumerate(scenes):
                 start, drawn = time.perf_counter(), []
                 if made is None:
-                    made = Synthesizer(network, *layout.tensors())
+                    made = Synthesizer(network, *scene.tensors())
                 else:
-                    made.update(*layout.tensors())
+                    made.update(*scene.tensors())
                 for k in range(samples):
-                    step(layout.name)
-                    z = synthesis.draw_input(network, layout, seed + k, clusters)
+                    step(scene.name)
+                    z = synthesis.draw_input(network, scene, seed + k, clusters)
                     (picture,) = to_pictures(made.sample(z))
-                    write_png(out / f"{layout.name}_{k}.png", picture)
+                    write_png(out / f"{scene.name}_{k}.png", picture)
                     drawn += [picture] if i < _GRID_ROWS else []
                 spent = (time.perf_counter() - start) / samples
-                if resized_line(layout):
-                    first_resized, count = first_resized or layout, count + 1
+                if resized_line(scene):
+                    first_resized, count = first_resized or scene, count + 1
                 if i < _GRID_ROWS:
-                    sheet.append([layout.picture(preset.classes), *drawn])
-                files = f"{layout.name}_0.png" + (f" .. _{samples - 1}.png" if samples > 1 else "")
-                rows.add_row(layout.name, str(len(layout.present)), files, f"{spent:.2f}")
+                    sheet.append([scene.picture(preset.classes), *drawn])
+                files = f"{scene.name}_0.png" + (f" .. _{samples - 1}.png" if samples > 1 else "")
+                table.add_row(scene.name, str(len(scene.present)), files, f"{spent:.2f}")
         path = write_png(out / "grid.png", grid(sheet))
-    console.print(rows)
+    console.print(table)
     if first_resized is not None:
         console.print(resized_line(first_resized, count), soft_wrap=True, highlight=False)
     console.print(f"weights: {weights_line(checkpoint)}", soft_wrap=True)
-    shown = "all" if len(layouts) <= _GRID_ROWS else f"the first {_GRID_ROWS} scenes"
-    console.print(f"{len(layouts) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
+    shown = "all" if len(scenes) <= _GRID_ROWS else f"the first {_GRID_ROWS} scenes"
+    console.print(f"{len(scenes) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
 
 
 @app.command()
@@ -205,9 +205,9 @@ def demo(
                 "model: expected a GroupDNet, for the demo draws the code of one class anew; got "
                 f"{model!r}; smis synthesize takes every model"
             )
-        layouts = (
-            synthesis.sample_layouts(preset, scenes, seed, model) if labels is None
-            else synthesis.read_layouts(labels, instances, preset, unknown)
+        shown = (
+            synthesis.sample_scenes(preset, scenes, seed, model) if labels is None
+            else synthesis.read_scenes(labels, instances, preset, unknown)
         )
         options = {} if published else _quarter_width(preset)
         network = load_model(model, checkpoint, place, seed, **options)
@@ -217,18 +217,18 @@ def demo(
         width = "its whole width" if published else "a quarter of the published width (--full: all)"
         console.print(f"{network.name}, {width}", soft_wrap=True)
         if checkpoint is None:
-            planes = synthesis.semantics(network, layouts[0])
+            planes = synthesis.semantics(network, shown[0])
             synthesis.calibrate(network, planes, draw_code(network, seed))
-        with progress(demonstration.forwards(len(layouts), samples) + 3) as step:
+        with progress(demonstration.forwards(len(shown), samples) + 3) as step:
             made = demonstration.run(
-                network, layouts, out, samples=samples, seed=seed, width=width,
+                network, shown, out, samples=samples, seed=seed, width=width,
                 random_weights=checkpoint is None, step=step,
             )
-    rows = Table("stage", "reference, ms", "fused, ms", "speedup")
+    table = Table("stage", "reference, ms", "fused, ms", "speedup")
     for stage in made.stages:
-        rows.add_row(stage.name, f"{stage.reference * 1e3:.1f}", f"{stage.fused * 1e3:.1f}",
+        table.add_row(stage.name, f"{stage.reference * 1e3:.1f}", f"{stage.fused * 1e3:.1f}",
                      f"{stage.speedup:.2f}x")
-    console.print(rows)
+    console.print(table)
     if made.backend == "reference":
         console.print("[yellow]The fused kernels are not available here[/]: both columns are the "
                       "reference; `smis info` says what is missing.")

@@ -98,7 +98,7 @@ def _chosen(name: str, arguments: list[str], out: Path, resume: bool) -> trainin
                          f"{chosen.model}; give that one's, or another --out")
     stays = differences(to_dict(configured), to_dict(chosen))
     if stays:
-        told = ", ".join(f"{key} {held} (not {other})" for key, (other, held) in stays.items())
+        told = ", ".join(f"{key} {kept} (not {other})" for key, (other, kept) in stays.items())
         warnings.warn(f"resume: the run keeps its own options where {name} has others: {told}",
                       stacklevel=2)
     return chosen

@@ -12,12 +12,12 @@ from ..io.images import image_size
 from ..io.scene import SceneFiles
 from .files import FileScenes
 from .generated import GeneratedScenes
-from .listing import LAYOUTS, list_scenes
+from .listing import FOLDER_FORMATS, list_scenes
 from .preprocess import Mode, Preprocess
 from .sample import SceneDataset
 from .scenes import LANDSCAPE
 
-DATASETS = ("scenes", *LAYOUTS)
+DATASETS = ("scenes", *FOLDER_FORMATS)
 _ENLARGED = 286 / 256  # load size over crop size, where the published scripts crop
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from smis_kernels import LabelLayout
 
 from ..families import LatentPreset, Preset
-from ..networks.semantics import layout
+from ..networks.semantics import compile_layout
 from . import transport  # noqa: F401  (registers how workers send layouts)
 from .sample import Sample
 
@@ -82,7 +82,7 @@ class Collate:
         labels = torch.stack([sample["labels"] for sample in samples])
         instances = (torch.stack([sample["instances"] for sample in samples])
                      if "instances" in first else None)
-        compiled = layout(labels, self.preset, instances)
+        compiled = compile_layout(labels, self.preset, instances)
         for size in modulation_sizes(self.preset):
             compiled.level(size)
         batch: Batch = {

@@ -147,12 +147,12 @@ def _unreadable(path: Path, error: Exception) -> Problem:
     return Problem(path, str(error).removeprefix(f"{path}: "))
 
 
-def find_splits(layout: str, root: str | Path, split: str | None = None, *,
+def find_splits(folder_format: str, root: str | Path, split: str | None = None, *,
                 instances: bool | None = None) -> dict[str, Listing]:
     """The scenes of one split, or of both "train" and "val" where they are there.
 
     Args:
-        layout, root, split: as of :func:`list_scenes`.
+        folder_format, root, split: as of :func:`list_scenes`.
         instances: whether instance maps are wanted; None: where any split has them.
 
     Raises:
@@ -160,13 +160,13 @@ def find_splits(layout: str, root: str | Path, split: str | None = None, *,
     """
     root = Path(root)
     splits = [split] if split is not None else ["train", "val"]
-    wanted = layout not in WITHOUT_INSTANCES if instances is None else instances
+    wanted = folder_format not in WITHOUT_INSTANCES if instances is None else instances
     listings: dict[str, Listing] = {}
     lacking: dict[str, str] = {}
     for part in splits:
         for with_ids in (True, False) if wanted else (False,):
             try:
-                listings[part] = list_scenes(layout, root, part, instances=with_ids)
+                listings[part] = list_scenes(folder_format, root, part, instances=with_ids)
                 break
             except FileNotFoundError as error:
                 lacking.setdefault(part, str(error).removeprefix(f"{root}: "))

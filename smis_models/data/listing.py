@@ -46,8 +46,8 @@ Files = dict[str, str]
 def _gather(folder: Path, role: str, listing: Listing,
             suffixes: tuple[str, ...] = SUFFIXES) -> Files:
     """The files of one role under ``folder`` by scene; two of one scene are a problem."""
-    def clash(held: str, path: str) -> None:
-        listing.problems.append(Problem(Path(path), f"the same scene as {held}; remove one"))
+    def clash(first: str, path: str) -> None:
+        listing.problems.append(Problem(Path(path), f"the same scene as {first}; remove one"))
 
     return by_scene(folder, role, suffixes, clash)
 
@@ -188,11 +188,11 @@ _FINDERS: dict[str, Callable[[Path, str, bool], Listing]] = {
     "cityscapes": _cityscapes, "ade20k": _ade20k, "coco_stuff": _coco_stuff,
     "deepfashion": _deepfashion, "folder": _any_folder,
 }
-LAYOUTS = tuple(_FINDERS)
+FOLDER_FORMATS = tuple(_FINDERS)
 WITHOUT_INSTANCES = ("ade20k", "deepfashion")
 
 
-def list_scenes(layout: str, root: str | Path, split: str = "train", *,
+def list_scenes(folder_format: str, root: str | Path, split: str = "train", *,
                 instances: bool = False) -> Listing:
     """The scenes of a data set on disk.
 
@@ -208,32 +208,34 @@ def list_scenes(layout: str, root: str | Path, split: str = "train", *,
     =============== =================================================================
 
     Args:
-        layout: one of the above.
+        folder_format: one of the above.
         root: the data set's folder.
         split: "train", or "val" or "test": the published evaluation split.
         instances: whether instance maps are wanted; a scene without one is a problem then.
 
     Raises:
         FileNotFoundError: a folder is missing, or holds no scene.
-        ValueError: an unknown layout or split, or instances where the data set has none.
+        ValueError: an unknown format or split, or instances where the data set has none.
     """
-    if layout not in _FINDERS:
-        raise ValueError(f"layout: expected {', '.join(LAYOUTS)}; got {layout!r}")
+    if folder_format not in _FINDERS:
+        raise ValueError(f"folder_format: expected {', '.join(FOLDER_FORMATS)}; "
+                         f"got {folder_format!r}")
     if split not in ("train", "val", "test"):
         raise ValueError(f"split: expected train, val or test; got {split!r}")
-    if instances and layout in WITHOUT_INSTANCES:
-        raise ValueError(f"instances: {layout} has no instance maps")
+    if instances and folder_format in WITHOUT_INSTANCES:
+        raise ValueError(f"instances: {folder_format} has no instance maps")
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected the root of the data set")
-    listing = _FINDERS[layout](root, split, instances)
+    listing = _FINDERS[folder_format](root, split, instances)
     if not listing.records and not listing.problems:
-        raise FileNotFoundError(f"{root}: no scene of split {split!r}; see the layout of {layout}")
+        raise FileNotFoundError(f"{root}: no scene of split {split!r}; see the format of "
+                                f"{folder_format}")
     return listing
 
 
 def detect_layout(root: str | Path) -> str:
-    """Which layout a folder has, by its subfolders and names of files; "folder" where it is none
+    """Which format a folder has, by its subfolders and names of files; "folder" where it is none
     of the published.
     """
     root = Path(root)

@@ -21,7 +21,7 @@ PICTURE_FILTER, LABEL_FILTER = "bicubic", "nearest, pixel centres (Pillow NEARES
 
 
 @dataclass(frozen=True)
-class Plan:
+class Transform:
     """What happens to every file of a scene: resized, cut to a box (top, left, height, width),
     mirrored."""
 
@@ -146,16 +146,16 @@ class Preprocess:
         cut = "" if whole else ", cropped"
         return {"picture_filter": PICTURE_FILTER + cut, "label_filter": LABEL_FILTER + cut}
 
-    def plan(self, size: tuple[int, int], r: np.random.Generator) -> Plan:
+    def plan(self, size: tuple[int, int], r: np.random.Generator) -> Transform:
         """The plan for a scene of ``size`` (height, width), with draws from ``r``."""
         height, width = self._resized(*size)
         flip = self.augment and bool(r.random() < 0.5) and self.flip
         if not self.mode.endswith("crop"):
-            return Plan((height, width), None, flip)
+            return Transform((height, width), None, flip)
         self._check_crop((height, width))
         spare = height - self.size[0], width - self.size[1]
         if self.augment:
             top, left = (int(r.integers(0, s + 1)) for s in spare)
         else:
             top, left = (s // 2 for s in spare)
-        return Plan((height, width), (top, left, *self.size), flip)
+        return Transform((height, width), (top, left, *self.size), flip)

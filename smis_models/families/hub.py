@@ -17,7 +17,7 @@ from ..io.files import replacing
 from .registry import entry
 
 if TYPE_CHECKING:
-    from .configuration import Configuration
+    from .models import Configuration
 
 
 class HubModel(nn.Module):

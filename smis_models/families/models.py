@@ -1,8 +1,10 @@
-"""The models by name: ``create_model`` and ``list_models``."""
+"""A model of the zoo, made by name or from a checkpoint that holds its configuration."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,13 @@ from ..io.state_dict_keys import State, networks_keys
 from ..networks.blocks import init_weights
 from ..networks.preset import Preset, with_options
 from ..networks.semantics import semantics
-from .configuration import Configuration
 from .hub import HubModel
-from .registry import MODELS, PARTS, ModelInfo, entry, list_models, network_parts, published
-
-__all__ = ["PARTS", "ModelInfo", "SynthesisModel", "configured_preset", "create_model",
-           "list_models", "network_parts", "stored_configuration"]
+from .registry import MODELS, PARTS, entry, network_parts, published
 
 _OFFICIAL_FILES = dict(zip(PARTS, ("latest_net_G.pth", "latest_net_E.pth", "latest_net_D.pth"),
                            strict=True))
 
+KEY = "smis_models"  # of the safetensors file's metadata
 _SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -58,6 +57,89 @@ def shipped_weights(name: str) -> Path | None:
     """
     path = _SHIPPED / f"{name}.safetensors"
     return path if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A model's name and the options that it was made with."""
+
+    model: str
+    preset: Preset
+
+    def content(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"model": self.model, "preset": asdict(self.preset)}
+
+    def difference(self, other: Configuration) -> str:
+        """Where the two differ first, in words: of this one what the other does not say."""
+        if self.model != other.model:
+            return f"another model ({self.model}, not {other.model})"
+        mine, theirs = asdict(self.preset), asdict(other.preset)
+        name = next(key for key in mine if mine[key] != theirs[key])
+        return f"another {name} ({mine[name]!r}, not {theirs[name]!r})"
+
+    @classmethod
+    def from_file(cls, path: Path) -> Configuration | None:
+        """The content of a config.json; None for one of a training run, whose weights tell it.
+
+        Raises:
+            CheckpointError: it is of no model of this package.
+        """
+        try:
+            text = path.read_text()
+            content = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint: {path} is no JSON: {error}; save the model again"
+                                  ) from error
+        if isinstance(content, dict) and "network" in content and "preset" not in content:
+            return None
+        if not isinstance(content, dict) or not {"model", "preset"} <= set(content):
+            raise CheckpointError(f"checkpoint: {path} is of no model of this package: expected "
+                                  "'model' and 'preset' in it; save_pretrained writes such")
+        return cls.from_metadata({KEY: text}, path)
+
+    def to_metadata(self) -> dict[str, str]:
+        """What a safetensors file keeps: text."""
+        return {"format": "pt", KEY: json.dumps(self.content())}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], source: object) -> Configuration | None:
+        """The inverse of :meth:`to_metadata`; None for a file without one.
+
+        Raises:
+            CheckpointError: a model or an option that this version does not know.
+        """
+        if KEY not in metadata:
+            return None
+        try:
+            content = json.loads(metadata[KEY])
+            model, options = str(content["model"]), dict(content["preset"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint: the configuration in {source} is damaged ({error!r}); convert the "
+                "original file again"
+            ) from error
+        if model not in MODELS:
+            raise CheckpointError(
+                f"checkpoint: {source} is of the model {model!r}, which this version does not "
+                f"have; it has {', '.join(MODELS)}"
+            )
+        return cls(model, _preset(type(MODELS[model].preset), options, source))
+
+
+def _preset(kind: type[Preset], options: dict[str, Any], source: object) -> Preset:
+    known = {field.name for field in fields(kind)}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise CheckpointError(
+            f"checkpoint: {source} has the option {unknown[0]!r}, which this version does not "
+            f"know; it knows {', '.join(sorted(known))}"
+        )
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint: the options in {source} do not fit: {error}") from error
 
 
 class SynthesisModel(HubModel):
@@ -127,16 +209,16 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
         return found
     state = read_checkpoint(path)
     if all(key.partition(".")[0] in PARTS for key in state):
-        held = {key.partition(".")[0] for key in state}
-        if not held & set(modules):
+        parts = {key.partition(".")[0] for key in state}
+        if not parts & set(modules):
             raise CheckpointError(
                 f"checkpoint: expected the {', '.join(modules)} in {path}, got the "
-                f"{', '.join(sorted(held))}"
+                f"{', '.join(sorted(parts))}"
             )
         return {
             part: networks_keys({k.removeprefix(part + "."): v for k, v in state.items()
                                  if k.startswith(part + ".")})
-            for part in modules if part in held
+            for part in modules if part in parts
         }
     # One bare part: the one whose keys it shares most, so that an error speaks of that one.
     part = max(modules, key=lambda part: len(modules[part].state_dict().keys() & state.keys()))

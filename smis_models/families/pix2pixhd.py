@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from smis_kernels import InstanceNormAct2d, LabelLayout, WinogradConv2d, instance_avg_pool2d
 from smis_kernels.interface import prepare_map
 
-from ..networks import tiled as stripes
+from ..networks import tiled_inference
 from ..networks.blocks import check_maps, fast_format
 from ..networks.losses import feature_matching_loss, gan_loss
 from ..networks.preset import Preset
-from .registry import network, register_model
+from .registry import ADAM_OF_PIX2PIX, Recipe, network, register_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +64,28 @@ class Pix2pixHDPreset(Preset):
         return self.semantic_channels + (self.feature_channels if self.features else 0)
 
 
+def _recipe(epochs: int = 100, decay: int = 100, freeze: int = 0) -> Recipe:
+    """Least squares summed over the scales; ``freeze``: epochs of the enhancers alone."""
+    return {
+        "data": {"name": "cityscapes", "batch": 1},
+        "losses": {"gan": "ls", "scales": "sum", "discriminator": 0.5, "kl": 0.0},
+        "optimizer": ADAM_OF_PIX2PIX,
+        "schedule": {"epochs": epochs, "decay_epochs": decay, "freeze_global_epochs": freeze},
+    }
+
+
 PIX2PIXHD_CITYSCAPES = register_model(
     "pix2pixhd_cityscapes",
     "pix2pixHD for Cityscapes, global generator: 35 classes and instance edges, 512x1024",
     Pix2pixHDPreset(
         classes=35, image_size=(512, 1024), ngf=64, instance_edge=True,
     ),
+    _recipe(),
 )
 PIX2PIXHD_CITYSCAPES_FEATURES = register_model(
     "pix2pixhd_cityscapes_features",
     "pix2pixHD for Cityscapes, global generator with instance features, 512x1024",
-    replace(PIX2PIXHD_CITYSCAPES, features=True),
+    replace(PIX2PIXHD_CITYSCAPES, features=True), _recipe(),
 )
 PIX2PIXHD_CITYSCAPES_1024 = register_model(
     "pix2pixhd_cityscapes_1024",
@@ -82,11 +93,12 @@ PIX2PIXHD_CITYSCAPES_1024 = register_model(
     replace(
         PIX2PIXHD_CITYSCAPES, image_size=(1024, 2048), ngf=32, enhancers=1, discriminator_scales=3,
     ),
+    _recipe(epochs=50, decay=50, freeze=10),
 )
 
 
-_STEM = 5  # layers that a striped stem stands for: padding, conv, norm, ReLU, halving conv
-_HEAD = 6  # and a striped head: doubling, norm, ReLU, padding, conv, tanh
+_STEM = 5  # layers that a tiled stem stands for: padding, conv, norm, ReLU, halving conv
+_HEAD = 6  # and a tiled head: doubling, norm, ReLU, padding, conv, tanh
 
 
 def _conv(channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1,
@@ -204,30 +216,30 @@ class _Generator(nn.Module):
         return semantics.dense(dtype=next(self.parameters()).dtype)
 
     def run(self, layers: nn.Module, source: Tensor | LabelLayout, image: bool) -> Tensor:
-        """``layers`` on the input; in inference, stem and (``image``) last layers in stripes."""
+        """``layers`` on the input; in inference, stem and (``image``) last layers in tiles."""
         assert isinstance(layers, nn.Sequential)
-        if not stripes.serves(self, source):
+        if not tiled_inference.serves(self, source):
             out: Tensor = layers(fast_format(self.dense(source)))
             return out
         source = prepare_map(source, next(self.parameters()))
-        rows = stripes.label_rows(source, layers[1])
+        rows = tiled_inference.label_rows(source, layers[1])
         if rows is None:
             start, x = 0, fast_format(self.dense(source))
         else:
-            start, x = _STEM, stripes.stem(rows, layers[2], layers[4], source.shape[2])
+            start, x = _STEM, tiled_inference.stem(rows, layers[2], layers[4], source.shape[2])
         return self.finish(layers, x, image, start)
 
     def finish(self, layers: nn.Module, x: Tensor, image: bool, start: int = 0) -> Tensor:
-        """``layers`` from ``start`` on; in inference, those that make the image in stripes."""
+        """``layers`` from ``start`` on; in inference, those that make the image in tiles."""
         assert isinstance(layers, nn.Sequential)
         rest = list(layers)[start:]
-        striped = image and stripes.serves(self, x)
-        for layer in rest[: -_HEAD] if striped else rest:
+        tiled = image and tiled_inference.serves(self, x)
+        for layer in rest[: -_HEAD] if tiled else rest:
             x = layer(x)
-        if not striped:
+        if not tiled:
             return x
         up, norm, _, _, conv, _ = rest[-_HEAD :]
-        return stripes.head(x, up, norm, conv)
+        return tiled_inference.head(x, up, norm, conv)
 
 
 class GlobalGenerator(_Generator):

@@ -120,10 +120,10 @@ def _unwrapped(content: Any, path: Path) -> State:
                  if not (isinstance(key, str) and isinstance(value, Tensor))]
         if not other:
             return dict(content)
-        held = [key for key in other if isinstance(content[key], Mapping) and content[key]]
-        whole = [key for key in held if key in _WHOLE]
-        parts = [key for key in held if key in _PARTS]
-        averages = [key for key in held if isinstance(key, str) and "ema" in key.lower()]
+        mappings = [key for key in other if isinstance(content[key], Mapping) and content[key]]
+        whole = [key for key in mappings if key in _WHOLE]
+        parts = [key for key in mappings if key in _PARTS]
+        averages = [key for key in mappings if isinstance(key, str) and "ema" in key.lower()]
         found = whole or parts
         if not found or len(whole) > 1 or averages or len({_PARTS[k] for k in parts}) < len(parts):
             break

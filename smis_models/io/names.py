@@ -119,18 +119,18 @@ def by_scene(folder: str | Path, role: str, suffixes: tuple[str, ...] = SUFFIXES
     files = files or named[PICTURE]
     if not files and other is not None:
         raise ValueError(f"expected {role}s in {folder}, got {other[0]}, by its name a {other[1]}")
-    held: dict[str, str] = {}
+    by_scene: dict[str, str] = {}
     root = os.path.join(folder, "")  # for a Path each would take most of a listing's time
     for scene, file in files:
         path = root + file
-        if scene not in held:
-            held[scene] = path
+        if scene not in by_scene:
+            by_scene[scene] = path
         elif clash is not None:
-            clash(held[scene], path)
+            clash(by_scene[scene], path)
         else:
-            raise ValueError(f"{held[scene]} and {path} are both of the scene {scene!r}; "
+            raise ValueError(f"{by_scene[scene]} and {path} are both of the scene {scene!r}; "
                              "remove or rename one")
-    return held
+    return by_scene
 
 
 def map_files(option: str, path: str | Path, role: str = LABELS,

@@ -24,7 +24,7 @@ class SceneFiles:
 
 
 @dataclass(frozen=True)
-class Scene:
+class SceneArrays:
     """What was read: labels and instances (H, W) int64, picture (H, W, 3) uint8.
 
     All are as large as in their files, which may differ in scale alone.
@@ -65,7 +65,7 @@ def misfits(sizes: Mapping[Path, tuple[int, ...]], *, exactly: bool) -> list[tup
 
 
 def read_scene(files: SceneFiles, classes: int, *, unknown: int | None = None,
-               option: str | None = None, exactly: bool = False) -> Scene:
+               option: str | None = None, exactly: bool = False) -> SceneArrays:
     """Read all files of a scene, as large as they are.
 
     Args:
@@ -97,4 +97,4 @@ def read_scene(files: SceneFiles, classes: int, *, unknown: int | None = None,
     for path, reason in misfits(sizes, exactly=exactly):
         raise ImageError(f"{path}: {reason}")
     height, width = next(iter(sizes.values()))
-    return Scene(files.name, picture, labels, ids, (height, width))
+    return SceneArrays(files.name, picture, labels, ids, (height, width))

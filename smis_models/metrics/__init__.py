@@ -2,12 +2,14 @@
 
 from .distance import Distance, PixelDistance
 from .diversity import Diversity, diversities, diversity
-from .evaluate import Judges, Scenes, evaluate, scene_labels
+from .evaluate import Metrics, Scenes, evaluate, scene_labels
 from .fid import FeatureStatistics, Inception, fid, frechet_distance
 from .lpips import DISTANCES, LPIPS, create_distance
 from .protocols import PROTOCOLS, DiversityProtocol, Protocol, protocol, protocol_title
 from .sampling import LayoutSampler
 from .segmentation import FileSegmenter, LabelRule, SegmentationScore, label_rule
+
+Judges = Metrics  # its name in 0.2
 
 __all__ = [
     "DISTANCES",
@@ -22,6 +24,7 @@ __all__ = [
     "Judges",
     "LabelRule",
     "LayoutSampler",
+    "Metrics",
     "PixelDistance",
     "Protocol",
     "Scenes",

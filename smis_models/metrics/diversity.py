@@ -1,4 +1,4 @@
-"""mCSD, mOCD and diversity by LPIPS: how far pictures of one layout differ, and where."""
+"""mCSD, mOCD and diversity by LPIPS: how far pictures of one scene differ, and where."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..io.seeds import derived_seed
-from ..synthesis.scene import Layout
+from ..synthesis.scene import Scene
 from .distance import Distance, Features
 from .protocols import DiversityProtocol
 from .sampling import BATCH, Draw, LayoutSampler, has_class_codes, sample_codes
@@ -29,7 +29,7 @@ class Diversity:
 
     :math:`L_c` is the mean distance of pairs of pictures in the area of class c where the code of
     c alone was drawn anew, :math:`L_{\ne c}` that of all other areas; both are means over the
-    layouts in which c has a pixel. A model with one code for the whole picture draws that.
+    scenes in which c has a pixel. A model with one code for the whole picture draws that.
 
     Attributes:
         mcsd, mocd: as above.
@@ -103,19 +103,19 @@ def area_distances(pictures: Tensor, masks: Sequence[Tensor], distance: Distance
 
 
 LayoutDiversity = tuple[dict[int, tuple[float, float]], float]
-"""{class: (L_c, L_other)} and LPIPS of one layout; see :class:`Diversity`."""
+"""{class: (L_c, L_other)} and LPIPS of one scene; see :class:`Diversity`."""
 
 
-def layout_diversity(
-    model: Any, layout: Layout, draw: Draw, distances: Sequence[Distance],
+def scene_diversity(
+    model: Any, scene: Scene, draw: Draw, distances: Sequence[Distance],
     protocol: DiversityProtocol, seed: int = 0, step: Callable[[str], None] = lambda what: None,
     clock: dict[str, float] | None = None,
 ) -> list[LayoutDiversity]:
-    """One layout's diversity by each distance, all from the same pictures.
+    """One scene's diversity by each distance, all from the same pictures.
 
     Args:
         model: whose codes are drawn.
-        layout: the label map.
+        scene: the label map.
         draw: what makes pictures of codes: :class:`LayoutSampler`, or any other path.
         distances, protocol: how pictures are compared.
         seed: of the codes and of random pairs.
@@ -123,12 +123,12 @@ def layout_diversity(
         clock: seconds are added to its "sampling" and "measuring".
     """
     clock = {} if clock is None else clock
-    labels = torch.from_numpy(layout.labels)
-    masks = {c: labels == c for c in layout.present}
+    labels = torch.from_numpy(scene.labels)
+    masks = {c: labels == c for c in scene.present}
     pairs = protocol.indices(derived_seed(seed, 1))
 
     def sample(index: int | None) -> Tensor:
-        step(f"{layout.name}: " + ("all codes" if index is None else f"class {index}"))
+        step(f"{scene.name}: " + ("all codes" if index is None else f"class {index}"))
         with _timed(clock, "sampling"):
             pictures = draw(sample_codes(model, protocol.samples, seed, index))
             if pictures.is_cuda:
@@ -157,14 +157,14 @@ def layout_diversity(
 
 
 class DiversityMeter:
-    """:func:`diversities` of layouts that come one after another, each looked at once.
+    """:func:`diversities` of scenes that come one after another, each looked at once.
 
     Args:
         model, distances, protocol, seed, step, batch: as of :func:`diversity`.
-        count: how many layouts there will be.
+        count: how many scenes there will be.
 
     Raises:
-        ValueError: fewer layouts than the protocol's.
+        ValueError: fewer scenes than the protocol's.
 
     Example:
         >>> from smis_models import create_model
@@ -189,12 +189,12 @@ class DiversityMeter:
         self._draw = LayoutSampler(model, batch)
         self._found: list[list[LayoutDiversity]] = []
 
-    def add(self, layout: Layout) -> None:
-        """Sample a layout and compare its pictures."""
+    def add(self, scene: Scene) -> None:
+        """Sample a scene and compare its pictures."""
         with _timed(self._clock, "sampling"):
-            self._draw.load(layout)
-        self._found.append(layout_diversity(
-            self._model, layout, self._draw, self._distances, self._protocol,
+            self._draw.load(scene)
+        self._found.append(scene_diversity(
+            self._model, scene, self._draw, self._distances, self._protocol,
             derived_seed(self._seed, len(self._found)), self._step, self._clock))
 
     def result(self) -> list[Diversity]:
@@ -205,16 +205,16 @@ class DiversityMeter:
                 for of_distance in zip(*self._found, strict=True)]
 
 
-def diversities(model: Any, layouts: Sequence[Layout], distances: Sequence[Distance],
+def diversities(model: Any, scenes: Sequence[Scene], distances: Sequence[Distance],
                 protocol: DiversityProtocol | None = None, *, seed: int = 0,
                 step: Callable[[str], None] = lambda what: None,
                 batch: int = BATCH) -> list[Diversity]:
     """As :func:`diversity`, by each of several distances, from the same pictures."""
     protocol = DiversityProtocol() if protocol is None else protocol
-    meter = DiversityMeter(model, distances, protocol, len(layouts), seed=seed, step=step,
+    meter = DiversityMeter(model, distances, protocol, len(scenes), seed=seed, step=step,
                            batch=batch)
-    for layout in layouts[: protocol.layouts]:
-        meter.add(layout)
+    for scene in scenes[: protocol.layouts]:
+        meter.add(scene)
     return meter.result()
 
 
@@ -232,14 +232,14 @@ def _summary(model: Any, found: Sequence[LayoutDiversity], clock: dict[str, floa
                      has_class_codes(model), dict(clock), pictures)
 
 
-def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
+def diversity(model: Any, scenes: Sequence[Scene], distance: Distance,
               protocol: DiversityProtocol | None = None, *, seed: int = 0,
               step: Callable[[str], None] = lambda what: None, batch: int = BATCH) -> Diversity:
-    """mCSD, mOCD and LPIPS of a model; each layout is compiled once for all its samples.
+    """mCSD, mOCD and LPIPS of a model; each scene is compiled once for all its samples.
 
     Args:
         model: of the zoo, in eval mode, with a latent code.
-        layouts: label maps; the first ``protocol.layouts`` are taken.
+        scenes: label maps; the first ``protocol.layouts`` are taken.
         distance: from :func:`create_distance`.
         protocol: counts, pairs and masks; :class:`DiversityProtocol`'s by default.
         seed: of the codes.
@@ -247,7 +247,7 @@ def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
         batch: pictures made at once.
 
     Raises:
-        ValueError: too few layouts, or a model that draws nothing.
+        ValueError: too few scenes, or a model that draws nothing.
 
     Paper: Zhu et al., "Semantically Multi-modal Image Synthesis", CVPR 2020, section 4.3; no code
     of theirs was published, see :class:`DiversityProtocol` for the readings.
@@ -257,10 +257,10 @@ def diversity(model: Any, layouts: Sequence[Layout], distance: Distance,
         >>> from smis_models.data import GeneratedScenes
         >>> from smis_models.metrics import DiversityProtocol, PixelDistance, Scenes
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
-        >>> layout = Scenes(GeneratedScenes(1, 128), {}).scene(0)[0]
+        >>> scene = Scenes(GeneratedScenes(1, 128), {}).scene(0)[0]
         >>> short = DiversityProtocol(layouts=1, samples=2, pairs=1)
-        >>> found = diversity(model, [layout], PixelDistance(), short)
+        >>> found = diversity(model, [scene], PixelDistance(), short)
         >>> found.mcsd > 0
         True
     """
-    return diversities(model, layouts, [distance], protocol, seed=seed, step=step, batch=batch)[0]
+    return diversities(model, scenes, [distance], protocol, seed=seed, step=step, batch=batch)[0]

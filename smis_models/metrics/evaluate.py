@@ -23,7 +23,7 @@ from ..io.names import map_files
 from ..io.provenance import commit, versions
 from ..io.seeds import derived_seed
 from ..synthesis.features import FeatureClusters
-from ..synthesis.scene import Layout, Layouts, draw_input
+from ..synthesis.scene import LazyScenes, Scene, draw_input
 from .distance import Distance
 from .diversity import DiversityMeter
 from .fid import Extractor, fid_of_features
@@ -38,54 +38,54 @@ class Scenes:
     """Layouts, and where there are photographs those, read when asked for.
 
     Args:
-        source: a data set, or layouts that were read before.
+        source: a data set, or scenes that were read before.
         facts: what the result says of where they come from.
 
     Example:
         >>> from smis_models.data import GeneratedScenes
         >>> scenes = Scenes(GeneratedScenes(4, 64, "test"), {"dataset": "scenes"})
-        >>> layout, photograph = scenes.scene(0)
-        >>> layout.labels.shape
+        >>> scene, photograph = scenes.scene(0)
+        >>> scene.labels.shape
         (64, 64)
     """
 
-    def __init__(self, source: SceneDataset | Sequence[Layout], facts: dict[str, Any]) -> None:
+    def __init__(self, source: SceneDataset | Sequence[Scene], facts: dict[str, Any]) -> None:
         self._source, self._facts = source, facts
         self.photographed = isinstance(source, SceneDataset)
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __iter__(self) -> Iterator[tuple[Layout, Tensor | None]]:
-        """Each layout with its photograph (1, 3, H, W) in [-1, 1], read once."""
+    def __iter__(self) -> Iterator[tuple[Scene, Tensor | None]]:
+        """Each scene with its photograph (1, 3, H, W) in [-1, 1], read once."""
         for i in range(len(self)):
             yield self.scene(i)
 
-    def scene(self, index: int) -> tuple[Layout, Tensor | None]:
-        """One layout, and its photograph where there is one."""
+    def scene(self, index: int) -> tuple[Scene, Tensor | None]:
+        """One scene, and its photograph where there is one."""
         if not isinstance(self._source, SceneDataset):
             return self._source[index], None
         sample = self._source[index]
         ids = sample.get("instances")
-        layout = Layout(sample["name"], sample["labels"].numpy().astype(np.int64),
+        scene = Scene(sample["name"], sample["labels"].numpy().astype(np.int64),
                         None if ids is None else ids.numpy().astype(np.int64))
-        return layout, sample["image"][None]
+        return scene, sample["image"][None]
 
     def names(self) -> list[str]:
         """The scenes' names where they are known before the scenes are read; else none."""
-        if isinstance(self._source, Layouts):
+        if isinstance(self._source, LazyScenes):
             return [files.name for files in self._source.files]
         if isinstance(self._source, FileScenes):
             return [files.name for files in self._source.records]
         return []
 
-    def check(self, step: Step, also: Callable[[Layout], object]) -> None:
-        """Read all files once and ask ``also`` of each layout: hours later a bad one costs all.
+    def check(self, step: Step, also: Callable[[Scene], object]) -> None:
+        """Read all files once and ask ``also`` of each scene: hours later a bad one costs all.
 
         Raises:
             FileNotFoundError, ImageError: a file is missing or bad; the message names it.
         """
-        if isinstance(self._source, (Layouts, FileScenes)):
+        if isinstance(self._source, (LazyScenes, FileScenes)):
             for i in range(len(self)):
                 step(f"checking scene {i + 1} of {len(self)}")
                 also(self.scene(i)[0])
@@ -111,10 +111,10 @@ class SceneDigest:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, layout: Layout) -> None:
-        """Go on with a layout."""
-        self._digest.update(layout.name.encode() + str(layout.labels.shape).encode())
-        self._digest.update(np.ascontiguousarray(layout.labels, np.int64).tobytes())
+    def add(self, scene: Scene) -> None:
+        """Go on with a scene."""
+        self._digest.update(scene.name.encode() + str(scene.labels.shape).encode())
+        self._digest.update(np.ascontiguousarray(scene.labels, np.int64).tobytes())
 
     def hexdigest(self) -> str:
         """The hash so far."""
@@ -122,7 +122,7 @@ class SceneDigest:
 
 
 @dataclass(frozen=True)
-class Judges:
+class Metrics:
     """What pictures are compared and read with; what is None is not measured.
 
     Attributes:
@@ -153,52 +153,53 @@ class _Painter:
         self._model, self._seed, self._clusters = model, seed, clusters
         self._sampler = LayoutSampler(model, 1)
 
-    def paint(self, layout: Layout, index: int) -> Tensor:
-        z = draw_input(self._model, layout, derived_seed(self._seed, index), self._clusters)
-        return self._sampler.load(layout).picture(z)
+    def paint(self, scene: Scene, index: int) -> Tensor:
+        z = draw_input(self._model, scene, derived_seed(self._seed, index), self._clusters)
+        return self._sampler.load(scene).picture(z)
 
 
 class _PictureScores:
     """FID and mIoU, from the scenes one after another."""
 
-    def __init__(self, judges: Judges, classes: int, names: Sequence[str]) -> None:
-        self._judges = judges
-        self._score = SegmentationScore(classes, judges.rule)
+    def __init__(self, metrics: Metrics, classes: int, names: Sequence[str]) -> None:
+        self._metrics = metrics
+        self._score = SegmentationScore(classes, metrics.rule)
         self._real: list[Tensor] = []
         self._fake: list[Tensor] = []
-        self._files = None if judges.predictions is None else _prediction_files(judges.predictions)
+        folder = metrics.predictions
+        self._files = None if folder is None else _prediction_files(folder)
         for name in names:  # now, and not after hours
             self._prediction(name)
 
     @property
     def paints(self) -> bool:
         """Whether pictures are wanted."""
-        return self._judges.extractor is not None or self._judges.segmenter is not None
+        return self._metrics.extractor is not None or self._metrics.segmenter is not None
 
-    def add(self, layout: Layout, photograph: Tensor | None, picture: Tensor) -> None:
-        """Judge a picture of a layout."""
-        if self._judges.segmenter is not None:
-            self._score.add(layout.labels[None], predict(self._judges.segmenter, picture))
-        if self._judges.extractor is not None:
+    def add(self, scene: Scene, photograph: Tensor | None, picture: Tensor) -> None:
+        """Judge a picture of a scene."""
+        if self._metrics.segmenter is not None:
+            self._score.add(scene.labels[None], predict(self._metrics.segmenter, picture))
+        if self._metrics.extractor is not None:
             assert photograph is not None
-            self._fake.append(self._judges.extractor(as_bytes(picture)))
-            self._real.append(self._judges.extractor(as_bytes(photograph)))
+            self._fake.append(self._metrics.extractor(as_bytes(picture)))
+            self._real.append(self._metrics.extractor(as_bytes(photograph)))
 
-    def predicted(self, layout: Layout) -> NDArray[np.int64] | None:
-        """The label map on disk, resized by nearest, that was predicted for a layout."""
-        path = self._prediction(layout.name)
+    def predicted(self, scene: Scene) -> NDArray[np.int64] | None:
+        """The label map on disk, resized by nearest, that was predicted for a scene."""
+        path = self._prediction(scene.name)
         if path is None:
             return None
-        rule = self._judges.rule
+        rule = self._metrics.rule
         known = self._score.classes if rule.meaning is None else len(rule.meaning)
-        height, width = layout.labels.shape
+        height, width = scene.labels.shape
         return read_labels(path, known, (height, width))
 
-    def read(self, layout: Layout) -> None:
+    def read(self, scene: Scene) -> None:
         """Count the predicted label map."""
-        labels = self.predicted(layout)
+        labels = self.predicted(scene)
         if labels is not None:
-            self._score.add(layout.labels, labels, str(self._prediction(layout.name)))
+            self._score.add(scene.labels, labels, str(self._prediction(scene.name)))
 
     def _prediction(self, name: str) -> Path | None:
         """The map that was predicted for a scene; None where none are read."""
@@ -207,30 +208,30 @@ class _PictureScores:
         path = self._files.get(name) or self._files.get(name.rpartition("/")[2])
         if path is None:
             raise FileNotFoundError(f"predictions: no map of scene {name!r} in "
-                                    f"{self._judges.predictions}")
+                                    f"{self._metrics.predictions}")
         return path
 
     def result(self) -> dict[str, Any]:
         """What was measured."""
-        judges = self._judges
+        metrics = self._metrics
         results: dict[str, Any] = {}
-        if judges.extractor is not None:
+        if metrics.extractor is not None:
             results["fid"] = {**fid_of_features(torch.cat(self._real), torch.cat(self._fake)),
-                              **_facts(judges.extractor)}
-        if judges.segmenter is not None or self._files is not None:
-            judge = judges.segmenter if self._files is None else None
+                              **_facts(metrics.extractor)}
+        if metrics.segmenter is not None or self._files is not None:
+            judge = metrics.segmenter if self._files is None else None
             results["segmentation"] = {**self._score.result(), **_facts(judge)}
         return results
 
 
-def _used(scenes: Scenes, judges: Judges, promised: str | None) -> dict[str, Any]:
+def _used(scenes: Scenes, metrics: Metrics, promised: str | None) -> dict[str, Any]:
     """What was really used of what a protocol promises."""
     used = scenes.used()
-    names = [distance.name for distance in judges.distances]
+    names = [distance.name for distance in metrics.distances]
     if names:
         used["distance"] = promised if promised in names else ", ".join(names)
-    if judges.extractor is not None:
-        used["fid_features"] = _facts(judges.extractor).get("network", "a network of the caller")
+    if metrics.extractor is not None:
+        used["fid_features"] = _facts(metrics.extractor).get("network", "a network of the caller")
     return used
 
 
@@ -257,7 +258,7 @@ def model_facts(model: Any, checkpoint: Path | None, seed: int) -> dict[str, Any
             "weights_sha256": {path.name: file_hash(path) for path in files}}
 
 
-def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
+def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *,
              checkpoint: Path | None = None, seed: int = 0,
              clusters: FeatureClusters | None = None,
              step: Step = lambda what: None) -> dict[str, Any]:
@@ -265,8 +266,8 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
 
     Args:
         model: of the zoo, in eval mode.
-        scenes: label maps, and photographs where ``judges.extractor`` is given.
-        judges: what is measured.
+        scenes: label maps, and photographs where ``metrics.extractor`` is given.
+        metrics: what is measured.
         protocol: counts, masks, size.
         checkpoint: where the weights come from, for the record.
         seed: of all codes.
@@ -285,7 +286,7 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
         >>> scenes = Scenes(GeneratedScenes(1, 128, "test"), {"dataset": "scenes"})
         >>> short = protocol("n100-m19", layouts=1, samples=2, pairs=1)
-        >>> result = evaluate(model, scenes, Judges([PixelDistance()]), short)
+        >>> result = evaluate(model, scenes, Metrics([PixelDistance()]), short)
         >>> result["results"]["diversity"]["pixel L1"]["mcsd"] > 0
         True
     """
@@ -293,38 +294,38 @@ def evaluate(model: Any, scenes: Scenes, judges: Judges, protocol: Protocol, *,
     if protocol.size is not None and size != tuple(protocol.size):
         raise ValueError(f"protocol: {protocol.name} is of pictures {protocol.size}, this model "
                          f"paints {size}; choose n100-m19, which takes the model's own size")
-    if not (judges.distances or judges.extractor or judges.segmenter or judges.predictions):
+    if not (metrics.distances or metrics.extractor or metrics.segmenter or metrics.predictions):
         raise ValueError("metrics: nothing to measure; give a distance, Inception weights or a "
                          "segmenter")
-    if judges.extractor is not None and not scenes.photographed:
+    if metrics.extractor is not None and not scenes.photographed:
         raise ValueError("fid: expected scenes with photographs, got label maps alone; give a "
                          "--dataset")
     start = time.perf_counter()
-    scores = _PictureScores(judges, model.preset.classes, scenes.names())
+    scores = _PictureScores(metrics, model.preset.classes, scenes.names())
     painter = _Painter(model, seed, clusters)
-    meter = DiversityMeter(model, judges.distances, protocol.diversity, len(scenes), seed=seed,
-                           step=step) if judges.distances else None
+    meter = DiversityMeter(model, metrics.distances, protocol.diversity, len(scenes), seed=seed,
+                           step=step) if metrics.distances else None
     scenes.check(step, scores.predicted)
     digest = SceneDigest()
-    for i, (layout, photograph) in enumerate(scenes):
-        digest.add(layout)
+    for i, (scene, photograph) in enumerate(scenes):
+        digest.add(scene)
         if meter is not None and i < protocol.diversity.layouts:
-            meter.add(layout)
-        scores.read(layout)
+            meter.add(scene)
+        scores.read(scene)
         if scores.paints:
             step(f"picture {i + 1} of {len(scenes)}")
-            scores.add(layout, photograph, painter.paint(layout, i))
+            scores.add(scene, photograph, painter.paint(scene, i))
     results: dict[str, Any] = {}
     if meter is not None:
         results["diversity"] = {
             distance.name: {**each.to_json(), "distance": distance.facts()}
-            for distance, each in zip(judges.distances, meter.result(), strict=True)
+            for distance, each in zip(metrics.distances, meter.result(), strict=True)
         }
     results |= scores.result()
     return {
         "results": results, "model": model_facts(model, checkpoint, seed),
         "data": scenes.facts(digest), "seed": seed,
-        "protocol": protocol.facts(_used(scenes, judges, protocol.distance)),
+        "protocol": protocol.facts(_used(scenes, metrics, protocol.distance)),
         "device": str(next(model.parameters()).device), "versions": versions(),
         "commit": commit(), "command": sys.argv[1:],
         "seconds": round(time.perf_counter() - start, 3),

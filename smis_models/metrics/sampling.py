@@ -1,4 +1,4 @@
-"""Pictures of one layout in numbers: codes drawn by seed, painted by a Synthesizer."""
+"""Pictures of one scene in numbers: codes drawn by seed, painted by a Synthesizer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..io.seeds import derived_seed
 from ..synthesis.codes import drawn_code
-from ..synthesis.scene import Layout
+from ..synthesis.scene import Scene
 from ..synthesis.synthesizer import Synthesizer
 
 Draw = Callable[[Tensor], Tensor]
-"""Codes (N, ...) of one layout -> pictures (N, 3, H, W)."""
+"""Codes (N, ...) of one scene -> pictures (N, 3, H, W)."""
 BATCH = 4  # pictures at once: small layers fill the processor better, memory grows little
 
 
@@ -39,7 +39,7 @@ def sample_codes(model: Any, samples: int, seed: int, index: int | None = None) 
 
 
 class LayoutSampler:
-    """Pictures by a :class:`Synthesizer`: a layout is compiled once for all of its samples.
+    """Pictures by a :class:`Synthesizer`: a scene is compiled once for all of its samples.
 
     Args:
         model: of the zoo, in eval mode.
@@ -48,10 +48,10 @@ class LayoutSampler:
     Example:
         >>> import numpy as np
         >>> from smis_models import create_model
-        >>> from smis_models.synthesis.scene import Layout
+        >>> from smis_models.synthesis.scene import Scene
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
-        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
-        >>> draw = LayoutSampler(model, 2).load(layout)
+        >>> scene = Scene("plain", np.zeros((128, 128), np.int64), None)
+        >>> draw = LayoutSampler(model, 2).load(scene)
         >>> draw(sample_codes(model, 4, seed=0, index=3)).shape
         torch.Size([4, 3, 128, 128])
     """
@@ -60,9 +60,9 @@ class LayoutSampler:
         self._model, self._batch = model, batch
         self._synthesizer: Synthesizer | None = None
 
-    def load(self, layout: Layout) -> LayoutSampler:
-        """Go on with another layout; windows that both have are not computed again."""
-        labels, instances = layout.tensors(self._batch)
+    def load(self, scene: Scene) -> LayoutSampler:
+        """Go on with another scene; windows that both have are not computed again."""
+        labels, instances = scene.tensors(self._batch)
         if self._synthesizer is None:
             self._synthesizer = Synthesizer(self._model, labels, instances)
         else:
@@ -71,7 +71,7 @@ class LayoutSampler:
 
     def _loaded(self) -> Synthesizer:
         if self._synthesizer is None:
-            raise RuntimeError("layout: none is loaded; call load(layout) first")
+            raise RuntimeError("scene: none is loaded; call load(scene) first")
         return self._synthesizer
 
     def picture(self, z: Tensor | None) -> Tensor:

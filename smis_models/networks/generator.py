@@ -34,8 +34,8 @@ class UpwardGenerator(nn.Module):
 
     def _upsamples(self, name: str) -> bool:
         """Whether the features are upsampled before the block."""
-        held = ("head_0", "G_middle_1") if self.preset.upsampling == "normal" else ("head_0",)
-        return name not in held
+        same_size = ("head_0", "G_middle_1") if self.preset.upsampling == "normal" else ("head_0",)
+        return name not in same_size
 
     def _picture(self, x: Tensor) -> Tensor:
         return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))

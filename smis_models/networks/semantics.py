@@ -79,7 +79,7 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
     return planes.scatter_(1, labels[:, None], 1)
 
 
-def layout(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
+def compile_layout(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
            source: str | Path | None = None) -> LabelLayout:
     """The compiled form of :func:`semantics`: no plane is built. Arguments and errors as there.
 
@@ -87,7 +87,7 @@ def layout(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
         >>> from smis_models import create_model
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
         >>> labels = torch.zeros(1, 128, 128).long()
-        >>> image = model(layout(labels, model.preset))
+        >>> image = model(compile_layout(labels, model.preset))
     """
     maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care, source=source)
     ids = _instance_ids(instances, maps) if preset.instance_edge else None

@@ -1,6 +1,6 @@
 """What the papers use their models for: mixing, editing, morphing, resampling, new shapes.
 
-Every function yields :class:`Frame` after frame; all frames of one layout share what a
+Every function yields :class:`Frame` after frame; all frames of one scene share what a
 :class:`Synthesizer` has computed for it.
 """
 
@@ -16,18 +16,18 @@ from torch import Tensor
 from ..io.images import Picture, check_pictures, to_pictures
 from .codes import code_parts, draw_code, drawn_code, interpolate, resample_class
 from .features import FeatureClusters
-from .scene import Layout
+from .scene import Scene
 from .shapes import ShapeLibrary, exchange_shape, target_region
 from .synthesizer import Synthesizer
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture, what was done to get it, and its layout."""
+    """A picture, what was done to get it, and its scene."""
 
     caption: str
     picture: Picture
-    layout: Layout
+    scene: Scene
 
 
 @torch.no_grad()
@@ -93,17 +93,17 @@ def _check_class_codes(model: Any) -> None:
                          f"relatives), got {model.name}")
 
 
-def synthesizer(model: Any, layout: Layout) -> Synthesizer:
-    """A :class:`Synthesizer` of one layout."""
-    return Synthesizer(model, *layout.tensors())
+def synthesizer(model: Any, scene: Scene) -> Synthesizer:
+    """A :class:`Synthesizer` of one scene."""
+    return Synthesizer(model, *scene.tensors())
 
 
-def _frame(made: Synthesizer, caption: str, z: Tensor | None, layout: Layout) -> Frame:
+def _frame(made: Synthesizer, caption: str, z: Tensor | None, scene: Scene) -> Frame:
     (picture,) = to_pictures(made.sample(z))
-    return Frame(caption, picture, layout)
+    return Frame(caption, picture, scene)
 
 
-def mix(model: Any, layout: Layout, codes: Sequence[Tensor], take: Mapping[int, int] | None = None,
+def mix(model: Any, scene: Scene, codes: Sequence[Tensor], take: Mapping[int, int] | None = None,
         names: Sequence[str] = ()) -> Iterator[Frame]:
     """Appearance mixture: classes one after another take the code of another picture.
 
@@ -111,9 +111,9 @@ def mix(model: Any, layout: Layout, codes: Sequence[Tensor], take: Mapping[int, 
 
     Args:
         model: with a code for each class.
-        layout: what is painted.
+        scene: what is painted.
         codes: of the pictures, from :func:`encode`.
-        take: class -> picture; by default the layout's classes in turn, largest first, from the
+        take: class -> picture; by default the scene's classes in turn, largest first, from the
             second picture on.
         names: of the pictures, for captions.
 
@@ -121,60 +121,60 @@ def mix(model: Any, layout: Layout, codes: Sequence[Tensor], take: Mapping[int, 
         >>> import numpy as np
         >>> from smis_models import create_model
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
-        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
+        >>> scene = Scene("plain", np.zeros((128, 128), np.int64), None)
         >>> codes = [drawn_code(model, seed) for seed in (0, 1)]  # or of pictures: encode
-        >>> [frame.caption for frame in mix(model, layout, codes)]
+        >>> [frame.caption for frame in mix(model, scene, codes)]
         ['all from picture 0', 'class 0 from picture 1']
     """
     _check_class_codes(model)
     if take is None:
         others = max(1, len(codes) - 1)
-        take = {c: (1 + k % others) % len(codes) for k, c in enumerate(layout.present)}
+        take = {c: (1 + k % others) % len(codes) for k, c in enumerate(scene.present)}
     mixed_code(model, codes, take)  # all of it is checked before anything is painted
     names = names or [f"picture {i}" for i in range(len(codes))]
-    made = synthesizer(model, layout)
-    yield _frame(made, f"all from {names[0]}", codes[0], layout)
+    made = synthesizer(model, scene)
+    yield _frame(made, f"all from {names[0]}", codes[0], scene)
     taken: dict[int, int] = {}
     for index, source in take.items():
         taken[index] = source
         yield _frame(made, f"class {index} from {names[source]}", mixed_code(model, codes, taken),
-                     layout)
+                     scene)
 
 
-def edit(model: Any, layouts: Sequence[Layout],
+def edit(model: Any, scenes: Sequence[Scene],
          codes: Tensor | Sequence[Tensor] | None = None) -> Iterator[Frame]:
     """Semantic manipulation: the label map changes from frame to frame, the codes are kept.
 
     Args:
         model: any.
-        layouts: the scene before and after each edit.
+        scenes: the scene before and after each edit.
         codes: the code that is kept; or, of a model that reads instance features, which lie on the
-            map as instances do, those of each layout.
+            map as instances do, those of each scene.
 
     Example:
         >>> import numpy as np
         >>> from smis_models import create_model
         >>> from smis_models.synthesis.edits import painted
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
-        >>> layout = Layout("plain", np.zeros((128, 128), np.int64), None)
-        >>> edited = painted(layout, "3:10,20,30,60", classes=8)
-        >>> frames = list(edit(model, [layout, edited], drawn_code(model, 0)))
+        >>> scene = Scene("plain", np.zeros((128, 128), np.int64), None)
+        >>> edited = painted(scene, "3:10,20,30,60", classes=8)
+        >>> frames = list(edit(model, [scene, edited], drawn_code(model, 0)))
     """
-    made = synthesizer(model, layouts[0])
-    for k, layout in enumerate(layouts):
+    made = synthesizer(model, scenes[0])
+    for k, scene in enumerate(scenes):
         if k:
-            made.update(*layout.tensors())  # only windows that are new are computed
+            made.update(*scene.tensors())  # only windows that are new are computed
         z = codes if codes is None or isinstance(codes, Tensor) else codes[k]
-        yield _frame(made, f"edit {k}" if k else "before", z, layout)
+        yield _frame(made, f"edit {k}" if k else "before", z, scene)
 
 
-def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
+def morph(model: Any, scene: Scene, start: Tensor, end: Tensor, steps: int,
           classes: Sequence[int] | None = None) -> Iterator[Frame]:
     """Style morphing: from one code to another on the sphere, both ends included.
 
     Args:
         model: with a code.
-        layout: what is painted.
+        scene: what is painted.
         start, end: codes, from :func:`encode` or drawn.
         steps: frames, at least 2.
         classes: whose codes change; all by default.
@@ -186,50 +186,50 @@ def morph(model: Any, layout: Layout, start: Tensor, end: Tensor, steps: int,
         raise ValueError(f"steps: expected at least 2, got {steps}")
     if classes is not None:
         end = mixed_code(model, [start, end], dict.fromkeys(classes, 1))
-    made = synthesizer(model, layout)
+    made = synthesizer(model, scene)
     for t in torch.linspace(0, 1, steps).tolist():
         z = interpolate(start, end, t, code_parts(model.generator))
-        yield _frame(made, f"{t:.0%}", z, layout)
+        yield _frame(made, f"{t:.0%}", z, scene)
 
 
-def resample(model: Any, layout: Layout, index: int, samples: int, seed: int = 0,
+def resample(model: Any, scene: Scene, index: int, samples: int, seed: int = 0,
              z: Tensor | None = None) -> Iterator[Frame]:
-    """Per-class resampling: the code of one class is drawn anew, all else is held.
+    """Per-class resampling: the code of one class is drawn anew, all else is kept.
 
     Args:
         model: with a code for each class.
-        layout: what is painted.
+        scene: what is painted.
         index: the class.
         samples: further frames after the first, which shows the code as it is.
         seed: of the codes.
         z: the code; drawn by default.
 
     Raises:
-        ValueError: the class is not in the layout, or the model has no class codes.
+        ValueError: the class is not in the scene, or the model has no class codes.
     """
     _check_class_codes(model)
-    _check_present(layout, index)
+    _check_present(scene, index)
     start = drawn_code(model, seed) if z is None else z
-    made = synthesizer(model, layout)
-    yield _frame(made, "first", start, layout)
+    made = synthesizer(model, scene)
+    yield _frame(made, "first", start, scene)
     for k in range(1, samples + 1):
         changed = resample_class(model, start, index, seed + k)
-        yield _frame(made, f"class {index}, draw {k}", changed, layout)
+        yield _frame(made, f"class {index}, draw {k}", changed, scene)
 
 
-def _check_present(layout: Layout, index: int) -> None:
-    if index not in layout.present:
-        raise ValueError(f"class: expected one of {layout.name}, {sorted(layout.present)}; got "
+def _check_present(scene: Scene, index: int) -> None:
+    if index not in scene.present:
+        raise ValueError(f"class: expected one of {scene.name}, {sorted(scene.present)}; got "
                          f"{index}")
 
 
-def edit_features(model: Any, layout: Layout, clusters: FeatureClusters, instance: int,
+def edit_features(model: Any, scene: Scene, clusters: FeatureClusters, instance: int,
                   seed: int = 0, samples: int | None = None) -> Iterator[Frame]:
-    """Instance features of pix2pixHD: one instance goes through its clusters, all else is held.
+    """Instance features of pix2pixHD: one instance goes through its clusters, all else is kept.
 
     Args:
         model: a pix2pixHD that reads instance features.
-        layout: with instance ids.
+        scene: with instance ids.
         clusters: of the features.
         instance: its id.
         seed: of the other instances' features.
@@ -238,9 +238,9 @@ def edit_features(model: Any, layout: Layout, clusters: FeatureClusters, instanc
     Raises:
         ValueError: no such instance, or no clusters of its class.
     """
-    labels, ids = layout.tensors()
+    labels, ids = scene.tensors()
     if ids is None:
-        raise ValueError(f"instances: expected ids with the layout {layout.name}, got none; give "
+        raise ValueError(f"instances: expected ids with the scene {scene.name}, got none; give "
                          "--instances")
     clusters.sample(ids, seed=seed, chosen={instance: 0})  # refuses an unknown instance
     count = clusters.count(instance)
@@ -248,16 +248,16 @@ def edit_features(model: Any, layout: Layout, clusters: FeatureClusters, instanc
     place = next(model.parameters())
     for k in range(count if samples is None else min(samples, count)):
         planes = clusters.sample(ids, seed=seed, chosen={instance: k})
-        yield _frame(made, f"instance {instance}, cluster {k}", planes.to(place), layout)
+        yield _frame(made, f"instance {instance}, cluster {k}", planes.to(place), scene)
 
 
-def exchange(model: Any, layout: Layout, target: int, library: ShapeLibrary, shapes: int,
+def exchange(model: Any, scene: Scene, target: int, library: ShapeLibrary, shapes: int,
              seed: int = 0, z: Tensor | None = None, texture: bool = True) -> Iterator[Frame]:
     """An instance's shape exchanged for others of its class; with ``texture`` its code too.
 
     Args:
         model: with a code for each class, for ``texture``; else any that draws codes or none.
-        layout: the scene; the first frame shows it as it is.
+        scene: the scene; the first frame shows it as it is.
         target: an instance id, or a class, of which the largest region is taken.
         library: of shapes.
         shapes: how many are shown, in an order drawn by the seed.
@@ -268,16 +268,16 @@ def exchange(model: Any, layout: Layout, target: int, library: ShapeLibrary, sha
     Raises:
         ValueError: no such target, no shape of its class, no class codes.
     """
-    _, index = target_region(layout, target)
+    _, index = target_region(scene, target)
     known = library.of(index)
     if texture:
         _check_class_codes(model)
     start = draw_code(model, seed) if z is None else z
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
-    made = synthesizer(model, layout)
-    yield _frame(made, "first", start, layout)
+    made = synthesizer(model, scene)
+    yield _frame(made, "first", start, scene)
     for k in range(shapes):
-        changed = exchange_shape(layout, target, known[order[k % len(order)]])
+        changed = exchange_shape(scene, target, known[order[k % len(order)]])
         made.update(*changed.tensors())
         code = resample_class(model, start, index, seed + 1 + k) if texture else start
         yield _frame(made, f"shape {k + 1}", code, changed)

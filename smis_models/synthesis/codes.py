@@ -30,7 +30,7 @@ def drawn_code(model: Any, seed: int) -> Tensor:
 
 
 def resample_class(model: Any, z: Tensor, index: int, seed: int) -> Tensor:
-    """``z`` with the code of class ``index`` drawn anew and all others held."""
+    """``z`` with the code of class ``index`` drawn anew and all others kept."""
     channels = model.generator.class_channels(index)
     changed = z.clone()
     changed[:, channels] = draw_code(model, seed)[:, channels]
@@ -53,7 +53,7 @@ def interpolate(start: Tensor, end: Tensor, t: float, parts: int = 1) -> Tensor:
     Args:
         start, end: (N, C, ...) of one shape.
         t: 0..1.
-        parts: codes along C, each on a sphere of its own; one that both ends share is held.
+        parts: codes along C, each on a sphere of its own; one that both ends share is kept.
 
     Raises:
         ValueError: codes of two shapes.

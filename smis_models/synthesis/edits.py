@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .scene import Layout
+from .scene import Scene
 
 _PAINT = re.compile(r"(\d+):(\d+),(\d+),(\d+),(\d+)")
 _RELABEL = re.compile(r"(\d+)=(\d+)")
 
 
-def painted(layout: Layout, text: str, classes: int) -> Layout:
+def painted(scene: Scene, text: str, classes: int) -> Scene:
     """A box filled with a class: "CLASS:TOP,LEFT,BOTTOM,RIGHT", in pixels, ends excluded.
 
     Instance ids inside become the class, as of stuff.
@@ -22,8 +22,8 @@ def painted(layout: Layout, text: str, classes: int) -> Layout:
         ValueError: another form, an unknown class, a box outside the map.
 
     Example:
-        >>> layout = Layout("plain", np.zeros((64, 64), np.int64), None)
-        >>> int((painted(layout, "3:10,20,30,60", classes=8).labels == 3).sum())
+        >>> scene = Scene("plain", np.zeros((64, 64), np.int64), None)
+        >>> int((painted(scene, "3:10,20,30,60", classes=8).labels == 3).sum())
         800
     """
     match = _PAINT.fullmatch(text)
@@ -31,24 +31,24 @@ def painted(layout: Layout, text: str, classes: int) -> Layout:
         raise ValueError(f"paint: expected CLASS:TOP,LEFT,BOTTOM,RIGHT, got {text!r}")
     index, top, left, bottom, right = map(int, match.groups())
     _check_class("paint", index, classes)
-    height, width = layout.labels.shape
+    height, width = scene.labels.shape
     if not (top < bottom <= height and left < right <= width):
         raise ValueError(f"paint: expected a box inside {height}x{width} (height, width), got "
                          f"{text!r}")
     mask = np.zeros((height, width), bool)
     mask[top:bottom, left:right] = True
-    return _filled(layout, mask, index)
+    return _filled(scene, mask, index)
 
 
-def relabelled(layout: Layout, text: str, classes: int) -> Layout:
+def relabelled(scene: Scene, text: str, classes: int) -> Scene:
     """All pixels of one class become another: "FROM=TO".
 
     Raises:
         ValueError: another form, an unknown class, no pixel of the first.
 
     Example:
-        >>> layout = Layout("plain", np.full((64, 64), 3), None)
-        >>> relabelled(layout, "3=5", classes=8).present
+        >>> scene = Scene("plain", np.full((64, 64), 3), None)
+        >>> relabelled(scene, "3=5", classes=8).present
         [5]
     """
     match = _RELABEL.fullmatch(text)
@@ -56,11 +56,11 @@ def relabelled(layout: Layout, text: str, classes: int) -> Layout:
         raise ValueError(f"relabel: expected FROM=TO, got {text!r}")
     old, new = map(int, match.groups())
     _check_class("relabel", new, classes)
-    mask = layout.labels == old
+    mask = scene.labels == old
     if not mask.any():
-        raise ValueError(f"relabel: expected a class of {layout.name}, "
-                         f"{sorted(layout.present)}; got {old}")
-    return _filled(layout, mask, new)
+        raise ValueError(f"relabel: expected a class of {scene.name}, "
+                         f"{sorted(scene.present)}; got {old}")
+    return _filled(scene, mask, new)
 
 
 def parse_takes(texts: Sequence[str], names: Sequence[str]) -> dict[int, int]:
@@ -96,8 +96,8 @@ def _check_class(name: str, index: int, classes: int) -> None:
         raise ValueError(f"{name}: expected a class 0..{classes - 1}, got {index}")
 
 
-def _filled(layout: Layout, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-            index: int) -> Layout:
-    ids = layout.instances
-    return Layout(layout.name, np.where(mask, index, layout.labels),
+def _filled(scene: Scene, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+            index: int) -> Scene:
+    ids = scene.instances
+    return Scene(scene.name, np.where(mask, index, scene.labels),
                   None if ids is None else np.where(mask, index, ids))

@@ -271,8 +271,8 @@ def _read_official(path: Path) -> dict[int, Centers]:
             if shape != () or not dtype.hasobject:
                 raise FeatureError(f"features: expected one pickled dict in {path}, got an array "
                                    f"of shape {shape}")
-            held = _ArraysOnly(file, encoding="latin1").load()
-        content = held.item() if isinstance(held, np.ndarray) and held.shape == () else held
+            loaded = _ArraysOnly(file, encoding="latin1").load()
+        content = loaded.item() if isinstance(loaded, np.ndarray) and loaded.shape == () else loaded
         if not isinstance(content, dict):
             raise FeatureError(f"features: expected a dict of label -> array in {path}, got "
                                f"{type(content).__name__}")

@@ -23,9 +23,9 @@ def capacity(rows: int) -> int:
 
 def _buffer(rows: Tensor) -> Tensor:
     """A buffer that holds ``rows`` and zeros up to its capacity: row 0 is the outside."""
-    held = rows.new_zeros((capacity(len(rows)), *rows.shape[1:]))
-    held[: len(rows)] = rows
-    return held
+    buffer = rows.new_zeros((capacity(len(rows)), *rows.shape[1:]))
+    buffer[: len(rows)] = rows
+    return buffer
 
 
 def _refill(buffer: Tensor, rows: Tensor) -> None:
@@ -34,7 +34,7 @@ def _refill(buffer: Tensor, rows: Tensor) -> None:
 
 
 @dataclass
-class _HeldLevel(WindowLevel):
+class _StaticLevel(WindowLevel):
     """A resolution in buffers; ``counts`` stays that of the map, so that paths stay as chosen."""
 
     known: tuple[int, int] = (0, 0)
@@ -48,15 +48,15 @@ _INDEX_MAPS = ("symbols", "index3", "index5")
 _ROWS = ("windows3", "windows5")
 
 
-def _held_level(level: WindowLevel) -> WindowLevel:
+def _static_level(level: WindowLevel) -> WindowLevel:
     maps = {name: getattr(level, name).clone() for name in _INDEX_MAPS}
     if not level.repeats:
         return WindowLevel(windows3=level.windows3, windows5=level.windows5, **maps)
     rows = {name: _buffer(getattr(level, name)) for name in _ROWS}
-    return _HeldLevel(**maps, **rows, known=level.counts)
+    return _StaticLevel(**maps, **rows, known=level.counts)
 
 
-class HeldLayout:
+class StaticLayout:
     """A used layout in buffers of fixed capacity, tables included.
 
     What reads :attr:`layout` may be captured: :meth:`load` brings an edited layout into the same
@@ -69,7 +69,7 @@ class HeldLayout:
     def __init__(self, used: LabelLayout) -> None:
         assert used.tables is not None
         self.layout = LabelLayout(used.symbols.clone(), _buffer(used.vectors))
-        self.layout._levels = {size: _held_level(level) for size, level in used._levels.items()}
+        self.layout._levels = {size: _static_level(level) for size, level in used._levels.items()}
         self.layout.tables = TableCache()
         self._tables = {key: _buffer(table) for key, table in used.tables.items()}
         for (owner, size), table in self._tables.items():
@@ -82,11 +82,11 @@ class HeldLayout:
         if levels.keys() != self.layout._levels.keys() or tables.keys() != self._tables.keys():
             return False
         pairs = [(self.layout.vectors, used.vectors)]
-        for size, held in self.layout._levels.items():
-            if held.repeats != levels[size].repeats:
+        for size, static in self.layout._levels.items():
+            if static.repeats != levels[size].repeats:
                 return False
-            if held.repeats:
-                pairs += [(getattr(held, name), getattr(levels[size], name)) for name in _ROWS]
+            if static.repeats:
+                pairs += [(getattr(static, name), getattr(levels[size], name)) for name in _ROWS]
         pairs += [(buffer, tables[key]) for key, buffer in self._tables.items()]
         return used.symbols.shape == self.layout.symbols.shape and all(
             len(rows) <= len(buffer) for buffer, rows in pairs
@@ -97,13 +97,13 @@ class HeldLayout:
         assert used.tables is not None
         self.layout.symbols.copy_(used.symbols)
         _refill(self.layout.vectors, used.vectors)
-        for size, held in self.layout._levels.items():
+        for size, static in self.layout._levels.items():
             level = used._levels[size]
             for name in _INDEX_MAPS:
-                getattr(held, name).copy_(getattr(level, name))
-            if held.repeats:
+                getattr(static, name).copy_(getattr(level, name))
+            if static.repeats:
                 for name in _ROWS:
-                    _refill(getattr(held, name), getattr(level, name))
+                    _refill(getattr(static, name), getattr(level, name))
         for key, table in used.tables.items():
             _refill(self._tables[key], table)
 
@@ -146,18 +146,18 @@ class GraphedGenerator:
 
     def __init__(self, generator: Any, used: LabelLayout, z: Tensor | None,
                  record: Callable[[Call, torch.device], Call] = capture) -> None:
-        self._held = HeldLayout(used)
+        self._static = StaticLayout(used)
         self._z = None if z is None else z.clone()
-        self._replay = record(lambda: generator(self._held.layout, self._z),
+        self._replay = record(lambda: generator(self._static.layout, self._z),
                               used.symbols.device)
 
     def fits(self, used: LabelLayout) -> bool:
         """Whether an edited layout can be loaded; else a new graph is due."""
-        return self._held.fits(used)
+        return self._static.fits(used)
 
     def load(self, used: LabelLayout) -> None:
         """Go on with an edited layout, after a forward pass has made its tables."""
-        self._held.load(used)
+        self._static.load(used)
 
     def __call__(self, z: Tensor | None) -> Tensor:
         """The picture (N, 3, H, W) of a code, in memory of its own."""

@@ -1,4 +1,4 @@
-"""From label maps on disk to pictures: layouts, codes, and the loop that the command line runs."""
+"""From label maps on disk to pictures: scenes, codes, and the loop that the command line runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SCENES: dict[str | int, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class Scene:
     """A scene to synthesise: (H, W) labels and, where the model reads them, instance ids.
 
     ``class_names`` are of all classes where they are known; ``source_size`` is the (height, width)
@@ -63,8 +63,8 @@ class Layout:
         return palette(num_classes)[self.labels]
 
 
-class Layouts(Sequence[Layout]):
-    """Layouts on disk, at the model's size: each is read where it is asked for, and not kept.
+class LazyScenes(Sequence[Scene]):
+    """Scenes on disk, at the model's size: each is read where it is asked for, and not kept.
 
     Args:
         files: labels, and instances where the model reads them.
@@ -81,27 +81,27 @@ class Layouts(Sequence[Layout]):
         return len(self.files)
 
     @overload
-    def __getitem__(self, index: int) -> Layout: ...
+    def __getitem__(self, index: int) -> Scene: ...
     @overload
-    def __getitem__(self, index: slice) -> Layouts: ...
-    def __getitem__(self, index: int | slice) -> Layout | Layouts:
+    def __getitem__(self, index: slice) -> LazyScenes: ...
+    def __getitem__(self, index: int | slice) -> Scene | LazyScenes:
         if isinstance(index, slice):
-            return Layouts(self.files[index], self._preset, self._unknown)
+            return LazyScenes(self.files[index], self._preset, self._unknown)
         preset = self._preset
         scene = read_scene(self.files[index], preset.classes, unknown=self._unknown,
                            option="--unknown")
         assert scene.labels is not None
         ids = scene.instances
-        return Layout(
+        return Scene(
             scene.name, resize_nearest(scene.labels, preset.image_size),
             None if ids is None else resize_nearest(ids, preset.image_size),
             source_size=scene.size,
         )
 
 
-def read_layouts(labels: str | Path, instances: str | Path | None, preset: Preset,
-                 unknown: int | None = None) -> Layouts:
-    """The layouts in a label map or a folder of them, resized to the model's size.
+def read_scenes(labels: str | Path, instances: str | Path | None, preset: Preset,
+                unknown: int | None = None) -> LazyScenes:
+    """The scenes in a label map or a folder of them, resized to the model's size.
 
     Args:
         labels: a PNG, or a folder of PNGs, searched with its subfolders.
@@ -114,7 +114,7 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Prese
         FileNotFoundError: a path, or the instance map of a scene, is missing.
         ValueError: the model reads instances and none are given; files of another role, or two of
             one scene.
-        ImageError: (when a layout is read) a file is not an index map in range.
+        ImageError: (when a scene is read) a file is not an index map in range.
     """
     maps = map_files("labels", labels, LABELS)
     ids: list[Path | None] = [None] * len(maps)
@@ -124,26 +124,27 @@ def read_layouts(labels: str | Path, instances: str | Path | None, preset: Prese
         ids = [*match("instances", list(maps), map_files("instances", instances, INSTANCES))]
     if unknown is not None and not 0 <= unknown < preset.classes:
         raise ValueError(f"unknown: expected a class 0..{preset.classes - 1}, got {unknown}")
-    return Layouts([SceneFiles(name, labels=path, instances=own)
-                    for (name, path), own in zip(maps.items(), ids, strict=True)], preset, unknown)
+    return LazyScenes([SceneFiles(name, labels=path, instances=own)
+                       for (name, path), own in zip(maps.items(), ids, strict=True)],
+                      preset, unknown)
 
 
-def sample_layouts(preset: Preset, count: int, seed: int = 0, model: str = "") -> list[Layout]:
+def sample_scenes(preset: Preset, count: int, seed: int = 0, model: str = "") -> list[Scene]:
     """``count`` of the package's own scenes, of the kinds that the model's data set shows."""
     kinds = _SCENES.get(model) or _SCENES.get(preset.classes, ("indoor", "street"))
-    layouts = []
+    scenes = []
     for i in range(count):
         kind = kinds[i % len(kinds)]
         scene = sample_scene(kind, *preset.image_size, preset.classes, seed + i)
         ids = scene.instances.astype(np.int64) if preset.instance_edge else None
         names = scene.names if kind == "landscape" else ()
-        layouts.append(Layout(f"{kind}_{seed + i}", scene.labels.astype(np.int64), ids, names))
-    return layouts
+        scenes.append(Scene(f"{kind}_{seed + i}", scene.labels.astype(np.int64), ids, names))
+    return scenes
 
 
-def semantics(model: Any, layout: Layout) -> Tensor:
-    """The model's input planes of one layout."""
-    planes: Tensor = model.semantics(*layout.tensors())
+def semantics(model: Any, scene: Scene) -> Tensor:
+    """The model's input planes of one scene."""
+    planes: Tensor = model.semantics(*scene.tensors())
     return planes
 
 
@@ -169,13 +170,13 @@ def read_clusters(preset: Preset, path: str | Path | None) -> FeatureClusters | 
     return clusters
 
 
-def draw_input(model: Any, layout: Layout, seed: int,
+def draw_input(model: Any, scene: Scene, seed: int,
                clusters: FeatureClusters | None = None) -> Tensor | None:
     """What the model reads besides the semantics: instance features, a code, or None."""
     if clusters is None:
         return draw_code(model, seed)
-    assert layout.instances is not None
-    planes = clusters.sample(torch.from_numpy(layout.instances)[None], seed=seed)
+    assert scene.instances is not None
+    planes = clusters.sample(torch.from_numpy(scene.instances)[None], seed=seed)
     return planes.to(next(model.parameters()))
 
 
@@ -213,7 +214,7 @@ def _scale_to(deviation: float) -> Any:
 
 @torch.no_grad()
 def calibrate(model: Any, planes: Tensor, z: Tensor | None) -> None:
-    """Give untrained weights pictures in which the layout shows: they would be grey otherwise.
+    """Give untrained weights pictures in which the scene shows: they would be grey otherwise.
 
     One pass in training mode sets the running statistics of every norm to those of its input and
     scales the convs of gamma, beta and the image. For random weights only: a trained network's

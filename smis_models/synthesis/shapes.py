@@ -1,4 +1,4 @@
-"""Instance shapes from label maps, and a layout with one instance's shape exchanged for another."""
+"""Instance shapes from label maps, and a scene with one instance's shape exchanged for another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..io.images import resize_nearest
 from .features import THINGS
-from .scene import Layout
+from .scene import Scene
 
 Mask = NDArray[np.bool_]
 _SMALLEST = 1 / 2000  # of the map: smaller regions are no shapes
@@ -30,14 +30,14 @@ def _pieces(mask: Mask) -> list[Mask]:
     return sorted(pieces, key=lambda piece: -int(piece.sum()))
 
 
-def regions(layout: Layout, index: int) -> list[Mask]:
+def regions(scene: Scene, index: int) -> list[Mask]:
     """Masks (H, W) of the instances of a class; without instance ids its connected regions."""
-    of_class = layout.labels == index
-    if layout.instances is not None:
-        ids = np.unique(layout.instances[of_class])
+    of_class = scene.labels == index
+    if scene.instances is not None:
+        ids = np.unique(scene.instances[of_class])
         things = ids[ids >= THINGS]
         if len(things):
-            return [(layout.instances == i) & of_class for i in things]
+            return [(scene.instances == i) & of_class for i in things]
     return _pieces(of_class)
 
 
@@ -48,7 +48,7 @@ class ShapeLibrary:
     Example:
         >>> ids = np.zeros((64, 64), np.int64)
         >>> ids[20:40, 20:40] = 26001
-        >>> library = ShapeLibrary.from_layouts([Layout("street", ids // 1000, ids)])
+        >>> library = ShapeLibrary.from_scenes([Scene("street", ids // 1000, ids)])
         >>> len(library.shapes[26])
         1
     """
@@ -56,13 +56,13 @@ class ShapeLibrary:
     shapes: dict[int, list[Mask]]
 
     @classmethod
-    def from_layouts(cls, layouts: Iterable[Layout]) -> ShapeLibrary:
+    def from_scenes(cls, scenes: Iterable[Scene]) -> ShapeLibrary:
         """The shapes of every class in label maps; those cut off by the border are left out."""
         shapes: dict[int, list[Mask]] = {}
-        for layout in layouts:
-            least = layout.labels.size * _SMALLEST
-            for index in layout.present:
-                for mask in regions(layout, index):
+        for scene in scenes:
+            least = scene.labels.size * _SMALLEST
+            for index in scene.present:
+                for mask in regions(scene, index):
                     edge = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
                     if mask.sum() >= least and not edge:
                         shapes.setdefault(index, []).append(mask[_box(mask)])
@@ -81,32 +81,32 @@ class ShapeLibrary:
         return self.shapes[index]
 
 
-def target_region(layout: Layout, target: int) -> tuple[Mask, int]:
+def target_region(scene: Scene, target: int) -> tuple[Mask, int]:
     """(mask, class) of an instance id, or of the largest region of a class.
 
     Raises:
         ValueError: neither an instance nor a class of the map has that number.
     """
-    if layout.instances is not None and target >= THINGS:
-        mask = layout.instances == target
+    if scene.instances is not None and target >= THINGS:
+        mask = scene.instances == target
         if mask.any():
-            return mask, int(layout.labels[mask][0])
-    elif (layout.labels == target).any():
-        return max(regions(layout, target), key=lambda mask: int(mask.sum())), target
-    have = layout.present if layout.instances is None else [
-        *layout.present, *np.unique(layout.instances[layout.instances >= THINGS]).tolist()]
-    raise ValueError(f"exchange: expected a class or an instance of {layout.name}, one of "
+            return mask, int(scene.labels[mask][0])
+    elif (scene.labels == target).any():
+        return max(regions(scene, target), key=lambda mask: int(mask.sum())), target
+    have = scene.present if scene.instances is None else [
+        *scene.present, *np.unique(scene.instances[scene.instances >= THINGS]).tolist()]
+    raise ValueError(f"exchange: expected a class or an instance of {scene.name}, one of "
                      f"{', '.join(map(str, have))}; got {target}")
 
 
-def exchange_shape(layout: Layout, target: int, shape: Mask) -> Layout:
-    """The layout with the shape of one instance (or region of a class) exchanged for another.
+def exchange_shape(scene: Scene, target: int, shape: Mask) -> Scene:
+    """The scene with the shape of one instance (or region of a class) exchanged for another.
 
     The new shape is scaled to the old one's height and stands where that stood: at the middle of
     its lower edge. Pixels that it leaves take label and instance of the nearest pixel around.
 
     Args:
-        layout: the scene.
+        scene: the scene.
         target: an instance id, or a class, of which the largest region is taken.
         shape: (h, w) mask, from :class:`ShapeLibrary`.
 
@@ -116,13 +116,13 @@ def exchange_shape(layout: Layout, target: int, shape: Mask) -> Layout:
     Example:
         >>> ids = np.zeros((64, 64), np.int64)
         >>> ids[20:40, 20:40] = 26001
-        >>> layout = Layout("street", ids // 1000, ids)
-        >>> library = ShapeLibrary.from_layouts([layout])
-        >>> other = exchange_shape(layout, 26001, library.of(26)[0])
+        >>> scene = Scene("street", ids // 1000, ids)
+        >>> library = ShapeLibrary.from_scenes([scene])
+        >>> other = exchange_shape(scene, 26001, library.of(26)[0])
     """
     from scipy import ndimage
 
-    old, index = target_region(layout, target)
+    old, index = target_region(scene, target)
     if old.all():
         raise ValueError(f"exchange: {target} fills the whole map; nothing is left around it")
     rows, columns = _box(old)
@@ -135,8 +135,8 @@ def exchange_shape(layout: Layout, target: int, shape: Mask) -> Layout:
     new[rows, first:last] = scaled[:, first - left : last - left]
     nearest = tuple(ndimage.distance_transform_edt(old, return_distances=False,
                                                    return_indices=True))
-    labels = np.where(new, index, layout.labels[nearest])
-    instances = layout.instances
+    labels = np.where(new, index, scene.labels[nearest])
+    instances = scene.instances
     if instances is not None:
         instances = np.where(new, instances[old][0], instances[nearest])
-    return Layout(layout.name, labels, instances)
+    return Scene(scene.name, labels, instances)

@@ -66,7 +66,7 @@ class Synthesizer:
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
         >>> s = Synthesizer(model, torch.zeros(1, 128, 128).long())
         >>> first = s.sample(seed=0)
-        >>> again = s.resample(3, seed=1)     # class 3 drawn anew, all else held
+        >>> again = s.resample(3, seed=1)     # class 3 drawn anew, all else kept
         >>> frames = s.morph(s.code(0), s.code(1), steps=8)
     """
 
@@ -106,13 +106,20 @@ class Synthesizer:
     def _compile(self, labels: Tensor | LabelLayout, instances: Tensor | None) -> LabelLayout:
         if isinstance(labels, LabelLayout):
             return labels.map_vectors(torch.clone)
-        layout = label_maps.layout(labels, self._preset, instances)
+        layout = label_maps.compile_layout(labels, self._preset, instances)
         return layout.to(next(self._source.parameters()).device)
 
     @property
     def layout(self) -> LabelLayout:
         """The compiled layout; ``print(s.layout.summary())`` tells how much repeats."""
         return self._layout
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """(new, kept): the layout's windows, over all resolutions, whose table rows were computed
+        since the last :meth:`update`, and those whose rows were taken over from before it."""
+        assert self._layout.tables is not None
+        return self._layout.tables.windows
 
     def code(self, seed: int) -> Tensor | None:
         """A latent code for every image of the layout, from N(0, 1); None for a model without."""

@@ -22,7 +22,7 @@ from ..data.build import build_dataset
 from ..families import Preset
 from ..io.seeds import derived_seed
 from .config import TrainConfig
-from .processes import Processes
+from .distributed import Processes
 
 
 def dataset(config: TrainConfig, split: str, count: int | None = None) -> SceneDataset:
@@ -176,7 +176,7 @@ def _unsignalled() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Told(Dataset[Any]):
+class _ErrorsAsValues(Dataset[Any]):
     """A data set whose errors travel as values: a worker's own come with its whole traceback."""
 
     def __init__(self, source: SceneDataset) -> None:
@@ -192,7 +192,7 @@ class _Told(Dataset[Any]):
             return error
 
 
-class _CollateTold:
+class _CollateErrorsAsValues:
     def __init__(self, preset: Preset) -> None:
         self._collate = Collate(preset)
 
@@ -248,7 +248,8 @@ class Batches:
         order = Order(self.length, config.data.batch, self._accumulate, self._seed, self._place,
                       self._processes)
         loader = DataLoader(
-            _Told(self._dataset), batch_sampler=order, collate_fn=_CollateTold(config.network),
+            _ErrorsAsValues(self._dataset), batch_sampler=order,
+            collate_fn=_CollateErrorsAsValues(config.network),
             num_workers=config.data.workers, pin_memory=self._device.type == "cuda")
         with _unsignalled():
             return iter(loader)

@@ -26,7 +26,7 @@ class LossConfig:
     Args:
         gan: hinge, ls (least squares), original or w (Wasserstein).
         adversarial: of the adversarial loss; 0: no discriminator is trained, which makes a VAE.
-        scales: how the discriminators' adversarial losses are joined, mean or sum.
+        scales: how the discriminators' adversarial losses are combined, mean or sum.
         discriminator: weight of the discriminator's loss; 0.5 in pix2pixHD.
         feature_matching: L1 between the discriminator's features of fake and real.
         perceptual: L1 between VGG19 features of fake and real.

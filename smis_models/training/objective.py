@@ -30,7 +30,7 @@ from .config import TrainConfig
 Losses = dict[str, Tensor]
 
 
-class Verdicts(NamedTuple):
+class DiscriminatorOutputs(NamedTuple):
     """What the discriminator says of fake and real pictures."""
 
     fake: Any
@@ -40,7 +40,7 @@ class Verdicts(NamedTuple):
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
+def frozen_parameters(module: nn.Module) -> Iterator[None]:
     """No gradient reaches the module's parameters from what is computed in the block."""
     asking = [p for p in module.parameters() if p.requires_grad]
     for parameter in asking:
@@ -100,11 +100,11 @@ class Objective:
         codes: tuple[Tensor, Tensor] = self.model.encoder.encode(batch.image, batch.labels)
         return codes
 
-    def discriminate(self, batch: MicroBatch, fake: Tensor) -> Verdicts:
+    def discriminate(self, batch: MicroBatch, fake: Tensor) -> DiscriminatorOutputs:
         """Fake and real pictures in one pass."""
         real = batch.image.to(fake.dtype)
         fakes, reals = discriminate(self.model.discriminator, batch.planes, fake, real)
-        return Verdicts(fakes, reals, lambda: feature_matching_loss(fakes, reals, 1.0))
+        return DiscriminatorOutputs(fakes, reals, lambda: feature_matching_loss(fakes, reals, 1.0))
 
     def gan(self, verdict: Any, real: bool, *, discriminator: bool = True) -> Tensor:
         """The adversarial loss as configured."""
@@ -180,8 +180,8 @@ class Objective:
         return fake
 
     def _found_again(self, batch: MicroBatch, fake: Tensor, z: Tensor) -> Tensor:
-        """How well the encoder, held still, finds ``z`` in ``fake``, by the classes it shows."""
-        with held(self.model.encoder):
+        """How well the encoder, frozen, finds ``z`` in ``fake``, by the classes it shows."""
+        with frozen_parameters(self.model.encoder):
             mean, _ = self.encode(replace(batch, image=fake))
         if not self.coded_by_class:
             return latent_regression_loss(mean, z)
@@ -226,10 +226,10 @@ class Objective:
 class CCFPSEObjective(Objective):
     """CC-FPSE: its discriminator takes picture and semantics apart."""
 
-    def discriminate(self, batch: MicroBatch, fake: Tensor) -> Verdicts:
+    def discriminate(self, batch: MicroBatch, fake: Tensor) -> DiscriminatorOutputs:
         fake_features, fakes, real_features, reals = discriminate_pairs(
             self.model.discriminator, batch.planes, fake, batch.image.to(fake.dtype))
-        return Verdicts(fakes, reals,
+        return DiscriminatorOutputs(fakes, reals,
                         lambda: pyramid_matching_loss(fake_features, real_features, 1.0))
 
 
@@ -250,10 +250,10 @@ class Pix2pixHDObjective(Objective):
     def paint(self, batch: MicroBatch, losses: Losses, draw: int = 0) -> Tensor:
         return self.model.generator(batch.planes, self.features(batch))
 
-    def discriminate(self, batch: MicroBatch, fake: Tensor) -> Verdicts:
+    def discriminate(self, batch: MicroBatch, fake: Tensor) -> DiscriminatorOutputs:
         fakes, reals = discriminate(self.model.discriminator, batch.planes, fake,
                                     batch.image.to(fake.dtype))
-        return Verdicts(fakes, reals, lambda: feature_matching_loss(
+        return DiscriminatorOutputs(fakes, reals, lambda: feature_matching_loss(
             fakes, reals, 1.0, weighting="pix2pixhd"))
 
     def reconstruct(self, batch: MicroBatch) -> Tensor:

@@ -41,7 +41,7 @@ def scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
 
-class Average:
+class EMA:
     """Moving average of generator and encoder, as a model that paints.
 
     Parameters are averaged; buffers (running statistics, spectral norms) are the latest.
@@ -53,11 +53,11 @@ class Average:
 
     def __init__(self, model: SynthesisModel, decay: float) -> None:
         self._source = nn.ModuleList(generator_parts(model))
-        self.average = AveragedModel(self._source, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.averaged = AveragedModel(self._source, multi_avg_fn=get_ema_multi_avg_fn(decay))
         names = [name for name, _ in model.named_children() if name != "discriminator"]
         self.model = SynthesisModel(model.name, model.preset, dict(zip(
-            names, self.average.module.children(), strict=True)))
+            names, self.averaged.module.children(), strict=True)))
 
     def update(self) -> None:
         """Take the model's present weights in."""
-        self.average.update_parameters(self._source)
+        self.averaged.update_parameters(self._source)

@@ -34,10 +34,10 @@ from .checkpoints import (
     save_state,
 )
 from .config import TrainConfig
-from .journal import Board, Clock, LossTable, Sink, TensorBoard, WandB, memory
+from .distributed import Processes, process_group
+from .loggers import Clock, Logger, Loggers, LossTable, TensorBoard, WandB, memory
 from .objective import objective
 from .options import to_dict, to_json
-from .processes import Processes, joined
 from .trainer import NonFiniteLoss, Trainer
 
 Resume = bool | Literal["auto"]
@@ -135,16 +135,16 @@ class Run:
             remove_partial(self.folder / "grids", "*.png")
             write_atomically(self.folder / CONFIG, to_json(config).encode())
             self._table = LossTable(self.folder / LOSSES, self.trainer.step_count)
-            self._board = Board(self._sinks())
+            self._loggers = Loggers(self._open_loggers())
 
-    def _sinks(self) -> list[Sink]:
+    def _open_loggers(self) -> list[Logger]:
         log, step = self.config.log, self.trainer.step_count
-        sinks: list[Sink] = []
+        loggers: list[Logger] = []
         if log.tensorboard:
-            sinks.append(TensorBoard(self.folder, step))
+            loggers.append(TensorBoard(self.folder, step))
         if log.wandb:
-            sinks.append(WandB(self.folder, step, to_dict(self.config)))
-        return sinks
+            loggers.append(WandB(self.folder, step, to_dict(self.config)))
+        return loggers
 
     def _tell_changes(self, state: dict[str, Any]) -> None:
         """Warn of what is not as it was, and note it for the record."""
@@ -191,7 +191,7 @@ class Run:
         finally:
             self.batches.close(self.trainer.step_count, self.place)
             if self.processes.first:
-                self._board.close()
+                self._loggers.close()
         return Outcome(self.trainer.step_count, self.steps, self.folder)
 
     def _train(self, report: Callable[[Progress], None], minutes: float | None,
@@ -270,8 +270,8 @@ class Run:
         values_ = {**losses, "rate_generator": rate_g, "rate_discriminator": rate_d}
         speed = {**clock.look(), "memory": memory(self.trainer.device)}
         self._table.add({"step": step, "epoch": epoch, **values_, **speed})
-        self._board.scalars({f"losses/{k}": v for k, v in losses.items()}, step)
-        self._board.scalars({f"run/{k}": v for k, v in speed.items()}, step)
+        self._loggers.scalars({f"losses/{k}": v for k, v in losses.items()}, step)
+        self._loggers.scalars({f"run/{k}": v for k, v in speed.items()}, step)
         report(Progress(step, self.steps, epoch + 1, self.config.schedule.total, left,
                         {**values_, **speed}))
 
@@ -291,7 +291,7 @@ class Run:
         painter.train()
         picture = grid(rows)
         write_png(self.folder / "grids" / f"{self.trainer.step_count:07d}.png", picture)
-        self._board.picture("samples", picture, self.trainer.step_count)
+        self._loggers.picture("samples", picture, self.trainer.step_count)
 
     def save(self, epoch: int | None = None) -> None:
         """Write checkpoint.pt, model.safetensors and record.json, each whole or not at all.
@@ -409,7 +409,7 @@ def train(config: TrainConfig, folder: str | Path, *, device: torch.device | str
         >>> outcome = train(config, "runs/scenes")
         >>> model = create_model(checkpoint=outcome.weights)
     """
-    with joined(torch.device(device)) as (processes, place):
+    with process_group(torch.device(device)) as (processes, place):
         run: Any = Run(config, folder, device=place, resume=resume, processes=processes)
         outcome: Outcome = run(report, minutes=minutes, stop=stop)
     return outcome

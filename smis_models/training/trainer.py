@@ -18,9 +18,9 @@ from ..io.seeds import derived_seed
 from ..networks.perceptual import load_perceptual_loss
 from .batches import MicroBatch, dataset
 from .config import TrainConfig
-from .objective import DiscriminatorStep, GeneratorStep, Losses, held, objective
-from .optimizers import PRECISIONS, Average, adam, scaler, set_rate, trained_parameters
-from .processes import Processes, unsynchronized
+from .distributed import Processes, unsynchronized
+from .objective import DiscriminatorStep, GeneratorStep, Losses, frozen_parameters, objective
+from .optimizers import EMA, PRECISIONS, adam, scaler, set_rate, trained_parameters
 from .whiten import check_whitened, whiten_codes
 
 _WHITENED = 512  # pictures that mean and covariance are taken of
@@ -78,8 +78,8 @@ class Trainer:
         self.step_count, self._epoch = 0, 0
         self.whole: Literal["yes", "half", "no"] = "yes"
         self.computed: dict[str, float] = {}
-        self.average = (
-            Average(self.model, config.optimizer.ema) if config.optimizer.ema > 0 else None
+        self.ema = (
+            EMA(self.model, config.optimizer.ema) if config.optimizer.ema > 0 else None
         )
         rates = config.optimizer
         self._discriminator = self.processes.wrap(DiscriminatorStep(self.objective))
@@ -91,7 +91,7 @@ class Trainer:
     @property
     def painter(self) -> SynthesisModel:
         """The model that samples are shown of and that is exported: the average where there is."""
-        return self.model if self.average is None else self.average.model
+        return self.model if self.ema is None else self.ema.model
 
     def _prepare(self, epoch: int) -> None:
         """What an epoch trains: a new optimizer where pix2pixHD's global generator thaws."""
@@ -149,10 +149,10 @@ class Trainer:
             fakes.append([fake.detach() for fake in painted])
             return losses
 
-        with held(self.model.discriminator):
+        with frozen_parameters(self.model.discriminator):
             losses = self._update(batches, self._generator, generator, self._optimizer_g)
-        if self.average is not None:
-            self.average.update()
+        if self.ema is not None:
+            self.ema.update()
         self.whole = "half"
         if self.config.losses.adversarial > 0:
             pictures = iter(fakes)
@@ -224,7 +224,7 @@ class Trainer:
             "epoch": self._epoch,
             "computed": self.computed,
             "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.average.state_dict(),
+            "average": None if self.ema is None else self.ema.averaged.state_dict(),
             "optimizer_g": self._optimizer_g.state_dict(),
             "optimizer_d": self._optimizer_d.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -236,8 +236,8 @@ class Trainer:
         self.computed = dict(state["computed"])
         self._prepare(state["epoch"])
         self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.average.load_state_dict(state["average"])
+        if self.ema is not None:
+            self.ema.averaged.load_state_dict(state["average"])
         for optimizer, name in ((self._optimizer_g, "optimizer_g"),
                                 (self._optimizer_d, "optimizer_d")):
             optimizer.load_state_dict(state[name])
@@ -263,8 +263,8 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
         if not any(key.startswith("model1_1") for key in state):
             generator.load_global(state)
             return model
-    held = create_model(config.model, config.init, device=device, **options)
-    for name, part in held.named_children():
+    initial = create_model(config.model, config.init, device=device, **options)
+    for name, part in initial.named_children():
         model.get_submodule(name).load_state_dict(part.state_dict())
     if config.whiten:
         whiten_codes(model.eval(), _first_pictures(config, device))

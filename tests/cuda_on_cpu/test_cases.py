@@ -29,7 +29,7 @@ from smis_kernels.ops.instance_pool.op import (
 )
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
 from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
-from smis_kernels.testing import LAYOUTS, gradients, max_error, with_layout
+from smis_kernels.testing import MEMORY_FORMATS, gradients, max_error, with_memory_format
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -54,7 +54,7 @@ class Draw:
 
     def floats(self, *shape: int, dtype: torch.dtype) -> Tensor:
         x = torch.randn(shape, generator=self.torch).to(dtype)
-        return with_layout(x, self.random.choice(LAYOUTS))
+        return with_memory_format(x, self.random.choice(MEMORY_FORMATS))
 
     def map(self, n: int, h: int, w: int, dtype: torch.dtype, low: int = 0) -> Tensor:
         """Blocks, stripes, noise, or an id for every pixel; ids may lie anywhere in their range."""
@@ -68,7 +68,7 @@ class Draw:
         small = (torch.arange(count) + low) % (top + 1 - low)
         ids = spread if self.random.random() < 0.5 else small
         held = ids.clamp(min=low)[rows].to(dtype)
-        return with_layout(held[:, None], self.random.choice(LAYOUTS))[:, 0]
+        return with_memory_format(held[:, None], self.random.choice(MEMORY_FORMATS))[:, 0]
 
 
 def close(got: Tensor, truth: Tensor, scale: float = 1.0) -> None:
@@ -191,7 +191,7 @@ def vectors(d: Draw) -> None:
         -1, 2, (400, k), generator=d.torch).float()
     x = rows[map_].to(dtype)
     x = torch.where((x == 0) & (torch.rand(x.shape, generator=d.torch) < 0.5), -x, x)
-    x = with_layout(x.permute(0, 3, 1, 2), d.random.choice(LAYOUTS))
+    x = with_memory_format(x.permute(0, 3, 1, 2), d.random.choice(MEMORY_FORMATS))
     nan = d.random.random() < 0.15
     expected = number_vectors(x, 10**9, backend="reference")
     count = len(expected[1]) - 1

@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.gpu.cases import CASES, OpCase, run
+from benchmarks.gpu.op_cases import CASES, OpCase, run
 from smis_kernels import SPADE
 
 pytestmark = [

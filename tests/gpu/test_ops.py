@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import CASES, HALF, OpCase, run
+from benchmarks.gpu.op_cases import CASES, HALF, OpCase, run
 from smis_kernels import instance_avg_pool2d, instance_mean_table
 from smis_kernels.ops.label_windows.op import number_windows
 from smis_kernels.runtime.backend import missing
 from smis_kernels.runtime.native import cuda_emulated
-from smis_kernels.testing import assert_as_accurate, poisoned_empty, with_layout
+from smis_kernels.testing import assert_as_accurate, poisoned_empty, with_memory_format
 
-LAYOUTS = ("contiguous", "channels_last", "sliced")
+MEMORY_FORMATS = ("contiguous", "channels_last", "sliced")
 FACTOR = 1.5  # of the reference's own error at that dtype
 
 
@@ -39,7 +39,7 @@ def _floating(results: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_as_accurate_as_the_reference(case: OpCase, layout: str, dtype: torch.dtype,
                                       device: str) -> None:
@@ -74,7 +74,7 @@ def test_the_output_keeps_the_memory_format(case: OpCase, device: str) -> None:
             pytest.skip("no 4-D input")
         for tensor in _floating(run(case, floating, integer, backend))[:1]:
             if tensor.dim() == 4 and tensor.shape[1] > 1:
-                strides = with_layout(torch.empty_like(tensor), layout).stride()
+                strides = with_memory_format(torch.empty_like(tensor), layout).stride()
                 assert tensor.stride() == strides
 
 
@@ -99,7 +99,7 @@ def test_determinism_on_request(case: OpCase, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", MEMORY_FORMATS[:2])
 @pytest.mark.parametrize("channels", [3, 24])
 def test_large_instances_keep_their_digits(channels: int, layout: str, device: str) -> None:
     """Sums of a million pixels in fp32 would lose an eighth of the digits."""
@@ -109,7 +109,7 @@ def test_large_instances_keep_their_digits(channels: int, layout: str, device: s
     generator = torch.Generator().manual_seed(0)
     image = torch.randn((1, channels, 1000, 1001), generator=generator) + 1
     exact = image[0, :, 1:].double().mean((1, 2))
-    image = with_layout(image.to(device), layout)
+    image = with_memory_format(image.to(device), layout)
     ids = torch.zeros((1, 1000, 1001), dtype=torch.int32, device=device)
     ids[0, :1] = 3
     pooled = instance_avg_pool2d(image, ids, backend=kind)[0, :, -1, -1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import CASES, OpCase, cotangents, outputs, run
+from benchmarks.gpu.op_cases import CASES, OpCase, cotangents, outputs, run
 from smis_kernels import LabelLayout
 from smis_models import Synthesizer, create_model
 from smis_models.synthesis.graphs import WARM_UPS

@@ -248,7 +248,7 @@ def _compile_cases() -> list[CompileCase]:
     products = {torch.float32: "tf32", torch.bfloat16: "bf16", torch.float16: "f16",
                 torch.float64: "f64"}
     for dtype, operands in products.items():
-        x, condition = (meta(2, c, 64, 64, dtype=dtype, rows=True) for c in (128, 64))
+        x, condition = (meta(2, c, 64, 64, dtype=dtype, nhwc=True) for c in (128, 64))
         weight, bias = meta(9 * 128, 64, 3, 3, dtype=dtype), meta(9 * 128, dtype=dtype)
         name = str(dtype).removeprefix("torch.")
         cases += [

@@ -31,8 +31,8 @@ PIECE = 64  # pixels whose gradients one program sums: a sky has thousands in on
 
 
 @triton.jit
-def _gather(table, row, c, C, U, mask, ROWS: tl.constexpr, ACC: tl.constexpr):
-    if ROWS:
+def _gather(table, row, c, C, U, mask, NHWC: tl.constexpr, ACC: tl.constexpr):
+    if NHWC:
         return tl.load(table + c[:, None] + row[None, :] * (2 * C), mask=mask, other=0.0).to(ACC)
     return tl.load(table + c[:, None] * U + row[None, :], mask=mask, other=0.0).to(ACC)
 
@@ -42,27 +42,27 @@ def indexed_apply_kernel(
     x, x_n, x_s, mean, rstd, per_image, table, out, mean2, rstd2, table2, out2, index,
     C, P, U, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    C, P = tile.sizes(C, P, UNIT, ROWS)
+    C, P = tile.sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
     source = tile.source_pixel(p, W, UPSAMPLE)
     row = tl.load(index + n * P + p, mask=p < P, other=0).to(tl.int64)
-    value = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+    value = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, NHWC, ACC)
     m = tile.statistic(mean, n, per_image, c, C)
     r = tile.statistic(rstd, n, per_image, c, C)
-    g = _gather(table, row, c, C, U, mask, ROWS, ACC)
-    b = _gather(table, row, c + C, C, U, mask, ROWS, ACC)
+    g = _gather(table, row, c, C, U, mask, NHWC, ACC)
+    b = _gather(table, row, c + C, C, U, mask, NHWC, ACC)
     if PAIR:
         m2 = tile.statistic(mean2, n, per_image, c, C)
         r2 = tile.statistic(rstd2, n, per_image, c, C)
-        g2 = _gather(table2, row, c, C, U, mask, ROWS, ACC)
-        b2 = _gather(table2, row, c + C, C, U, mask, ROWS, ACC)
-    tile.store_modulated(out, value, m, r, g, b, n, c, p, C, P, mask, SLOPE, ROWS)
+        g2 = _gather(table2, row, c, C, U, mask, NHWC, ACC)
+        b2 = _gather(table2, row, c + C, C, U, mask, NHWC, ACC)
+    tile.store_modulated(out, value, m, r, g, b, n, c, p, C, P, mask, SLOPE, NHWC)
     if PAIR:
-        tile.store_modulated(out2, value, m2, r2, g2, b2, n, c, p, C, P, mask, SLOPE2, ROWS)
+        tile.store_modulated(out2, value, m2, r2, g2, b2, n, c, p, C, P, mask, SLOPE2, NHWC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -71,13 +71,13 @@ def indexed_backward_kernel(
     mean2, rstd2, grad2, grad2_n, grad2_s, out2, out2_n, out2_s, table2, index,
     dx, partial, partial_s, C, P, U, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    C, P = tile.sizes(C, P, UNIT, ROWS)
+    C, P = tile.sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
-    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, NHWC, ACC)
     r = tile.statistic(rstd, n, per_image, c, C)
     hat = (value - tile.statistic(mean, n, per_image, c, C)) * r
     if PAIR:
@@ -88,29 +88,29 @@ def indexed_backward_kernel(
         wide = tile.output_pixel(p, q, W, UPSAMPLE)
         row = tl.load(index + n * pixels + wide, mask=p < P, other=0).to(tl.int64)
         dz = tile.activation_gradient(
-            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, ROWS, ACC
+            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, NHWC, ACC
         )
-        total += r * dz * (1.0 + _gather(table, row, c, C, U, mask, ROWS, ACC))
+        total += r * dz * (1.0 + _gather(table, row, c, C, U, mask, NHWC, ACC))
         if PAIR:
             dz = tile.activation_gradient(
                 grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, UNIT,
-                ROWS, ACC,
+                NHWC, ACC,
             )
-            total += r2 * dz * (1.0 + _gather(table2, row, c, C, U, mask, ROWS, ACC))
-    tile.store(dx, total, n, c, p, C, P, mask, ROWS)
+            total += r2 * dz * (1.0 + _gather(table2, row, c, C, U, mask, NHWC, ACC))
+    tile.store(dx, total, n, c, p, C, P, mask, NHWC)
     if SUMS:
-        tile.store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
+        tile.store_sums(total, hat, partial, partial_s, n, c, C, mask, NHWC)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def table_gradient_kernel(
     x, x_n, x_s, mean, rstd, per_image, grad, grad_n, grad_s, out, out_n, out_s, order, pieces,
     partial, C, P, W, pixels,
-    SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # pixels of a piece read one row of the table; p counts output pixels, W is the output's width
-    C, _ = tile.sizes(C, P, UNIT, ROWS)
+    C, _ = tile.sizes(C, P, UNIT, NHWC)
     piece = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     start, last = tl.load(pieces + piece), tl.load(pieces + piece + 1)
@@ -123,11 +123,11 @@ def table_gradient_kernel(
         n, p = (pixel // pixels)[None, :], pixel % pixels
         source = tile.source_pixel(p, W, UPSAMPLE)
         channel = n * C * per_image + c[:, None]  # the pixels may belong to several images
-        hat = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
+        hat = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, NHWC, ACC)
         hat -= tl.load(mean + channel, mask=mask, other=0.0)
         hat *= tl.load(rstd + channel, mask=mask, other=0.0)
         dz = tile.activation_gradient(
-            grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE, UNIT, ROWS, ACC
+            grad, grad_n, grad_s, out, out_n, out_s, n, c, p, mask, SLOPE, UNIT, NHWC, ACC
         )
         dgamma += dz * hat
         dbeta += dz
@@ -136,8 +136,8 @@ def table_gradient_kernel(
     tl.store(partial + at + C, tl.sum(dbeta, 1), mask=c < C)
 
 
-def _laid_out(table: Tensor, rows: bool) -> Tensor:
-    return table.contiguous() if rows else table.t().contiguous()
+def _laid_out(table: Tensor, nhwc: bool) -> Tensor:
+    return table.contiguous() if nhwc else table.t().contiguous()
 
 
 def indexed_modulation_apply(
@@ -145,12 +145,12 @@ def indexed_modulation_apply(
     rstd_s: Tensor | None, table_s: Tensor | None, slope: float, slope_s: float, upsample: bool,
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, up, pair = is_channels_last(input), 2 if upsample else 1, table_s is not None
-    x, t, index = dense(input, rows), _laid_out(table, rows), index.contiguous()
+    nhwc, up, pair = is_channels_last(input), 2 if upsample else 1, table_s is not None
+    x, t, index = dense(input, nhwc), _laid_out(table, nhwc), index.contiguous()
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
-    t2 = t if table_s is None else _laid_out(table_s, rows)
-    tiles = tiling("indexed_apply", tile.APPLY, h * w * up * up, rows, x)
+    t2 = t if table_s is None else _laid_out(table_s, nhwc)
+    tiles = tiling("indexed_apply", tile.APPLY, h * w * up * up, nhwc, x)
     with on_device(x):
         for first, grid in tiles.grids():
             indexed_apply_kernel[grid](
@@ -164,7 +164,7 @@ def indexed_modulation_apply(
 
 def _table_gradients(
     branches: list[tuple[Tensor, Tensor, Tensor, Tensor, float]], x: Tensor, index: Tensor,
-    count: int, rows: bool, upsample: bool,
+    count: int, nhwc: bool, upsample: bool,
 ) -> list[Tensor]:
     """Gradients (U, 2C) of each branch's table; a branch is (grad, output, mean, rstd, slope).
 
@@ -175,13 +175,13 @@ def _table_gradients(
     order, bounds = sorted_segments(index.flatten(), count)
     cuts = torch.arange(0, index.numel(), PIECE, device=index.device)
     pieces = torch.cat([bounds, cuts]).sort().values
-    block_c, block_p = tile_sizes(channels, PIECE, rows, tile.APPLY["tile"])
+    block_c, block_p = tile_sizes(channels, PIECE, nhwc, tile.APPLY["tile"])
     partial = torch.empty(
         (pieces.numel() - 1, 2 * channels), dtype=acc_dtype(x), device=x.device
     )
     results = []
     for grad, output, mean, rstd, slope in branches:
-        t = tiling("table_gradient", tile.APPLY, x.shape[2] * x.shape[3], rows, x, grad, output)
+        t = tiling("table_gradient", tile.APPLY, x.shape[2] * x.shape[3], nhwc, x, grad, output)
         t.constants.update(BLOCK_C=block_c, BLOCK_P=block_p)
         with on_device(x):
             table_gradient_kernel[(len(partial), triton.cdiv(channels, block_c))](
@@ -200,17 +200,17 @@ def indexed_modulation_backward(
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, pair = is_channels_last(input), table_s is not None
-    x, dy, y = (dense(t, rows) for t in (input, grad, output))
+    nhwc, pair = is_channels_last(input), table_s is not None
+    x, dy, y = (dense(t, nhwc) for t in (input, grad, output))
     dy2, y2 = (
-        s if t is None else dense(t, rows) for t, s in ((grad_s, dy), (output_s, y))
+        s if t is None else dense(t, nhwc) for t, s in ((grad_s, dy), (output_s, y))
     )
-    t, index = _laid_out(table, rows), index.contiguous()
-    t2 = t if table_s is None else _laid_out(table_s, rows)
+    t, index = _laid_out(table, nhwc), index.contiguous()
+    t2 = t if table_s is None else _laid_out(table_s, nhwc)
     mean2, rstd2 = mean if mean_s is None else mean_s, rstd if rstd_s is None else rstd_s
     dx = empty_nchw((n, c, h, w), input)
     check_plane(index[0].numel())
-    tiles = tiling("indexed_backward", tile.BACKWARD if rows else tile.BACKWARD_PLANES, h * w, rows,
+    tiles = tiling("indexed_backward", tile.BACKWARD if nhwc else tile.BACKWARD_PLANES, h * w, nhwc,
                    x, dy, y, dy2, y2, widest=tile.SUMMED_CHANNELS)
     partial = tiles.partial_sums(x, sums)
     with on_device(x):
@@ -225,7 +225,7 @@ def indexed_modulation_backward(
             )
     branches = [(dy, y, mean, rstd, slope), (dy2, y2, mean2, rstd2, slope_s)]
     tables = _table_gradients(
-        branches if pair else branches[:1], x, index, table.shape[0], rows, upsample
+        branches if pair else branches[:1], x, index, table.shape[0], nhwc, upsample
     )
     absent = torch.empty(0, dtype=acc_dtype(x), device=x.device)
     return dx, tables[0], tables[1] if pair else absent, tiles.total(partial)
@@ -234,15 +234,15 @@ def indexed_modulation_backward(
 def _compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
     single, low = torch.float32, torch.bfloat16
-    for dtype, rows, c in ((single, False, 256), (low, False, 256), (single, True, 256),
+    for dtype, nhwc, c in ((single, False, 256), (low, False, 256), (single, True, 256),
                            (low, True, 256), (low, True, 280)):
         for upsample, pair in ((False, False), (True, True)):
             up = 2 if upsample else 1
-            x = meta(2, c, 64, 64, dtype=dtype, rows=rows)
-            y = meta(2, c, 64 * up, 64 * up, dtype=dtype, rows=rows)
+            x = meta(2, c, 64, 64, dtype=dtype, nhwc=nhwc)
+            y = meta(2, c, 64 * up, 64 * up, dtype=dtype, nhwc=nhwc)
             m, index = meta(2, c), meta(2, 64 * up, 64 * up, dtype=torch.int32)
             table = meta(1001, 2 * c)
-            name = (f"{str(dtype).removeprefix('torch.')} {'rows' if rows else 'planes'} C={c}"
+            name = (f"{str(dtype).removeprefix('torch.')} {'rows' if nhwc else 'planes'} C={c}"
                     + " upsample pair" * pair)
             m2, table2, y2 = (m, table, y) if pair else (None, None, None)
             cases += [

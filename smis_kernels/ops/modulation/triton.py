@@ -32,26 +32,26 @@ def modulation_apply_kernel(
     mean2, rstd2, gamma2, gamma2_n, gamma2_s, beta2, beta2_n, beta2_s, out2,
     C, P, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     # p counts output pixels; W is the output's width
-    C, P = tile.sizes(C, P, UNIT, ROWS)
+    C, P = tile.sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
     source = tile.source_pixel(p, W, UPSAMPLE)
-    value = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, ROWS, ACC)
-    g = tile.load(gamma, n, gamma_n, c, p, gamma_s, mask, UNIT, ROWS, ACC)
-    b = tile.load(beta, n, beta_n, c, p, beta_s, mask, UNIT, ROWS, ACC)
+    value = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, NHWC, ACC)
+    g = tile.load(gamma, n, gamma_n, c, p, gamma_s, mask, UNIT, NHWC, ACC)
+    b = tile.load(beta, n, beta_n, c, p, beta_s, mask, UNIT, NHWC, ACC)
     m = tile.statistic(mean, n, per_image, c, C)
     r = tile.statistic(rstd, n, per_image, c, C)
     if PAIR:
-        g2 = tile.load(gamma2, n, gamma2_n, c, p, gamma2_s, mask, UNIT, ROWS, ACC)
-        b2 = tile.load(beta2, n, beta2_n, c, p, beta2_s, mask, UNIT, ROWS, ACC)
+        g2 = tile.load(gamma2, n, gamma2_n, c, p, gamma2_s, mask, UNIT, NHWC, ACC)
+        b2 = tile.load(beta2, n, beta2_n, c, p, beta2_s, mask, UNIT, NHWC, ACC)
         m2 = tile.statistic(mean2, n, per_image, c, C)
         r2 = tile.statistic(rstd2, n, per_image, c, C)
-    tile.store_modulated(out, value, m, r, g, b, n, c, p, C, P, mask, SLOPE, ROWS)
+    tile.store_modulated(out, value, m, r, g, b, n, c, p, C, P, mask, SLOPE, NHWC)
     if PAIR:
-        tile.store_modulated(out2, value, m2, r2, g2, b2, n, c, p, C, P, mask, SLOPE2, ROWS)
+        tile.store_modulated(out2, value, m2, r2, g2, b2, n, c, p, C, P, mask, SLOPE2, NHWC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -62,13 +62,13 @@ def modulation_backward_kernel(
     dgamma2, dbeta2, dx, partial, partial_s,
     C, P, W, first,
     SLOPE: tl.constexpr, SLOPE2: tl.constexpr, UPSAMPLE: tl.constexpr, PAIR: tl.constexpr,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # p counts input pixels; W is the input's width
-    C, P = tile.sizes(C, P, UNIT, ROWS)
+    C, P = tile.sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
-    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
+    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, NHWC, ACC)
     m = tile.statistic(mean, n, per_image, c, C)
     r = tile.statistic(rstd, n, per_image, c, C)
     hat = (value - m) * r
@@ -81,36 +81,36 @@ def modulation_backward_kernel(
     for q in tl.static_range(4 if UPSAMPLE else 1):
         wide = tile.output_pixel(p, q, W, UPSAMPLE)
         dz = tile.activation_gradient(
-            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, ROWS, ACC
+            grad, grad_n, grad_s, out, out_n, out_s, n, c, wide, mask, SLOPE, UNIT, NHWC, ACC
         )
-        g = tile.load(gamma, n, gamma_n, c, wide, gamma_s, mask, UNIT, ROWS, ACC)
+        g = tile.load(gamma, n, gamma_n, c, wide, gamma_s, mask, UNIT, NHWC, ACC)
         if PAIR:
             dz2 = tile.activation_gradient(
                 grad2, grad2_n, grad2_s, out2, out2_n, out2_s, n, c, wide, mask, SLOPE2, UNIT,
-                ROWS, ACC,
+                NHWC, ACC,
             )
-            g2 = tile.load(gamma2, n, gamma2_n, c, wide, gamma2_s, mask, UNIT, ROWS, ACC)
+            g2 = tile.load(gamma2, n, gamma2_n, c, wide, gamma2_s, mask, UNIT, NHWC, ACC)
         total += r * dz * (1.0 + g)
-        tile.store(dbeta, dz, n, c, wide, C, pixels, mask, ROWS)
-        tile.store(dgamma, dz * hat, n, c, wide, C, pixels, mask, ROWS)
+        tile.store(dbeta, dz, n, c, wide, C, pixels, mask, NHWC)
+        tile.store(dgamma, dz * hat, n, c, wide, C, pixels, mask, NHWC)
         if PAIR:
             total += r2 * dz2 * (1.0 + g2)
-            tile.store(dbeta2, dz2, n, c, wide, C, pixels, mask, ROWS)
-            tile.store(dgamma2, dz2 * hat2, n, c, wide, C, pixels, mask, ROWS)
-    tile.store(dx, total, n, c, p, C, P, mask, ROWS)
+            tile.store(dbeta2, dz2, n, c, wide, C, pixels, mask, NHWC)
+            tile.store(dgamma2, dz2 * hat2, n, c, wide, C, pixels, mask, NHWC)
+    tile.store(dx, total, n, c, p, C, P, mask, NHWC)
     if SUMS:
-        tile.store_sums(total, hat, partial, partial_s, n, c, C, mask, ROWS)
+        tile.store_sums(total, hat, partial, partial_s, n, c, C, mask, NHWC)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def channel_moments_kernel(
     x, x_n, x_s, mean, square, C, P, first, steps,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     # Mean and summed squared deviation of ``steps`` tiles. Each slot of the tile follows its own
     # pixels about the first of them, so that nothing cancels; slots meet once, at the end.
-    C, P = tile.sizes(C, P, UNIT, ROWS)
+    C, P = tile.sizes(C, P, UNIT, NHWC)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.program_id(2).to(tl.int64) + first
     start = tl.program_id(0) * steps * BLOCK_P
@@ -118,13 +118,13 @@ def channel_moments_kernel(
     whole = (stop - start) // BLOCK_P  # tiles without a pixel outside
     inside = (c < C)[:, None]
     p = start + tl.arange(0, BLOCK_P)
-    pivot = tile.load(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, ROWS, ACC)
+    pivot = tile.load(x, n, x_n, c, p, x_s, inside & (p < stop)[None, :], UNIT, NHWC, ACC)
     average = tl.zeros_like(pivot)
     spread = tl.zeros_like(pivot)
     seen = tl.full((1, 1), 1.0, ACC)
     for step in tl.range(1, whole, loop_unroll_factor=4):  # four loads are under way at once
         p = start + step * BLOCK_P + tl.arange(0, BLOCK_P)
-        value = tile.load(x, n, x_n, c, p, x_s, inside, UNIT, ROWS, ACC) - pivot
+        value = tile.load(x, n, x_n, c, p, x_s, inside, UNIT, NHWC, ACC) - pivot
         delta = value - average
         seen += 1.0
         average += delta * (1.0 / seen)
@@ -134,7 +134,7 @@ def channel_moments_kernel(
     count = whole + more.to(tl.int32)
     if start + whole * BLOCK_P < stop:
         mask = inside & more[None, :]
-        value = tile.load(x, n, x_n, c, last, x_s, mask, UNIT, ROWS, ACC) - pivot
+        value = tile.load(x, n, x_n, c, last, x_s, mask, UNIT, NHWC, ACC) - pivot
         delta = tl.where(mask, value - average, 0.0)
         average += delta * (1.0 / (whole + 1).to(ACC))
         spread += tl.where(mask, delta * (value - average), 0.0)
@@ -173,25 +173,25 @@ def merge_moments_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def modulation_center_kernel(
     grad, grad_n, grad_s, x, x_n, x_s, mean, rstd, per_image, shift, scale, dx, C, P, first,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    C, P = tile.sizes(C, P, UNIT, ROWS)
+    C, P = tile.sizes(C, P, UNIT, NHWC)
     n, c, p, mask = tile.position(C, P, first, BLOCK_C, BLOCK_P)
-    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, ROWS, ACC)
-    g = tile.load(grad, n, grad_n, c, p, grad_s, mask, UNIT, ROWS, ACC)
+    value = tile.load(x, n, x_n, c, p, x_s, mask, UNIT, NHWC, ACC)
+    g = tile.load(grad, n, grad_n, c, p, grad_s, mask, UNIT, NHWC, ACC)
     hat = value - tile.statistic(mean, n, per_image, c, C)
     hat *= tile.statistic(rstd, n, per_image, c, C)
     a = tile.statistic(shift, n, per_image, c, C)
     b = tile.statistic(scale, n, per_image, c, C)
-    tile.store(dx, g - a - hat * b, n, c, p, C, P, mask, ROWS)
+    tile.store(dx, g - a - hat * b, n, c, p, C, P, mask, NHWC)
 
 
 def channel_moments(input: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, pixels = is_channels_last(input), h * w
-    x = dense(input, rows)
-    t = tiling("channel_moments", tile.APPLY, pixels, rows, x)
+    nhwc, pixels = is_channels_last(input), h * w
+    x = dense(input, nhwc)
+    t = tiling("channel_moments", tile.APPLY, pixels, nhwc, x)
     steps = triton.cdiv(t.tiles, triton.cdiv(MOMENT_PROGRAMS, n * t.groups))
     chunks = triton.cdiv(t.tiles, steps)
     means, squares = (
@@ -216,12 +216,12 @@ def modulation_apply(
     slope_s: float, upsample: bool,
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
-    x, g, b = (dense(t, rows) for t in (input, gamma, beta))
-    g2, b2 = (dense(t, rows) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
+    nhwc, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
+    x, g, b = (dense(t, nhwc) for t in (input, gamma, beta))
+    g2, b2 = (dense(t, nhwc) if t is not None else s for t, s in ((gamma_s, g), (beta_s, b)))
     out = empty_nchw((n, c, h * up, w * up), input)
     out2 = torch.empty_like(out) if pair else input.new_empty(0)
-    t = tiling("modulation_apply", tile.APPLY, h * w * up * up, rows, x, g, b, g2, b2)
+    t = tiling("modulation_apply", tile.APPLY, h * w * up * up, nhwc, x, g, b, g2, b2)
     with on_device(x):
         for first, grid in t.grids():
             modulation_apply_kernel[grid](
@@ -241,10 +241,10 @@ def modulation_backward(
     gamma_s: Tensor | None, slope: float, slope_s: float, upsample: bool, sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
-    rows, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
-    x, dy, y, g = (dense(t, rows) for t in (input, grad, output, gamma))
+    nhwc, up, pair = is_channels_last(input), 2 if upsample else 1, gamma_s is not None
+    x, dy, y, g = (dense(t, nhwc) for t in (input, grad, output, gamma))
     dy2, y2, g2 = (
-        dense(t, rows) if t is not None else s
+        dense(t, nhwc) if t is not None else s
         for t, s in ((grad_s, dy), (output_s, y), (gamma_s, g))
     )
     dx = empty_nchw((n, c, h, w), input)
@@ -253,7 +253,7 @@ def modulation_backward(
     )
     dgamma2, dbeta2 = second or (dgamma, dbeta)
     check_plane(h * w * up * up)
-    t = tiling("modulation_backward", tile.BACKWARD if rows else tile.BACKWARD_PLANES, h * w, rows,
+    t = tiling("modulation_backward", tile.BACKWARD if nhwc else tile.BACKWARD_PLANES, h * w, nhwc,
                x, dy, y, g, dy2, y2, g2, widest=tile.SUMMED_CHANNELS)
     partial = t.partial_sums(x, sums)
     with on_device(x):
@@ -276,10 +276,10 @@ def modulation_center(
     grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor
 ) -> Tensor:
     n, c, h, w = input.shape
-    rows = is_channels_last(input)
-    x, g = dense(input, rows), dense(grad, rows)
+    nhwc = is_channels_last(input)
+    x, g = dense(input, nhwc), dense(grad, nhwc)
     dx = empty_nchw((n, c, h, w), input)
-    t = tiling("modulation_center", tile.APPLY, h * w, rows, x, g)
+    t = tiling("modulation_center", tile.APPLY, h * w, nhwc, x, g)
     with on_device(x):
         for first, grid in t.grids():
             modulation_center_kernel[grid](
@@ -291,15 +291,15 @@ def modulation_center(
 
 def _compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
-    for dtype, rows in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-        name = f"{str(dtype).removeprefix('torch.')} {'rows' if rows else 'planes'}"
+    for dtype, nhwc in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        name = f"{str(dtype).removeprefix('torch.')} {'rows' if nhwc else 'planes'}"
         for c, size in ((256, 128), (280, 63)):
 
             def case(kind: str, function: Callable[..., object], up: int, pair: bool,
                      *rest: object) -> CompileCase:
                 def draw(scale: int) -> Tensor:
                     return meta(2, c, size * scale, size * scale, dtype=dtype,  # noqa: B023
-                                rows=rows)  # noqa: B023
+                                nhwc=nhwc)  # noqa: B023
 
                 m = meta(2, c)  # noqa: B023
                 second = (m, m, draw(up), draw(up)) if pair else (None,) * 4

@@ -120,7 +120,7 @@ def paint(labels: NDArray[np.integer[Any]], instances: NDArray[np.integer[Any]],
 
     Args:
         labels: (H, W), classes 0..7 in the order of ``LANDSCAPE``.
-        instances: (H, W), ids as in :class:`Scene`.
+        instances: (H, W), ids as in :class:`DrawnScene`.
         modes: (8,) which of ``MODES[class]`` each class shows.
         r: where the jitter and the cut of each texture come from.
 

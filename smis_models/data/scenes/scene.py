@@ -46,7 +46,7 @@ _PUBLISHED_IDS = {35: _CITYSCAPES_IDS, 151: _ADE20K_IDS}
 
 
 @dataclass(frozen=True)
-class Scene:
+class DrawnScene:
     """A drawn layout.
 
     Attributes:
@@ -82,7 +82,7 @@ def _class_indices(parts: Sequence[str], num_classes: int) -> dict[str, int]:
     return {part: rank if rank < num_classes else 0 for rank, part in enumerate(parts)}
 
 
-def sample_scene(kind: str, height: int, width: int, num_classes: int, seed: int = 0) -> Scene:
+def sample_scene(kind: str, height: int, width: int, num_classes: int, seed: int = 0) -> DrawnScene:
     """Draw a scene with the region statistics of photographs: few, large, curved regions.
 
     Args:
@@ -113,7 +113,7 @@ def sample_scene(kind: str, height: int, width: int, num_classes: int, seed: int
     for part, index in reversed(class_of.items()):
         names[index] = part
     dtype = np.uint8 if num_classes <= 256 else np.int64
-    return Scene(canvas.labels.astype(dtype), canvas.instances, tuple(names))
+    return DrawnScene(canvas.labels.astype(dtype), canvas.instances, tuple(names))
 
 
 def palette(num_classes: int) -> NDArray[np.uint8]:

@@ -1,0 +1,101 @@
+"""Multiply-accumulates of a network by definition, and those that a run really makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from smis_kernels import ConditionalConv2d, use_backend
+from smis_kernels.interface import NAMESPACE
+
+from .case import Inputs
+
+Shape = tuple[int, ...]
+
+
+def conv_macs(inputs: Inputs) -> int:
+    """Multiply-accumulates of a network's reference path, counted without computing."""
+    module, *arguments = inputs
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad(), \
+            use_backend("reference"):
+        module(*arguments)
+    return counter.get_total_flops() // 2
+
+
+def _window_table(hidden: Shape, weight: Shape, *rest: Any, out_shape: Shape, **_: Any) -> int:
+    """Gamma's and beta's 3x3 convs: at every 3x3 window, or on one level at every 5x5 window."""
+    one_level = rest[-1]
+    rows = out_shape[0] if one_level else hidden[0]
+    return (rows - 1) * 2 * prod(weight)
+
+
+def _conditional_conv(input: Shape, condition: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """The conv that predicts the kernels, and their application with nine taps."""
+    pixels = prod(input) // input[1]
+    return pixels * (prod(weight) + 9 * input[1])
+
+
+def _varying_conv(input: Shape, weight: Shape, kernel_size: int, *_: Any, out_shape: Shape,
+                  **__: Any) -> int:
+    return prod(out_shape) * kernel_size**2
+
+
+def _winograd_conv(input: Shape, weight: Shape, bias: Any, residual: Any, groups: int,
+                   padding: int, tile: int = 2, *_: Any, out_shape: Shape, **__: Any) -> int:
+    """F(m x m, 3x3): (m + 2)² products for a tile of m² pixels where 9 m² were."""
+    tiles = out_shape[0] * -(-out_shape[2] // tile) * -(-out_shape[3] // tile)
+    return tiles * (tile + 2) ** 2 * weight[0] * weight[1]
+
+
+# Ops that multiply; the others only sum, pick or scale.
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "window_table": _window_table, "conditional_conv": _conditional_conv,
+    "varying_conv": _varying_conv, "winograd_conv": _winograd_conv,
+}
+
+
+def _flops(formula: Callable[..., int]) -> Callable[..., int]:
+    return lambda *shapes, **options: 2 * formula(*shapes, **options)
+
+
+def dense_macs(inputs: Inputs) -> int:
+    """Those of a network's reference path: its convs, and predicted kernels on every pixel.
+
+    Inputs (network, *arguments), as of a case; nothing is computed, and meta tensors do.
+    """
+    applied = 0
+
+    def count(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal applied
+        applied += 9 * out.numel()
+
+    layers = [m for m in inputs[0].modules() if isinstance(m, ConditionalConv2d)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        convs = conv_macs(inputs)  # which runs the hooks
+        return convs + applied
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def effective_macs(call: Callable[[], Any]) -> int:
+    """Multiply-accumulates of one run of ``call``, without gradients.
+
+    Example:
+        >>> effective_macs(lambda: torch.nn.Conv2d(3, 5, 1)(torch.randn(1, 3, 4, 4)))
+        240
+    """
+    ops = getattr(torch.ops, NAMESPACE)
+    formulas = {getattr(ops, name): _flops(formula) for name, formula in _FORMULAS.items()}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() // 2

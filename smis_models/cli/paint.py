@@ -1,0 +1,66 @@
+"""``smis paint``."""
+
+from __future__ import annotations
+
+import ipaddress
+import webbrowser
+from typing import Annotated
+
+import typer
+
+from .common import (
+    Backend,
+    Checkpoint,
+    Device,
+    Model,
+    Seed,
+    app,
+    console,
+    load_model,
+    resolve_device,
+    say_random,
+    selected,
+    weights_line,
+    weights_of,
+)
+
+
+@app.command()
+def paint(
+    model: Model = "groupdnet_scenes", checkpoint: Checkpoint = None,
+    host: Annotated[str, typer.Option(help="address to listen on; others than 127.0.0.1 let other "
+                                           "machines paint")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free", min=0, max=65535)] = 8765,
+    open_browser: Annotated[bool, typer.Option("--open", help="open it in a browser")] = False,
+    seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
+) -> None:
+    """Paint label maps in the browser and see their pictures as you draw."""
+    try:
+        from ..app.painter import Painter
+        from ..app.server import create_app, listen, serve
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error.name}: smis paint needs it; pip install "
+                                  "'smis-kernels[app,models]'") from error
+    place, checkpoint = resolve_device(device), weights_of(model, checkpoint)
+    with listen(host, port) as bound, selected(backend):
+        network = load_model(model, checkpoint, place, seed)
+        painter = Painter(network, random_weights=checkpoint is None, seed=seed)
+        say_random(checkpoint)
+        weights = weights_line(checkpoint)
+        address = f"http://{_reachable(host)}:{bound.getsockname()[1]}/"
+        console.print(f"{network.name} paints at {address} (Ctrl-C ends it)", soft_wrap=True,
+                      highlight=False)
+        if open_browser:
+            webbrowser.open(address)
+        serve(create_app(painter, weights=weights, host=host), bound)
+
+
+def _reachable(host: str) -> str:
+    """What to call a host that is listened on, in an address."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        return "localhost"
+    return f"[{host}]" if address.version == 6 else host
