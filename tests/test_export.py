@@ -196,7 +196,7 @@ def test_a_file_that_is_not_the_model_is_not_written(
     monkeypatch.setitem(exports.FORMATS, "onnx", (".onnx", wrong))
     path = tmp_path / "m.onnx"
     path.write_text("earlier")
-    with pytest.raises(ExportError, match="differs from the model by .* nothing was written"):
+    with pytest.raises(ExportError, match=r"differs from the model by .* nothing was written"):
         export(tiny(), path, "onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_text() == "earlier"
@@ -310,7 +310,7 @@ def test_what_reads_a_maps_values_refuses_a_trace(backend: str) -> None:
         (lambda m: LabelLayout.from_labels(m, 4).dense(), ids),
     )
     for call, argument in calls:
-        with use_backend(backend), pytest.raises(BackendError, match="torch.export") as error:
+        with use_backend(backend), pytest.raises(BackendError, match=r"torch\.export") as error:
             torch.jit.trace(call, argument, check_trace=False)
         assert "\n" not in str(error.value)
 

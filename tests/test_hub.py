@@ -125,10 +125,10 @@ def test_config_and_weights_that_contradict(tmp_path: Path) -> None:
 
 def test_missing_folders_and_names(tmp_path: Path) -> None:
     refused("expected a folder or a repository OWNER/NAME", folder=tmp_path / "a" / "b")
-    refused("model.safetensors", "found none", folder=tmp_path) if (
-        tmp_path / "config.json").write_text('{"model": "spade_ade20k", "preset": {}}') is None else None
     saved(tmp_path)
-    with pytest.raises(ValueError, match="revision: .* is a folder"):
+    (tmp_path / "model.safetensors").unlink()
+    refused("model.safetensors", "latest_net_G.pth", "found none", folder=tmp_path)
+    with pytest.raises(ValueError, match=r"revision: .* is a folder"):
         SynthesisModel.from_pretrained(tmp_path, revision="main")
 
 
@@ -158,7 +158,8 @@ def test_the_card_tells_the_recipe_and_the_metrics_of_these_weights(tmp_path: Pa
     loaded = create_model(checkpoint=tmp_path / "run")
     loaded.save_pretrained(tmp_path / "hub", run=tmp_path / "run")
     card = (tmp_path / "hub" / "README.md").read_text()
-    for words in ("# spade_ade20k", "SPADE for ADE20K", "| image_size | `(64, 64)` |", "| step | `700`",
+    for words in ("# spade_ade20k", "SPADE for ADE20K", "| image_size | `(64, 64)` |",
+                  "| step | `700`",
                   '`["gan", "pixel"]`', '`{"batch": 16}`', "evaluation.json", "n100-m19", "seed 5",
                   "| mCSD | 0.125 | pixel L1 |", "| mIoU | 62.5% | label rule same |"):
         assert words in card, words
@@ -166,7 +167,7 @@ def test_the_card_tells_the_recipe_and_the_metrics_of_these_weights(tmp_path: Pa
     assert_same(SynthesisModel.from_pretrained(tmp_path / "hub"), model)
     with torch.no_grad():
         next(loaded.parameters()).add_(1)
-    with pytest.raises(CheckpointError, match="run: .* has other weights than this model"):
+    with pytest.raises(CheckpointError, match=r"run: .* has other weights than this model"):
         loaded.save_pretrained(tmp_path / "other", run=tmp_path / "run")
     assert not (tmp_path / "other").exists()
 

@@ -330,9 +330,10 @@ class GroupDNetEncoder(StridedEncoder):
     An absent class, whose three planes are zero, stays zero through all convs (no bias) and
     instance norms, so its code is the heads' bias, exactly. Only the present (image, class)
     pairs are computed, as the groups of one conv over a batch of one; which they are is read on
-    the host. All classes are computed on the reference backend, under torch.compile and torch.jit.trace, and where
-    ``x`` requires a gradient, for an absent class's planes have one. With another number of groups
-    than classes (``encoder_groups``) codes are of all classes, and all are computed.
+    the host. All classes are computed on the reference backend, under torch.compile and
+    torch.jit.trace, and where ``x`` requires a gradient, for an absent class's planes have one.
+    With another number of groups than classes (``encoder_groups``) codes are of all classes, and
+    all are computed.
 
     Args:
         preset: options; ``nef`` is the width of the first conv over all classes.

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..io import hub
-from ..io.checkpoint import CONFIG, WEIGHTS, CheckpointError, read_checkpoint, save_checkpoint
+from ..io.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    read_checkpoint,
+    read_metadata,
+    save_checkpoint,
+)
 from ..io.files import replacing
 from .registry import entry
 
@@ -147,8 +154,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def _notes(run: Path) -> dict[str, str]:
     """What the run's weights say of their training, which goes along."""
-    from ..io.checkpoint import read_metadata
-
     return {k: v for k, v in read_metadata(run / WEIGHTS).items() if k == "smis_training"}
 
 

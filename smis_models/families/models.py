@@ -232,15 +232,14 @@ def stored_configuration(checkpoint: str | Path) -> Configuration | None:
         >>> stored_configuration(shipped_weights("groupdnet_scenes")).preset.image_size
         (128, 128)
     """
-    path = checkpoint_file(checkpoint)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    stored = Configuration.from_metadata(read_metadata(path), path)
-    config = Path(checkpoint) / CONFIG
+    path, config = checkpoint_file(checkpoint), Path(checkpoint) / CONFIG
     written = Configuration.from_file(config) if config.is_file() else None
+    if path.suffix != ".safetensors" or not path.is_file():
+        return written
+    stored = Configuration.from_metadata(read_metadata(path), path)
     if stored is not None and written is not None and stored != written:
-        raise CheckpointError(f"checkpoint: {config} says {written.difference(stored)} than {path}; "
-                              "save both together, by save_pretrained")
+        raise CheckpointError(f"checkpoint: {config} says {written.difference(stored)} than "
+                              f"{path}; save both together, by save_pretrained")
     return written or stored
 
 

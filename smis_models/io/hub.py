@@ -54,8 +54,7 @@ def evaluations(run: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def recipe_of(run: Path) -> dict[str, Any]:
     """What a training run says of itself: how far it came, and the options it was given."""
-    facts = {key: json.loads(text) for key, text in read_metadata(run / WEIGHTS).items()
-             if key == "smis_training"}.get("smis_training", {})
+    facts = json.loads(read_metadata(run / WEIGHTS).get("smis_training", "{}"))
     try:
         options = json.loads((run / CONFIG).read_text())
     except (OSError, ValueError):
@@ -73,7 +72,7 @@ def model_card(model: str, description: str, options: Mapping[str, Any],
              "- semantic-image-synthesis", f"- {model.partition('_')[0]}", "---", "", f"# {model}",
              "", f"{description}.", "", "```python", "from smis_models import SynthesisModel", "",
              'model = SynthesisModel.from_pretrained("FOLDER_OR_REPOSITORY")',
-             "picture = model(model.semantics(labels))  # labels: (N, H, W) integers; RGB in [-1, 1]",
+             "picture = model(model.semantics(labels))  # (N, H, W) integers; RGB in [-1, 1]",
              "```", "", "## Options", "", "| option | value |", "|---|---|"]
     lines += [f"| {key} | `{value}` |" for key, value in options.items()]
     if recipe:
