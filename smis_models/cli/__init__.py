@@ -10,14 +10,25 @@ from ..extras import cure
 _missing: ImportError | None = None
 try:
     from ..io.allocator import reuse_freed_memory
-    from . import apply, common, convert, data, evaluate, measure, paint, synthesis, train
+    from . import (
+        apply,
+        common,
+        convert,
+        data,
+        evaluate,
+        export,
+        measure,
+        paint,
+        synthesis,
+        train,
+    )
     from .common import USER_ERRORS, app
 except ImportError as _error:
     if (_error.name or "smis_models").partition(".")[0] == "smis_models":
         raise
     _missing = _error
 
-__all__ = ["app", "apply", "common", "convert", "data", "evaluate",
+__all__ = ["app", "apply", "common", "convert", "data", "evaluate", "export",
            "main", "measure", "paint", "synthesis", "train"]
 
 
