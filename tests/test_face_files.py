@@ -28,8 +28,7 @@ from smis_models.io.images import write_indices
 from smis_models.io.sheet import captioned, legend
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
 from smis_models.synthesis.scene import Scene
-from smis_models.training import load_config
-from smis_models.training.recipes import RECIPES
+from smis_models.training import RECIPES, load_config, to_json
 
 SMALL = {"ngf": 8, "nef": 8}
 
@@ -63,7 +62,8 @@ def small_run(tmp_path: Path) -> Path:
     folder.mkdir()
     save_checkpoint(create_model("groupdnet_scenes", seed=3, init_gain=1.0, **SMALL),
                     folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(to_json(load_config(
+        "groupdnet_scenes_codes", ["--network.ngf", "8", "--network.nef", "8"])))
     return folder
 
 
