@@ -21,7 +21,7 @@ _SEAL = "<!-- smis_models card, sha256 {} -->"
 def metric_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(metric, value, measured with) of what ``smis evaluate`` wrote."""
     rows, results = [], result["results"]
-    titles = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}
+    titles = {"mcsd": "mCSD", "mocd": "mOCD", "diversity": "diversity"}
     for name, values in results.get("diversity", {}).items():
         rows += [(title, f"{values[metric]:.4g}", name) for metric, title in titles.items()]
     if "fid" in results:
