@@ -108,6 +108,15 @@ class DampedUnit(Unit):
         return super().forward(x, segmap) * 0.9
 
 
+class HalfTrainedUnit(Unit):
+    """The same values, but the shortcut passes no gradient."""
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
+        side = self.conv_s(self.norm_s(x, segmap)).detach()
+        x = self.conv_0(self.active(self.norm_0(x, segmap)))
+        return side + self.conv_1(self.active(self.norm_1(x, segmap)))
+
+
 class ReluUnit(Unit):
     def active(self, x: Tensor) -> Tensor:
         return F.relu(x)

@@ -90,7 +90,7 @@ def test_the_state_stays_and_restore_undoes(name: str, inference: bool) -> None:
     (lambda: norm_of(foreign.Clamped), "norm", "clamp of features"),
     (lambda: norm_of(foreign.SmoothResize), "norm", "resized by bilinear"),
     (lambda: norm_of(foreign.StopGradient), "norm", "gradient"),
-    (lambda: block_of(foreign.DampedUnit), "block", ""),
+    (lambda: block_of(foreign.HalfTrainedUnit), "block", "detach beside its norms and convs"),
     (lambda: lively(foreign_layers.MeanKernels(4)), "pixel_conv", "output differs"),
     (lambda: lively(foreign_layers.MaxEncoder()), "instance_pool", "output differs"),
 ], ids=["relu", "extra_op", "resize", "detached", "block", "pixel_conv", "pooling"])

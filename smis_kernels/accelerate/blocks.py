@@ -17,11 +17,11 @@ from ..runtime.tensors import is_channels_last
 from .formats import channels_last, gradient_in_format, in_format_of, network_call
 from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
 from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
-from .norms import FusedNorm, NormPlan, inputs_of, of_another_size
+from .norms import FusedNorm, NormPlan, inputs_of, is_small_call, of_another_size
 from .probe import PROBE_SIZE, Trial, agreeing, detached_copy, unit_outputs
 from .sequences import activation_of
 from .served import Evaluation
-from .swap import PLAN, Accelerated, AsWritten, Change, Fused, FusionPlan, arguments_of
+from .swap import PLAN, Accelerated, Change, Fused, FusionPlan, arguments_of
 from .watch import hooked, original_type
 
 MOST_NORMS = 3
@@ -68,6 +68,7 @@ class BlockPlan(FusionPlan):
         channels, labels: of the features, and of the map that was probed.
         resized: whether a map of any size may come.
         convs: those on its way.
+        work: multiply-adds at one pixel of that foreign norm which has the fewest.
     """
 
     graph: Graph
@@ -77,6 +78,7 @@ class BlockPlan(FusionPlan):
     labels: int
     resized: bool
     convs: tuple[str, ...]
+    work: float
 
     @property
     def outline(self) -> Any:
@@ -118,6 +120,9 @@ def read(block: nn.Module, norms: Norms) -> Reading:
              if isinstance(part, nn.Conv2d) and not f"{name}.".startswith(inside)]
     if arguments is None or len(convs) != len(norms):
         return None
+    without = next((name for name, plan in norms.items() if plan and plan.form.no_tables), None)
+    if without is not None and all(p.is_cpu for p in block.parameters()):
+        return f"{without} has no tables: on a CPU its parts are faster one by one"
     twin = detached_copy(block, keep=(block,))
     order = {name: _order(twin.get_submodule(name), plan) for name, plan in norms.items()}
     try:
@@ -125,7 +130,9 @@ def read(block: nn.Module, norms: Norms) -> Reading:
         parts, resized, on_the_way = _parts(graph, block, norms)
     except (Mismatch, Unclear) as error:
         return str(error)
-    return [BlockPlan(arguments, graph, parts, swapped, channels, labels, resized, on_the_way)]
+    work = min((plan.form.work for plan in norms.values() if plan), default=float("inf"))
+    return [BlockPlan(arguments, graph, parts, swapped, channels, labels, resized, on_the_way,
+                      work)]
 
 
 def _widths(norm: nn.Module, plan: NormPlan | None) -> tuple[int, int]:
@@ -351,7 +358,12 @@ class FusedBlock(Fused):
         assert isinstance(plan, BlockPlan)
         return [module.get_submodule(name) for name in (*plan.norms, *plan.convs)]
 
-    def _smis_ready(self, *inputs: Any) -> dict[str, CGNorm] | AsWritten | str:
+    def _smis_small(self, *inputs: Any) -> bool:
+        plan: BlockPlan = vars(self)[PLAN]
+        x, segmap = inputs[::-1] if plan.swapped else inputs
+        return isinstance(segmap, Tensor) and is_small_call(x, plan.work)
+
+    def _smis_ready(self, *inputs: Any) -> dict[str, CGNorm] | str:
         plan: BlockPlan = vars(self)[PLAN]
         x, segmap = inputs[::-1] if plan.swapped else inputs
         if not isinstance(x, Tensor) or x.dim() != 4:
@@ -359,7 +371,6 @@ class FusedBlock(Fused):
         if any(step.op == "resize" for step in plan.graph.steps):
             segmap = _like(segmap, None, x)
         views: dict[str, CGNorm] = {}
-        small: AsWritten | None = None
         for part in plan.parts:
             for name in part.norms:
                 norm = self.get_submodule(name)
@@ -376,11 +387,8 @@ class FusedBlock(Fused):
                 view = norm._smis_changed() or norm._smis_ready(*pair)
                 if isinstance(view, str):
                     return f"{name}: {view}"
-                if isinstance(view, AsWritten):
-                    small = view
-                else:
-                    views[name] = view
-        return small or views
+                views[name] = view
+        return views
 
     def _smis_run(self, ready: dict[str, CGNorm], *inputs: Tensor) -> Tensor:
         plan: BlockPlan = vars(self)[PLAN]

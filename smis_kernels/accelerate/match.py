@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -86,6 +86,31 @@ class Form:
         """How far gamma and beta reach on the map."""
         return max(self.levels[self.gamma], self.levels[self.beta], 0)
 
+    @cached_property
+    def products(self) -> tuple[int, int]:
+        """Multiply-adds at one pixel: of the last convs, and of those before."""
+        last = [c for c in self.convs if self.levels[c.step] == self.reach]
+        first = [c for c in self.convs if c not in last]
+        return tuple(sum(c.channels * c.source // c.groups * c.kernel**2 for c in convs)
+                     for convs in (last, first))  # type: ignore[return-value]
+
+    @property
+    def work(self) -> float:
+        """Multiply-adds at one pixel; all there is to win where there are none."""
+        return float(sum(self.products)) or float("inf")
+
+    @cached_property
+    def dense_order(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The steps of gamma and beta, each with those that no later one reads."""
+        wanted = {self.gamma, self.beta}
+        for i in range(len(self.graph.steps) - 1, -1, -1):
+            if i in wanted:
+                wanted.update(self.graph.steps[i].inputs)
+        last = {j: i for i in sorted(wanted) for j in self.graph.steps[i].inputs}
+        kept = {self.gamma, self.beta, MAP}
+        return tuple((i, tuple(j for j, k in last.items() if k == i and j not in kept))
+                     for i in sorted(wanted - {MAP}))
+
     @property
     def outline(self) -> Any:
         """What two norms that differ in their widths alone have in common."""
@@ -95,7 +120,7 @@ class Form:
                 self.source, self.gamma, self.beta, bool(self.label_channels))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "reach"}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def described(step: Step, module: nn.Module) -> str:

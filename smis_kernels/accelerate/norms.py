@@ -21,7 +21,7 @@ from .graph import FEATURES, MAP, Graph, Step, Unclear, record
 from .match import PATTERN, Form, Mismatch, match
 from .probe import PROBE_SIZE, SEED, CannotRun, Trial, agreeing, at_scales, detached_copy
 from .served import ForeignNorm
-from .swap import PLAN, AsWritten, Change, Fused, FusionPlan, arguments_of, is_small, serves
+from .swap import PLAN, Change, Fused, FusionPlan, arguments_of, is_small, serves
 from .watch import original_type
 
 _COUNTING = (nn.BatchNorm2d, nn.SyncBatchNorm)  # whose several processes are known, too
@@ -54,7 +54,12 @@ class NormPlan(FusionPlan):
 class FusedNorm(Fused):
     """``norm(x, segmap)`` through window tables or dense convs, and one pass over x."""
 
-    def _smis_ready(self, *inputs: Any) -> ForeignNorm | AsWritten | str:
+    def _smis_small(self, *inputs: Any) -> bool:
+        plan: NormPlan = vars(self)[PLAN]
+        x, segmap = inputs[::-1] if plan.swapped else inputs
+        return isinstance(segmap, Tensor) and is_small_call(x, plan.form.work)
+
+    def _smis_ready(self, *inputs: Any) -> ForeignNorm | str:
         plan: NormPlan = vars(self)[PLAN]
         x, segmap = inputs[::-1] if plan.swapped else inputs
         weight = next(self.parameters())
@@ -72,14 +77,19 @@ class FusedNorm(Fused):
             return view
         if not isinstance(segmap, Tensor) or not serves(segmap, weight):
             return "a map of another kind"
-        problem = _parallel_problem(self, view.norm)
-        if problem is None and requested_path() == "auto" and is_small(x, view.work(x), SMALL):
-            return AsWritten()
-        return problem or view
+        return _parallel_problem(self, view.norm) or view
 
     def _smis_run(self, ready: ForeignNorm, *inputs: Any) -> Tensor:
         plan: NormPlan = vars(self)[PLAN]
         return ready.forward(*(inputs[::-1] if plan.swapped else inputs))
+
+
+def is_small_call(x: Any, work: float) -> bool:
+    """Whether convs of so many multiply-adds a pixel are too few for a fused form to be faster."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or requested_path() != "auto":
+        return False
+    n, _, height, width = x.shape
+    return is_small(x, work * n * height * width, SMALL)
 
 
 def _parallel_problem(owner: nn.Module, norm: nn.Module | None) -> str | None:

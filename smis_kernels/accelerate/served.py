@@ -78,7 +78,7 @@ class Evaluation:
 
 
 class _Pixels(Evaluation):
-    """On the map itself, by the parts as they were written; ``fused``: the last convs as one."""
+    """Evaluates on the map itself, part by part as written; ``fused``: the last convs as one."""
 
     def __init__(self, owner: nn.Module, form: Form, segmap: Tensor, size: tuple[int, int],
                  fused: bool) -> None:
@@ -115,7 +115,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 class _Rows(Evaluation):
-    """On the distinct windows of a layout, as (1 or N, C, rows, 1): N after a norm of the image.
+    """Evaluates on a layout's distinct windows, as (1 or N, C, rows, 1): N after an image's norm.
 
     Row 0 is the outside of the image: zero wherever a conv reads it.
     """
@@ -286,15 +286,7 @@ class ForeignNorm(CGNorm):
 
     @property
     def products(self) -> tuple[int, int]:
-        last = [c for c in self.form.convs if self.form.levels[c.step] == self.form.reach]
-        first = [c for c in self.form.convs if c not in last]
-        return tuple(sum(c.channels * c.source // c.groups * c.kernel**2 for c in convs)
-                     for convs in (last, first))  # type: ignore[return-value]
-
-    def work(self, input: Tensor) -> float:
-        """Multiply-adds of its convs at every pixel; all there is to win without any."""
-        total = sum(self.products)
-        return float(total * input[:, 0].numel()) if total else float("inf")
+        return self.form.products
 
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         return {"running_mean" + suffix: getattr(self.norm, "running_mean", None),
@@ -334,6 +326,10 @@ class ForeignNorm(CGNorm):
     def gamma_beta(self, segmap: Tensor, size: tuple[int, int],
                    fused: bool) -> tuple[Tensor, Tensor]:
         values = _Pixels(self.owner, self.form, segmap, size, fused)
+        for i, drops in self.form.dense_order:
+            values.value(i)
+            for j in drops:  # what is read no more makes room for what comes
+                values.found.pop(j, None)
         gamma, beta = self._with_affine(*(self._whole(values.value(i), (len(segmap), *size))
                                           for i in (self.form.gamma, self.form.beta)))
         return gradient_in_format(gamma), gradient_in_format(beta)

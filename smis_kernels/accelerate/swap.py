@@ -99,7 +99,7 @@ class FusionPlan:
 
 @cache
 def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
-    """Of ``forward``, without self and those of variable number."""
+    """The parameters of ``forward``, without self and those of variable number."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = list(inspect.signature(cls.forward).parameters.items())[1:]
     return {name: p for name, p in parameters if p.kind not in variable}
@@ -194,13 +194,7 @@ def at_any_size() -> Iterator[None]:
 
 def is_small(tensor: Tensor, work: float, least: float) -> bool:
     """Whether a call on the CPU is too small for its fused form to be faster."""
-    return tensor.is_cpu and work < least and not _sizes.any
-
-
-class AsWritten:
-    """Why a call that could be served runs its original forward, which is faster there."""
-
-    reason = "so small that it is faster as it was written"
+    return work < least and tensor.is_cpu and not _sizes.any
 
 
 class Fused(Accelerated):
@@ -210,6 +204,10 @@ class Fused(Accelerated):
         """What :meth:`_smis_run` needs; or a string, why the call is left to the original."""
         raise NotImplementedError
 
+    def _smis_small(self, *arguments: Any) -> bool:
+        """Whether a call is so small that it is faster as it was written."""
+        return False
+
     def _smis_run(self, ready: Any, *arguments: Any) -> Any:
         raise NotImplementedError
 
@@ -218,15 +216,24 @@ class Fused(Accelerated):
         if torch.compiler.is_compiling():
             return None
         settings: Settings = vars(self)[SETTINGS]
+        if settings.is_as_noted():
+            return None
         if hooked(*settings.modules[1:], weights=False):
             return "a part of it has hooks"
         change = settings.change()
-        return None if change is None else f"{change} since accelerate()"
+        if change is not None:
+            return f"{change} since accelerate()"
+        settings.note()
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan: FusionPlan | None = vars(self).get(PLAN)  # a slice of a Sequential has none
         given = None if plan is None else plan.given(original_type(self), args, kwargs)
-        reason: str | AsWritten | None = transformed()
+        if given is not None and self._smis_small(*given):  # the original, so nothing can be stale
+            record(type(self).__name__, "original", _first_tensor(args),
+                   reason="so small that it is faster as it was written")
+            return super().forward(*args, **kwargs)
+        reason: str | None = transformed()
         expected = reason is not None or requested() == "reference"
         if reason is None and expected:
             reason = "the reference is asked for"
@@ -237,7 +244,7 @@ class Fused(Accelerated):
             with parametrize.cached() if once else nullcontext():
                 ready = "called with other arguments" if given is None else (
                     self._smis_changed() or self._smis_ready(*given))
-                if not isinstance(ready, (str, AsWritten)):
+                if not isinstance(ready, str):
                     assert given is not None
                     return self._smis_run(ready, *given)
             reason = ready
@@ -245,14 +252,14 @@ class Fused(Accelerated):
             self._smis_note(reason, args, expected)
         return super().forward(*args, **kwargs)
 
-    def _smis_note(self, reason: str | AsWritten, args: tuple[Any, ...], expected: bool) -> None:
-        tensor = next((a for a in args if isinstance(a, Tensor)), torch.empty(0))
-        if isinstance(reason, AsWritten):
-            record(type(self).__name__, "original", tensor, reason=reason.reason)
-            return
-        record(type(self).__name__, "original", tensor, reason=reason)
+    def _smis_note(self, reason: str, args: tuple[Any, ...], expected: bool) -> None:
+        record(type(self).__name__, "original", _first_tensor(args), reason=reason)
         calls: Counter[str] = vars(self).setdefault(CALLS, Counter())
         calls[reason] += 1
         if not expected and calls[reason] == 1:
             name = original_type(self).__name__
             warnings.warn(f"accelerate: {name} runs its original forward: {reason}", stacklevel=2)
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    return next((a for a in args if isinstance(a, Tensor)), torch.empty(0))

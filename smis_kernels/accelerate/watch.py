@@ -146,26 +146,6 @@ class _Part:
         self.children = tuple(module._modules.items())
         self.attributes = _Values(_plain_of(module))
         self.present = self._present()
-        self._note_identities()
-
-    def _note_identities(self) -> None:
-        """Names of all attributes, and those whose value nothing changes but an assignment."""
-        plain = _plain_of(self.module)
-        self._names = frozenset(vars(self.module))
-        self._fixed = [(k, v) for k, v in plain.items() if _fixed(v)]
-        self._others = [k for k, v in plain.items() if not _fixed(v)]
-
-    def _attribute_change(self) -> str | None:
-        own = vars(self.module)
-        if own.keys() == self._names and all(own[k] is v for k, v in self._fixed):
-            return next((k for k in self._others if not self.attributes.holds(k, own[k])), None)
-        found = self.attributes.change(_plain_of(self.module))
-        if found is None:
-            self._note_identities()
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:  # identities are of this process
-        return {**vars(self), "_names": frozenset(), "_fixed": [], "_others": []}
 
     def _present(self) -> list[tuple[str, bool]]:
         m = self.module
@@ -188,8 +168,54 @@ class _Part:
             return "other parts"
         if self._present() != self.present:
             return "other parameters or buffers"
-        attribute = self._attribute_change()
+        attribute = self.attributes.change(_plain_of(m))
         return None if attribute is None else f"another {attribute}"
+
+    def identities(self, outermost: bool) -> tuple[Any, ...]:
+        """What :func:`_is_as_it_was` compares."""
+        m, own = self.module, vars(self.module)
+        plain = _plain_of(m)
+        return (
+            m, type(m), len(own), tuple(own["_modules"].items()),
+            tuple((k, t is None) for k, t in own["_parameters"].items()),
+            tuple((k, t is None) for k, t in own["_buffers"].items()),
+            tuple((k, v) for k, v in plain.items() if _fixed(v)),
+            tuple((k, self.attributes) for k, v in plain.items() if not _fixed(v)),
+            None if outermost else tuple(tuple(own[name].values()) for name in _HOOKS),
+        )
+
+
+def _is_as_it_was(module: nn.Module, cls: type, size: int, children: tuple[Any, ...],
+                  parameters: tuple[Any, ...], buffers: tuple[Any, ...], fixed: tuple[Any, ...],
+                  others: tuple[Any, ...], hooks: tuple[Any, ...] | None) -> bool:
+    """Whether a part is what it was, by identities alone: one that is not may be equal still."""
+    own = module.__dict__
+    if type(module) is not cls or len(own) != size or len(own["_modules"]) != len(children):
+        return False
+    for key, value in fixed:
+        if own.get(key) is not value:
+            return False
+    if children:
+        for (a, x), (b, y) in zip(own["_modules"].items(), children, strict=True):
+            if x is not y or a != b:
+                return False
+    for name, tensors in (("_parameters", parameters), ("_buffers", buffers)):
+        held = own[name]
+        if len(held) != len(tensors):
+            return False
+        for key, none in tensors:
+            if (held.get(key, own) is None) is not none or key not in held:
+                return False
+    for key, values in others:
+        if key not in own or not values.holds(key, own[key]):
+            return False
+    if hooks is not None:
+        for name, before in zip(_HOOKS, hooks, strict=True):
+            now = own[name]
+            if len(now) != len(before) or (before and any(
+                    a is not b for a, b in zip(now.values(), before, strict=True))):
+                return False
+    return True
 
 
 class Settings:
@@ -207,12 +233,47 @@ class Settings:
                        if id(m) not in left]
         self.parametrized = any(isinstance(p.module, ParametrizationList) for p in self._parts)
         self._classes: dict[type, _Values] | None = None
+        self._quick: tuple[list[Any], list[Any]] | None = None
         self._note_classes()
 
     def _note_classes(self) -> None:
         classes = {c for p in self._parts for c in p.type.__mro__
                    if issubclass(c, nn.Module) and c is not nn.Module}
         self._classes = {c: _Values(_methods(c)) for c in classes}
+
+    def note(self) -> None:
+        """All is as it was and no part has hooks: what is so by identity need not be looked into.
+
+        A comparison of these identities is what a call usually costs.
+        """
+        assert self._classes is not None
+        classes = []
+        for cls, values in self._classes.items():
+            now = _methods(cls)
+            classes.append((
+                vars(cls), len(vars(cls)),
+                [(k, v) for k, v in now.items() if _fixed(v) and k in vars(cls)],
+                [(k, values) for k, v in now.items() if not _fixed(v)]))
+        self._quick = ([part.identities(i == 0) for i, part in enumerate(self._parts)], classes)
+
+    def is_as_noted(self) -> bool:
+        """Whether all has the identity that it had when it was noted, the hooks of parts too."""
+        if self._quick is None or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+            return False
+        parts, classes = self._quick
+        for part in parts:
+            if not _is_as_it_was(*part):
+                return False
+        for own, size, fixed, others in classes:
+            if len(own) != size:
+                return False
+            for key, value in fixed:
+                if own.get(key) is not value:
+                    return False
+            for key, values in others:
+                if not values.holds(key, own[key]):
+                    return False
+        return True
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -235,10 +296,10 @@ class Settings:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_classes": None}
+        return {**vars(self), "_classes": None, "_quick": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         memo[id(self)] = twin = Settings.__new__(Settings)
         vars(twin).update(_parts=copy.deepcopy(self._parts, memo), parametrized=self.parametrized,
-                          _classes=self._classes)
+                          _classes=self._classes, _quick=None)
         return twin

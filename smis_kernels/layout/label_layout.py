@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.instance_edges.op import instance_edges
 from ..ops.label_windows.op import number_vectors, number_windows
+from ..runtime.backend import refuse_trace
 from ..runtime.check import INTEGERS, check_device, check_range, check_shape, check_tensor
 
 MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
@@ -113,6 +114,7 @@ class LabelLayout:
         check_tensor("labels", labels, (3, 4), "(N, H, W) or (N, 1, H, W)", INTEGERS)
         if instances is not None and edges is not None:
             raise ValueError("edges: expected instances or edges, got both")
+        refuse_trace("LabelLayout")
         check_range("labels", labels, num_classes)
         flat = labels.reshape(labels.shape[0], *labels.shape[-2:]).long()
         if instances is not None:
@@ -248,7 +250,7 @@ def _names(old: LabelLayout, new: LabelLayout) -> tuple[Tensor, Tensor]:
 
 def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *, reach: int,
                   names: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """For each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
+    """Return for each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
 
     Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
     for 5x5 windows. ``names``: of the symbols, where they are known.

@@ -16,18 +16,22 @@ from ..runtime.derivatives import transformed
 from .winograd_conv import WinogradConv2d
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# Values of a weight below which torch's own hook is the faster one in eval mode: measured on one
+# thread, 26 us against 110 us at 64 channels of 3x3, 204 against 383 at 256, no difference at 512.
+SMALL = 1_000_000
 
 
 class FusedSpectralNorm(SpectralNorm):
     """The hook of :func:`torch.nn.utils.spectral_norm`: same numbers, fewer passes.
 
     Where the formula would run anyway (a GPU, 16-bit weights, autocast, the reference backend,
-    another ``dim`` than 0) it is torch's hook itself.
+    another ``dim`` than 0), and in eval mode of a small weight, it is torch's hook itself.
     """
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         weight: Tensor = getattr(module, f"{self.name}_orig")
-        if not self._fused(weight):
+        small = not module.training and weight.numel() < SMALL
+        if small or not self._fused(weight):
             super().__call__(module, inputs)
             return
         u, v = getattr(module, f"{self.name}_u"), getattr(module, f"{self.name}_v")
