@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ class ReplayClock:
         self._readings: deque[float] = deque()
 
     def load(self, times: list[float]) -> None:
+        """The times to be returned, each once."""
         now = 0.0
         for seconds in times:
             self._readings += (now, now + seconds)
@@ -36,45 +39,41 @@ class ReplayClock:
 CLOCK = ReplayClock()
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     reuse_freed_memory()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--maps", help="folder of label maps to use instead of the sample scenes")
 
 
-def pytest_generate_tests(metafunc):
-    # A file names its cases by SET or PREFIX, or holds its own CASES; each test is one provider of
-    # one case on one setting.
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # A file's own CASES or those of all sets; each test is one provider of a case on one setting.
     if "measured" not in metafunc.fixturenames:
         return
-    module, places = metafunc.module, [("cpu", torch.float32)]
+    places = [("cpu", torch.float32)]
     if torch.cuda.is_available():
         places += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
-    own = getattr(module, "CASES", None)
-    parameters = [
+    metafunc.parametrize("measured", [
         pytest.param((case, provider.name, device, dtype),
                      id=f"{case.group}-{provider.name}-{device}-{str(dtype)[6:]}")
-        for case in own or harness.cases(getattr(module, "SET", "all"),
-                                         getattr(module, "PREFIX", ""))
+        for case in getattr(metafunc.module, "CASES", None) or harness.cases("all")
         for device, dtype in places
         for provider in case.providers
-    ]
-    metafunc.parametrize("measured", parameters, indirect=True)
+    ], indirect=True)
 
 
 @pytest.fixture(scope="session")
-def records(request):
+def records(request: pytest.FixtureRequest) -> Callable[..., dict[str, Record]]:
     maps = harness.Maps(request.config.getoption("--maps"))
     known: dict[tuple[str, str, torch.dtype], dict[str, Record]] = {}
 
-    def get(case, device, dtype):
+    def get(case: harness.Case, device: str, dtype: torch.dtype) -> dict[str, Record]:
         key = (case.group, device, dtype)
         if key not in known:
             setting = harness.Setting(torch.device(device), dtype, maps)
@@ -85,7 +84,8 @@ def records(request):
 
 
 @pytest.fixture
-def measured(request, records, benchmark):
+def measured(request: pytest.FixtureRequest, records: Callable[..., dict[str, Record]],
+             benchmark: Any) -> Record:
     """The record of one provider, handed to pytest-benchmark."""
     case, provider, device, dtype = request.param
     record = records(case, device, dtype)[provider]

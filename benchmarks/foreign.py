@@ -18,14 +18,12 @@ from monai.networks.nets import SPADEAutoencoderKL, SPADEDiffusionModelUNet, SPA
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from benchmarks.test_accelerate import SIZE, accelerated, accelerated_inputs, paint
-from smis_models.benchmark.case import Case, Inputs, Maps, Provider, Setting, channels_last
+from benchmarks.test_accelerate import SIZE, case_of, paint, planes_of
+from smis_models.benchmark.case import COCO_CLASSES, Inputs, Maps, Setting
 from smis_models.benchmark.measure import measure
-from smis_models.benchmark.networks import COCO_CLASSES, class_map
 from smis_models.benchmark.records import Record, markdown, save
 from smis_models.benchmark.training import settle
 from smis_models.io.allocator import reuse_freed_memory
-from smis_models.networks import semantics as label_maps
 from tests import foreign, foreign_families
 
 NOISE = 64
@@ -106,10 +104,8 @@ def network(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def inputs(name: str, setting: Setting) -> Inputs:
-    draw = NETWORKS[name][2]
-    labels = class_map(setting, SIZE, COCO_CLASSES)
-    planes = label_maps.one_hot(labels, COCO_CLASSES, setting.dtype).contiguous()
-    drawn = draw(torch.Generator().manual_seed(0))
+    planes = planes_of(setting, COCO_CLASSES)
+    drawn = NETWORKS[name][2](torch.Generator().manual_seed(0))
     model = network(name, setting.dtype, setting.device)
     return model, planes, *(t.to(planes) for t in drawn)
 
@@ -119,18 +115,6 @@ def paints(name: str, setting: Setting) -> bool:
     with torch.no_grad():
         picture = NETWORKS[name][1](*inputs(name, setting))
     return bool(picture.isfinite().all()) and float(picture.std()) > 1e-3
-
-
-def case_of(name: str, seconds: float) -> Case:
-    _, run, _, target = NETWORKS[name]
-    return Case(
-        name=f"foreign/{name}", make_inputs=partial(inputs, name),
-        providers=(Provider("reference", run), Provider("channels_last", run, channels_last),
-                   Provider("compiled", run, compile=True),
-                   Provider("fused", run, accelerated_inputs)),
-        counts=lambda inputs: accelerated(inputs[0])[1], targets={"reference": target},
-        memory_bound=False, floor=1e-4, seconds=seconds, every_map=True, graphs=False,
-    )
 
 
 def main() -> int:
@@ -153,13 +137,16 @@ def main() -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     reuse_freed_memory()
-    setting = Setting(torch.device("cpu"), maps=maps, compiled=arguments.compiled)
+    setting = Setting(torch.device("cpu"), maps=maps, compiled=arguments.compiled,
+                      seconds=arguments.seconds)
     records: list[Record] = []
     for name in arguments.networks or NETWORKS:
         if not paints(name, setting):
             print(f"{name}: expected a picture with contents, got a blank one", file=sys.stderr)
             return 1
-        records += measure(case_of(name, arguments.seconds), setting,
+        _, run, _, target = NETWORKS[name]
+        case = case_of(f"foreign/{name}", partial(inputs, name), run, target)
+        records += measure(case, setting,
                            lambda what, name=name: print(f"{name}: {what}", file=sys.stderr))
         counts = records[-1].counts
         print(f"{name}: {counts['replaced']} replaced, accelerate() {counts['accelerate_ms']} ms",

@@ -30,7 +30,6 @@ from smis_kernels.accelerate.prepared import Prepared
 from smis_kernels.layout.label_layout import TableCache, WindowLevel
 from smis_kernels.runtime.library import NAMESPACE, raw_ops
 from smis_models.benchmark.case import Maps, Setting
-from smis_models.benchmark.networks import class_map
 from smis_models.benchmark.records import markdown_table
 from smis_models.families import create_model
 from smis_models.families.ccfpse import CCFPSEGenerator, Condition
@@ -218,9 +217,9 @@ def scene(name: str, maps: Maps) -> tuple[Tensor, Tensor | None, Any]:
     """Labels, instances where the model reads them, and its options."""
     preset = create_model(name, part="generator", device="meta").preset
     setting = Setting(torch.device("cpu"), maps=maps.named("coco"))
-    labels = class_map(setting, preset.image_size, preset.classes)
-    found = setting.maps.instances("indoor", preset.image_size) if preset.instance_edge else None
-    return labels, None if found is None else torch.from_numpy(found)[None], preset
+    labels = setting.labels("indoor", preset.image_size, preset.classes)
+    ids = setting.instances("indoor", preset.image_size) if preset.instance_edge else None
+    return labels, ids, preset
 
 
 def _sizes(preset: Any) -> list[tuple[int, int]]:

@@ -8,8 +8,9 @@ from .modules.label_conv import LabelConv2d
 from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
-from .runtime.backend import requested, resolve
+from .runtime.backend import no_fallback, requested, resolve
 from .runtime.constants import constant
+from .runtime.derivatives import transformed
 from .runtime.library import NAMESPACE
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "channel_moments",
     "constant",
     "conv3x3",
+    "no_fallback",
     "prepare_map",
     "requested",
     "resolve",
+    "transformed",
 ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from benchmarks.gpu.journal import Journal, Skip, Unusable
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.results import Journal, Settings, Skip
 
 
 def _row(value: int) -> dict[str, int]:
@@ -50,14 +49,5 @@ def failing(journal: Journal, settings: Settings) -> None:
     journal.row("after", lambda: _row(3))
 
 
-def slow(journal: Journal, settings: Settings) -> None:
-    for i in range(1000):
-        journal.row(f"row {i}", lambda: time.sleep(0.1) or _row(0))
-
-
 def skipped(journal: Journal, settings: Settings) -> None:
     raise Skip("nothing to do here")
-
-
-def unusable(journal: Journal, settings: Settings) -> None:
-    raise Unusable("never started")

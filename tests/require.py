@@ -13,11 +13,11 @@ from smis_kernels.runtime.backend import missing
 INDEPENDENT = Path(os.environ.get("SMIS_INDEPENDENT", Path(sys.prefix) / "independent"))
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), "")
 
 
 def lacking(name: str) -> str | None:
-    """Why ``name`` is not at hand, with the cure: a backend, "independent", "chromium", a module."""
+    """Why ``name`` is not at hand, with the cure: a backend, "chromium", a module."""
     if name in ("cpu", "cuda", "triton"):
         return missing(name)
     if name == "independent":

@@ -12,12 +12,19 @@ import pytest
 import torch
 
 from smis_models import benchmark as harness
-from smis_models import create_model
 from smis_models.benchmark import evaluation, records, timing, training
-from smis_models.benchmark.case import Case, Setting, channels_last, convert, nbytes, providers
-from smis_models.benchmark.measure import bind
+from smis_models.benchmark.case import (
+    Case,
+    Provider,
+    Remaining,
+    Setting,
+    channels_last,
+    convert,
+    nbytes,
+    providers,
+)
+from smis_models.benchmark.measure import bind, resident_peak, under_default_allocator
 from smis_models.data.scenes import sample_scene
-from smis_models.families import with_options
 from smis_models.io import images
 from smis_models.metrics import PixelDistance
 
@@ -32,11 +39,11 @@ def _inputs(setting):
 
 def _case(fused=lambda x, y: x * y, **options):
     return Case(name="product/small", make_inputs=_inputs, seconds=0.02,
-                providers=providers(lambda x, y: x * y, fused, compile=False), **options)
+                **{"providers": providers(lambda x, y: x * y, fused, loops=True), **options})
 
 
-def _measured(case):
-    return {r.provider: r for r in harness.measure(case, Setting(CPU))}
+def _measured(case, **options):
+    return {r.provider: r for r in harness.measure(case, Setting(CPU, **options))}
 
 
 def test_every_provider_is_measured_in_one_run():
@@ -124,33 +131,98 @@ def test_ratios_shares_and_targets():
     assert [reached for *_, reached in records.checks(rows)] == [False, False, False]
 
 
-def _tiny_training(name):
-    config = training.recipe(name)
-    options = {"ngf": 8, "nef": 8} if hasattr(config.network, "nef") else {"ngf": 2, "hidden": 16}
-    network = with_options(config.network, {
-        **options, "ndf": 4, "image_size": training.SIZE, "upsampling": "normal"}, name)
-    still = replace(config.optimizer, generator=0.0, discriminator=0.0)
-    return replace(config, network=network, optimizer=still, init_gain=1.0,
-                   losses=replace(config.losses, perceptual=0.0))
+TINY = Setting(CPU, seconds=0.0, tiny=True, compiled=False)
+QUICK = [case for case in harness.cases("all") if case.name.split("/")[0] in (
+    "modulation", "class_crops", "instance_edges", "instance_pool", "norm_act", "spade_layer",
+    "spatially_varying_conv2d", "conditional_conv2d", "conditional_attention", "spectral_weight")]
+NETWORKS = [case for case in harness.cases("all") if case.name in (
+    "pix2pixhd_cityscapes/generator", "spade_coco/training_step_batch2",
+    "groupdnet_deepfashion/further_sample", "family/bicyclegan_deepfashion")]
 
 
-@pytest.mark.parametrize("case", training.CASES, ids=lambda case: case.name)
-def test_training_steps_are_measured(case, monkeypatch):
-    monkeypatch.setattr(training, "_config", _tiny_training)
-    rows = {r.provider: r for r in harness.measure(replace(case, seconds=0.01), Setting(CPU))}
+@pytest.mark.parametrize("case", [*QUICK, *NETWORKS], ids=lambda case: case.group)
+def test_every_case_is_right_at_its_smallest(case):
+    rows = {r.provider: r for r in harness.measure(case, TINY)}
+    assert list(rows) == [p.name for p in case.providers if not p.compile]
+    assert all(row.correct and row.median > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("case", training.CASES[2:], ids=lambda case: case.name)
+def test_training_steps_are_measured(case):
+    rows = {r.provider: r for r in harness.measure(case, TINY)}
     assert {"reference", "fused"} <= rows.keys()
-    assert all(row.median > 0 for row in rows.values())
+    assert all(row.correct and row.median > 0 for row in rows.values())
 
 
 def test_diversity_is_measured(monkeypatch):
-    small = create_model("groupdnet_deepfashion", ngf=8, nef=8, image_size=(64, 64), init_gain=1.0)
-    monkeypatch.setattr(evaluation, "_model", lambda *_: small.eval())
+    monkeypatch.setattr(evaluation, "NGF", 8)
     monkeypatch.setattr(evaluation, "SAMPLES", 2)
     monkeypatch.setattr(evaluation, "_distance", lambda *_: PixelDistance())
-    case = replace(evaluation._diversity_case("small", 64, 0.01), floor=1e-3)
-    rows = {r.provider: r for r in harness.measure(case, Setting(CPU))}
+    rows = {r.provider: r for r in harness.measure(evaluation.CASES[0], TINY)}
     assert rows.keys() == {"reference", "channels_last", "fused"}
     assert all(row.correct and row.median > 0 for row in rows.values())
+
+
+def test_the_yardstick_is_the_first_provider_of_the_same_dtype():
+    """A fused error in bfloat16 is held against the reference's own there, not in float32."""
+    def rounded(x, y):
+        return (x * y).float() * 1.004  # within bfloat16's rounding, far beyond float32's
+
+    given = (Provider("reference", lambda x, y: x * y),
+             Provider("channels_last", lambda x, y: (x * y).bfloat16(), dtype=torch.bfloat16),
+             Provider("fused", rounded, dtype=torch.bfloat16), Provider("fused fp32", rounded))
+    rows = _measured(_case(providers=given, make_inputs=lambda s: (
+        torch.linspace(1, 2, 24, dtype=s.dtype).view(1, 2, 3, 4),) * 2))
+    assert {name: row.correct for name, row in rows.items()} == {
+        "reference": True, "channels_last": True, "fused": True, "fused fp32": False}
+
+
+def test_a_sample_of_the_images_is_judged():
+    truth_of = []
+    given = providers(lambda x: x + 1, lambda x: torch.cat([x[:1] + 1, x[1:] + 7]), loops=True)
+    case = Case(name="sampled/case", make_inputs=lambda s: (torch.zeros(3, 2),), providers=given,
+                sample=lambda inputs: (truth_of.append(len(inputs[0])) or inputs[0][:1],))
+    assert _measured(case, seconds=0.0)["fused"].correct and truth_of == [3]
+    assert not _measured(replace(case, sample=lambda i: (i[0][:2],)), seconds=0.0)["fused"].correct
+
+
+def test_other_forms_fail_alone():
+    def broken(x, y):
+        raise ArithmeticError("it broke")
+
+    seen = []
+    case = _case(providers=(*_case().providers, Provider("fused broken", broken)))
+    rows = harness.measure(case, Setting(CPU), failed=lambda c, p, e: seen.append((p.name, str(e))))
+    assert seen == [("fused broken", "it broke")]
+    assert [r.provider for r in rows] == ["reference", "channels_last", "fused"]
+    with pytest.raises(ArithmeticError):
+        _measured(case)
+    with pytest.raises(ArithmeticError):  # without the reference nothing is judged
+        harness.measure(_case(providers=(Provider("reference", broken),)), Setting(CPU),
+                        failed=lambda *_: None)
+
+
+def test_ours_may_not_fall_back(monkeypatch):
+    from smis_kernels import norm_act
+    from smis_kernels.runtime import native
+    from smis_kernels.runtime.backend import BackendError
+
+    monkeypatch.setitem(native.STATUS, "cpu",
+                        native.NativeStatus("cpu", False, reason="g++ failed", cure="build it"))
+
+    def normed(x, y):
+        return norm_act(x, norm="none", activation="relu")
+
+    case = _case(providers=providers(lambda x, y: x.relu(), normed, loops=True))
+    with pytest.raises(BackendError, match="failed"):
+        _measured(case)
+
+
+def test_the_bound_is_the_time_at_the_rates_of_the_run():
+    rows = _measured(_case(bound=lambda inputs: Remaining(10**9, 0, 0)), tiny=True)
+    record = rows["fused"]
+    assert 1e-3 < record.bound < 10  # 1e9 multiply-adds at a slow core's rate
+    assert records.floor_share(record) == record.bound / record.median
 
 
 def test_a_report_names_the_machine_that_was_measured():
@@ -219,18 +291,26 @@ def _run(*command, cwd=ROOT):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_resident_memory_confirms_the_allocations():
-    group = "modulation/dense_128x256x256/forward"
+    (case,) = harness.cases("modulation", "dense_128x256x256")
     plane = 128 * 256 * 256 * 4
-    grown = {p: int(_run("-m", "smis_models.benchmark.worker", "resident", group, p))
-             for p in ("reference", "fused")}
+    grown = {p: resident_peak(case, p, harness.Maps()) for p in ("reference", "fused")}
     # The output at least; the reference holds two intermediates beside it.
     assert plane * 0.9 < grown["fused"] < plane * 1.5
     assert plane * 2.5 < grown["reference"]
 
 
+def test_the_default_allocator_is_that_of_a_fresh_process(monkeypatch):
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "64")
+    (case,) = harness.cases("modulation", "class_crops/deepfashion")
+    found = under_default_allocator(case, harness.Maps())
+    assert [r.provider for r in found] == ["reference", "channels_last", "fused"]
+    assert {r.allocator for r in found} == {"default"}
+    assert os.environ["MALLOC_TOP_PAD_"] == "64"
+
+
 def test_pytest_benchmark_and_the_report(tmp_path):
     out = tmp_path / "out.json"
-    _run("-m", "pytest", "benchmarks/test_class_crops.py", "-k", "deepfashion",
+    _run("-m", "pytest", "benchmarks/test_sets.py", "-k", "class_crops and deepfashion",
          f"--benchmark-json={out}")
     found = harness.load(out)
     assert {r.provider for r in found} == {"reference", "channels_last", "fused"}
@@ -251,3 +331,38 @@ def test_the_terminal_summary_has_ratios_and_targets():
     assert records.summary(rows) == [("op/case", "2 s", "500 ms", "4.00x", "4.00x", "80%")]
     (line,) = records.target_lines(rows)
     assert "4.00x reached" in line
+
+
+def test_targets_read_as_they_are_written():
+    """Against other providers, formats and forms; with floors, shares and peaks."""
+    rows = {r.provider: r for r in (
+        _record("reference", 4.0, peak_memory=200), _record("channels_last", 3.0),
+        _record("compiled", 2.0, peak_memory=150), _record("index_add", 1.0),
+        _record("fused", 0.5), _record("fused channels_last", 0.4, peak_memory=90),
+        _record("fused indexed", 0.2, bytes=100, targets={}))}
+    targets = {"reference": 10.0, "eager": 7.5, "best": 6.0, "compiled": 5.0, "index_add": 2.5,
+               "floor": 1.0, "memory": 0.5, "memory compiled": 0.5,
+               "fused indexed: compiled": 10.0, "fused indexed: floor": 0.6}
+    rows["fused"] = replace(rows["fused"], targets=targets)
+    found = {what: (value, reached) for what, value, _, reached in records.checks(rows)}
+    assert found == {
+        "reference": (10.0, True), "eager": (7.5, True), "best": (5.0, False),
+        "compiled": (5.0, True), "index_add": (2.5, True), "floor": (1.0, True),
+        "memory": (0.45, True), "memory compiled": (0.6, False),
+        "fused indexed: compiled": (10.0, True), "fused indexed: floor": (0.5, False)}
+    text = records.target_lines(list(rows.values()))[0]
+    assert ">= 5x compiled: 5.00x reached" in text
+    assert "fused indexed: >= 60% of floor: 50.0% MISSED" in text
+    rows["fused channels_last"] = replace(rows["fused channels_last"], correct=False)
+    assert records.speedup(rows, "compiled") == 4.0  # the fastest right one
+    assert "fused indexed" in harness.markdown(list(rows.values()))
+
+
+def test_what_is_worse_than_before():
+    before = [_record("fused", 1.0), _record("fused indexed", 1.0), _record("reference", 1.0)]
+    assert records.regressions(before, before) == {}
+    now = [_record("fused", 1.2, peak_memory=120), _record("reference", 9.0),
+           _record("fused indexed", 1.05, correct=False), _record("fused new", 9.0)]
+    assert records.regressions(now, before) == {
+        ("op/case/forward", "fused"): "slower: 1 s -> 1.2 s (1.20x); more memory: 0.0 -> 0.0 MB",
+        ("op/case/forward", "fused indexed"): "wrong: error 0.0e+00 -> 0.0e+00"}

@@ -205,11 +205,17 @@ def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, 
     assert "random" in out.lower()
     html = (tmp_path / "demo/index.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len(sources) == 3 + 3 + 4  # samples, one class, morph; each with the layout
+    assert len(sources) == 1 + 2 + 2 + 3  # the layout; samples, one class, morph
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     for stage in ("class crops", "encoder", "modulation", "main convs", "generator"):
         assert stage in html
         assert stage in out
+    # Pictures first, then this machine, then what to try.
+    assert html.index("<img") < html.index("On this machine") < html.index("Go on")
+    widths = {int(width) for width in re.findall(r'<img [^>]*width="(\d+)"', html)}
+    assert all(width % 256 == 0 or 256 % width == 0 for width in widths), widths
+    assert "image-rendering: pixelated" in html and "prefers-color-scheme: dark" in html
+    assert "--model groupdnet_deepfashion --checkpoint FILE" in html
     assert "<strong>random</strong>" in html
     assert _read(tmp_path / "demo/person_0.png").std() > 10
 

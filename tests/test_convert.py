@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smis_models import CheckpointError, cli, create_model, save_checkpoint
 from smis_models.families import stored_configuration
-from smis_models.families.configuration import KEY
+from smis_models.families.models import KEY
 from smis_models.io.state_dict_keys import networks_keys
 
 TINY: dict[str, Any] = {"ngf": 8, "nef": 16, "ndf": 8, "image_size": (64, 64),

@@ -19,8 +19,9 @@ from smis_kernels import (
 )
 from smis_kernels.runtime.backend import missing
 from smis_models import create_model
-from smis_models.benchmark import Setting, cases, family, measure
-from smis_models.benchmark.effective import dense_macs, effective_macs
+from smis_models.benchmark import Setting, cases, measure
+from smis_models.benchmark import networks as zoo
+from smis_models.benchmark.macs import dense_macs, effective_macs
 from smis_models.families import MODELS
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -88,38 +89,28 @@ def test_ops_are_counted_by_hand() -> None:
     assert effective_macs(lambda: grouped(x)) == pixels * 9 * 2 * 12
 
 
-def tiny_inputs(name: str, setting: Setting) -> tuple[Any, ...]:
-    model = create_model(name, ngf=8, nef=8, image_size=(64, 64), init_gain=1.0,
-                         dtype=setting.dtype).eval()
-    planes = model.semantics(torch.zeros(1, 64, 64, dtype=torch.long))
-    return model.generator, planes, model.generator.sample_latent(1)
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(family, "generator_inputs", tiny_inputs)
+TINY = Setting(torch.device("cpu"), compiled=False, seconds=0.0, tiny=True)
 
 
 def test_the_reference_run_is_the_dense_count() -> None:
-    inputs = tiny_inputs("groupdnet_deepfashion", Setting(torch.device("cpu")))
+    inputs = zoo.generator_inputs("groupdnet_deepfashion", TINY)
     with use_backend("reference"):
         assert effective_macs(lambda: inputs[0](*inputs[1:])) == dense_macs(inputs)
 
 
 @needs_cpu
-def test_the_table_has_a_row_for_each_model(small: None) -> None:
-    setting = Setting(torch.device("cpu"), compiled=False)
+def test_the_table_has_a_row_for_each_model() -> None:
     records = [record for case in cases("family", "groupdnet_deepfashion")
-               for record in measure(case, setting)]
-    (row,) = family.family_table(records)
-    cells = dict(zip(family.COLUMNS, row, strict=True))
+               for record in measure(case, TINY)]
+    (row,) = zoo.family_table(records)
+    cells = dict(zip(zoo.FAMILY_COLUMNS, row, strict=True))
     assert cells["model"] == "groupdnet_deepfashion"
     assert (cells["G, M"], cells["E, M"], cells["D, M"]) == ("96.3", "12.8", "5.5")
     fused = next(r for r in records if r.provider == "fused")
     assert fused.correct
-    assert 0 < fused.counts["effective_macs"] < 0.8 * fused.macs  # one class: few windows
+    assert 0 < fused.counts["effective_macs"] < fused.macs  # few windows
     assert cells["x ref."].endswith("x")
-    assert family.family_table(records[:1]) == []
+    assert zoo.family_table(records[:1]) == []
 
 
 def test_the_set_holds_every_model() -> None:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` without a GPU: driver, bad parts, targets, report, a dry run."""
+"""``python -m benchmarks.gpu`` without a GPU: bad parts, going on, targets, report, a dry run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,32 +18,44 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, driver, plan, report, sanitizer, targets, tune, tune_rates
-from benchmarks.gpu.cases import CASES, OpCase
-from benchmarks.gpu.journal import Journal, OutOfTime, Skip, write_json
-from benchmarks.gpu.measure import Floor, Provider, measure, without_gradients
-from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.regressions import regressions
-from benchmarks.gpu.settings import ROOT, TUNED, Settings, environment
-from benchmarks.gpu.targets import TARGETS
+from benchmarks.gpu import checks, report, timed, tune, tune_rates, worker
+from benchmarks.gpu.op_cases import CASES, GpuCase
+from benchmarks.gpu.parts import PARTS, Part, measured_seconds, plan, plan_text
+from benchmarks.gpu.results import (
+    ROOT,
+    TUNED,
+    Journal,
+    OutOfTime,
+    Settings,
+    Skip,
+    environment,
+    going_on,
+    read_json,
+    write_json,
+)
 from smis_kernels import SPADE, norm_act
 from smis_kernels.layout import planner
 from smis_kernels.runtime import native, tuned
 from smis_models.benchmark import timing
+from smis_models.benchmark.case import Case, Provider, Setting
+from smis_models.benchmark.records import Record, load
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(driver, "GRACE", 0.5)
-    return Settings(out=str(tmp_path), work=str(tmp_path / "work"), dry_run=True)
+    monkeypatch.setattr(worker, "GRACE", 0.5)
+    monkeypatch.setattr(Settings, "log", lambda self, part: tmp_path / "logs" / f"{part}.log")
+    return Settings(str(tmp_path / "results.json"), dry_run=True)
 
 
-def run(settings: Settings, *names: str, budget: float = 300.0,
-        results: dict[str, Any] | None = None) -> dict[str, Any]:
-    parts = [Part(name, 30, "", function=f"tests.gpu_parts:{name}") for name in names]
-    return driver.run_parts(parts, settings, budget, lambda _: None, results or {})
+def run(settings: Settings, *names: str, budget: float = 300.0, seconds: float = 30.0
+        ) -> dict[str, Any]:
+    chosen = [Part(name, seconds, "", f"tests.gpu_parts:{name}") for name in names]
+    worker.run_parts(chosen, settings, budget)
+    found: dict[str, Any] = read_json(settings.path)["parts"]
+    return found
 
 
 def rows(part: dict[str, Any]) -> dict[str, str]:
@@ -73,102 +86,107 @@ def test_failures_and_missing_tools_are_told_apart(settings: Settings) -> None:
 
 
 def test_a_part_ends_at_its_deadline_with_its_children(settings: Settings) -> None:
-    part = Part("hanging", 0.4, "", function="tests.gpu_parts:hanging")  # ten times that: dry run
     start = time.monotonic()
-    found = driver.run_parts([part, Part("good", 30, "", function="tests.gpu_parts:good")],
-                             settings, 300, lambda _: None, {})
+    budget = 10 * 30.0 + 4.0  # what a dry run keeps for the part behind it, and four seconds
+    chosen = [Part("hanging", 0.4, "", "tests.gpu_parts:hanging"),
+              Part("good", 30, "", "tests.gpu_parts:good")]
+    worker.run_parts(chosen, settings, budget)
+    found = read_json(settings.path)["parts"]
     assert time.monotonic() - start < 200
-    assert found["hanging"]["state"] in ("stopped", "failed")
+    assert found["hanging"]["state"] == "stopped"
     assert rows(found["hanging"]).get("hang", "failed") == "failed"
     assert found["good"]["state"] == "done"
 
 
-def test_resuming_runs_what_is_missing(settings: Settings) -> None:
-    found = run(settings, "failing")
-    write_json(settings.journal("good"), {"rows": [{"name": "row 1", "state": "done",
-                                                    "value": 77, "seconds": 0.0}]})
-    parts = [Part(name, 30, "", function=f"tests.gpu_parts:{name}") for name in
-             ("failing", "good")]
-    kept = {row["name"] for row in found["failing"]["rows"] if row["state"] in ("done", "skipped")}
-    assert kept == {"skips", "after"}
-    before = settings.journal("failing").stat().st_mtime_ns
-    again = driver.run_parts(parts, settings, 300, lambda _: None, {})
-    assert settings.journal("failing").stat().st_mtime_ns == before  # all its rows have ended
-    assert {row["name"]: row["value"] for row in again["good"]["rows"]} == {
+def test_what_is_measured_is_kept(settings: Settings) -> None:
+    write_json(settings.path, {"benchmarks": [], "parts": {"good": {"rows": [
+        {"name": "row 1", "state": "done", "value": 77, "seconds": 0.0}]}}})
+    found = run(settings, "good")["good"]
+    assert {row["name"]: row["value"] for row in found["rows"]} == {
         "row 0": 0, "row 1": 77, "row 2": 2}
 
 
-def test_restoring_drops_rows_that_failed(settings: Settings) -> None:
+def test_going_on_drops_rows_that_failed_and_their_records() -> None:
     done, failed = ({"name": s, "state": s, "reason": ""} for s in ("done", "failed"))
     again, late = {**done, "name": "again", "again": True}, {**failed, "name": "late", "late": True}
-    rows = [late, again, done, failed]
-    results = {name: {"rows": rows} for name in ("device", "build", "rates", "networks")}
-    write_json(settings.journal("rates"), {"rows": [failed]})  # what this machine has goes first
-    driver.restore(settings, results)
-    found = {name: json.loads(settings.journal(name).read_text())["rows"] for name in results}
+    skipped, cut = {**done, "name": "skipped", "state": "skipped"}, {"name": "cut",
+                                                                     "state": "running"}
+    names = ("done", "failed", "again", "late", "skipped", "cut")
+    results = going_on({
+        "benchmarks": [{"group": name} for name in names],
+        "parts": {"device": {"state": "done", "rows": [done, late]},
+                  "networks": {"state": "done", "rows": [late, again, done, failed, skipped, cut]},
+                  "rates": {"state": "done", "rows": [{**done, "name": "rate"}]}}}, ["device"])
     kept = {"name": "late", "state": "late"}
-    assert found == {"device": [], "build": [], "rates": [], "networks": [kept, done]}
-    journal = Journal(settings.journal("networks"), 60, lambda: None)
+    assert {name: part["rows"] for name, part in results["parts"].items()} == {
+        "device": [], "networks": [kept, done, skipped], "rates": [{**done, "name": "rate"}]}
+    assert [part.name for part in command.unfinished(None, results["parts"])] == [
+        part.name for part in PARTS if part.name != "rates"]
+    assert [part.name for part in command.unfinished(["rates"], results["parts"])] == [
+        "device", "build"]
+    assert [e["group"] for e in results["benchmarks"]] == ["skipped"]
+
+
+def test_a_late_row_is_tried_last_and_once(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"benchmarks": [], "parts": {"networks": {"rows": [
+        {"name": "late", "state": "late"}, {"name": "done", "state": "done"}]}}})
+    journal = Journal(path, "networks")
     assert journal.late_last(["late", "new", "done"]) == ["new", "done", "late"]
     assert journal.row("late", lambda: {"ran": True})["ran"]  # type: ignore[index]
-    driver.restore(settings, {"networks": results["networks"]})  # its state is known once only
-    assert rows_of(settings, "networks")["late"] == "done"
-
-
-def rows_of(settings: Settings, part: str) -> dict[str, str]:
-    return {row["name"]: row["state"]
-            for row in json.loads(settings.journal(part).read_text())["rows"]}
-
-
-def test_a_row_ended_at_the_deadline_is_marked(settings: Settings) -> None:
-    write_json(settings.journal("networks"), {"rows": [{"name": "long", "state": "running"},
-                                                       {"name": "done", "state": "done"}]})
-    driver._fail_running_row(settings, "networks", "ended", late=True)
-    driver.restore(settings, {"networks": {"rows": []}})
-    assert rows_of(settings, "networks") == {"long": "late", "done": "done"}
+    assert rows(read_json(path)["parts"]["networks"]) == {"late": "done", "done": "done"}
 
 
 def test_the_end_of_a_failed_part_s_log_is_printed_and_kept(
         settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     run(settings, "good", "failing", "crashing")
-    printed, kept = capsys.readouterr().out, settings.failures.read_text()
-    assert settings.failures.parent == Path(settings.out)
+    printed = capsys.readouterr().out
+    kept = Path(settings.path).with_suffix(".failed.log").read_text()
     for text in ("failing|   fails: failed: ValueError: x: expected 1, got 2", "crashing| "):
         assert text in printed
     assert kept.count("== ") == 2 and "fails: failed: ValueError: x: expected 1, got 2" in kept
     assert "row 0" not in kept and "good|" not in printed
 
 
+def case_of(*forms: Provider) -> Case:
+    def make_inputs(setting: Setting) -> tuple[torch.Tensor]:
+        return (setting.draw(1, 3, 4, 4),)
+
+    reference = Provider("reference", torch.relu)
+    return Case("relu/small", make_inputs, (reference, *forms))
+
+
 def test_what_this_build_lacks_is_skipped_and_tried_again(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(native.STATUS, "cpu",
                         native.NativeStatus("cpu", False, reason="nvcc failed", cure="build it"))
-    x = torch.randn(1, 3, 4, 4)
-    plain = without_gradients(torch.relu, x)
-    ours = Provider("ours", lambda: without_gradients(
-        lambda: norm_act(x, norm="none", activation="relu")), like="reference")
-    reference = Provider("reference", lambda: plain)
-    form = Provider("ours otherwise", lambda: plain, like="reference")
-    journal = Journal(tmp_path / "j.json", 60, lambda: None)
-    truth = lambda: x.double().relu()  # noqa: E731
-    row = journal.row("alone", lambda: measure([reference, ours], truth, CPU, small=True))
+    setting = Setting(CPU, tiny=True, seconds=0.0)
+    ours = Provider("fused", lambda x: norm_act(x, norm="none", activation="relu"))
+    other = Provider("fused otherwise", torch.relu)
+    journal = Journal(tmp_path / "j.json", "operations")
+    row = journal.row("alone", lambda: timed.timed(case_of(ours), setting))
     assert row is not None and row["state"] == "skipped" and row["again"]
     assert "nvcc failed" in row["reason"]
-    row = journal.row("two", lambda: measure([reference, ours, form], truth, CPU, small=True))
+    row = journal.row("two", lambda: timed.timed(case_of(ours, other), setting))
     assert row is not None and row["state"] == "done" and row["again"]
-    assert "nvcc failed" in row["providers"]["ours"]["skipped"]
-    assert row["providers"]["ours otherwise"]["median"] > 0
-    state = {"compiled": False}
+    assert "nvcc failed" in row["missing"]["fused"]
+    assert [r.provider for r in load(journal.path)] == ["reference", "fused otherwise"]
+    broken = Provider("fused broken", lambda x: x.no_such_thing)
+    row = journal.row("broken", lambda: timed.timed(case_of(other, broken), setting))
+    assert row is not None and row["state"] == "failed"
+    assert row["reason"].startswith("fused broken: AttributeError")
 
-    def steady() -> torch.Tensor:  # as a layout that its first call compiles
-        if not state["compiled"]:
-            norm_act(x, norm="none", activation="relu")
-        state["compiled"] = True
-        return x.relu()
 
-    ours = Provider("ours", lambda: steady, like="reference")
-    row = journal.row("steady", lambda: measure([reference, ours], truth, CPU, small=True))
-    assert row is not None and row["state"] == "done" and "again" not in row
+def test_a_row_s_records_replace_those_of_before(tmp_path: Path) -> None:
+    setting = Setting(CPU, tiny=True, seconds=0.0)
+    case = case_of(Provider("fused", torch.relu))
+    for commit in ("a", "b"):
+        journal = Journal(tmp_path / f"{commit}.json", "operations", commit=commit)
+        journal.content["benchmarks"] = [{"group": case.group}, {"group": "another"}]
+        row = journal.row(case.group, lambda: timed.timed(case, setting))
+        assert row is not None and row["commit"] == commit and "records" not in row
+        entries = read_json(journal.path)["benchmarks"]
+        assert [e["group"] for e in entries] == ["another", case.group, case.group]
 
 
 def test_a_failed_library_stops_no_other_part() -> None:
@@ -176,27 +194,31 @@ def test_a_failed_library_stops_no_other_part() -> None:
     assert [part.name for part in PARTS if part.again] == ["device", "build"]
 
 
-def test_measured_settings_reach_every_later_part(settings: Settings, tmp_path: Path,
+def test_the_package_is_not_loaded_before_it_is_built() -> None:
+    program = ("import sys, benchmarks.gpu.worker, benchmarks.gpu.machine\n"
+               "print([name for name in sys.modules if name.startswith('smis_')])")
+    done = subprocess.run((sys.executable, "-c", program), cwd=ROOT, capture_output=True,
+                          text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == "[]"
+
+
+def test_measured_settings_reach_every_later_part(settings: Settings,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     assert TUNED == tuned.ENVIRONMENT
     monkeypatch.delenv(TUNED, raising=False)
-    table = tmp_path / "x.tuned.json"
-    with_table = Settings(**{**json.loads(settings.to_json()), "table": str(table)})
-    assert TUNED not in environment(with_table)
-    write_json(table, {"settings": {}})
-    assert environment(with_table)[TUNED] == str(table)
+    assert TUNED not in environment(settings)
+    write_json(settings.table, {"settings": {}})
+    assert environment(settings)[TUNED] == str(settings.table)
     monkeypatch.setenv(TUNED, "none")
-    assert environment(with_table)[TUNED] == "none"
+    assert environment(settings)[TUNED] == "none"
 
 
 def test_the_plan_fills_each_call_in_order() -> None:
-    calls, rest = plan.plan(300.0, {})
+    calls, rest = plan(300.0, {})
     assert not {"networks", "training"} & calls[0].keys()
     for call in calls:
         assert {"device", "build"} <= call.keys()
-        grouped = [max(call.get(part.name, 0.0) for part in group)
-                   for group in driver.grouped(PARTS)]
-        assert sum(grouped) <= 300.0
+        assert sum(call.values()) <= 300.0
     for part in PARTS:
         if not part.again:
             given = sum(call.get(part.name, 0.0) for call in calls)
@@ -205,27 +227,20 @@ def test_the_plan_fills_each_call_in_order() -> None:
                          {"seconds": {"build": 7.0, "tune": 25.0, "networks": 50.0}}],
                "parts": {"build": {"state": "done"}, "tune": {"state": "done"},
                          "networks": {"state": "stopped"}}}
-    assert plan.measured_seconds(results) == {"build": 7.0, "tune": 55.0}
-    calls, _ = plan.plan(300.0, results)
+    assert measured_seconds(results) == {"build": 7.0, "tune": 55.0}
+    calls, _ = plan(300.0, results)
     assert calls[0]["build"] == 7.0 and "tune" not in calls[0]
-    assert "build* 7 s" in plan.text(300.0, results, "abc", "f.json")
-    assert "--commit abc --out OUT --from f.json" in plan.text(300.0, results, "abc", "f.json")
+    text = plan_text(300.0, results, "abc", "f.json")
+    assert "build* 7 s" in text
+    assert "--commit abc --out OUT --from f.json" in text
 
 
-def test_networks_are_compiled_before_the_next_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.gpu import networks
-
-    class Names(Journal):
-        def row(self, name: str, *_: Any) -> None:  # type: ignore[override]
-            asked.append(name)
-
-    asked: list[str] = []
-    monkeypatch.setattr(networks, "release", lambda: None)
-    networks.run(Names(Path("no file"), 60, lambda: None), Settings("", ""))
-    for target in TARGETS:
-        if target.part == "networks" and target.row.endswith("compiled"):
-            plain = target.row.removesuffix(" compiled")
-            assert asked.index(target.row) == asked.index(plain) + 1
+def test_networks_are_compiled_before_the_next_network() -> None:
+    names = [case.name for case in timed.network_cases()]
+    compiled = [name for name in names if "/compiled_" in name]
+    assert len(compiled) == 5
+    for name in compiled:
+        assert names.index(name) == names.index(name.replace("compiled_", "")) + 1
 
 
 def test_times_on_a_gpu_are_of_graph_replays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,160 +305,150 @@ def test_no_time_left(settings: Settings, tmp_path: Path) -> None:
     found = run(settings, "good", budget=1.0)
     assert found["good"]["state"] == "stopped"
     assert "--from" in found["good"]["reason"]
-    journal = Journal(tmp_path / "j.json", 1.0, lambda: None)
+    journal = Journal(tmp_path / "j.json", "part", 1.0)
     with pytest.raises(OutOfTime):
         journal.row("long", dict, needs=5.0)
 
 
 def test_a_journal_is_whole_after_every_row(tmp_path: Path) -> None:
     path = tmp_path / "part.json"
-    journal = Journal(path, 60, lambda: None)
+    journal = Journal(path, "part")
     for i in range(3):
-        journal.row(str(i), lambda: {"seen": len(json.loads(path.read_text())["rows"])})
+        journal.row(str(i), lambda: {"seen": len(read_json(path)["parts"]["part"]["rows"])})
     assert [row["seen"] for row in journal.rows] == [1, 2, 3]
     assert not [p for p in tmp_path.iterdir() if p != path]
 
 
-def _providers(wrong: bool = False) -> list[Provider]:
-    x = torch.randn(64, 64)
-    product = without_gradients(torch.mm, x, x)
-    bad = without_gradients(lambda: x @ x + 1)
-    return [Provider("reference", lambda: product),
-            Provider("ours", lambda: bad if wrong else product, like="reference"),
-            Provider("compiled", lambda: 1 / 0, like="reference", optional=True)]
+def record(provider: str, seconds: float, **values: Any) -> Record:
+    (case,) = (c for c in timed.operation_cases() if c.name.startswith("spatially") and
+               c.direction == "forward")
+    fields: dict[str, Any] = {
+        "group": case.group, "provider": provider, "times": [seconds] * 3, "device": "cuda",
+        "dtype": "bfloat16", "shape": (4, 2), "bytes": 900, "macs": 0, "peak_memory": 100,
+        "output_bytes": 100, "max_rel_error": 1e-3, "correct": True, "copy_bandwidth": 1000.0,
+        "memory_bound": True, "targets": case.targets}
+    return Record(**{**fields, **values})
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_row_is_judged_before_it_is_timed(wrong: bool) -> None:
-    providers = _providers(wrong)
-    truth = lambda: providers[0].make()().double()  # noqa: E731
-    row = measure(providers, truth, CPU, floor=Floor(3 * 64 * 64 * 4), seconds=0.01, least=2,
-                  small=True, matrix=True)
-    found = row["providers"]
-    assert found["ours"]["correct"] is not wrong
-    assert found["compiled"] == {"skipped": "ZeroDivisionError: division by zero"}
-    assert row["floor"]["seconds"] > 0 and row["rates"]["copy"] > 0
-    assert found["ours"]["peak_bytes"] >= 64 * 64 * 4
+def measured(ours: float = 1.0, correct: bool = True) -> list[Record]:
+    return [record("reference", 6.0), record("channels_last", 5.5),
+            record("fused", ours, correct=correct),
+            record("fused channels_last", 2 * ours, correct=correct)]
 
 
-def _entry(median: float, **more: Any) -> dict[str, Any]:
-    return {"median": median, "q1": 0.9 * median, "q3": 1.1 * median, "correct": True,
-            "peak_bytes": 100, "error": 1e-3, **more}
-
-
-def _results(ours: float = 1.0, correct: bool = True) -> dict[str, Any]:
-    row = {"name": "spatially_varying_conv2d", "state": "done",
-           "floor": {"seconds": 0.9, "bytes": 9, "operations": 0},
-           "rates": {"copy": 10.0}, "providers": {
-               "reference": _entry(6.0), "compiled": {"skipped": "it failed"},
-               "ours": _entry(ours, correct=correct),
-               "ours channels-last": _entry(2 * ours, correct=correct)}}
-    return {"operations": {"state": "done", "reason": "", "rows": [row]}}
-
-
-def _verdicts(parts: dict[str, Any]) -> dict[str, str]:
-    return {f"{case}, {demand}": verdict for case, demand, _, verdict in report.target_rows(parts)
-            if case.startswith("spatially")}
+def verdict(records: list[Record], dry_run: bool = False) -> str:
+    return dict(report.target_rows(records, dry_run))[record("fused", 1.0).group]
 
 
 def test_targets() -> None:
-    assert list(_verdicts(_results()).values()) == ["reached", "reached"]
-    assert list(_verdicts(_results(ours=1.5)).values()) == ["MISSED", "MISSED"]
-    wrong = _verdicts(_results(correct=False))
-    assert set(wrong.values()) == {"fails its check against fp64"}
-    assert {verdict for *_, verdict in report.target_rows({})} == {"not measured"}
+    assert verdict(measured()) == (
+        ">= 80% of floor: 90.0% reached; >= 5x eager: 5.50x reached")
+    assert verdict(measured(1.5)).count("MISSED") == 2
+    assert verdict(measured(correct=False)) == (
+        ">= 80% of floor: - MISSED; >= 5x eager: - MISSED")
+    assert {text for _, text in report.target_rows([])} == {"not measured"}
+    assert "1 of 2 MISSED" in report.target_rows(
+        [record("fused", 1.0), record("fused eager", 1.0, correct=False)])[-1][1]
+    assert verdict(measured(), dry_run=True) == "dry run: computed, says nothing"
 
 
-def test_less_work_does_not_satisfy_a_target_for_all_of_it() -> None:
-    row = {"name": "SPADE layer", "state": "done", "providers": {
-        "reference": _entry(16.0), "ours": _entry(8.0), "ours, tables kept": _entry(0.1)}}
-    parts = {"operations": {"state": "done", "reason": "", "rows": [row]}}
-    target = next(t for t in TARGETS if t.row == "SPADE layer" and t.against == "reference")
-    assert targets.measured(parts, target) == (2.0, "")
+def test_the_demands_on_an_h200_are_these() -> None:
+    found = {case.name: case.targets for cases in timed.ALL.values() for case in cases()
+             if case.targets}
+    assert found == {
+        "modulation/of_windows_8x128x256x256": {
+            "floor": 0.85, "compiled": 1.0, "fused indexed: floor": 0.85,
+            "fused indexed: compiled": 1.5},
+        "spade_layer/layout_given_batch_8": {"eager": 15, "compiled": 6},
+        "conditional_conv2d/forward_4x128x256x256": {
+            "compiled": 1.2, "memory": 0.1, "memory compiled": 0.1, "floor": 0.6},
+        "spatially_varying_conv2d/forward_4x128x256x256": {"floor": 0.8, "eager": 5},
+        "instance_pool/64x1024x2048_loop": {"floor": 0.75, "eager": 300, "index_add": 5},
+        "class_crops/ade20k_batch_4": {"eager": 200},
+        "groupdnet_deepfashion/batch_1": {"reference": 6},
+        "groupdnet_deepfashion/compiled_batch_1": {"compiled": 2.5},
+        "spade_coco/batch_1": {"reference": 8}, "spade_coco/compiled_batch_1": {"compiled": 3},
+        "groupdnet_ade20k/batch_1": {"reference": 10},
+        "groupdnet_ade20k/compiled_batch_1": {"compiled": 4},
+        "ccfpse_coco/batch_4": {"reference": 4, "memory channels_last": 0.25},
+        "ccfpse_coco/compiled_batch_4": {"compiled": 1.3},
+        "spade_coco/batch_16": {"reference": 5}, "spade_coco/compiled_batch_16": {"compiled": 3},
+        "groupdnet_deepfashion/training_step_batch8": {"eager": 2.5, "memory": 0.6},
+        "spade_coco/training_step_batch8": {"eager": 2.5, "memory": 0.6},
+    }
 
 
-def test_every_target_names_a_part() -> None:
-    assert {target.part for target in TARGETS} <= {part.name for part in PARTS}
-    assert len(TARGETS) > 25
+def test_every_timed_case_is_judged_as_a_gpu_s() -> None:
+    cases = [case for make in timed.ALL.values() for case in make()]
+    assert len({case.group for case in cases}) == len(cases) == 30
+    for case in cases:
+        assert case.factor == 1.5 and not case.every_map
+        assert (case.units, case.floor) == (0.5, None) or case.floor == 2**-8
+        assert sum(p.name == "fused" for p in case.providers) == 1
 
 
 def test_report_and_regressions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = {"format": 1, "dry_run": False, "commit": "abc", "machine": "gpu"}
+    row = {"name": record("fused", 1.0).group, "state": "done", "missing": {"compiled": "it fell"}}
     for day, ours in (("2026-01-01", 1.0), ("2026-01-02", 1.5)):
-        write_json(tmp_path / f"gpu-{day}.json",
-                   {**common, "date": day, "parts": _results(ours)})
+        machine = {"name": "machine", "state": "failed" if ours > 1 else "done", "reason": "hot"}
+        write_json(tmp_path / f"gpu-{day}.json", {
+            "format": 2, "dry_run": False, "commit": "abc", "machine": "gpu", "date": day,
+            "benchmarks": [r.to_entry() for r in measured(ours)],
+            "parts": {"device": {"state": "done", "rows": [machine]},
+                      "operations": {"state": "done", "reason": "", "rows": [row]}}})
     paths = [tmp_path / f"gpu-{day}.json" for day in ("2026-01-01", "2026-01-02")]
     assert command.latest(tmp_path, "gpu", False) == paths[1]
     assert command.latest(tmp_path, "gpu", False, before=paths[1]) == paths[0]
     written = report.write(paths[1], paths[0])
     text = written[1].read_text()
-    worse = "slower: 1 s -> 1.5 s (1.50x)"
-    assert f"- operations, spatially_varying_conv2d, ours: {worse}" in text
-    assert f"**{worse}**" in text
-    assert "skipped: it failed" in text
-    assert "dry run" not in text
+    assert f"- {row['name']}, fused: slower: 1 s -> 1.5 s (1.50x)" in text
+    assert "- device, machine: failed: hot" in text
+    assert f"- operations, {row['name']}, compiled: it fell" in text
+    assert "dry run" not in text and "Tuned settings of the timed rows: none." in text
     assert {p.suffix for p in written} == {".json", ".md", ".png"}
     assert "MISSED" in capsys.readouterr().out
 
 
-def test_a_report_says_which_rows_ran_untuned() -> None:
-    parts = _results()
-    (row,) = parts["operations"]["rows"]
-    results = {"machine": "gpu", "date": "", "dry_run": False, "commit": "", "parts": parts}
-    assert "Tuned settings of the timed rows: none." in report.markdown(results, None)
-    parts["operations"]["rows"].append({**row, "name": "other", "tuned": "H200, commit 1"})
-    assert "of the timed rows: H200, commit 1; none." in report.markdown(results, None)
-
-
-def test_names_of_results_fit_any_file_system() -> None:
-    settings = Settings("", "", dry_run=True)
-    assert command.machine_name(dry_run=True) == "cpu"
-    assert Settings.from_json(settings.to_json()) == settings
-
-
-def test_what_is_worse_than_before() -> None:
-    before, now = _results(), _results()
-    assert regressions(now, before) == {}
-    (row,) = now["operations"]["rows"]
-    row["providers"]["ours"].update(peak_bytes=120, correct=False)
-    row["providers"]["ours channels-last"] = {"failed": "it broke"}
-    row.update(state="failed", reason="it broke")
-    place = ("operations", row["name"])
-    assert regressions(now, before) == {
-        (*place, ""): "failed: it broke",
-        (*place, "ours"): "wrong: error 1.0e-03 -> 1.0e-03; more memory: 0.0 -> 0.0 MB",
-        (*place, "ours channels-last"): "failed: it broke",
-    }
-
-
-def test_a_provider_that_fails_fails_its_row_and_no_other_provider() -> None:
-    providers = [*_providers(), Provider("ours broken", lambda: 1 / 0, like="reference")]
-    row = measure(providers, lambda: providers[0].make()().double(), CPU, small=True)
-    assert row["state"] == "failed"
-    assert row["reason"] == "ours broken: ZeroDivisionError: division by zero"
-    assert row["providers"]["ours"]["median"] > 0
-    parts = {"operations": {"state": "failed", "reason": "", "rows": [{"name": "x", **row}]}}
-    results = {"machine": "gpu", "date": "", "dry_run": False, "commit": "", "parts": parts}
-    assert "failed: ZeroDivisionError" in report.markdown(results, None)
-
-
 def test_a_dry_run_is_no_result() -> None:
-    arguments = command._parser().parse_args(["--dry-run", "--out", str(command.RESULTS)])
+    arguments = command.parser().parse_args(["--dry-run", "--out", str(command.RESULTS)])
     with pytest.raises(Skip, match="a dry run's are none"):
-        command._settings(arguments)
-    rows = report.target_rows(_results(), dry_run=True)
-    assert {value for _, _, value, _ in rows} == {"-"}
-    assert not {verdict for *_, verdict in rows} & {"reached", "MISSED"}
+        command.prepare(arguments)
+    assert command.machine_name(dry_run=True) == "cpu"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_is_in_one_shard(case: OpCase) -> None:
+def test_every_case_is_in_one_shard(case: GpuCase) -> None:
     def selects(expression: str) -> bool:
         found = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda m: repr(m[0] in case.name), expression)
         return bool(eval(found))
 
-    assert sum(map(selects, correctness.OPS)) == 1
-    assert case.op in sanitizer.OPS
+    assert sum(map(selects, checks.SHARDS)) == 1
+
+
+def test_what_the_checks_make_of_their_processes(tmp_path: Path, settings: Settings) -> None:
+    xml = tmp_path / "junit.xml"
+    xml.write_text('<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure '
+                   'message="wrong&#10;more"/></testcase><testcase name="c"><skipped '
+                   'message="the cuda library is not loaded"/></testcase></testsuite></testsuites>')
+    row = checks.tested(xml, 1, "")
+    assert (row["passed"], row["state"], row["again"]) == (1, "failed", True)
+    assert row["reason"] == "1 failed, first b: wrong"
+    assert checks.tested(tmp_path / "none", 3, "x\ny\n")["reason"] == "pytest ended with 3: y"
+    clean = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+    assert checks.sanitized(None, 0, clean) == {"errors": 0}
+    with pytest.raises(RuntimeError, match="2 errors, code 99: Invalid __global__ read"):
+        checks.sanitized(None, 99, "========= Invalid __global__ read\n"
+                                   "========= ERROR SUMMARY: 2 errors\n")
+    with pytest.raises(Skip, match="no cuda"):
+        checks.sanitized("no cuda", 0, clean)
+    row = checks.compared(True, 1, "a 1e-7 ok\nb 0.5   FAIL\n")
+    assert (row["passed"], row["failed"], row["reason"]) == (1, 1, "b 0.5 FAIL")
+    job = checks.Job("x", (sys.executable, "-c", "print(6 * 7)"), lambda code, out: {"said": out})
+    assert job.run(60.0)["said"] == "42\n"
+    slow = replace(job, command=(sys.executable, "-c", "import time; time.sleep(60)"))
+    assert slow.run(0.0)["state"] == "failed"
+    names = [job.name for job in checks.goldens(replace(settings, parity="x", dry_run=False))]
+    assert names == [f"parity: {name}" for name in checks.FAMILIES]
 
 
 def test_every_op_has_a_case() -> None:
@@ -490,7 +495,7 @@ def copy_of_the_tree(place: Path) -> Path:
 
 def test_three_calls_on_fresh_machines(tmp_path: Path) -> None:
     """Three copies of the tree, three empty folders; one file goes from each call to the next."""
-    calls = (("rates", "tune", "--budget", "14"), ("rates", "tune"),
+    calls = (("rates", "tune", "--budget", "40"), ("rates", "tune"),
              ("rates", "tune", "operations"))  # the first finishes what it has time for
     carried: Path | None = None
     files: list[dict[str, Any]] = []
@@ -536,16 +541,18 @@ def test_from_takes_results_of_the_same_machine_only(tmp_path: Path) -> None:
 
     def refusal(*arguments: str) -> str:
         with pytest.raises(Skip) as caught:
-            command._settings(command._parser().parse_args(
+            command.prepare(command.parser().parse_args(
                 ["--dry-run", "--out", str(tmp_path / "out"), "--from", str(path), *arguments]))
         return str(caught.value)
 
     assert "expected results of python -m benchmarks.gpu" in refusal()
     path.write_text("{")
     assert "expected results of python -m benchmarks.gpu" in refusal()
-    write_json(path, {"format": 1, "parts": {}, "dry_run": False, "machine": "NVIDIA H200"})
+    write_json(path, {"format": 2, "benchmarks": [], "parts": {}, "dry_run": False,
+                      "machine": "NVIDIA H200"})
     assert "is of a run on a GPU, and this is none" in refusal()
-    write_json(path, {"format": 1, "parts": {}, "dry_run": True, "machine": "NVIDIA H200"})
+    write_json(path, {"format": 2, "benchmarks": [], "parts": {}, "dry_run": True,
+                      "machine": "NVIDIA H200"})
     assert "is of NVIDIA H200, this is cpu" in refusal()
     assert command.stem("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
     done = launch(tmp_path, "--resume", "--from", str(path))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from smis_models import cli, create_model, shipped_weights
 from smis_models.data import Collate, GeneratedScenes
 from smis_models.data.scene_classifier import SceneClassifier
 from smis_models.data.scenes import LANDSCAPE
+from smis_models.demo.page import speed
 from smis_models.metrics.distance import PixelDistance
 from smis_models.metrics.diversity import diversity
 from smis_models.metrics.protocols import DiversityProtocol
@@ -109,12 +112,20 @@ def smis(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-def test_the_demo_shows_trained_pictures(smis: Any, tmp_path: Path) -> None:
+def test_the_demo_shows_trained_pictures(smis: Any, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     out = smis("demo", "--out", str(tmp_path / "demo"), "--samples", "2", "--scenes", "1")
     assert "groupdnet_scenes.safetensors, trained" in out
     html = (tmp_path / "demo/index.html").read_text()
     assert "<strong>random</strong>" not in html
     assert re.search(rf"only ({'|'.join(LANDSCAPE)}) gets a new code", html)
+    # What the page tells to try next is what it says.
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^(?:<pre><code>)?(smis .*?)(?:</code></pre>)?$", html, re.M)
+    assert {line.split()[1] for line in lines} >= {"scenes", "synthesize", "resample", "edit"}
+    for line in lines:
+        if "train" not in line:  # README's tour does
+            smis(*shlex.split(unescape(line))[1:])
 
 
 @pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -130,3 +141,19 @@ def test_winograd_in_every_conv_keeps_the_picture(model: Any, held_out: Any, til
         assert sum(c.numbers.get("tile") == tile for c in ran) > 10
         error = (model.generator(layout, z) - truth).abs().max() / truth.abs().max()
     assert error < 2e-5
+
+
+def test_the_speed_table_times_what_it_names(model: Any, held_out: Any,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Scene("scene", held_out["labels"][0].numpy().astype(np.int64), None)
+    z = model.generator.sample_latent(1, torch.Generator().manual_seed(0))
+    encoded = []
+    encode = type(model.encoder).encode
+    monkeypatch.setattr(type(model.encoder), "encode", lambda *a: encoded.append(1) or encode(*a))
+    stages = {s.name.split(",")[0].split(" (")[0]: s for s in speed(model, layout, z, 0.1)}
+    assert len(encoded) >= 2 * 3  # as applications encode: present classes only
+    whole, parts = stages["generator"], (stages["modulation"], stages["main convs"])
+    for side in ("reference", "fused"):
+        spent = [getattr(part, side) for part in parts]
+        assert min(spent) > 0
+        assert sum(spent) == pytest.approx(getattr(whole, side), rel=0.5)

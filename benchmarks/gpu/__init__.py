@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu``: everything that only a GPU can prove or measure, in one command.
 
-The driver (:mod:`.driver`) runs each part (:mod:`.parts`) in a process of its own. A part appends
-rows to its journal (:mod:`.journal`) as it goes, so a crash or a deadline costs one row, and
-``--from`` goes on with the rows that are missing.
+Each part (:mod:`.parts`) runs in a process of its own, which writes the results file after every
+row (:mod:`.results`): a crash or a deadline costs one row, and ``--from`` goes on with the rows
+that are missing. What is timed are cases of :mod:`smis_models.benchmark` (:mod:`.timed`).
 """

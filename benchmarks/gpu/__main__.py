@@ -19,26 +19,38 @@ package reads them.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from . import driver, plan, report
-from .journal import Skip, explain, read_json, write_json
-from .parts import BY_NAME, PARTS, TOTAL_SECONDS
-from .settings import ROOT, Settings
+import torch
+
+from smis_models.io.provenance import commit
+
+from . import report
+from .parts import BY_NAME, PARTS, TOTAL_SECONDS, Part, order, plan_text
+from .results import (
+    FORMAT,
+    ROOT,
+    Settings,
+    Skip,
+    going_on,
+    read_json,
+    read_results,
+    write_json,
+)
+from .worker import DRY_RUN, run_parts
 
 RESULTS = ROOT / "benchmarks" / "results"
 DRY_RUNS = ROOT / "build" / "dry-runs"
 INTERRUPTED = 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
     parts = "\n".join(f"  {part.name:12} {part.about} ({part.seconds:.0f} s)" for part in PARTS)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__,
@@ -61,27 +73,15 @@ def _parser() -> argparse.ArgumentParser:
                         help="print what three calls have time for, and run nothing")
     parser.add_argument("--dry-run", action="store_true",
                         help="every part on the CPU with tiny sizes: proves the command, not a GPU")
-    parser.add_argument("--commit", help="what to record; default: git's description")
+    parser.add_argument("--commit", default=commit(),
+                        help="what to record; default: git's description")
     return parser
-
-
-def commit() -> str:
-    """The commit of the checkout, "unknown" where there is no git or no repository."""
-    command = ("git", "-c", "safe.directory=*", "-C", str(ROOT), "describe", "--always", "--dirty",
-               "--abbrev=12")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def machine_name(dry_run: bool) -> str:
     """"cpu", or the GPU's name."""
     if dry_run:
         return "cpu"
-    import torch
-
     if not torch.cuda.is_available():
         built = f"torch {torch.__version__}" + ("" if torch.version.cuda else ", a CPU-only build")
         raise Skip(f"no CUDA GPU is visible to {built}; with --dry-run every part runs on the CPU")
@@ -93,22 +93,6 @@ def stem(machine: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine.removeprefix("NVIDIA ").lower()).strip("-")
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The results in a file.
-
-    Raises:
-        Skip: there are none, and why.
-    """
-    try:
-        found = json.loads(path.read_text())
-        if found["format"] != 1 or not isinstance(found["parts"], dict):
-            raise ValueError("another format")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise Skip(f"{path}: expected results of python -m benchmarks.gpu "
-                   f"({explain(error)})") from None
-    return dict(found)
-
-
 def _earlier(path: Path, machine: str, dry_run: bool) -> dict[str, Any]:
     """Results to go on with: of the same GPU model, since rows of two do not compare."""
     found = read_results(path)
@@ -118,7 +102,7 @@ def _earlier(path: Path, machine: str, dry_run: bool) -> dict[str, Any]:
     if found["machine"] != machine:
         raise Skip(f"--from: {path} is of {found['machine']}, this is {machine}; take a machine "
                    "of that kind, or start without --from")
-    return found
+    return going_on(found, [part.name for part in PARTS if part.again])
 
 
 def latest(out: Path, machine: str, dry_run: bool, before: Path | None = None) -> Path | None:
@@ -134,8 +118,8 @@ def _terminated(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[Settings, Path, str, dict[str, Any]]:
-    """The settings, the results' file, the machine's name and the results to go on with.
+def prepare(arguments: argparse.Namespace) -> tuple[Settings, dict[str, Any]]:
+    """The settings, and the content that the results file begins with.
 
     Raises:
         Skip: this cannot run here, and why.
@@ -152,79 +136,75 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, Path, str, dict[
     if arguments.resume and target is None:
         raise Skip(f"--resume: no results of {machine} in {out}; run once without it")
     source = arguments.earlier or target
-    earlier = {} if source is None else _earlier(source, machine, arguments.dry_run)
-    if arguments.earlier is not None:
-        target = out / arguments.earlier.name
-    if target is None:
-        prefix = "dry-run-" if arguments.dry_run else ""
-        target = out / f"{prefix}{stem(machine)}-{time.strftime('%Y-%m-%d-%H%M%S')}.json"
+    content = {"parts": {}, "benchmarks": [], "calls": [], "tuned": None} if source is None else (
+        _earlier(source, machine, arguments.dry_run))
+    prefix = "dry-run-" if arguments.dry_run else ""
+    name = (f"{prefix}{stem(machine)}-{time.strftime('%Y-%m-%d-%H%M%S')}.json"
+            if source is None else source.name)
     settings = Settings(
-        out=str(out), work=str(ROOT / "build" / "gpu" / target.stem),
-        maps=arguments.maps and str(Path(arguments.maps).resolve()),
+        path=str(out / name), maps=arguments.maps and str(Path(arguments.maps).resolve()),
         parity=arguments.parity and str(Path(arguments.parity).resolve()),
-        dry_run=arguments.dry_run, commit=arguments.commit or commit(),
-        table=str(target.with_suffix(".tuned.json")),
+        dry_run=arguments.dry_run, commit=arguments.commit,
     )
-    return settings, target, machine, earlier
+    return settings, {**content, "format": FORMAT, "dry_run": arguments.dry_run,
+                      "commit": arguments.commit, "machine": machine,
+                      "date": time.strftime("%Y-%m-%d")}
+
+
+def unfinished(only: list[str] | None, parts: dict[str, Any]) -> list[Part]:
+    """The parts to run: those of every call, and those that have not ended well."""
+    return [part for part in order(only or BY_NAME)
+            if part.again or parts.get(part.name, {}).get("state") != "done"]
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    """Run the command; 0 if nothing failed."""
+    arguments = parser().parse_args()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         if arguments.plan:
             known = read_results(arguments.earlier) if arguments.earlier else {}
-            print(plan.text(arguments.budget or TOTAL_SECONDS, known,
-                            arguments.commit or commit(),
+            print(plan_text(arguments.budget or TOTAL_SECONDS, known, arguments.commit,
                             arguments.earlier and str(arguments.earlier)))
             return 0
-        settings, target, machine, earlier = _settings(arguments)
+        settings, content = prepare(arguments)
     except Skip as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    parts: dict[str, Any] = earlier.get("parts", {})
-    table = target.with_suffix(".tuned.json")
-    if earlier:
-        driver.restore(settings, parts)
-        if earlier.get("tuned") and not table.exists():
-            write_json(table, earlier["tuned"])
-    chosen = [part for part in driver.order(arguments.only or BY_NAME)
-              if part.again or parts.get(part.name, {}).get("state") != "done"
-              or any(row.get("again") for row in parts[part.name]["rows"])]
-    usual = TOTAL_SECONDS * (driver.DRY_RUN if settings.dry_run else 1)
-    budget = arguments.budget or usual
-    call: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": settings.commit,
-                            "budget": budget, "seconds": {}}
-    calls = [*earlier.get("calls", []), call]
-    for part in chosen:  # what a part took is a matter of each call
-        parts.get(part.name, {}).pop("seconds", None)
+    target = Path(settings.path)
+    if content["tuned"] and not settings.table.exists():
+        write_json(settings.table, content["tuned"])
+    chosen = unfinished(arguments.only, content["parts"])
+    budget = arguments.budget or TOTAL_SECONDS * (DRY_RUN if settings.dry_run else 1)
+    taken: dict[str, float] = {}
+    content["calls"].append({"date": time.strftime("%Y-%m-%d %H:%M"), "commit": settings.commit,
+                             "budget": budget, "seconds": taken})
+    write_json(target, content)
 
-    def save(parts: dict[str, Any]) -> None:
-        call["seconds"] = {part.name: parts[part.name]["seconds"] for part in chosen
-                           if "seconds" in parts.get(part.name, {})}
-        ordered = {part.name: parts[part.name] for part in PARTS if part.name in parts}
-        write_json(target, {"format": 1, "dry_run": settings.dry_run, "commit": settings.commit,
-                            "date": time.strftime("%Y-%m-%d"), "machine": machine,
-                            "calls": calls, "tuned": read_json(table), "parts": ordered})
+    def after(part: Part, seconds: float) -> None:
+        taken[part.name] = seconds
+        content = read_json(target)
+        content["calls"][-1]["seconds"] = taken
+        content["tuned"] = read_json(settings.table)
+        write_json(target, content)
 
-    print(f"{machine}, commit {settings.commit}: {', '.join(part.name for part in chosen)}; "
-          f"results in {target}", flush=True)
+    print(f"{content['machine']}, commit {settings.commit}: "
+          f"{', '.join(part.name for part in chosen)}; results in {target}", flush=True)
     interrupted = False
     try:
-        driver.run_parts(chosen, settings, budget, save, parts)
+        run_parts(chosen, settings, budget, after)
     except KeyboardInterrupt:
         interrupted = True
-    if parts:
-        save(parts)
-        report.write(target, None if settings.dry_run else
-                     latest(target.parent, machine, False, before=target)
-                     or latest(RESULTS, machine, False, before=target))
+    report.write(target, None if settings.dry_run else
+                 latest(target.parent, content["machine"], False, before=target)
+                 or latest(RESULTS, content["machine"], False, before=target))
     if interrupted:
         print(f"error: interrupted; --from {target} goes on", file=sys.stderr)
         return INTERRUPTED
-    failed = [name for name, part in parts.items() if part["state"] == "failed"]
+    failed = [name for name, part in read_json(target)["parts"].items()
+              if part.get("state") == "failed"]
     if failed:
-        print(f"failed: {', '.join(failed)}; logs in {settings.work}", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; logs in {settings.log('').parent}", file=sys.stderr)
     return 1 if failed else 0
 
 

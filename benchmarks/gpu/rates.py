@@ -8,10 +8,9 @@ from statistics import median
 import torch
 
 from smis_models.benchmark import timing
+from smis_models.benchmark.measure import release
 
-from .journal import Journal, Row
-from .measure import matrix_call, release, without_gradients
-from .settings import Settings
+from .results import Journal, Row, Settings
 
 LAUNCHES = 200
 
@@ -46,7 +45,7 @@ def products(device: torch.device, dry: bool) -> Row:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         size = 64 if dry else size
-        found[name] = 2 * size**3 / _seconds(matrix_call(device, dtype, size), device, 7)
+        found[name] = 2 * size**3 / _seconds(timing.matrix_call(device, dtype, size), device, 7)
         torch.set_float32_matmul_precision(before)
         release()
     return {"operations_per_second": found}
@@ -59,12 +58,10 @@ def convs(device: torch.device, dry: bool) -> Row:
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
         for batch in (1, 8):
-            x = torch.randn((batch, channels, size, size), device=device, dtype=dtype)
-            weight = torch.randn((channels, channels, 3, 3), device=device, dtype=dtype)
-            x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
-            call = without_gradients(torch.nn.functional.conv2d, x, weight, None, 1, 1)
+            call = timing.conv_call(device, dtype, channels, size, batch)
             name = f"{str(dtype).removeprefix('torch.')} batch {batch}"
-            found[name] = 2 * x.numel() * channels * 9 / _seconds(call, device)
+            operations = 18 * batch * channels**2 * size**2
+            found[name] = operations / _seconds(call, device)
     return {"operations_per_second": found}
 
 

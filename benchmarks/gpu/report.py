@@ -1,4 +1,4 @@
-"""The results as Markdown: targets, tables beside their floors, what was skipped, regressions."""
+"""The results as Markdown: the harness's report after targets, checks, rates, what is worse."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .journal import explain, read_json
-from .regressions import Place, duration, regressions
-from .targets import TARGETS, Parts, accuracy, figure, floor_share, measured, reached
+from smis_models.benchmark.records import (
+    Record,
+    by_case,
+    check_text,
+    checks,
+    duration,
+    load,
+    markdown,
+    markdown_table,
+    ours,
+    plots,
+    regressions,
+)
+
+from .results import Row, explain, read_json
+from .timed import ALL
+
+Parts = dict[str, Any]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |"
-                     for line in lines)
-
-
-def _rows(parts: Parts, *names: str) -> list[dict[str, Any]]:
+def _rows(parts: Parts, *names: str) -> list[Row]:
     return [row for name in names for row in parts.get(name, {}).get("rows", [])]
 
 
@@ -28,149 +37,115 @@ def _machine(results: dict[str, Any]) -> str:
              "python", "torch", "torch_cuda", "cudnn", "nvcc")
     text = "; ".join(f"{name} {facts[name]}" for name in shown if facts.get(name))
     modules = ", ".join(f"{k} {v}" for k, v in facts.get("modules", {}).items())
-    others = sorted({row.get("commit", "") for row in _rows(results["parts"], *results["parts"])}
-                    - {results["commit"], ""})
-    mixed = f" Some rows are of commit {', '.join(others)}." if others else ""
-    timed = _rows(results["parts"], "operations", "networks", "training")
-    settings = sorted({row.get("tuned", "") or "none" for row in timed if "providers" in row})
+    settings = sorted({row.get("tuned", "") or "none" for row in _rows(results["parts"], *ALL)
+                       if row["state"] == "done"})
     used = f" Tuned settings of the timed rows: {'; '.join(settings)}." if settings else ""
-    return f"Commit {results['commit']}; {text}; {modules}.{mixed}{used}"
+    return f"Commit {results['commit']}; {text}; {modules}.{used}"
 
 
-def target_rows(parts: Parts, dry_run: bool = False) -> list[tuple[str, str, str, str]]:
-    """(case, demand, figure, verdict) of every target."""
+def target_rows(records: Sequence[Record], dry_run: bool = False) -> list[tuple[str, str]]:
+    """(case, verdicts) of every case that has targets, measured or not."""
+    measured = {rows[0]: found for rows, found in by_case(records).items()}
     found = []
-    for target in TARGETS:
-        value, why = measured(parts, target)
-        case = f"{target.row}: {target.provider}"
-        if dry_run:
-            found.append((case, target.text, "-", why or "dry run: computed, says nothing"))
-        elif value is None:
-            found.append((case, target.text, "-", why))
-        else:
-            verdict = "reached" if reached(target, value) else "MISSED"
-            found.append((case, target.text, figure(target, value), verdict))
-    right, judged = accuracy(parts)
-    found.append((f"outputs of all {judged} timed forms of ours", "error <= 1.5x the reference's",
-                  f"{right} of {judged}" if judged and not dry_run else "-",
+    for case in (case for cases in ALL.values() for case in cases() if case.targets):
+        text = "; ".join(check_text(*check) for check in checks(measured.get(case.group, {})))
+        if dry_run and text:
+            text = "dry run: computed, says nothing"
+        found.append((case.group, text or "not measured"))
+    judged = ours(records)
+    right = sum(r.correct for r in judged)
+    verdict = "reached" if right == len(judged) else "MISSED"
+    found.append((f"outputs of all {len(judged)} timed forms of ours",
                   "not measured" if not judged else "dry run: computed, says nothing" if dry_run
-                  else "reached" if right == judged else "MISSED"))
+                  else
+                  f"error <= 1.5x the reference's: {right} of {len(judged)} {verdict}"))
     return found
 
 
-def _providers(row: dict[str, Any], worse: dict[str, str]) -> list[tuple[str, ...]]:
-    lines = []
-    base = next((e["median"] for e in row["providers"].values() if "median" in e), None)
-    for name, entry in row["providers"].items():
-        if "median" not in entry:
-            state = "failed" if "failed" in entry else "skipped"
-            lines.append((row["name"], name, *"-----", f"{state}: {entry[state]}"))
-            continue
-        share = floor_share(row, entry)
-        spread = f"[{duration(entry['q1'])}, {duration(entry['q3'])}]"
-        wrong = "" if entry["correct"] else " WRONG"
-        note = "CUDA graph" if entry.get("graph") else entry.get("note", "")
-        if "images_per_second" in entry:
-            note = ", ".join(filter(None, [note, f"{entry['images_per_second']:.3g} images/s"]))
-        if name in worse:
-            note = ", ".join(filter(None, [note, f"**{worse[name]}**"]))
-        lines.append((
-            row["name"], name, f"{duration(entry['median'])} {spread}",
-            "-" if base is None else f"{base / entry['median']:.2f}x",
-            "-" if share is None else f"{share:.0%}", f"{entry['peak_bytes'] / 1e6:.1f}",
-            f"{entry['error']:.1e}{wrong}", note,
-        ))
-    return lines
-
-
-def _timed(parts: Parts, name: str, worse: dict[Place, str]) -> str:
-    head = ("row", "provider", "median [quartiles]", "x first", "of floor", "peak MB", "error",
-            "")
-    rows = [line for row in _rows(parts, name) if "providers" in row
-            for line in _providers(row, {provider: text for (part, at, provider), text
-                                         in worse.items() if (part, at) == (name, row["name"])})]
-    return _table(head, rows) if rows else "nothing measured"
-
-
 def _checks(parts: Parts) -> str:
-    lines = []
-    for name in ("build", "correctness", "sanitizer", "parity"):
-        for row in _rows(parts, name):
-            counts = f"{row['passed']} passed" if "passed" in row else ""
-            lines.append((name, row["name"], row["state"], counts, row.get("reason", "")))
-    return _table(("part", "row", "state", "", "reason"), lines) if lines else "nothing ran"
+    lines = [(name, row["name"], row["state"],
+              f"{row['passed']} passed" if "passed" in row else "", row.get("reason", ""))
+             for name in ("build", "checks") for row in _rows(parts, name)]
+    return markdown_table(("part", "row", "state", "", "reason"), lines) if lines else "nothing ran"
+
+
+def _rates(parts: Parts) -> str:
+    units = {"bytes_per_second": lambda v: f"{v / 1e12:.3g} TB/s",
+             "operations_per_second": lambda v: f"{v / 1e12:.3g} TFLOP/s",
+             "launch_seconds": duration}
+    lines = [(row["name"], name, text(value)) for row in _rows(parts, "rates")
+             for kind, text in units.items() for name, value in row.get(kind, {}).items()]
+    return markdown_table(("rate", "", ""), lines) if lines else "nothing measured"
 
 
 def _left_out(parts: Parts) -> list[str]:
     lines = [f"- {name}: {part['state']}, {part['reason']}" for name, part in parts.items()
-             if part["state"] != "done"]
+             if part.get("state") not in ("done", None)]
     for name, part in parts.items():
-        lines += [f"- {name}, {row['name']}: {row['state']}, {row.get('reason', '')}"
-                  for row in part["rows"] if row["state"] not in ("done",)]
         for row in part["rows"]:
+            if row["state"] != "done":
+                lines.append(f"- {name}, {row['name']}: {row['state']}, {row.get('reason', '')}")
             lines += [f"- {name}, {row['name']}: {count} tests skipped, {why}"
                       for why, count in row.get("skips", {}).items()]
+            lines += [f"- {name}, {row['name']}, {provider}: {why}"
+                      for provider, why in row.get("missing", {}).items()]
     return lines
 
 
-def _rates(parts: Parts) -> str:
-    lines = []
-    for row in _rows(parts, "rates"):
-        for kind in ("bytes_per_second", "operations_per_second", "launch_seconds"):
-            for name, value in row.get(kind, {}).items():
-                text = {"bytes_per_second": f"{value / 1e12:.3g} TB/s",
-                        "operations_per_second": f"{value / 1e12:.3g} TFLOP/s",
-                        "launch_seconds": duration(value)}[kind]
-                lines.append((row["name"], name, text))
-    return _table(("rate", "", ""), lines) if lines else "nothing measured"
+def worse_than(parts: Parts, records: Sequence[Record], earlier: Path) -> list[str]:
+    """Rows that no longer end well, and forms of ours that do worse than in earlier results."""
+    before = read_json(earlier)["parts"]
+    done = {(name, row["name"]) for name, part in before.items() for row in part["rows"]
+            if row["state"] == "done"}
+    return [f"{name}, {row['name']}: failed: {row.get('reason', '')}"
+            for name, part in parts.items() for row in part["rows"]
+            if row["state"] == "failed" and (name, row["name"]) in done] + [
+        f"{', '.join(place)}: {what}"
+        for place, what in regressions(records, load(earlier)).items()]
 
 
-def markdown(results: dict[str, Any], earlier: dict[str, Any] | None, before: str = "") -> str:
+def text(results: dict[str, Any], records: Sequence[Record], worse: Sequence[str],
+         before: str) -> str:
     """The whole report."""
-    parts = results["parts"]
-    worse = regressions(parts, earlier["parts"]) if earlier is not None else {}
-    dry = ("**A dry run on a CPU: it proves the command; its figures are of tiny sizes on a "
-           "processor and mean nothing.**\n\n" if results["dry_run"] else "")
-    text = [
-        f"# GPU results: {results['machine']}, {results['date']}", dry + _machine(results),
-        "Medians of interleaved rounds of one run; errors are against float64 and may be 1.5 times "
-        "the reference's own at that dtype; WRONG gets no figure. \"Of floor\" is the least time "
-        "that the bytes (at the copy bandwidth of the run) or the operations (at its matrix rate) "
-        "allow, over the time taken.",
-        "## Targets", _table(("case", "target", "figure", ""),
-                             target_rows(parts, results["dry_run"])),
-        "## Checks", _checks(parts), "## Rates", _rates(parts),
-    ]
-    for name in ("operations", "networks", "training"):
-        text += [f"## {name.capitalize()}", _timed(parts, name, worse)]
+    parts, dry = results["parts"], results["dry_run"]
+    rehearsal = ("**A dry run on a CPU: it proves the command; its figures are of tiny sizes on a "
+                 "processor and mean nothing.**\n\n" if dry else "")
     tuned = [f"- {row['name']}: {row['chosen']}" for row in _rows(parts, "tune") if "chosen" in row]
-    text += ["## Tuned", "\n".join(tuned) or "nothing tuned"]
-    if earlier is not None:
-        lines = [f"- {', '.join(filter(None, place))}: {what}" for place, what in worse.items()]
-        text += [f"## Worse than {before}", "\n".join(lines) or "nothing"]
-    text += ["## Left out", "\n".join(_left_out(parts)) or "nothing"]
-    return "\n\n".join(text) + "\n"
+    found = [
+        f"# GPU results: {results['machine']}, {results['date']}", rehearsal + _machine(results),
+        "\"Of floor\" is the least time that the bytes (at the copy bandwidth of the run) or the "
+        "operations (at its matrix rate) allow, over the time taken.",
+        "## Targets", markdown_table(("case", "target, figure"), target_rows(records, dry)),
+        "## Checks", _checks(parts), "## Rates", _rates(parts),
+        "## Tuned", "\n".join(tuned) or "nothing tuned",
+    ]
+    if before:
+        found += [f"## Worse than {before}", "\n".join(f"- {line}" for line in worse) or "nothing"]
+    found += ["## Left out", "\n".join(_left_out(parts)) or "nothing"]
+    return "\n\n".join(found) + "\n\n" + (markdown(records) if records else "")
 
 
-def write(path: Path, earlier_path: Path | None) -> list[Path]:
+def write(path: Path, earlier: Path | None) -> list[Path]:
     """Markdown and plots beside the results; prints the targets and where all is."""
-    results = read_json(path)
-    earlier = read_json(earlier_path) if earlier_path is not None else None
+    results, records = read_json(path), load(path)
+    worse = [] if earlier is None else worse_than(results["parts"], records, earlier)
     report = path.with_suffix(".md")
-    report.write_text(markdown(results, earlier, earlier_path.stem if earlier_path else ""))
+    report.write_text(text(results, records, worse, earlier.stem if earlier else ""))
     written = [path, report]
     try:
-        from .plots import plots
+        from .plots import batches, roofline
 
-        written += plots(results, path)
+        drawn = [roofline(records, path.with_suffix(".roofline.png")),
+                 batches(records, path.with_suffix(".batches.png"))]
+        written += [each for each in drawn if each is not None]
+        if records:
+            written += plots(records, path.parent, f"{path.stem}.")
     except Exception as error:  # tables do not depend on matplotlib
         print(f"no plots: {explain(error)}", flush=True)
     if not results["dry_run"]:
-        for line in target_rows(results["parts"]):
+        for line in target_rows(records):
             print("  ".join(line), flush=True)
-    if earlier is not None:
-        for place, what in regressions(results["parts"], earlier["parts"]).items():
-            print(f"worse than {earlier['date']}: {', '.join(filter(None, place))}: {what}",
-                  flush=True)
+    for line in worse:
+        print(f"worse than {earlier}: {line}", flush=True)
     print("written: " + ", ".join(map(str, written)), flush=True)
     return written

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smis_kernels import conditional_conv2d, modulation, norm_act
+from smis_kernels import LabelLayout, conditional_conv2d, modulation, norm_act
 from smis_kernels.ops.conditional_conv.triton import USUAL as CONDITIONAL
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation
 from smis_kernels.ops.modulation.op import channel_moments
@@ -27,11 +28,11 @@ from smis_kernels.runtime.triton_tile import APPLY, BACKWARD
 from smis_kernels.runtime.tuned import Setting
 from smis_kernels.testing import max_error
 from smis_models.benchmark import timing
+from smis_models.benchmark.case import COCO_CLASSES, Maps
+from smis_models.benchmark.case import Setting as Place
+from smis_models.benchmark.measure import release
 
-from .inputs import COCO, Scene
-from .journal import Journal, Row, write_json
-from .measure import release
-from .settings import Settings
+from .results import Journal, Row, Settings, write_json
 from .tune_convs import conv_rows
 from .tune_rates import path_rates
 
@@ -96,35 +97,33 @@ def choose(kernel: str, key: str, candidates: list[Setting], make: Callable[[], 
 Job = tuple[str, str, str, list[Setting], Callable[[], Call]]
 
 
-def _pointwise(scene: Scene) -> Iterator[Job]:
-    n, c, size = scene.pick((8, 128, 256), (1, 8, 8))
-    backend = "triton" if scene.dry else "auto"
+def _last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
 
-    def make(function: Callable[..., Any], last: bool, **options: Any) -> Call:
-        x, g, b = (scene.draw(n, c, size, size, seed=i, dtype=LOW if not scene.dry else
-                              torch.float32, channels_last=last) for i in range(3))
-        mean, var = scene.draw(c, seed=3), scene.draw(c, seed=4).square() + 0.5
-        return lambda: function(x, g, b, running_mean=mean, running_var=var, backend=backend,
-                                **options)
+
+def _pointwise(place: Place) -> Iterator[Job]:
+    n, c, size = place.pick((8, 128, 256), (1, 8, 8))
+    backend = place.pick("auto", "triton")
+
+    def drawn(count: int, last: bool = True) -> list[Tensor]:
+        found = (place.draw(n, c, size, size, seed=i) for i in range(count))
+        return [_last(x) if last else x for x in found]
+
+    def apply(last: bool) -> Call:
+        mean = place.draw(c, seed=3).float()
+        return partial(modulation, *drawn(3, last), running_mean=mean, backend=backend,
+                       running_var=mean.square() + 0.5, activation="leaky_relu")
 
     def indexed() -> Call:
-        x = scene.draw(n, c, size, size, dtype=LOW if not scene.dry else torch.float32,
-                       channels_last=True)
-        labels = scene.labels("indoor", (size, size), COCO, n)
-        level = scene.layout(labels, COCO).level((size, size))
-        table = scene.draw(int(level.index5.max()) + 1, 2 * c, seed=3).to(x.dtype)
-        return lambda: indexed_modulation(x, level.index5, table, norm="none", backend=backend,
-                                          activation="leaky_relu")
+        labels = place.labels("indoor", (size, size), COCO_CLASSES, n)
+        level = LabelLayout.from_labels(labels, COCO_CLASSES).level((size, size))
+        table = place.draw(int(level.index5.max()) + 1, 2 * c, seed=3)
+        return partial(indexed_modulation, *drawn(1), level.index5, table, norm="none",
+                       backend=backend, activation="leaky_relu")
 
-    def moments() -> Call:
-        x = scene.draw(n, c, size, size, dtype=LOW if not scene.dry else torch.float32,
-                       channels_last=True)
-        return lambda: channel_moments("triton", x)
-
-    def backward(last: bool) -> Call:
-        x, g, b, dy = (scene.draw(n, c, size, size, seed=i, dtype=LOW if not scene.dry else
-                                  torch.float32, channels_last=last) for i in range(4))
-        leaves = [t.requires_grad_() for t in (x, g, b)]
+    def backward() -> Call:
+        *leaves, dy = drawn(4)
+        leaves = [t.requires_grad_() for t in leaves]
 
         def step() -> Any:
             # forward too: a backward pass runs on the stream of its forward, which is captured
@@ -133,59 +132,52 @@ def _pointwise(scene: Scene) -> Iterator[Job]:
 
         return step
 
-    kind = "float32" if scene.dry else "bfloat16"
+    kind = str(place.dtype).removeprefix("torch.")
     rows, planes = f"{kind} rows", f"{kind} planes"
     yield ("indexed_apply", rows, "indexed_apply, rows", tiles(APPLY, 1024, 4096, 8192), indexed)
     for key, last in ((rows, True), (planes, False)):
         yield ("modulation_apply", key, f"modulation_apply, {key.split()[1]}",
-               tiles(APPLY, 1024, 4096), partial(make, modulation, last, activation="leaky_relu"))
-    yield "channel_moments", rows, "channel_moments, rows", tiles(APPLY, 1024, 4096), moments
+               tiles(APPLY, 1024, 4096), partial(apply, last))
+    yield ("channel_moments", rows, "channel_moments, rows", tiles(APPLY, 1024, 4096),
+           lambda: partial(channel_moments, "triton", *drawn(1)))
     yield ("modulation_backward", rows, "modulation_backward, rows", tiles(BACKWARD, 1024, 4096),
-           partial(backward, True))
-
-    def normed() -> Call:
-        x, r = (scene.draw(n, c, size, size, seed=i, channels_last=True,
-                           dtype=LOW if not scene.dry else torch.float32) for i in range(2))
-        return lambda: norm_act(x, r, norm="none", activation="relu", backend=backend)
-
-    yield "norm_act", rows, "norm_act, rows", tiles(APPLY, 1024, 4096), normed
+           backward)
+    yield ("norm_act", rows, "norm_act, rows", tiles(APPLY, 1024, 4096),
+           lambda: partial(norm_act, *drawn(2), norm="none", activation="relu", backend=backend))
 
 
-def _products(scene: Scene) -> Iterator[Job]:
-    backend = "triton" if scene.dry else "auto"
+def _products(place: Place) -> Iterator[Job]:
+    backend = place.pick("auto", "triton")
 
     def conv() -> Call:
-        n, c, depth, size = scene.pick((4, 128, 128, 128), (1, 4, 4, 4))
-        dtype = torch.float32 if scene.dry else LOW
-        x, h = (scene.draw(n, k, size, size, seed=k, dtype=dtype, channels_last=True)
-                for k in (c, depth))
-        weight = scene.draw(9 * c, depth, 3, 3, dtype=dtype) / (9 * depth) ** 0.5
-        return lambda: conditional_conv2d(x, h, weight, backend=backend)
+        n, c, depth, size = place.pick((4, 128, 128, 128), (1, 4, 4, 4))
+        x, h = (_last(place.draw(n, k, size, size, seed=k)) for k in (c, depth))
+        weight = place.draw(9 * c, depth, 3, 3) / (9 * depth) ** 0.5
+        return partial(conditional_conv2d, x, h, weight, backend=backend)
 
     shapes = ((64, 64, 64, 4, 3), (64, 64, 64, 8, 3), (128, 64, 64, 8, 3), (128, 64, 32, 8, 4),
               (128, 128, 32, 8, 3), (64, 128, 64, 8, 3), (128, 128, 64, 16, 3))
-    yield ("conditional_conv", "float32" if scene.dry else "bfloat16", "conditional_conv",
-           blocks(CONDITIONAL["conditional_conv"][4 if scene.dry else 2],
-                  *(shapes[:1] if scene.dry else shapes)), conv)
+    yield ("conditional_conv", str(place.dtype).removeprefix("torch."), "conditional_conv",
+           blocks(CONDITIONAL["conditional_conv"][place.pick(2, 4)],
+                  *place.pick(shapes, shapes[:1])), conv)
 
     def table(one_level: bool, low: bool) -> Call:
-        v, u, depth, channels = scene.pick((6000, 12000, 128, 512), (5, 7, 6, 8))
-        hidden = scene.draw(v, depth)
-        kind = LOW if low else torch.float32
-        weights = [scene.draw(channels, depth, 3, 3, seed=s).to(kind) / 34 for s in (1, 2)]
-        biases = [scene.draw(channels, seed=s) for s in (3, 4)]
-        windows = torch.randint(v, (u, 9), device=scene.device).int()
-        return lambda: window_table(hidden, weights[0], biases[0], weights[1], biases[1], windows,
-                                    one_level=one_level, backend=backend)
+        v, u, depth, channels = place.pick((6000, 12000, 128, 512), (5, 7, 6, 8))
+        wide = replace(place, dtype=torch.float32)
+        given = replace(place, dtype=LOW) if low else wide
+        weights = [given.draw(channels, depth, 3, 3, seed=s) / 34 for s in (1, 2)]
+        biases = [wide.draw(channels, seed=s) for s in (3, 4)]
+        windows = torch.randint(v, (u, 9), device=place.device).int()
+        return partial(window_table, wide.draw(v, depth), weights[0], biases[0], weights[1],
+                       biases[1], windows, one_level=one_level, backend=backend)
 
+    shapes = ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3),
+              (64, 64, 16, 4, 4), (64, 64, 32, 4, 4))
     for precision, low in (("tf32", True), ("tf32x3", False)):
-        shapes = ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3),
-                  (64, 64, 16, 4, 4), (64, 64, 32, 4, 4))
         for one_level in (True, False):
-            level = "one level" if one_level else "two levels"
-            key = f"{precision} {level}"
+            key = f"{precision} {'one level' if one_level else 'two levels'}"
             yield ("window_product", key, f"window_product, {key}",
-                   blocks(PRODUCT[precision], *(shapes[:1] if scene.dry else shapes)),
+                   blocks(PRODUCT[precision], *place.pick(shapes, shapes[:1])),
                    partial(table, one_level, low))
 
 
@@ -204,8 +196,7 @@ def write_table(journal: Journal, settings: Settings) -> Path:
     gpu = "cpu" if settings.dry_run else torch.cuda.get_device_name(0)
     content |= {"device": gpu, "commit": settings.commit, "torch": torch.__version__,
                 "date": time.strftime("%Y-%m-%d")}
-    assert settings.table is not None
-    path = Path(settings.table)
+    path = settings.table
     write_json(path, content)
     if not settings.dry_run:
         _tuned.FOLDER.mkdir(exist_ok=True)
@@ -215,17 +206,20 @@ def write_table(journal: Journal, settings: Settings) -> Path:
 
 
 def run(journal: Journal, settings: Settings) -> None:
-    scene = Scene(settings)
+    """Part ``tune``."""
+    dry = settings.dry_run
+    place = Place(torch.device(settings.device), torch.float32 if dry else LOW,
+                  Maps(settings.maps), tiny=dry)
     torch.backends.cudnn.benchmark = True
-    jobs = [*_pointwise(scene), *_products(scene)]
-    if settings.dry_run:
+    jobs = [*_pointwise(place), *_products(place)]
+    if dry:
         jobs = [(*job[:3], job[3][:2], job[4]) for job in jobs
                 if job[0] in ("indexed_apply", "modulation_apply", "window_product")]
     rows: dict[str, Callable[[], Row]] = {
-        name: partial(choose, kernel, key, candidates, make, scene.device)
+        name: partial(choose, kernel, key, candidates, make, place.device)
         for kernel, key, name, candidates, make in jobs
     }
-    rows |= dict((*path_rates(scene), *conv_rows(scene)))
+    rows |= dict((*path_rates(place), *conv_rows(place)))
     for name in journal.late_last(rows):
         journal.row(name, rows[name])
         write_table(journal, settings)  # now: a part that is ended at its deadline writes no more

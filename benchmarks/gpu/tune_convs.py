@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, use_backend
 from smis_kernels.ops.winograd_conv.grouped import FORMS, conv_in_form, shape_key
+from smis_models.benchmark.case import Setting
 from smis_models.benchmark.timing import replay_seconds
 from smis_models.families import create_model
 
-from .inputs import Scene
-from .journal import Row
+from .results import Row
 
 MODELS = ("groupdnet_deepfashion", "groupdnet_ade20k", "groupdnet_cityscapes")
 MARGIN = 0.97
@@ -44,29 +44,28 @@ def grouped_shapes(name: str, batch: int, **options: Any) -> list[Shape]:
     return list(found)
 
 
-def _timed_forms(scene: Scene, shape: Shape, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+def _timed_forms(place: Setting, shape: Shape) -> tuple[str, dict[str, float]]:
     n, c, h, w, outputs, groups = shape
-    x = scene.draw(n, c, h, w, dtype=dtype, channels_last=True)
-    weight = scene.draw(outputs, c // groups, 3, 3, seed=1, dtype=dtype, channels_last=True)
-    bias = scene.draw(outputs, seed=2, dtype=dtype)
+    x, weight = (t.to(memory_format=torch.channels_last) for t in (
+        place.draw(n, c, h, w), place.draw(outputs, c // groups, 3, 3, seed=1)))
+    bias = place.draw(outputs, seed=2)
     with torch.no_grad():
         calls = {form: partial(conv_in_form, form, x, weight, bias, 1, groups) for form in FORMS}
         expected = calls["grouped"]()
         for form, call in calls.items():
             error = (call() - expected).abs().max() / expected.abs().max()
-            if not error <= 8 * torch.finfo(dtype).eps:
+            if not error <= 8 * torch.finfo(place.dtype).eps:
                 raise ArithmeticError(f"{form} of {shape} differs by {float(error):.1e}")
-        times = {form: replay_seconds(call, scene.device, scene.pick(5, 1))
+        times = {form: replay_seconds(call, place.device, place.pick(5, 1))
                  for form, call in calls.items()}
     return shape_key(x, outputs, groups), times
 
 
-def _model(scene: Scene, name: str, batch: int) -> Row:
-    options = scene.pick({}, {"ngf": 8, "image_size": (64, 64)})
-    dtype = scene.pick(torch.bfloat16, torch.float32)
+def _model(place: Setting, name: str, batch: int) -> Row:
+    options = place.pick({}, {"ngf": 8, "image_size": (64, 64)})
     forms, shapes = {}, {}
     for shape in grouped_shapes(name, batch, **options):
-        key, times = _timed_forms(scene, shape, dtype)
+        key, times = _timed_forms(place, shape)
         best = min(times, key=lambda form: times[form])
         usual = times["grouped"]
         forms[key] = best if times[best] < MARGIN * usual else "grouped"
@@ -74,8 +73,8 @@ def _model(scene: Scene, name: str, batch: int) -> Row:
     return {"convs": forms, "chosen": forms, "shapes": shapes}
 
 
-def conv_rows(scene: Scene) -> Iterator[tuple[str, Callable[[], Row]]]:
+def conv_rows(place: Setting) -> Iterator[tuple[str, Callable[[], Row]]]:
     """(name, row) for each model and batch size."""
-    for name in scene.pick(MODELS, MODELS[:1]):
-        for batch in scene.pick((1, 8), (1,)):
-            yield f"grouped convs, {name} batch {batch}", partial(_model, scene, name, batch)
+    for name in place.pick(MODELS, MODELS[:1]):
+        for batch in place.pick((1, 8), (1,)):
+            yield f"grouped convs, {name} batch {batch}", partial(_model, place, name, batch)

@@ -7,18 +7,19 @@ features that all paths share; a fixed cost and a rate are fitted over norms of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from smis_kernels import SPADE, use_path
+from smis_kernels import SPADE, LabelLayout, use_path
 from smis_kernels.layout.planner import products_key
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation
+from smis_models.benchmark.case import COCO_CLASSES, Setting
 from smis_models.benchmark.timing import replay_seconds
 
-from .inputs import COCO, Scene
-from .journal import Row
+from .results import Row
 
 # Channels and size, as in SPADE COCO; the small ones show what a path costs at the least.
 NORMS = ((128, 256), (256, 128), (512, 64), (1024, 32), (1024, 16), (1024, 8))
@@ -41,17 +42,18 @@ def fit(points: Sequence[Point]) -> tuple[float, float]:
     return (fixed, slope) if fixed >= 0 and slope > 0 else (0.0, f / c)
 
 
-def _norm(scene: Scene, channels: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
+def _norm(place: Setting, channels: int, size: int) -> dict[str, Any]:
     """Nanoseconds of each path, and the work in each, for one norm."""
     torch.manual_seed(0)
-    norm = SPADE(channels, COCO).eval().to(scene.device, dtype)
-    layout = scene.layout(scene.labels("indoor", (size, size), COCO), COCO)
+    norm = SPADE(channels, COCO_CLASSES).eval().to(place.device, place.dtype)
+    layout = LabelLayout.from_labels(place.labels("indoor", (size, size), COCO_CLASSES),
+                                     COCO_CLASSES)
     level = layout.level((size, size), unlimited=True)
     v, u = level.counts
     shared = norm.shared_conv
     assert shared is not None
-    x = scene.draw(1, channels, size, size, dtype=dtype, channels_last=True)
-    rounds = scene.pick(7, 1)
+    x = place.draw(1, channels, size, size).to(memory_format=torch.channels_last)
+    rounds = place.pick(7, 1)
     with torch.no_grad():
         table = norm.table(layout, (size, size), "one_level")
         products = table.new_empty((v + 1, 9, 2 * channels), dtype=torch.float32).normal_()
@@ -61,11 +63,11 @@ def _norm(scene: Scene, channels: int, size: int, dtype: torch.dtype) -> dict[st
             "sums": lambda: torch.ops.smis_kernels.window_sum(products, level.windows5, None,
                                                               False),
         }
-        times = {name: 1e9 * replay_seconds(call, scene.device, rounds)
+        times = {name: 1e9 * replay_seconds(call, place.device, rounds)
                  for name, call in calls.items()}
         for path in PATHS:
             with use_path(path):
-                times[path] = 1e9 * replay_seconds(lambda: norm(x, layout), scene.device, rounds)
+                times[path] = 1e9 * replay_seconds(lambda: norm(x, layout), place.device, rounds)
     convs = 2 * norm.mlp_gamma.weight.numel()
     work = {"dense": size * size * (convs + shared.weight.numel()),
             "two_level": v * convs, "one_level": u * convs, "sums": u * 18 * channels}
@@ -95,22 +97,23 @@ def fitted(norms: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str,
     return found, misfits
 
 
-def _rates(scene: Scene, dtype: torch.dtype, tf32: bool) -> Row:
+def _rates(place: Setting, tf32: bool) -> Row:
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = tf32
     try:
-        norms = [_norm(scene, c, s, dtype) for c, s in scene.pick(NORMS, ((8, 16), (8, 8)))]
+        norms = [_norm(place, c, s) for c, s in place.pick(NORMS, ((8, 16), (8, 8)))]
         rates, misfits = fitted(norms)
-        return {"rates": {products_key(dtype): rates},
+        return {"rates": {products_key(place.dtype): rates},
                 "chosen": {k: round(v, 3) for k, v in rates.items()}, "misfits": misfits,
                 "norms": norms}
     finally:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def path_rates(scene: Scene) -> Iterator[tuple[str, Callable[[], Row]]]:
+def path_rates(place: Setting) -> Iterator[tuple[str, Callable[[], Row]]]:
     """(name, row) for each way to multiply."""
     wanted = ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))
-    for dtype, tf32 in scene.pick(wanted, wanted[1:2]):
+    for dtype, tf32 in place.pick(wanted, wanted[1:2]):
         name = f"path rates, {str(dtype).removeprefix('torch.')}"
-        yield name if tf32 else f"{name} without tf32", partial(_rates, scene, dtype, tf32)
+        row = partial(_rates, replace(place, dtype=dtype), tf32)
+        yield name if tf32 else f"{name} without tf32", row

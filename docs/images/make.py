@@ -12,7 +12,7 @@ from smis_models import Synthesizer, create_model, shipped_weights
 from smis_models.data import GeneratedScenes
 from smis_models.io.images import to_pictures
 from smis_models.synthesis.codes import code_parts, interpolate, resample_class
-from smis_models.synthesis.scene import Layout
+from smis_models.synthesis.scene import Scene
 
 FOLDER = Path(__file__).parent
 LAYOUTS, SAMPLES, STEPS, GAP = (1, 5, 6), 5, 5, 4
@@ -34,7 +34,7 @@ def main() -> None:
     """samples.png: a layout a row, a code a column; edit.gif: one class after another anew."""
     model = create_model(checkpoint=shipped_weights("groupdnet_scenes")).eval()
     scenes = GeneratedScenes(max(LAYOUTS) + 1, model.preset.image_size, "test")
-    layouts = [Layout(str(i), scenes[i]["labels"].numpy().astype(np.int64), None) for i in LAYOUTS]
+    layouts = [Scene(str(i), scenes[i]["labels"].numpy().astype(np.int64), None) for i in LAYOUTS]
     makers = [Synthesizer(model, *layout.tensors()) for layout in layouts]
     maps = [layout.picture(model.preset.classes) for layout in layouts]
     sheet([[shown, *(to_pictures(maker.sample(seed=s))[0] for s in range(SAMPLES))]

@@ -32,7 +32,7 @@ from ..io.images import (
 )
 from ..synthesis.applications import encode
 from ..synthesis.codes import code_parts, draw_code, interpolate
-from ..synthesis.scene import Layout, calibrate, sample_layouts
+from ..synthesis.scene import Scene, calibrate, sample_scenes
 from ..synthesis.synthesizer import Synthesizer
 
 Labels = NDArray[np.uint8]
@@ -42,6 +42,10 @@ SESSIONS = 16  # pages that are remembered
 STEPS = 24  # last steps of a session, for its report
 PICTURES = 16  # pictures of a session whose looks can be taken
 PIXELS = 64 * 2**20  # of a picture or map that is sent
+
+# Modes of the landscapes' classes whose colours they are shown in.
+_NATURAL = {"sky": "clear", "mountain": "rock", "water": "deep", "ground": "grass",
+            "building": "brick", "tree": "summer", "car": "yellow", "person": "magenta"}
 
 T = TypeVar("T")
 
@@ -165,8 +169,8 @@ class Painter:
     def __init__(self, model: Any, *, random_weights: bool = False, seed: int = 0) -> None:
         preset: Preset = model.preset
         if isinstance(preset, Pix2pixHDPreset) and preset.features:
-            raise ValueError(f"model: expected one that reads labels alone, got {model.name}, which "
-                             "reads instance features; smis edit-features takes it")
+            raise ValueError("model: expected one that reads labels alone, got "
+                             f"{model.name}, which reads instance features")
         if preset.classes > 256:
             raise ValueError(f"model: expected at most 256 classes, got {preset.classes}")
         self.model, self.preset, self.random_weights = model, preset, random_weights
@@ -182,23 +186,24 @@ class Painter:
         self._painted: Labels | None = None
 
     @functools.cached_property
-    def scenes(self) -> dict[str, Layout]:
+    def scenes(self) -> dict[str, Scene]:
         """The sample scenes by name."""
-        found = sample_layouts(self.preset, SCENES, self._seed, self.model.name)
-        return {layout.name: layout for layout in found}
+        found = sample_scenes(self.preset, SCENES, self._seed, self.model.name)
+        return {scene.name: scene for scene in found}
 
     @property
     def class_names(self) -> list[str]:
         """What each class is called."""
-        layout = next(iter(self.scenes.values()))
-        return [layout.class_name(c) for c in range(self.preset.classes)]
+        scene = next(iter(self.scenes.values()))
+        return [scene.class_name(c) for c in range(self.preset.classes)]
 
     @property
     def colours(self) -> NDArray[np.uint8]:
         """(classes, 3) that the map is shown in: landscapes' natural ones, else distinct ones."""
         if not self.landscapes:
             return palette(self.preset.classes)
-        natural = np.array([MODES[name][0].colour for name in LANDSCAPE])
+        natural = np.array([mode.colour for name in LANDSCAPE for mode in MODES[name]
+                            if mode.name == _NATURAL[name]])
         return (natural * 255).round().astype(np.uint8)
 
     @property
@@ -224,15 +229,17 @@ class Painter:
             raise LookupError(f"scene: expected one of {', '.join(self.scenes)}; got {name!r}")
         return self.scenes[name].labels.astype(np.uint8)
 
-    def read_map(self, content: bytes, name: str = "map") -> Labels:
-        """A map from a file's bytes, resized to the model's size by nearest.
+    def read_map(self, content: bytes, name: str = "map") -> tuple[Labels, tuple[int, int]]:
+        """A map from a file's bytes, resized to the model's size by nearest, and its own size.
 
         Raises:
             ImageError: no index map of the model's classes.
         """
         preset = self.preset
-        return _read(content, name, lambda path: read_labels(
-            path, preset.classes, self.size, preset.dont_care)).astype(np.uint8)
+        labels = _read(content, name, lambda path: read_labels(
+            path, preset.classes, unknown=preset.dont_care))
+        height, width = labels.shape
+        return resize_nearest(labels, self.size).astype(np.uint8), (height, width)
 
     def add_picture(self, session: str, name: str, picture: bytes,
                     labels: bytes | None) -> tuple[int, Appearance]:
@@ -245,7 +252,7 @@ class Painter:
         own = self.session(session)
         pixels = _read(picture, name, read_picture)
         if labels is not None:
-            classes = self.read_map(labels, f"{name}, map")
+            classes, _ = self.read_map(labels, f"{name}, map")
         elif own.labels is not None:
             classes = own.labels
         else:

@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -262,8 +262,9 @@ class Pages:
 
     async def map(self, request: Request) -> Response:
         content = await _body(request, UPLOAD)
-        labels = await self._in_turn(self._painter.read_map, content)
-        return Response(labels.tobytes(), media_type="application/octet-stream")
+        labels, size = await self._in_turn(self._painter.read_map, content)
+        return Response(_packed({"size": size}, labels.tobytes()),
+                        media_type="application/octet-stream")
 
     async def paint(self, request: Request) -> Response:
         stroke = read_stroke(await _body(request, self._stroke_limit))
@@ -364,7 +365,5 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(app: Starlette, bound: socket.socket) -> None:
     """Answer until Ctrl-C."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    try:
+    with suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has shut down
         uvicorn.Server(config).run(sockets=[bound])
-    except KeyboardInterrupt:  # which uvicorn raises once more when it has shut down
-        pass

@@ -1,6 +1,6 @@
-"""Honest timing: cases, interleaved measurement, records and their tables.
+"""Honest timing: cases, interleaved measurement, records and their tables, on a CPU or on CUDA.
 
-A set is a module of cases (:mod:`.modulation`); a new one is a file and a line in ``SETS``.
+A set is a list of cases; a new one is a list and its name in ``SETS``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from .case import Case, Maps, Provider, Setting
 from .measure import measure
 from .records import load, markdown, save
 
-SETS = {"modulation": ("modulation",), "algebra": ("algebra",), "pix2pixhd": ("pix2pixhd",),
-        "ccfpse": ("ccfpse",), "evaluation": ("evaluation",), "training": ("training",),
-        "family": ("family",)}
-"""Set name -> the modules of this package whose ``CASES`` it runs."""
+SETS = {
+    "modulation": ("ops:MODULATION",), "algebra": ("networks:ALGEBRA",),
+    "pix2pixhd": ("ops:PIX2PIXHD", "networks:PIX2PIXHD"),
+    "ccfpse": ("ops:CCFPSE", "networks:CCFPSE"), "evaluation": ("evaluation:CASES",),
+    "training": ("training:CASES", "ops:SPECTRAL"), "family": ("networks:FAMILY",),
+}
+"""Set name -> the lists of this package whose cases it runs."""
 
 
 def cases(name: str, only: str = "") -> list[Case]:
@@ -25,13 +28,11 @@ def cases(name: str, only: str = "") -> list[Case]:
     """
     if name != "all" and name not in SETS:
         raise ValueError(f"set: expected one of {', '.join(SETS)}, all; got {name!r}")
-    modules = [m for key, value in SETS.items() if name in ("all", key) for m in value]
-    found = [
-        case
-        for module in dict.fromkeys(modules)
-        for case in importlib.import_module(f".{module}", __name__).CASES
-        if only in case.group
-    ]
+    found = []
+    for place in (p for key, places in SETS.items() if name in ("all", key) for p in places):
+        module, _, attribute = place.partition(":")
+        listed = getattr(importlib.import_module(f".{module}", __name__), attribute)
+        found += [case for case in listed if only in case.group]
     if not found:
         raise ValueError(f"only: no case of the set {name!r} contains {only!r}")
     return found

@@ -13,15 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from smis_kernels.testing import max_error
+
 from ..data.scenes import sample_scene
 from ..io import images
 from ..io.names import INSTANCES, map_files, match
+from ..networks.semantics import UNKNOWN
 
 Inputs = tuple[Any, ...]
+Run = Callable[..., Any]
 DIRECTIONS = ("forward", "backward", "step")
-
-
 DATA_SETS = ("coco", "cityscapes")
+COCO_CLASSES = 183
+_TINY = 16
 
 
 class Maps:
@@ -88,10 +92,48 @@ class Setting:
     """Measure the torch.compile providers too."""
     index: int = 0
     """Which map."""
+    seconds: float | None = None
+    """Measuring time in place of a case's own."""
+    tiny: bool = False
+    """A rehearsal: every size at its smallest, so that figures mean nothing."""
 
     def at(self, index: int) -> Setting:
         """The same with another map."""
         return replace(self, index=index)
+
+    def shape(self, *full: int) -> tuple[int, ...]:
+        """``full``; on a rehearsal no dimension is larger than 16."""
+        return tuple(min(n, _TINY) for n in full) if self.tiny else full
+
+    def pick(self, full: Any, tiny: Any) -> Any:
+        """``full``, or ``tiny`` on a rehearsal."""
+        return tiny if self.tiny else full
+
+    def draw(self, *shape: int, seed: int = 0) -> Tensor:
+        """Normal numbers in ``dtype``, drawn on the device."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+
+    def labels(self, kind: str, size: tuple[int, ...], classes: int, batch: int = 1) -> Tensor:
+        """(N, H, W): real classes where there are as many, else their ranks modulo the number."""
+        height, width = size
+        real, found = self.maps.folder is not None, []
+        for i in range(batch):
+            raw = self.maps.labels(kind, (height, width), 1 << 16 if real else classes,
+                                   self.index + i)
+            if classes == COCO_CLASSES:
+                raw[raw == UNKNOWN] = COCO_CLASSES - 1
+            if raw.max() >= classes:
+                raw = np.unique(raw, return_inverse=True)[1].reshape(raw.shape) % classes
+            found.append(torch.from_numpy(raw))
+        return torch.stack(found).to(self.device)
+
+    def instances(self, kind: str, size: tuple[int, ...], batch: int = 1) -> Tensor:
+        """(N, H, W) instance ids."""
+        height, width = size
+        found = [torch.from_numpy(self.maps.instances(kind, (height, width), self.index + i))
+                 for i in range(batch)]
+        return torch.stack(found).to(self.device)
 
 
 def unchanged(inputs: Inputs) -> Inputs:
@@ -124,30 +166,51 @@ def contiguous(inputs: Inputs) -> Inputs:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case: ``run(*prepare(inputs))``, compiled first where asked."""
+    """One way to compute a case: ``run(*prepare(inputs))``.
+
+    Attributes:
+        name: one of ``records.PROVIDERS``; further forms of ours begin with "fused".
+        run: the computation.
+        prepare: the form in which it gets the case's inputs.
+        compile: by torch.compile; where that fails, the others are measured all the same.
+        dtype: of the inputs in place of the setting's. The first provider of a dtype is the
+            yardstick of the others' errors.
+        moved: bytes in place of the case's, for a form that has less to read.
+        graph: on CUDA, replay it from a graph where the case can be captured.
+        judged: its error must be within the case's bound.
+    """
 
     name: str
-    run: Callable[..., Any]
+    run: Run
     prepare: Callable[[Inputs], Inputs] = unchanged
     compile: bool = False
+    dtype: torch.dtype | None = None
+    moved: Callable[[Inputs, Any], int] | None = None
+    graph: bool = True
+    judged: bool = True
+
+    @property
+    def ours(self) -> bool:
+        """Whether our kernels compute it."""
+        return self.name.startswith("fused")
 
 
-def providers(reference: Callable[..., Any], fused: Callable[..., Any], *,
-              prepare: Callable[[Inputs], Inputs] = unchanged,
-              compile: bool = True) -> tuple[Provider, ...]:
+def providers(reference: Run, fused: Run, *, prepare: Callable[[Inputs], Inputs] = unchanged,
+              loops: bool = False) -> tuple[Provider, ...]:
     """The reference as it is, at its best twice, and ours.
 
     Args:
         reference: the definition that the tests check.
         fused: ours.
         prepare: the layout in which ``reference``, ``compiled`` and ``fused`` get the inputs.
-        compile: False where torch.compile has nothing to fuse (loops over values).
+        loops: the reference loops over values, so that torch.compile has nothing to fuse and no
+            CUDA graph can be captured.
     """
     baselines = (
-        Provider("reference", reference, prepare),
-        Provider("channels_last", reference, channels_last),
+        Provider("reference", reference, prepare, graph=not loops),
+        Provider("channels_last", reference, channels_last, graph=not loops),
     )
-    compiled = (Provider("compiled", reference, prepare, compile=True),) if compile else ()
+    compiled = (Provider("compiled", reference, prepare, compile=True),) if not loops else ()
     return (*baselines, *compiled, Provider("fused", fused, prepare))
 
 
@@ -187,18 +250,18 @@ class Case:
     Attributes:
         name: "<op or model>/<case>".
         make_inputs: the arguments of the providers; floating ones in ``setting.dtype``.
-        providers: in the order reference, channels_last, compiled, fused.
+        providers: in the order reference, channels_last, compiled, fused, further forms.
         direction: "forward", "backward" or "step" (both), over the inputs in ``leaves``.
         leaves: positions of the inputs that get gradients.
         moved: bytes that any implementation must read and write, from inputs and outputs.
         macs: multiply-accumulates of the definition, given the inputs.
         memory_bound: report the share of the copy bandwidth.
-        targets: what the fused provider must reach: "reference" and "best" (times), "slowest"
-            (times, on the slowest map), "copy" (share), "scratch" (share of the output's bytes),
-            "memory" (share of the reference's peak).
-        factor, floor: error allowed against fp64, in the reference's own error and absolute;
-            ``floor`` None is four units in the last place.
-        seconds: measuring time to spend on the CPU.
+        targets: what must be reached, as :func:`.records.checks` reads it.
+        factor, floor: error allowed against fp64, in the yardstick's own error and absolute;
+            ``floor`` None is ``units`` in the last place.
+        error: the measure of an error: of the largest one (the default), or of the mean square
+            where chaos makes the largest one a lottery.
+        seconds: measuring time to spend.
         graphs: on CUDA, whether the case may be captured in a graph (no synchronisation inside).
         confirm: repeat peak memory as the resident size of fresh processes.
         every_map: ours runs on every map of the setting, the baselines on the first.
@@ -206,7 +269,9 @@ class Case:
         windows: V, U and pixels of the map in the inputs.
         bound: the work that remains at the least, from the inputs.
         counts: what the set's own table shows beside time, from the inputs.
-        single_precision_truth: judge by the reference in its own dtype (fp64 would not fit).
+        truth: computes what outputs are judged by from the inputs as they are (fp64 would not
+            fit); None: the reference on inputs in fp64.
+        sample: of the inputs, what the truth is computed of; as many of the outputs are judged.
     """
 
     name: str
@@ -220,6 +285,8 @@ class Case:
     targets: dict[str, float] = field(default_factory=dict)
     factor: float = 3.0
     floor: float | None = None
+    units: float = 4.0
+    error: Callable[[Tensor, Tensor], float] = max_error
     seconds: float = 4.0
     graphs: bool = True
     confirm: bool = False
@@ -228,7 +295,8 @@ class Case:
     windows: Callable[[Inputs], tuple[int, int, int]] | None = None
     bound: Callable[[Inputs], Remaining] | None = None
     counts: Callable[[Inputs], dict[str, int]] | None = None
-    single_precision_truth: bool = False
+    truth: Run | None = None
+    sample: Callable[[Inputs], Inputs] = unchanged
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median, quantiles
@@ -50,6 +50,8 @@ class Record:
     """Seconds that the remaining arithmetic and traffic take at the rates of the same run."""
     counts: dict[str, int] = field(default_factory=dict)
     """What the case counts beside time, such as parameters."""
+    graph: bool = False
+    """Replayed from a CUDA graph."""
     commit: str = field(default_factory=commit)
     """Of the source tree that ran."""
     versions: dict[str, str] = field(default_factory=versions)
@@ -130,15 +132,26 @@ def by_case(records: Sequence[Record]) -> dict[Key, dict[str, Record]]:
     return cases
 
 
-def speedup(rows: dict[str, Record], baseline: str = "reference", *,
-            slowest: bool = False) -> float | None:
-    """Fused over a baseline ("best": the fastest); None where a check against fp64 failed."""
-    names = [n for n in (_BASELINES if baseline == "best" else (baseline,)) if n in rows]
-    fused = rows.get("fused")
-    correct = [rows[n].median for n in names if rows[n].correct]
-    if fused is None or not fused.correct or not correct:
+def ours(records: Iterable[Record]) -> list[Record]:
+    """The records of our kernels, in whatever form."""
+    return [r for r in records if r.provider.startswith("fused")]
+
+
+def _fastest(rows: dict[str, Record], name: str) -> Record | None:
+    """The fastest right one of a provider's memory formats; "best" and "eager": of baselines."""
+    formats = {"best": _BASELINES, "eager": _BASELINES[:2]}.get(
+        name, (name, f"{name} channels_last"))
+    right = [rows[n] for n in formats if n in rows and rows[n].correct]
+    return min(right, key=lambda r: r.median, default=None)
+
+
+def speedup(rows: dict[str, Record], baseline: str = "reference", *, slowest: bool = False,
+            provider: str = "fused") -> float | None:
+    """Fused over a baseline; None where a check against fp64 failed."""
+    found, against = _fastest(rows, provider), _fastest(rows, baseline)
+    if found is None or against is None:
         return None
-    return min(correct) / (fused.slowest if slowest else fused.median)
+    return against.median / (found.slowest if slowest else found.median)
 
 
 def copy_share(record: Record) -> float:
@@ -146,37 +159,58 @@ def copy_share(record: Record) -> float:
     return record.bytes / record.median / record.copy_bandwidth
 
 
+def floor_share(record: Record) -> float | None:
+    """The bound's time, or that of a streaming op's bytes, as a share of the time it took."""
+    if record.bound is not None:
+        return record.bound / record.median
+    return copy_share(record) if record.memory_bound else None
+
+
 def scratch_share(record: Record) -> float:
     """Peak memory beyond the outputs, as a share of the outputs."""
     return max(0, record.peak_memory - record.output_bytes) / max(1, record.output_bytes)
 
 
-def checks(rows: dict[str, Record]) -> list[tuple[str, float | None, float, bool]]:
-    """(what, measured, target, reached) for each target of the case."""
-    fused = rows.get("fused")
-    if fused is None:
-        return []
-    found: list[tuple[str, float | None, float, bool]] = []
-    for what, target in fused.targets.items():
-        if what == "scratch":
-            value: float | None = scratch_share(fused)
-            reached = value is not None and value <= target
-        elif what == "memory":
-            value = fused.peak_memory / max(1, rows["reference"].peak_memory)
-            reached = value <= target
-        elif what == "copy":
-            value = copy_share(fused) if fused.correct else None
-            reached = value is not None and value >= target
-        else:
-            value = speedup(rows, "best" if what == "best" else "reference",
-                            slowest=what == "slowest")
-            reached = value is not None and value >= target
-        found.append((what, value, target, reached))
+Check = tuple[str, float | None, float, bool]
+
+
+def checks(rows: dict[str, Record]) -> list[Check]:
+    """(what, measured, target, reached) for each target of the case.
+
+    Targets are "[PROVIDER: ]WHAT": "copy" and "floor" are least shares of a copy's rate and of the
+    bound's, "scratch" a largest share of the output's bytes, "memory" and "memory PROVIDER" one of
+    another's peak, by default the reference's. Any other WHAT names what must be so many times
+    slower: a provider, "best" or "eager" for the fastest baselines, "slowest" for the reference
+    over the slowest map.
+    """
+    any_row = rows.get("fused") or next(iter(ours(rows.values())), None)
+    found: list[Check] = []
+    for target, wanted in {} if any_row is None else any_row.targets.items():
+        provider, _, what = target.rpartition(": ")
+        value = _figure(rows, provider or "fused", what)
+        most = what.startswith(("scratch", "memory"))
+        reached = value is not None and (value <= wanted if most else value >= wanted)
+        found.append((target, value, wanted, reached))
     return found
 
 
+def _figure(rows: dict[str, Record], provider: str, what: str) -> float | None:
+    kind, _, against = what.partition(" ")
+    if kind == "memory":
+        peaks = [min((rows[n].peak_memory for n in (name, f"{name} channels_last") if n in rows),
+                     default=None) for name in (provider, against or "reference")]
+        return None if None in peaks else peaks[0] / max(1, peaks[1])
+    if kind not in ("copy", "floor", "scratch"):
+        return speedup(rows, "reference" if what == "slowest" else what,
+                       slowest=what == "slowest", provider=provider)
+    found = _fastest(rows, provider)
+    if kind == "scratch":
+        return None if provider not in rows else scratch_share(rows[provider])
+    return None if found is None else copy_share(found) if kind == "copy" else floor_share(found)
+
+
 def duration(seconds: float) -> str:
-    """In s, ms or µs."""
+    """The time in s, ms or µs, as text."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -188,23 +222,27 @@ def times_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 
-def _check_text(what: str, value: float | None, target: float, reached: bool) -> str:
+def check_text(target: str, value: float | None, wanted: float, reached: bool) -> str:
+    """A target in words, its figure and whether it was reached."""
     sign = "reached" if reached else "MISSED"
-    times = {"reference": "reference", "best": "best baseline", "slowest": "reference, slowest map"}
-    if what in times:
-        return f">= {target:g}x {times[what]}: {times_text(value)} {sign}"
+    provider, _, what = target.rpartition(": ")
+    kind, _, against = what.partition(" ")
     share = "-" if value is None else f"{value:.1%}"
-    if what == "memory":
-        return f"peak <= {target:.0%} of reference: {share} {sign}"
-    if what == "copy":
-        return f">= {target:.0%} of copy: {share} {sign}"
-    return f"scratch <= {target:.0%} of output: {share} {sign}"
+    if kind == "memory":
+        text = f"peak <= {wanted:.0%} of {against or 'reference'}: {share}"
+    elif kind == "scratch":
+        text = f"scratch <= {wanted:.0%} of output: {share}"
+    elif kind in ("copy", "floor"):
+        text = f">= {wanted:.0%} of {kind}: {share}"
+    else:
+        names = {"best": "best baseline", "slowest": "reference, slowest map"}
+        text = f">= {wanted:g}x {names.get(what, what)}: {times_text(value)}"
+    return f"{provider + ': ' if provider else ''}{text} {sign}"
 
 
-def _provider_cell(rows: dict[str, Record], name: str) -> str:
-    if name not in rows:
+def _cell(record: Record | None) -> str:
+    if record is None:
         return "-"
-    record = rows[name]
     low, high = record.quartiles
     wrong = "" if record.correct else " WRONG"
     return f"{duration(record.median)} [{duration(low)}, {duration(high)}]{wrong}"
@@ -227,13 +265,62 @@ def table(records: Sequence[Record]) -> list[tuple[str, ...]]:
                 share = f"{copy_share(fused):.0%}"
         place = "" if (device, dtype) == ("cpu", "float32") else f" ({device}, {dtype})"
         lines.append((
-            group + place, *(_provider_cell(rows, name) for name in PROVIDERS),
+            group + place, *(_cell(rows.get(name)) for name in PROVIDERS),
             duration(fused.slowest) if fused is not None and fused.maps else "-",
             duration(fused.bound) if fused is not None and fused.bound else "-",
             times_text(speedup(rows)), times_text(speedup(rows, "best")), share, peak, error,
-            "; ".join(_check_text(*check) for check in checks(rows)) or "-",
+            "; ".join(check_text(*check) for check in checks(rows)) or "-",
         ))
     return lines
+
+
+FORMS = ("case", "provider", "median [quartiles]", "x reference", "of floor", "images/s", "peak MB",
+         "error", "")
+
+
+def forms(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """The rows of :data:`FORMS`: every provider of the cases that have more forms than columns."""
+    lines = []
+    for (group, *_), rows in by_case(records).items():
+        if set(rows) <= set(PROVIDERS) and not any(r.graph for r in rows.values()):
+            continue
+        first = next(iter(rows.values()))
+        for name, r in rows.items():
+            share = floor_share(r)
+            lines.append((
+                group, name, _cell(r), times_text(first.median / r.median if r.correct else None),
+                "-" if share is None else f"{share:.0%}", f"{r.shape[0] / r.median:.3g}",
+                f"{r.peak_memory / 1e6:.1f}", f"{r.max_rel_error:.1e}",
+                "CUDA graph" if r.graph else ""))
+    return lines
+
+
+SLOWER = LARGER = 1.1  # times the median (and outside both quartiles), times the peak memory
+
+
+def regressions(records: Sequence[Record], earlier: Sequence[Record]) -> dict[tuple[str, str], str]:
+    """(group, provider) -> what of ours is slower, larger or wrong where it was better before."""
+    def key(r: Record) -> tuple[str, ...]:
+        return r.group, r.provider, r.device, r.dtype, r.allocator
+
+    before, found = {key(r): r for r in ours(earlier)}, {}
+    for now in ours(records):
+        then = before.get(key(now))
+        if then is None:
+            continue
+        worse = []
+        if then.correct and not now.correct:
+            worse.append(f"wrong: error {then.max_rel_error:.1e} -> {now.max_rel_error:.1e}")
+        ratio = now.median / then.median
+        if ratio >= SLOWER and now.quartiles[0] > then.quartiles[1]:
+            worse.append(f"slower: {duration(then.median)} -> {duration(now.median)} "
+                         f"({ratio:.2f}x)")
+        if now.peak_memory > LARGER * then.peak_memory:
+            worse.append(f"more memory: {then.peak_memory / 1e6:.1f} -> "
+                         f"{now.peak_memory / 1e6:.1f} MB")
+        if worse:
+            found[now.group, now.provider] = "; ".join(worse)
+    return found
 
 
 SUMMARY = ("case", "reference", "fused", "x ref.", "x best", "of copy")
@@ -260,7 +347,8 @@ def target_lines(records: Sequence[Record]) -> list[str]:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |"
+                     for line in lines)
 
 
 def markdown(records: Sequence[Record]) -> str:
@@ -297,17 +385,20 @@ def markdown(records: Sequence[Record]) -> str:
                                   memory)]
     counted = [r for r in fused if r.windows]
     if counted:
-        lines = [
+        maps = [
             (r.group, name, str(v), str(u), f"{v / pixels:.1%}", f"{u / pixels:.1%}",
              duration(r.maps.get(name, r.median)))
             for r in counted for name, (v, u, pixels) in r.windows.items()
         ]
         parts += ["## Maps: distinct 3x3 (V) and 5x5 (U) windows at the full size",
                   markdown_table(("case", "map", "V", "U", "of pixels", "of pixels", "fused"),
-                                  lines)]
+                                  maps)]
+    lines = forms(reuse)
+    if lines:
+        parts += ["## Every provider", markdown_table(FORMS, lines)]
     if default:
         rows = [
-            (group, *(_provider_cell(case, n) for n in PROVIDERS), times_text(speedup(case)))
+            (group, *(_cell(case.get(n)) for n in PROVIDERS), times_text(speedup(case)))
             for (group, *_), case in by_case(default).items()
         ]
         parts += ["## Under the default allocator",
@@ -315,7 +406,7 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plots(records: Sequence[Record], folder: str | Path) -> list[Path]:
+def plots(records: Sequence[Record], folder: str | Path, prefix: str = "") -> list[Path]:
     """``times.png`` and ``memory.png`` in ``folder``, as shares of the reference."""
     import io
 
@@ -349,5 +440,5 @@ def plots(records: Sequence[Record], folder: str | Path) -> list[Path]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
         pyplot.close(figure)
-        written.append(write_atomically(Path(folder) / file, buffer.getvalue()))
+        written.append(write_atomically(Path(folder) / f"{prefix}{file}", buffer.getvalue()))
     return written

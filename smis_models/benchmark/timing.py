@@ -22,7 +22,6 @@ Call = Callable[[], Any]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _LEAST_SAMPLE = 2e-3
-_GRAPH_BELOW = 2e-4
 _GRAPH_SECONDS = 5e-3  # of the calls in a graph that replay_seconds times
 
 
@@ -126,16 +125,10 @@ def replay_seconds(call: Call, device: torch.device, rounds: int = 7) -> float:
     return median(cuda_seconds(replay, 1) for _ in range(rounds)) / repeats
 
 
-def launch_bound(call: Call) -> bool:
-    """Whether a CUDA call is so short that launching it is what takes the time."""
-    call()
-    return cuda_seconds(call, 10) < _GRAPH_BELOW
-
-
 def rotations(bytes_per_call: int, device: torch.device) -> int:
     """How many copies of the inputs outgrow twice the L2 cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(64, max(2, math.ceil(2 * cache / max(1, bytes_per_call))))
+    return min(64, max(1, math.ceil(2 * cache / max(1, bytes_per_call))))
 
 
 def copy_call(like: Tensor) -> Call:
@@ -152,20 +145,35 @@ def copy_call(like: Tensor) -> Call:
     return lambda: out.copy_(source)
 
 
-CONV_MACS = 256 * 256 * 9 * 64 * 64
+def matrix_call(device: torch.device, dtype: torch.dtype, size: int = 8192) -> Call:
+    """A square matrix product of random numbers (zeros run faster)."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn((size, size), generator=generator, device=device).to(dtype)
+            for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
 
 
-def conv_call(device: torch.device, dtype: torch.dtype) -> Call:
-    """A 3x3 conv of 256 channels at 64², channels-last: the rate that convs can reach."""
-    layout = torch.channels_last
-    x, weight = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout)
-                 for shape in ((1, 256, 64, 64), (256, 256, 3, 3)))
+def conv_call(device: torch.device, dtype: torch.dtype, channels: int = 256, size: int = 64,
+              batch: int = 1) -> Call:
+    """A 3x3 conv of as many outputs, channels-last."""
+    x, weight = (
+        torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        for shape in ((batch, channels, size, size), (channels, channels, 3, 3)))
 
     def call() -> Tensor:
         with torch.no_grad():
             return torch.nn.functional.conv2d(x, weight, padding=1)
 
     return call
+
+
+def rate_call(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> tuple[Call, int]:
+    """What multiplies at the best rate, and its multiply-adds: a conv; on CUDA a product."""
+    if device.type == "cuda":
+        return matrix_call(device, dtype), 8192**3
+    channels, size = (16, 8) if tiny else (256, 64)
+    return conv_call(device, dtype, channels, size), 9 * channels**2 * size**2
 
 
 def peak_allocated(call: Call, device: torch.device) -> int:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from smis_kernels import spectral_weight, use_backend
-from smis_kernels.ops.spectral_weight import reference
+from smis_kernels import use_backend
 
-from ..data import Batch, Collate, Sample, SceneDataset
+from ..data import Collate, Sample, SceneDataset
 from ..families import with_options
 from ..networks.semantics import semantics
 from ..training import TrainConfig, Trainer, recipe
 from ..training.batches import MicroBatch
-from .case import Case, Inputs, Provider, Setting, nbytes
+from .case import Case, Inputs, Provider, Run, Setting
+from .networks import kind_of, tiny_options
 
 SIZE = (128, 128)
 BATCH = 2
@@ -29,34 +29,35 @@ BATCH = 2
 class _MapScenes(SceneDataset):
     """The setting's maps under random pictures."""
 
-    def __init__(self, setting: Setting, kind: str, classes: int, edges: bool) -> None:
-        self.maps, self.kind, self.edges = setting.maps, kind, edges
-        self.classes, self.size, self.seed = classes, SIZE, 0
+    def __init__(self, setting: Setting, kind: str, preset: Any) -> None:
+        self.setting, self.kind, self.edges = setting, kind, preset.instance_edge
+        self.classes, self.size, self.seed = preset.classes, preset.image_size, 0
 
     def __len__(self) -> int:
-        return self.maps.count
+        return self.setting.maps.count
 
     def sample(self, index: int, r: Any) -> Sample:
-        labels = torch.from_numpy(self.maps.labels(self.kind, SIZE, self.classes, index))
-        noise = torch.rand((3, *SIZE), generator=torch.Generator().manual_seed(index))
-        sample: Sample = {"labels": labels, "image": noise * 2 - 1, "name": str(index)}
+        place = self.setting.at(index)
+        noise = torch.rand((3, *self.size), generator=torch.Generator().manual_seed(index))
+        sample: Sample = {"labels": place.labels(self.kind, self.size, self.classes)[0],
+                          "image": noise * 2 - 1, "name": str(index)}
         if self.edges:
-            ids = self.maps.instances(self.kind, SIZE, index)
-            sample["instances"] = torch.from_numpy(ids).int()
+            sample["instances"] = place.instances(self.kind, self.size)[0].int()
         return sample
 
 
-def _config(name: str) -> TrainConfig:
+def _config(name: str, setting: Setting) -> TrainConfig:
     """The published recipe at 128x128, without the perceptual term and with rates of zero.
 
     So the weights stay as they are and every call computes the same, Adam's pass included.
     """
     config = recipe(name)
-    rates = replace(config.optimizer, generator=0.0, discriminator=0.0)
-    network = with_options(config.network, {"image_size": SIZE, "upsampling": "normal"}, name)
+    options = {**(tiny_options(name) if setting.tiny else {}), "image_size": SIZE,
+               "upsampling": "normal"}
     return replace(
-        config, network=network,
-        optimizer=rates, losses=replace(config.losses, perceptual=0.0), init_gain=1.0,
+        config, network=with_options(config.network, options, name), init_gain=1.0,
+        optimizer=replace(config.optimizer, generator=0.0, discriminator=0.0),
+        losses=replace(config.losses, perceptual=0.0),
     )
 
 
@@ -101,7 +102,7 @@ def _fused(trainer: Trainer, samples: list[Sample], *_: Any) -> Tensor:
     return _outcome(trainer, _micro(Collate(trainer.model.preset)(samples)))
 
 
-def _micro(batch: Batch) -> MicroBatch:
+def _micro(batch: Any) -> MicroBatch:
     return MicroBatch.of(batch, torch.device("cpu"))
 
 
@@ -114,57 +115,41 @@ def _channels_last(inputs: Inputs) -> Inputs:
     return twin, samples, *rest
 
 
-def _make_inputs(setting: Setting, name: str, kind: str) -> Inputs:
-    """A trainer with published widths, samples, an endless loader with a worker, and a picture."""
-    config = _config(name)
+def _make_inputs(name: str, setting: Setting) -> Inputs:
+    """A trainer with published widths, samples, a loader's endless batches, and a picture."""
+    config = _config(name, setting)
     trainer = Trainer(config)
     settle(trainer.model)
-    preset = config.network
-    scenes = _MapScenes(setting, kind, preset.classes, preset.instance_edge)
-    samples = [scenes[i % len(scenes)] for i in range(BATCH)]
-    order = itertools.cycle([[i % len(scenes) for i in range(BATCH)]])
-    loader = DataLoader(scenes, batch_sampler=_Endless(order), num_workers=1,
-                        collate_fn=Collate(preset))
-    return trainer, samples, _Stream(loader), samples[0]["image"]
+    scenes = _MapScenes(setting, kind_of(name), config.network)
+    order = [i % len(scenes) for i in range(BATCH)]
+    samples = [scenes[i] for i in order]
+    loader = DataLoader(scenes, batch_sampler=itertools.repeat(order), num_workers=1,
+                        collate_fn=Collate(config.network))
+    return trainer, samples, _batches(loader), samples[0]["image"]
 
 
-class _Endless:
-    """A batch sampler over an iterator."""
-
-    def __init__(self, batches: Iterator[list[int]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._batches
+def _batches(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
+    """A generator, so that the worker starts with the first batch."""
+    yield from map(_micro, loader)
 
 
-class _Stream:
-    """The loader's batches, its worker started with the first."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-        self._iterator: Iterator[Batch] | None = None
-
-    def next(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = iter(self._loader)
-        return next(self._iterator)
-
-
-def _step_case(name: str, kind: str) -> Case:
-    """Both updates of one step from labels and pictures; the layout is compiled in the call."""
+def _case(name: str, case: str, providers: tuple[Provider, ...], truth: Run, seconds: float,
+          target: float) -> Case:
     return Case(
-        name=f"{name}/training_step_128_batch2", make_inputs=partial(_make_inputs, name=name,
-                                                                     kind=kind),
-        providers=(Provider("reference", _reference),
-                   Provider("channels_last", _reference, _channels_last),
-                   Provider("fused", _fused)),
-        memory_bound=False, floor=1e-2, seconds=60.0, targets={"reference": 1.8},
-        single_precision_truth=True, graphs=False,
+        name=f"{name}/{case}_128_batch2", make_inputs=partial(_make_inputs, name),
+        providers=providers, memory_bound=False, floor=1e-2, seconds=seconds,
+        targets={"reference": target}, truth=truth, graphs=False,
     )
 
 
-def _loop_case(name: str, kind: str) -> Case:
+def _step_case(name: str) -> Case:
+    """Both updates of one step from labels and pictures; the layout is compiled in the call."""
+    return _case(name, "training_step", (
+        Provider("reference", _reference), Provider("channels_last", _reference, _channels_last),
+        Provider("fused", _fused)), _reference, 60.0, 1.8)
+
+
+def _loop_case(name: str) -> Case:
     """What loading costs: our step on a batch at hand (``reference``) and on the loader's next.
 
     The loader's one worker reads the maps and compiles the layout meanwhile, on the same cores.
@@ -177,41 +162,13 @@ def _loop_case(name: str, kind: str) -> Case:
             kept[id(samples)] = _micro(Collate(trainer.model.preset)(samples))
         return _outcome(trainer, kept[id(samples)])
 
-    def loaded(trainer: Trainer, samples: list[Sample], stream: _Stream, *_: Any) -> Tensor:
-        return _outcome(trainer, _micro(stream.next()))
+    def loaded(trainer: Trainer, _: Any, batches: Iterator[MicroBatch], *__: Any) -> Tensor:
+        return _outcome(trainer, next(batches))
 
-    return Case(
-        name=f"{name}/training_with_loader_128_batch2",
-        make_inputs=partial(_make_inputs, name=name, kind=kind),
-        providers=(Provider("reference", at_hand), Provider("fused", loaded)),
-        memory_bound=False, floor=1e-2, seconds=30.0, targets={"reference": 0.95},
-        single_precision_truth=True, graphs=False,
-    )
+    return _case(name, "training_with_loader", (
+        Provider("reference", at_hand), Provider("fused", loaded)), at_hand, 30.0, 0.95)
 
 
-def _spectral_case() -> Case:
-    """The weight of one of SPADE's widest convs: forward and backward.
-
-    Floor: the weight for its singular value, for the division and for the product with its
-    gradient, the gradient twice, both results once.
-    """
-
-    def make_inputs(setting: Setting) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn((1024, 1024, 3, 3), generator=generator)
-        u, v = (torch.rand(n, generator=generator) / n for n in (1024, 9216))
-        return weight, u, v
-
-    return Case(
-        name="spectral_weight/1024x1024x3x3", direction="step", make_inputs=make_inputs,
-        leaves=(0,), moved=lambda inputs, outputs: 7 * nbytes(inputs[0]),
-        providers=(Provider("reference", reference.spectral_weight),
-                   Provider("compiled", reference.spectral_weight, compile=True),
-                   Provider("fused", spectral_weight)),
-    )
-
-
-_MODELS = {"groupdnet_deepfashion": "person", "spade_coco": "street"}
-CASES: list[Case] = [make(name, kind) for name, kind in _MODELS.items()
-                     for make in (_step_case, _loop_case)] + [_spectral_case()]
+CASES: list[Case] = [make(name) for name in ("groupdnet_deepfashion", "spade_coco")
+                     for make in (_step_case, _loop_case)]
 """CPU only: the step's modules and batches live there."""

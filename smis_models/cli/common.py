@@ -97,7 +97,7 @@ def progress(total: int | None) -> Iterator[Any]:
 
 
 def selected(backend: str | None) -> AbstractContextManager[None]:
-    """Without an option SMIS_BACKEND decides."""
+    """The backend that was chosen; without an option SMIS_BACKEND decides."""
     return nullcontext() if backend is None else use_backend(backend)
 
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .. import benchmark as harness
-from ..benchmark.family import COLUMNS as FAMILY
-from ..benchmark.family import family_table
 from ..benchmark.measure import resident_peak, under_default_allocator
+from ..benchmark.networks import FAMILY_COLUMNS as FAMILY
+from ..benchmark.networks import family_table
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
 from ..io.images import write_atomically
 from .common import Device, Out, app, console, progress, resolve_device

@@ -18,6 +18,7 @@ import smis_kernels
 from smis_kernels import class_crops, explain, instance_edges, use_backend
 
 from ..benchmark.timing import interleave
+from ..families import shipped_weights
 from ..io.images import Picture, data_uri, grid, to_pictures, write_atomically, write_png
 from ..io.provenance import processor
 from ..synthesis.codes import code_parts, draw_code, interpolate, resample_class
@@ -25,6 +26,7 @@ from ..synthesis.scene import Scene, semantics
 from ..synthesis.synthesizer import Synthesizer
 
 Step = Callable[[str], None]
+SHOWN = 256  # pixels of the page: smaller pictures are enlarged by a whole number
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,16 @@ class _ConvClock:
         self._start = 0.0
         self.seconds = 0.0
 
-    def _now(self) -> float:
+    def now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
     def _before(self, *_: Any) -> None:
-        self._start = self._now()
+        self._start = self.now()
 
     def _after(self, *_: Any) -> None:
-        self.seconds += self._now() - self._start
+        self.seconds += self.now() - self._start
 
     @contextmanager
     def on(self, convs: Sequence[nn.Module]) -> Iterator[None]:
@@ -101,27 +103,27 @@ def speed(model: Any, scene: Scene, z: Tensor, seconds: float = 8.0,
           step: Step = lambda what: None) -> list[Stage]:
     """Time each stage by the reference and fused, interleaved in one run; medians.
 
-    The generator's main convs are timed inside its forward; "modulation" is the remainder:
-    the convs that predict gamma and beta, the modulation, and the upsampling folded into it.
+    Each is the call that applications make. The generator's main convs are timed inside its
+    forward; "modulation" is the remainder of the same forward: the convs that predict gamma and
+    beta, the modulation, and the upsampling folded into it.
     """
     planes = semantics(model, scene)
     labels = torch.from_numpy(scene.labels)[None].to(planes.device)
     device = planes.device
     image = model.generator(planes, z)
-    crops = class_crops(image, labels, model.preset.classes, size=model.preset.image_size)
     clock = _ConvClock(device)
-    convs: dict[str, list[float]] = {"reference": [], "auto": []}
+    spent: dict[str, list[tuple[float, float]]] = {"reference": [], "auto": []}
 
     def generate(backend: str) -> Tensor:
-        clock.seconds = 0.0
+        clock.seconds, start = 0.0, clock.now()
         out: Tensor = model.generator(planes, z)
-        convs[backend].append(clock.seconds)
+        spent[backend].append((clock.seconds, clock.now() - start - clock.seconds))
         return out
 
     parts: dict[str, Callable[[str], Any]] = {
         "class crops": lambda backend: class_crops(
             image, labels, model.preset.classes, size=model.preset.image_size),
-        "encoder": lambda backend: model.encoder(crops),
+        "encoder": lambda backend: model.encoder.encode(image, labels),
         "generator": generate,
     }
 
@@ -139,12 +141,13 @@ def speed(model: Any, scene: Scene, z: Tensor, seconds: float = 8.0,
         with clock.on(_main_convs(model.generator)):
             times = interleave(calls, seconds / len(parts), device=device)
         medians.update({(part, b): statistics.median(t) for b, t in times.items()})
-    for backend, spent in convs.items():
-        main = statistics.median(spent)
-        medians["main convs", backend] = main
-        medians["modulation", backend] = max(medians["generator", backend] - main, 1e-9)
+    for backend, calls_of in spent.items():
+        warm = calls_of[2:]  # interleave's first calls are not timed
+        for stage, seconds_of in zip(("main convs", "modulation"), zip(*warm, strict=True),
+                                     strict=True):
+            medians[stage, backend] = statistics.median(seconds_of)
     named = {
-        "class crops": "class crops (encoder input)", "encoder": "encoder convs",
+        "class crops": "class crops (encoder input)", "encoder": "encoder, crops included",
         "modulation": "modulation (with its convs)", "main convs": "main convs",
         "generator": "generator, whole",
     }
@@ -194,9 +197,35 @@ def forwards(scenes: int, samples: int) -> int:
     return scenes * (samples + max(1, samples - 1) + samples - 1 + (samples == 1))
 
 
+_COMMANDS = {
+    "Paint layouts of your own, or these landscapes again": """\
+smis scenes data --count 16 --held-out 4
+smis synthesize {network} --labels data/val/labels --samples 3 --out pictures""",
+    "Edit: one class anew, from one code to another, another map": """\
+smis resample {network} --labels data/val/labels/val_000000.png --class 0 --out resampled
+smis morph {network} --labels data/val/labels/val_000000.png --steps 8 --out morphed
+smis edit {network} --labels data/val/labels/val_000000.png --relabel 5=4 --out edited""",
+    "Train": "smis train groupdnet_scenes_codes --data.count 64 --schedule.epochs 1 --out run",
+}
+_PYTHON = {
+    "Make a network of yours faster": """\
+from smis_kernels import accelerate
+
+print(accelerate(model))  # same weights, same pictures; says what was replaced, and why not""",
+}
+
+
+def next_steps(model: str) -> dict[str, str]:
+    """What to try next, by what it is for; of a model that does not ship with its checkpoint."""
+    network = f"--model {model}"
+    if shipped_weights(model) is None:
+        network += " --checkpoint FILE"
+    return {what: text.format(network=network) for what, text in _COMMANDS.items()} | _PYTHON
+
+
 def page(demo_strips: Sequence[tuple[Scene, tuple[Strip, ...]]], stages: Sequence[Stage],
-         facts: dict[str, str], random_weights: bool, unfused: bool) -> str:
-    """The self-contained HTML page."""
+         facts: dict[str, str], model: str, random_weights: bool, unfused: bool) -> str:
+    """The self-contained HTML page: pictures, what the kernels do here, what to try next."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("smis_models.demo", ""), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -204,8 +233,9 @@ def page(demo_strips: Sequence[tuple[Scene, tuple[Strip, ...]]], stages: Sequenc
     environment.filters["data_uri"] = data_uri
     return environment.get_template("page.html").render(
         scenes=demo_strips, stages=stages, facts=facts, random_weights=random_weights,
-        unfused=unfused,
-        longest=max((max(s.reference, s.fused) for s in stages), default=1.0),
+        unfused=unfused, whole=stages[-1], shown=SHOWN, model=model,
+        next_steps=next_steps(model).items(),
+        longest=max(max(s.reference, s.fused) for s in stages),
     )
 
 
@@ -238,11 +268,11 @@ def run(model: Any, scenes: Sequence[Scene], out: str | Path, *, samples: int = 
     ]
     height, columns = model.preset.image_size
     facts = {
-        "model": f"{model.name}, {width}, {height} x {columns}",
+        "model": f"{width}, {height} x {columns}",
         "machine": f"{processor()}, {torch.get_num_threads()} threads"
         if device.type == "cpu" else torch.cuda.get_device_name(device),
         "versions": f"smis_kernels {smis_kernels.__version__}, torch {torch.__version__}",
     }
-    html = page(made, stages, facts, random_weights, fused == "reference")
+    html = page(made, stages, facts, model.name, random_weights, fused == "reference")
     files.insert(0, write_atomically(folder / "index.html", html.encode()))
     return Demo(tuple(made), tuple(stages), fused, tuple(files))

@@ -41,15 +41,15 @@ from .bicyclegan import (
     DSCGAN,
     UNetPreset,
 )
-from .configuration import Configuration
 from .models import (
+    Configuration,
     SynthesisModel,
     configured_preset,
     create_model,
     shipped_weights,
     stored_configuration,
 )
-from .registry import MODELS, PARTS, ModelInfo, entry, list_models, network_parts
+from .registry import MODELS, PARTS, RECIPES, ModelInfo, entry, list_models, network_parts
 # isort: on
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "PIX2PIXHD_CITYSCAPES",
     "PIX2PIXHD_CITYSCAPES_1024",
     "PIX2PIXHD_CITYSCAPES_FEATURES",
+    "RECIPES",
     "SCENES",
     "SPADE_ADE20K",
     "SPADE_CELEBAMASK",

@@ -27,7 +27,7 @@ from ..networks.blocks import check_maps, conv, fast_format
 from ..networks.generator import WIDTHS, CodeGenerator
 from ..networks.losses import feature_matching_loss
 from ..networks.preset import CodePreset
-from .registry import network, register_model
+from .registry import hinge_recipe, network, register_model
 from .spade import SPADEEncoder
 
 
@@ -48,18 +48,21 @@ CCFPSE_COCO = register_model(
     CCFPSEPreset(
         classes=183, image_size=(256, 256), ngf=64, instance_edge=True, dont_care=182,
     ),
+    hinge_recipe("coco_stuff", batch=16, epochs=100, decay=100, kl_devices=16, matching=20.0),
 )
 CCFPSE_ADE20K = register_model(
     "ccfpse_ade20k", "CC-FPSE for ADE20K: 151 classes, 256x256",
     CCFPSEPreset(
         classes=151, image_size=(256, 256), ngf=64, dont_care=150, unlabelled=0,
     ),
+    hinge_recipe("ade20k", batch=16, epochs=100, decay=100, kl_devices=16, matching=20.0),
 )
 CCFPSE_CITYSCAPES = register_model(
     "ccfpse_cityscapes", "CC-FPSE for Cityscapes: 35 classes and instance edges, 256x512",
     CCFPSEPreset(
         classes=35, image_size=(256, 512), ngf=64, instance_edge=True, upsampling="more",
     ),
+    hinge_recipe("cityscapes", batch=16, epochs=100, decay=100, kl_devices=16, matching=20.0),
 )
 
 network("encoder", CCFPSEPreset)(SPADEEncoder)  # as published: SPADE's

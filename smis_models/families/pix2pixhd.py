@@ -15,10 +15,10 @@ from smis_kernels import InstanceNormAct2d, LabelLayout, WinogradConv2d, instanc
 from smis_kernels.interface import prepare_map
 
 from ..networks import tiled_inference
-from ..networks.blocks import check_maps, fast_format
+from ..networks.blocks import check_maps, check_semantics, fast_format
 from ..networks.losses import feature_matching_loss, gan_loss
 from ..networks.preset import Preset
-from .registry import network, register_model
+from .registry import ADAM_OF_PIX2PIX, Recipe, network, register_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +64,28 @@ class Pix2pixHDPreset(Preset):
         return self.semantic_channels + (self.feature_channels if self.features else 0)
 
 
+def _recipe(epochs: int = 100, decay: int = 100, freeze: int = 0) -> Recipe:
+    """Least squares summed over the scales; ``freeze``: epochs of the enhancers alone."""
+    return {
+        "data": {"name": "cityscapes", "batch": 1},
+        "losses": {"gan": "ls", "scales": "sum", "discriminator": 0.5, "kl": 0.0},
+        "optimizer": ADAM_OF_PIX2PIX,
+        "schedule": {"epochs": epochs, "decay_epochs": decay, "freeze_global_epochs": freeze},
+    }
+
+
 PIX2PIXHD_CITYSCAPES = register_model(
     "pix2pixhd_cityscapes",
     "pix2pixHD for Cityscapes, global generator: 35 classes and instance edges, 512x1024",
     Pix2pixHDPreset(
         classes=35, image_size=(512, 1024), ngf=64, instance_edge=True,
     ),
+    _recipe(),
 )
 PIX2PIXHD_CITYSCAPES_FEATURES = register_model(
     "pix2pixhd_cityscapes_features",
     "pix2pixHD for Cityscapes, global generator with instance features, 512x1024",
-    replace(PIX2PIXHD_CITYSCAPES, features=True),
+    replace(PIX2PIXHD_CITYSCAPES, features=True), _recipe(),
 )
 PIX2PIXHD_CITYSCAPES_1024 = register_model(
     "pix2pixhd_cityscapes_1024",
@@ -82,6 +93,7 @@ PIX2PIXHD_CITYSCAPES_1024 = register_model(
     replace(
         PIX2PIXHD_CITYSCAPES, image_size=(1024, 2048), ngf=32, enhancers=1, discriminator_scales=3,
     ),
+    _recipe(epochs=50, decay=50, freeze=10),
 )
 
 
@@ -181,8 +193,7 @@ class _Generator(nn.Module):
               features: Tensor | None) -> Tensor | LabelLayout:
         """Semantics and, where the preset has them, features: (N, input_channels, H, W)."""
         preset = self.preset
-        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-                   + (" and the edge plane" if preset.instance_edge else ""))
+        check_semantics(semantics, preset)
         _check_size("semantics", semantics, preset.size_step)
         if not preset.features:
             if features is not None:
@@ -271,13 +282,7 @@ class LocalEnhancer(_Generator):
     Args:
         preset: options; ``ngf`` is the width at full resolution, ``enhancers`` their number.
 
-    Shapes: as :class:`GlobalGenerator`; H and W multiples of 16·2^enhancers.
-
-    Raises:
-        ValueError: another rank, channel count or size.
-
-    Paper: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with Conditional
-    GANs", CVPR 2018, section 3.1.
+    Shapes, errors and paper: as :class:`GlobalGenerator`; H and W multiples of 16·2^enhancers.
 
     Example:
         >>> from smis_models import create_model
@@ -462,7 +467,7 @@ class Pix2pixHDLosses(NamedTuple):
 
     @property
     def generator(self) -> Tensor:
-        """Without the perceptual loss, whose published weight is that of feature matching: 10."""
+        """The sum of both, without the perceptual loss, whose published weight is 10 too."""
         return self.gan + self.feature_matching
 
     @property

@@ -1,8 +1,8 @@
-"""Where the families enter their networks and models, each in its own file."""
+"""Where the families enter their networks, models and recipes, each in its own file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -16,6 +16,9 @@ from ..networks.preset import Preset
 PARTS = ("generator", "encoder", "discriminator")
 
 Maker = Callable[[Any], nn.Module]
+Recipe = Mapping[str, Any]
+"""Options of :class:`smis_models.training.TrainConfig` that are not its defaults, by group."""
+
 M = TypeVar("M", bound=Maker)
 P = TypeVar("P", bound=Preset)
 
@@ -29,6 +32,8 @@ class Entry:
 
 
 MODELS: dict[str, Entry] = {}
+RECIPES: dict[str, tuple[str, Recipe]] = {}
+"""What `smis train NAME` starts from: the model that it trains, and how."""
 _NETWORKS: dict[type[Preset], dict[str, Maker]] = {}
 
 
@@ -55,12 +60,37 @@ def network(part: str, preset: type[Preset]) -> Callable[[M], M]:
     return enter
 
 
-def register_model(name: str, description: str, preset: P) -> P:
-    """Enter a model under ``name``; returns its published options."""
+def register_model(name: str, description: str, preset: P, recipe: Recipe) -> P:
+    """Enter a model and its training recipe under ``name``; returns its published options."""
     if name in MODELS:
         raise ValueError(f"name: {name!r} is registered already")
     MODELS[name] = Entry(description, preset)
+    RECIPES[name] = name, recipe
     return preset
+
+
+def hinge_recipe(data: str, batch: int, epochs: int, decay: int, *, kl_devices: int | None = None,
+                 matching: float = 10.0) -> Recipe:
+    """The training of SPADE, GroupDNet and CC-FPSE: hinge loss, two rates (TTUR).
+
+    Args:
+        data: the data set.
+        batch: images of a step.
+        epochs, decay: with constant and with falling learning rates.
+        kl_devices: the published number of devices, where there is an encoder: the published code
+            sums the KL of each device's images and takes the devices' mean.
+        matching: weight of feature matching.
+    """
+    return {
+        "data": {"name": data, "batch": batch},
+        "losses": {"kl": 0.05 / kl_devices if kl_devices else 0.0, "feature_matching": matching},
+        "schedule": {"epochs": epochs, "decay_epochs": decay},
+    }
+
+
+ADAM_OF_PIX2PIX: Recipe = {"generator": 2e-4, "discriminator": 2e-4, "betas": (0.5, 0.999),
+                           "reuse_fake": True}
+"""The optimizer of pix2pixHD and BicycleGAN."""
 
 
 def network_parts(preset: Preset) -> dict[str, Maker]:

@@ -72,7 +72,7 @@ def _pair_means(distance: Distance, features: Features, pairs: Sequence[tuple[in
 
 def area_distances(pictures: Tensor, masks: Sequence[Tensor], distance: Distance,
                    pairs: Sequence[tuple[int, int]], mask_mode: str) -> list[tuple[float, float]]:
-    """For each mask the mean distance of the pairs inside and outside of it.
+    """The mean distance of the pairs inside and outside of each mask.
 
     Args:
         pictures: (N, 3, H, W) in [-1, 1].
@@ -209,7 +209,7 @@ def diversities(model: Any, scenes: Sequence[Scene], distances: Sequence[Distanc
                 protocol: DiversityProtocol | None = None, *, seed: int = 0,
                 step: Callable[[str], None] = lambda what: None,
                 batch: int = BATCH) -> list[Diversity]:
-    """As :func:`diversity`, by each of several distances, from the same pictures."""
+    """What :func:`diversity` measures, by each of several distances, from the same pictures."""
     protocol = DiversityProtocol() if protocol is None else protocol
     meter = DiversityMeter(model, distances, protocol, len(scenes), seed=seed, step=step,
                            batch=batch)

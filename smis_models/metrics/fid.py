@@ -137,7 +137,7 @@ class Inception:
 
 
 def fid_of_features(real: Tensor, fake: Tensor) -> dict[str, Any]:
-    """As :func:`fid`, of features (N, F) that were extracted before."""
+    """What :func:`fid` measures, of features (N, F) that were extracted before."""
     reference, made = (FeatureStatistics.of(x.float().cpu().numpy()) for x in (real, fake))
     result: dict[str, Any] = {"fid": frechet_distance(reference, made), "real": reference.count,
                               "fake": made.count}

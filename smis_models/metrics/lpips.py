@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..io.checkpoint import CheckpointError, read_checkpoint
 from ..io.files import file_hash, published_hash
 from ..io.images import check_pictures
-from ..networks.trunks import Layer, build_trunk, trunk_state, vgg_layers
+from ..networks.trunks import Layer, build_trunk, tapped, trunk_state, vgg_layers
 from .distance import Distance, Features, PixelDistance
 
 _ALEX: tuple[Layer, ...] = (
@@ -196,12 +196,8 @@ class LPIPS(Distance):
     def features(self, pictures: Tensor) -> Features:
         check_pictures(pictures, self.trunk.smallest)
         x = (pictures.to(self.shift) - self.shift) / self.scale
-        found = []
-        for i, layer in enumerate(self.network):
-            x = layer(x)
-            if i in self.trunk.taps:
-                found.append(x / (x.square().sum(1, keepdim=True).sqrt() + _EPS))
-        return found
+        return [f / (f.square().sum(1, keepdim=True).sqrt() + _EPS)
+                for f in tapped(self.network, x, self.trunk.taps)]
 
     def maps(self, a: Features, b: Features) -> list[Tensor]:
         return [

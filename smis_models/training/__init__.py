@@ -2,8 +2,7 @@
 
 from .checkpoints import continued
 from .config import DataConfig, LogConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from .options import from_dict, load_config, recipe, to_json
-from .recipes import RECIPES
+from .options import RECIPES, from_dict, load_config, recipe, to_json
 from .run import Outcome, Progress, Run, train
 from .trainer import NonFiniteLoss, Trainer
 

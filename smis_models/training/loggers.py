@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ class Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what fetches a batch."""
+        """Count the time inside, in which a batch is fetched, as waiting."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
@@ -158,25 +158,3 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
-
-
-class Loggers:
-    """All loggers as one."""
-
-    def __init__(self, loggers: Sequence[Logger]) -> None:
-        self._loggers = loggers
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One point on the curve of each value."""
-        for logger in self._loggers:
-            logger.scalars(values, step)
-
-    def picture(self, name: str, picture: Picture, step: int) -> None:
-        """One (H, W, 3) picture."""
-        for logger in self._loggers:
-            logger.picture(name, picture, step)
-
-    def close(self) -> None:
-        """Write what is pending."""
-        for logger in self._loggers:
-            logger.close()

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from .. import families
 from ..families import Preset, create_model
 from .config import TrainConfig
-from .recipes import RECIPES
 
 _FILES = (".yaml", ".yml", ".json")
+
+
+def _config(name: str) -> TrainConfig:
+    model, options = families.RECIPES[name]
+    hints = get_type_hints(TrainConfig)
+    groups = {key: hints[key](**value) if isinstance(value, Mapping) else value
+              for key, value in options.items()}
+    return TrainConfig(model=model, network=families.entry(model).preset, **groups)
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    name: partial(_config, name) for name in families.RECIPES}
+"""Name -> its configuration: what `smis train NAME` starts from."""
 
 
 def _parser(network: type[Preset]) -> Any:

@@ -35,7 +35,7 @@ from .checkpoints import (
 )
 from .config import TrainConfig
 from .distributed import Processes, process_group
-from .loggers import Clock, Logger, Loggers, LossTable, TensorBoard, WandB, memory
+from .loggers import Clock, Logger, LossTable, TensorBoard, WandB, memory
 from .objective import objective
 from .options import to_dict, to_json
 from .trainer import NonFiniteLoss, Trainer
@@ -135,7 +135,7 @@ class Run:
             remove_partial(self.folder / "grids", "*.png")
             write_atomically(self.folder / CONFIG, to_json(config).encode())
             self._table = LossTable(self.folder / LOSSES, self.trainer.step_count)
-            self._loggers = Loggers(self._open_loggers())
+            self._loggers = self._open_loggers()
 
     def _open_loggers(self) -> list[Logger]:
         log, step = self.config.log, self.trainer.step_count
@@ -191,7 +191,8 @@ class Run:
         finally:
             self.batches.close(self.trainer.step_count, self.place)
             if self.processes.first:
-                self._loggers.close()
+                for logger in self._loggers:
+                    logger.close()
         return Outcome(self.trainer.step_count, self.steps, self.folder)
 
     def _train(self, report: Callable[[Progress], None], minutes: float | None,
@@ -270,8 +271,9 @@ class Run:
         values_ = {**losses, "rate_generator": rate_g, "rate_discriminator": rate_d}
         speed = {**clock.look(), "memory": memory(self.trainer.device)}
         self._table.add({"step": step, "epoch": epoch, **values_, **speed})
-        self._loggers.scalars({f"losses/{k}": v for k, v in losses.items()}, step)
-        self._loggers.scalars({f"run/{k}": v for k, v in speed.items()}, step)
+        for logger in self._loggers:
+            logger.scalars({f"losses/{k}": v for k, v in losses.items()}, step)
+            logger.scalars({f"run/{k}": v for k, v in speed.items()}, step)
         report(Progress(step, self.steps, epoch + 1, self.config.schedule.total, left,
                         {**values_, **speed}))
 
@@ -291,7 +293,8 @@ class Run:
         painter.train()
         picture = grid(rows)
         write_png(self.folder / "grids" / f"{self.trainer.step_count:07d}.png", picture)
-        self._loggers.picture("samples", picture, self.trainer.step_count)
+        for logger in self._loggers:
+            logger.picture("samples", picture, self.trainer.step_count)
 
     def save(self, epoch: int | None = None) -> None:
         """Write checkpoint.pt, model.safetensors and record.json, each whole or not at all.

@@ -120,7 +120,7 @@ async function send(since) {
     `${head.milliseconds.toFixed(0)} ms` + (fresh + kept
       ? ` · windows: ${fresh.toLocaleString("en")} new, ${kept.toLocaleString("en")} kept` : "");
   document.body.dataset.shown = String(shown);
-  say("");
+  if ($("message").className !== "note") say("");
 }
 
 function show(pixels) {
@@ -205,6 +205,7 @@ function begin(what) {
   undone = [];
   step += 1;
   caption = what.slice(0, 100);
+  say("");
   buttons();
 }
 
@@ -419,7 +420,12 @@ async function scene(name) {
 
 async function openMap(file) {
   const response = await ask("api/map", { method: "POST", body: await bytes(file) });
-  load(new Uint8Array(await response.arrayBuffer()), `map: ${file.name}`);
+  const [{ size: [h, w] }, map] = unpacked(await response.arrayBuffer());
+  load(map.slice(), `map: ${file.name}`);
+  if (h !== height || w !== width) {
+    say(`${file.name}, ${w}x${h}, was resized to ${width}x${height} by nearest`
+      + (h * width === w * height ? "" : "; its shape is stretched"), true);
+  }
 }
 
 // Keys and buttons

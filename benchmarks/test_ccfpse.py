@@ -1,5 +1,0 @@
-PREFIX = "ccfpse_"
-
-
-def test_ccfpse(measured):
-    assert measured.correct, f"error {measured.max_rel_error:.3e} against fp64 is too large"

@@ -1,5 +1,0 @@
-PREFIX = "class_crops/"
-
-
-def test_class_crops(measured):
-    assert measured.correct, f"error {measured.max_rel_error:.3e} against fp64 is too large"

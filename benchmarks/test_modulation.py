@@ -1,5 +1,0 @@
-PREFIX = "modulation/"
-
-
-def test_modulation(measured):
-    assert measured.correct, f"error {measured.max_rel_error:.3e} against fp64 is too large"
