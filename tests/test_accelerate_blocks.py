@@ -18,7 +18,7 @@ from test_accelerate_families import assert_equal, assert_equal_in_use, step
 from torch import Tensor, nn
 
 from smis_kernels import SPADE, CGNorm, accelerate, explain, use_backend, use_path
-from smis_kernels.accelerate import norms, swap
+from smis_kernels.acceleration import norms, swap
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 
@@ -42,7 +42,8 @@ def stack(block: Callable[..., nn.Module] = fb.Block, **options: Any) -> nn.Modu
 
 
 def unit(cls: Callable[..., nn.Module] = foreign.Unit,
-         norm: Callable[[int], nn.Module] = lambda c: foreign.LayoutNorm(c, LABELS, 8)) -> nn.Module:
+         norm: Callable[[int], nn.Module] = lambda c: foreign.LayoutNorm(c, LABELS, 8),
+         ) -> nn.Module:
     torch.manual_seed(1)  # spectral norm starts at random
     return stirred(cls(6, 4, norm))
 
@@ -264,7 +265,7 @@ def test_the_report_tells_expected_and_measured_gains() -> None:
 def test_a_slower_model_measures_a_gain_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The measured gain is time before over time after."""
     seconds = iter([0.0, 6.0, 10.0, 14.0, 20.0, 28.0, 40.0, 50.0])
-    monkeypatch.setattr("smis_kernels.accelerate.model.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("smis_kernels.acceleration.model.perf_counter", lambda: next(seconds))
     assert accelerate(stack(), verify=(IMAGE, PLANES)).gain == 4.0 / 8.0
 
 
