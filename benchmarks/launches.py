@@ -139,7 +139,8 @@ def _picked(t: Tensor, index: Any) -> Tensor:
         at = next(i for i, p in enumerate(parts) if p is Ellipsis)
         fill = t.dim() - sum(p is not None for p in parts) + 1
         parts[at:at + 1] = [slice(None)] * fill
-    axis, rows = 0, []
+    axis = 0
+    rows: list[Tensor | None] = []
     for part in parts:
         if isinstance(part, Tensor):
             rows.append(part)
