@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smis_kernels import CGNorm, LabelLayout, use_backend, use_path
-from smis_kernels.accelerate.prepared import Prepared
+from smis_kernels.acceleration.prepared import Prepared
 from smis_kernels.layout.label_layout import TableCache, WindowLevel
 from smis_kernels.runtime.library import NAMESPACE, raw_ops
 from smis_models.benchmark.case import Maps, Setting

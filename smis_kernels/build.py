@@ -214,7 +214,8 @@ def _plan(name: str, units: dict[str, tuple[Path, tuple[str, ...]]], link: tuple
           libraries: tuple[str, ...], facts: dict[str, str], stub: str = "") -> LibraryBuild:
     versions = f"{facts['compiler']}, torch {facts['torch']}"
     lines = [RULES.format(versions=versions.replace("$", "$$"))]
-    for target, (source, compiler) in units.items():
+    # The largest first: ninja starts them in this order, and none is left alone at the end.
+    for target, (source, compiler) in sorted(units.items(), key=lambda u: -u[1][0].stat().st_size):
         path = re.sub(r"([$ :])", r"$\1", str(source))
         lines += [f"build {target}: compile {path}", f"  compiler = {_text(compiler)}"]
     if stub:
@@ -308,7 +309,10 @@ def _selection() -> tuple[str, ...]:
 
 def jobs() -> int:
     """Compilers at a time: ``MAX_JOBS``, else one per processor."""
-    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    given = os.environ.get("MAX_JOBS")
+    if given and not (given.isdecimal() and int(given)):
+        raise SystemExit(f"MAX_JOBS: expected a number of at least 1, got {given!r}")
+    return int(given or os.cpu_count() or 1)
 
 
 def build(package_dir: Path, source_dir: Path, torch: Torch | None, *, cache: Path | None = None,
@@ -383,6 +387,16 @@ def locate() -> tuple[Path, Path, Path | None]:
     return package, package / "csrc", None
 
 
+def acts_on(package: Path, module: str) -> str:
+    """Which copy of the package ``python -m smis_kernels.<module>`` is about, in one line."""
+    for place in sys.path:
+        other = Path(place).resolve() / package.name
+        if other != package and (other / "__init__.py").exists():
+            return (f"{package}, not the installed {other}; for that one: "
+                    f"python -I -m smis_kernels.{module}")
+    return str(package)
+
+
 def _enlist(package: Path) -> None:
     """Name the libraries in pip's list of installed files, so that uninstalling removes them."""
     for installed in package.parent.glob("smis_kernels-*.dist-info/RECORD"):
@@ -397,6 +411,7 @@ def _enlist(package: Path) -> None:
 def main() -> int:
     """Build into the package that this file lies in; 1 when a library asked for did not build."""
     package, source, cache = locate()
+    print(f"package: {acts_on(package, 'build')}")
     try:
         record = build(package, source, find_torch(), cache=cache)
         _enlist(package)

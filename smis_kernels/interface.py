@@ -1,7 +1,7 @@
 """What networks are built with beside the public modules: the one door to the rooms behind them."""
 
-from .accelerate.prepared import Prepared
-from .accelerate.watch import Settings
+from .acceleration.prepared import Prepared
+from .acceleration.watch import Settings
 from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
 from .modules.label_conv import LabelConv2d
@@ -10,6 +10,7 @@ from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import no_fallback, requested, resolve
 from .runtime.constants import constant
+from .runtime.derivatives import transformed
 from .runtime.library import NAMESPACE
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "prepare_map",
     "requested",
     "resolve",
+    "transformed",
 ]

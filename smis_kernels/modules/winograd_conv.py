@@ -56,7 +56,7 @@ class WinogradConv2d(nn.Conv2d):
         return 0 if kept is None else kept.nbytes
 
     def train(self, mode: bool = True) -> Self:
-        """As of every module; training gives a kept transform back."""
+        """Switch as every module does; training gives a kept transform back."""
         if mode:
             vars(self).pop(_KEPT, None)
         return super().train(mode)

@@ -210,7 +210,7 @@ def _figure(rows: dict[str, Record], provider: str, what: str) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """In s, ms or µs."""
+    """The time in s, ms or µs, as text."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, norm_act
 
-from ..networks.blocks import check_maps, fast_format
+from ..networks.blocks import check_maps, check_semantics, fast_format
+from ..networks.encoder import CodeEncoder
 from ..networks.generator import check_code, resized
 from ..networks.preset import Preset
 from .registry import ADAM_OF_PIX2PIX, Recipe, network, register_model
@@ -150,8 +151,7 @@ class UNetGenerator(nn.Module):
 
     def forward(self, semantics: Tensor | LabelLayout, z: Tensor) -> Tensor:
         preset, last = self.preset, self.preset.depth - 1
-        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-                   + (" and the edge plane" if preset.instance_edge else ""))
+        check_semantics(semantics, preset)
         check_code(z, semantics.shape[0], preset.latent_channels)
         x = fast_format(resized(semantics, preset.image_size, z))
         code, kept = z[:, :, None, None], []
@@ -187,7 +187,7 @@ class _ResidualBlock(nn.Module):
 
 
 @network("encoder", UNetPreset)
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(CodeEncoder):
     """Residual image encoder: mean and log variance of the latent code of a whole image.
 
     Conv 4x4, stride 2; residual blocks that halve down to 8x8; LeakyReLU(0.2); the mean over the
@@ -219,13 +219,7 @@ class ResNetEncoder(nn.Module):
             layers.append(_ResidualBlock(width, out))
             width = out
         self.layers = nn.Sequential(*layers)
-        self.fc_mu = nn.Linear(width, preset.latent_channels)
-        self.fc_var = nn.Linear(width, preset.latent_channels)
-
-    def encode(self, image: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(mu, logvar) of ``image``; labels, which other systems' encoders read, are not read."""
-        codes: tuple[Tensor, Tensor] = self(image)
-        return codes
+        self.add_heads(width, preset.latent_channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_maps("x", x, 3, "an image")

@@ -15,7 +15,7 @@ from smis_kernels import InstanceNormAct2d, LabelLayout, WinogradConv2d, instanc
 from smis_kernels.interface import prepare_map
 
 from ..networks import tiled_inference
-from ..networks.blocks import check_maps, fast_format
+from ..networks.blocks import check_maps, check_semantics, fast_format
 from ..networks.losses import feature_matching_loss, gan_loss
 from ..networks.preset import Preset
 from .registry import ADAM_OF_PIX2PIX, Recipe, network, register_model
@@ -193,8 +193,7 @@ class _Generator(nn.Module):
               features: Tensor | None) -> Tensor | LabelLayout:
         """Semantics and, where the preset has them, features: (N, input_channels, H, W)."""
         preset = self.preset
-        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-                   + (" and the edge plane" if preset.instance_edge else ""))
+        check_semantics(semantics, preset)
         _check_size("semantics", semantics, preset.size_step)
         if not preset.features:
             if features is not None:
@@ -283,13 +282,7 @@ class LocalEnhancer(_Generator):
     Args:
         preset: options; ``ngf`` is the width at full resolution, ``enhancers`` their number.
 
-    Shapes: as :class:`GlobalGenerator`; H and W multiples of 16·2^enhancers.
-
-    Raises:
-        ValueError: another rank, channel count or size.
-
-    Paper: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with Conditional
-    GANs", CVPR 2018, section 3.1.
+    Shapes, errors and paper: as :class:`GlobalGenerator`; H and W multiples of 16·2^enhancers.
 
     Example:
         >>> from smis_models import create_model
@@ -474,7 +467,7 @@ class Pix2pixHDLosses(NamedTuple):
 
     @property
     def generator(self) -> Tensor:
-        """Without the perceptual loss, whose published weight is that of feature matching: 10."""
+        """The sum of both, without the perceptual loss, whose published weight is 10 too."""
         return self.gan + self.feature_matching
 
     @property

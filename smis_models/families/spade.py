@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from smis_kernels import SPADE, LabelLayout
 
 from ..networks.blocks import SPADEResBlock, check_maps, conv, fast_format
-from ..networks.encoder import StridedEncoder
+from ..networks.encoder import CodeEncoder, StridedEncoder
 from ..networks.generator import WIDTHS, CodeGenerator
 from ..networks.preset import CodePreset
 from .registry import hinge_recipe, network, register_model
@@ -132,7 +132,7 @@ class SPADEGenerator(CodeGenerator):
 
 
 @network("encoder", SPADEPreset)
-class SPADEEncoder(StridedEncoder):
+class SPADEEncoder(CodeEncoder, StridedEncoder):
     """SPADE's image encoder: mean and log variance of the latent code of a whole image.
 
     The image is resized to 256x256 (bilinear); six convs 3x3, stride 2, spectral and instance
@@ -157,14 +157,7 @@ class SPADEEncoder(StridedEncoder):
 
     def __init__(self, preset: CodePreset) -> None:
         super().__init__(3, preset.ngf, depth=6)
-        flat = self.width * (_ENCODED // 64) ** 2
-        self.fc_mu = nn.Linear(flat, preset.latent_channels)
-        self.fc_var = nn.Linear(flat, preset.latent_channels)
-
-    def encode(self, image: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(mu, logvar) of ``image``; labels, which other systems' encoders read, are not read."""
-        codes: tuple[Tensor, Tensor] = self(image)
-        return codes
+        self.add_heads(self.width * (_ENCODED // 64) ** 2, preset.latent_channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_maps("x", x, 3, "an image")

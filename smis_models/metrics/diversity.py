@@ -33,7 +33,8 @@ class Diversity:
 
     Attributes:
         mcsd, mocd: as above.
-        lpips: mean distance of whole pictures whose codes were all drawn anew.
+        diversity: mean distance of whole pictures whose codes were all drawn anew: LPIPS, where
+            that is the distance.
         by_class: class -> (:math:`L_c`, :math:`L_{\ne c}`).
         class_codes: whether the model has a code for each class.
         seconds: of sampling and of measuring.
@@ -42,7 +43,7 @@ class Diversity:
 
     mcsd: float
     mocd: float
-    lpips: float
+    diversity: float
     by_class: dict[int, tuple[float, float]]
     class_codes: bool
     seconds: dict[str, float]
@@ -51,8 +52,8 @@ class Diversity:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         classes = {str(c): {"csd": own, "ocd": other} for c, (own, other) in self.by_class.items()}
-        return {"mcsd": self.mcsd, "mocd": self.mocd, "lpips": self.lpips, "by_class": classes,
-                "class_codes": self.class_codes, "seconds": self.seconds,
+        return {"mcsd": self.mcsd, "mocd": self.mocd, "diversity": self.diversity,
+                "by_class": classes, "class_codes": self.class_codes, "seconds": self.seconds,
                 "pictures": self.pictures}
 
 
@@ -72,7 +73,7 @@ def _pair_means(distance: Distance, features: Features, pairs: Sequence[tuple[in
 
 def area_distances(pictures: Tensor, masks: Sequence[Tensor], distance: Distance,
                    pairs: Sequence[tuple[int, int]], mask_mode: str) -> list[tuple[float, float]]:
-    """For each mask the mean distance of the pairs inside and outside of it.
+    """The mean distance of the pairs inside and outside of each mask.
 
     Args:
         pictures: (N, 3, H, W) in [-1, 1].
@@ -209,7 +210,7 @@ def diversities(model: Any, scenes: Sequence[Scene], distances: Sequence[Distanc
                 protocol: DiversityProtocol | None = None, *, seed: int = 0,
                 step: Callable[[str], None] = lambda what: None,
                 batch: int = BATCH) -> list[Diversity]:
-    """As :func:`diversity`, by each of several distances, from the same pictures."""
+    """What :func:`diversity` measures, by each of several distances, from the same pictures."""
     protocol = DiversityProtocol() if protocol is None else protocol
     meter = DiversityMeter(model, distances, protocol, len(scenes), seed=seed, step=step,
                            batch=batch)
@@ -228,7 +229,7 @@ def _summary(model: Any, found: Sequence[LayoutDiversity], clock: dict[str, floa
                  float(np.mean([other for _, other in pairs])))
              for c, pairs in sorted(values.items())}
     mcsd, mocd = (float(np.mean([value[i] for value in means.values()])) for i in (0, 1))
-    return Diversity(mcsd, mocd, float(np.mean([lpips for _, lpips in found])), means,
+    return Diversity(mcsd, mocd, float(np.mean([whole for _, whole in found])), means,
                      has_class_codes(model), dict(clock), pictures)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
+from ..io.choices import unknown_name
 from ..io.files import file_hash, published_hash
 from ..io.images import check_pictures
-from ..networks.trunks import Layer, build_trunk, trunk_state, vgg_layers
+from ..networks.trunks import Layer, build_trunk, tapped, trunk_state, vgg_layers
 from .distance import Distance, Features, PixelDistance
 
 _ALEX: tuple[Layer, ...] = (
@@ -196,12 +197,8 @@ class LPIPS(Distance):
     def features(self, pictures: Tensor) -> Features:
         check_pictures(pictures, self.trunk.smallest)
         x = (pictures.to(self.shift) - self.shift) / self.scale
-        found = []
-        for i, layer in enumerate(self.network):
-            x = layer(x)
-            if i in self.trunk.taps:
-                found.append(x / (x.square().sum(1, keepdim=True).sqrt() + _EPS))
-        return found
+        return [f / (f.square().sum(1, keepdim=True).sqrt() + _EPS)
+                for f in tapped(self.network, x, self.trunk.taps)]
 
     def maps(self, a: Features, b: Features) -> list[Tensor]:
         return [
@@ -231,7 +228,7 @@ def create_distance(kind: str, weights: str | Path | None = None, heads: str | P
         'pixel L1'
     """
     if kind not in DISTANCES:
-        raise ValueError(f"distance: expected one of {', '.join(DISTANCES)}; got {kind!r}")
+        raise ValueError(unknown_name("distance", DISTANCES, kind))
     family, _, trunk = kind.partition("-")
     if family != "lpips" and (weights is not None or heads is not None):
         raise ValueError(f"weights, heads: {kind} reads none; leave them out, or ask for "

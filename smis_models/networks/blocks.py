@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from smis_kernels import CGNorm, LabelLayout, WinogradConv2d, modulate_pair, spectral_norm
 from smis_kernels.interface import requested
 
+from .preset import Preset
+
 NormFactory = Callable[[int], CGNorm]
 
 
@@ -47,6 +49,12 @@ def check_maps(name: str, x: Tensor | LabelLayout, channels: int, meaning: str) 
         raise ValueError(
             f"{name}: expected (N, {channels}, H, W), {meaning}; got {tuple(x.shape)}"
         )
+
+
+def check_semantics(semantics: Tensor | LabelLayout, preset: Preset) -> None:
+    """Refuse semantics of another rank or number of channels than a generator reads."""
+    check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
+               + (" and the edge plane" if preset.instance_edge else ""))
 
 
 class SPADEResBlock(nn.Module):

@@ -72,6 +72,20 @@ class StridedEncoder(nn.Module):
         return x
 
 
+class CodeEncoder(nn.Module):
+    """Two linear heads, mean and log variance of one code for the whole image."""
+
+    def add_heads(self, features: int, channels: int) -> None:
+        """Make the heads, which read that many features; each gives that many channels."""
+        self.fc_mu = nn.Linear(features, channels)
+        self.fc_var = nn.Linear(features, channels)
+
+    def encode(self, image: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu, logvar) of ``image``; labels, which other systems' encoders read, are not read."""
+        codes: tuple[Tensor, Tensor] = self(image)
+        return codes
+
+
 def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None,
                    noise: Tensor | None = None) -> Tensor:
     """A sample of the latent code: ``z = mu + exp(logvar / 2) * noise``, noise from N(0, 1)."""

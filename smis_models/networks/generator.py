@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smis_kernels import LabelLayout
 from smis_kernels.interface import prepare_map
 
-from .blocks import check_maps, conv
+from .blocks import check_semantics, conv
 from .preset import CodePreset, LatentPreset
 
 # The blocks in order, and the widths of their outputs in units of ngf.
@@ -27,9 +27,7 @@ class UpwardGenerator(nn.Module):
 
     def _segmap(self, semantics: Tensor | LabelLayout) -> Tensor | LabelLayout:
         """The semantics, checked, and compiled where tables may serve."""
-        preset = self.preset
-        check_maps("semantics", semantics, preset.semantic_channels, "one channel per class"
-                   + (" and the edge plane" if preset.instance_edge else ""))
+        check_semantics(semantics, self.preset)
         return prepare_map(semantics, self.conv_img.weight)
 
     def _upsamples(self, name: str) -> bool:
@@ -80,7 +78,7 @@ class CodeGenerator(UpwardGenerator):
         if preset.vae:
             check_code(z, semantics.shape[0], preset.latent_channels)
             features: Tensor = self.fc(z)
-            return features.view(len(features), -1, *preset.latent_size)
+            return features.view(features.shape[0], -1, *preset.latent_size)
         if z is not None:
             raise ValueError(
                 f"z: expected None, for without vae the picture follows from the semantics; got "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
 from ..io.files import file_hash, published_hash
-from .trunks import build_trunk, trunk_state, vgg_layers
+from .trunks import build_trunk, tapped, trunk_state, vgg_layers
 
 FILE = "vgg19-dcbb9e9d.pth"
 _LAYERS = vgg_layers(2, 2, 4, 4, 1)
@@ -67,13 +67,7 @@ class PerceptualLoss(nn.Module):
 
     def features(self, picture: Tensor) -> list[Tensor]:
         """The five feature maps, (N, 64..512, H..H/16, W..W/16)."""
-        found = []
-        x = picture
-        for i, layer in enumerate(self._network[0]):
-            x = layer(x)
-            if i in _TAPS:
-                found.append(x)
-        return found
+        return list(tapped(self._network[0], picture, _TAPS))
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:
         if fake.dim() != 4 or fake.shape[1] != 3 or min(fake.shape[2:]) < _SMALLEST:

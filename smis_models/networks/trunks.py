@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -35,6 +35,14 @@ def build_trunk(layers: Sequence[Layer]) -> nn.Sequential:
         modules += [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU()]
         channels = width
     return nn.Sequential(*modules)
+
+
+def tapped(trunk: nn.Sequential, x: Tensor, taps: Sequence[int]) -> Iterator[Tensor]:
+    """The outputs of the layers ``taps``, in the order of the layers."""
+    for i, layer in enumerate(trunk):
+        x = layer(x)
+        if i in taps:
+            yield x
 
 
 def trunk_state(state: Mapping[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, step: int, length: int, batch: int) -> Place:
-        """Before a step of a run whose batch never changed."""
+        """The place before a step of a run whose batch never changed."""
         epoch, steps = divmod(step, length // batch)
         return cls(epoch, steps * batch)
 
@@ -117,7 +117,7 @@ class Place(NamedTuple):
         return self if not self.seen or self.seen + batch <= length else Place(self.epoch + 1, 0)
 
     def after(self, length: int, batch: int) -> Place:
-        """After one more step."""
+        """The place after one more step."""
         return Place(self.epoch, self.seen + batch).settled(length, batch)
 
     def left(self, epochs: int, length: int, batch: int) -> int:

@@ -41,13 +41,13 @@ class Processes:
         return values / self.count
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Return when every process has come here."""
         if self.count > 1:
             dist.barrier()
 
 
 def unsynchronized(module: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Keeps gradients apart until the ``last`` micro-batch of a step."""
+    """Keep gradients apart until the ``last`` micro-batch of a step."""
     if isinstance(module, DistributedDataParallel) and not last:
         kept: AbstractContextManager[None] = module.no_sync()
         return kept

@@ -8,13 +8,14 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from ..extras import cure
 from ..io.images import Picture, write_atomically
 
 
@@ -27,7 +28,7 @@ class Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what fetches a batch."""
+        """Count the time inside, in which a batch is fetched, as waiting."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
@@ -113,8 +114,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("log.tensorboard: tensorboard is not installed; pip install "
-                             "'smis-kernels[train]', or --log.tensorboard false") from error
+            raise ValueError("log.tensorboard: tensorboard is not installed; "
+                             f"{cure('models', 'tensorboard')}, or --log.tensorboard false"
+                             ) from error
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -158,25 +160,3 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
-
-
-class Loggers:
-    """All loggers as one."""
-
-    def __init__(self, loggers: Sequence[Logger]) -> None:
-        self._loggers = loggers
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One point on the curve of each value."""
-        for logger in self._loggers:
-            logger.scalars(values, step)
-
-    def picture(self, name: str, picture: Picture, step: int) -> None:
-        """One (H, W, 3) picture."""
-        for logger in self._loggers:
-            logger.picture(name, picture, step)
-
-    def close(self) -> None:
-        """Write what is pending."""
-        for logger in self._loggers:
-            logger.close()

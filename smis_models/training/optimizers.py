@@ -23,7 +23,7 @@ def adam(parameters: Iterable[nn.Parameter], rate: float, config: OptimizerConfi
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate from now on."""
+    """Set the learning rate from now on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

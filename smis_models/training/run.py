@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,12 @@ from typing import Any, Literal
 import torch
 
 from ..data import Collate
-from ..data.scenes import palette
+from ..data.classes import class_colours, class_names
 from ..io.checkpoint import CheckpointError, read_metadata, save_checkpoint
-from ..io.files import remove_partial
-from ..io.images import grid, to_pictures, write_atomically, write_png
+from ..io.files import locked, remove_partial
+from ..io.images import to_pictures, write_atomically, write_png
 from ..io.provenance import commit, versions
+from ..io.sheet import captioned_grid
 from .batches import Batches, MicroBatch, Place, dataset
 from .checkpoints import (
     BEST,
@@ -35,7 +37,7 @@ from .checkpoints import (
 )
 from .config import TrainConfig
 from .distributed import Processes, process_group
-from .loggers import Clock, Logger, Loggers, LossTable, TensorBoard, WandB, memory
+from .loggers import Clock, Logger, LossTable, TensorBoard, WandB, memory
 from .objective import objective
 from .options import to_dict, to_json
 from .trainer import NonFiniteLoss, Trainer
@@ -135,7 +137,7 @@ class Run:
             remove_partial(self.folder / "grids", "*.png")
             write_atomically(self.folder / CONFIG, to_json(config).encode())
             self._table = LossTable(self.folder / LOSSES, self.trainer.step_count)
-            self._loggers = Loggers(self._open_loggers())
+            self._loggers = self._open_loggers()
 
     def _open_loggers(self) -> list[Logger]:
         log, step = self.config.log, self.trainer.step_count
@@ -191,7 +193,8 @@ class Run:
         finally:
             self.batches.close(self.trainer.step_count, self.place)
             if self.processes.first:
-                self._loggers.close()
+                for logger in self._loggers:
+                    logger.close()
         return Outcome(self.trainer.step_count, self.steps, self.folder)
 
     def _train(self, report: Callable[[Progress], None], minutes: float | None,
@@ -270,8 +273,9 @@ class Run:
         values_ = {**losses, "rate_generator": rate_g, "rate_discriminator": rate_d}
         speed = {**clock.look(), "memory": memory(self.trainer.device)}
         self._table.add({"step": step, "epoch": epoch, **values_, **speed})
-        self._loggers.scalars({f"losses/{k}": v for k, v in losses.items()}, step)
-        self._loggers.scalars({f"run/{k}": v for k, v in speed.items()}, step)
+        for logger in self._loggers:
+            logger.scalars({f"losses/{k}": v for k, v in losses.items()}, step)
+            logger.scalars({f"run/{k}": v for k, v in speed.items()}, step)
         report(Progress(step, self.steps, epoch + 1, self.config.schedule.total, left,
                         {**values_, **speed}))
 
@@ -285,13 +289,16 @@ class Run:
         shown = objective(painter, self.config)
         columns = [batch.image, shown.reconstruct(batch),
                    *(shown.sample(batch, seed) for seed in range(self.config.log.samples))]
-        colours = palette(self.config.network.classes)
+        colours = class_colours(class_names(self.config.model, self.config.network.classes))
         rows = [[colours[labels.cpu().numpy()], *pictures] for labels, *pictures in zip(
             batch.labels, *(to_pictures(column) for column in columns), strict=True)]
         painter.train()
-        picture = grid(rows)
+        names = ("layout", "picture", "of its code",
+                 *(f"drawn code {k}" for k in range(self.config.log.samples)))
+        picture = captioned_grid([list(zip(names, row, strict=True)) for row in rows])
         write_png(self.folder / "grids" / f"{self.trainer.step_count:07d}.png", picture)
-        self._loggers.picture("samples", picture, self.trainer.step_count)
+        for logger in self._loggers:
+            logger.picture("samples", picture, self.trainer.step_count)
 
     def save(self, epoch: int | None = None) -> None:
         """Write checkpoint.pt, model.safetensors and record.json, each whole or not at all.
@@ -409,7 +416,8 @@ def train(config: TrainConfig, folder: str | Path, *, device: torch.device | str
         >>> outcome = train(config, "runs/scenes")
         >>> model = create_model(checkpoint=outcome.weights)
     """
-    with process_group(torch.device(device)) as (processes, place):
+    with process_group(torch.device(device)) as (processes, place), (
+            locked(folder) if processes.first else nullcontext()):
         run: Any = Run(config, folder, device=place, resume=resume, processes=processes)
         outcome: Outcome = run(report, minutes=minutes, stop=stop)
     return outcome

@@ -129,7 +129,7 @@ class Trainer:
         return losses
 
     def _weight(self, name: str) -> float:
-        """Of a loss."""
+        """The weight of a loss."""
         weights = self.config.losses
         of_name = {"gan": "adversarial", "fake": "discriminator", "real": "discriminator"}
         return float(getattr(weights, of_name.get(name, name)))

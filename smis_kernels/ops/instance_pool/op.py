@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime.backend import resolve
+from ...runtime.backend import refuse_trace, resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_tensor
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -48,8 +48,8 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        ValueError (reference), RuntimeError (cpu): an id below 0 or above 2³¹-1. The GPU is not
-            made to wait for that check: there such a pixel becomes NaN.
+        ValueError: an id below 0 or above 2³¹-1; a RuntimeError from torch.compile's graphs. The
+            GPU is not made to wait for that check: there such a pixel becomes NaN.
         BackendError: the backend asked for cannot run here.
 
     Source: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with
@@ -64,6 +64,7 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
     kind = resolve("instance_avg_pool2d", input, backend, KINDS)
     _record("instance_avg_pool2d", kind, input)
     if kind == "reference":
+        refuse_trace("instance_avg_pool2d")
         return reference.instance_avg_pool2d(input, _checked_ids(ids))
     out: Tensor = _InstancePool.apply(input, ids, kind)
     return out
@@ -101,6 +102,7 @@ def instance_mean_table(input: Tensor, instance_map: Tensor, *,
     _record("instance_mean_table", kind, input)
     x = input.detach()
     if kind == "reference":
+        refuse_trace("instance_mean_table")
         return InstanceMeans(*reference.instance_mean_table(x, _checked_ids(ids)))
     if _by_sorting(kind):
         return InstanceMeans(*_table_by_sorting(x, ids))

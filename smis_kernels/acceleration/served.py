@@ -78,7 +78,7 @@ class Evaluation:
 
 
 class _Pixels(Evaluation):
-    """On the map itself, by the parts as they were written; ``fused``: the last convs as one."""
+    """Evaluates on the map itself, part by part as written; ``fused``: the last convs as one."""
 
     def __init__(self, owner: nn.Module, form: Form, segmap: Tensor, size: tuple[int, int],
                  fused: bool) -> None:
@@ -115,7 +115,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 class _Rows(Evaluation):
-    """On the distinct windows of a layout, as (1 or N, C, rows, 1): N after a norm of the image.
+    """Evaluates on a layout's distinct windows, as (1 or N, C, rows, 1): N after an image's norm.
 
     Row 0 is the outside of the image: zero wherever a conv reads it.
     """

@@ -99,7 +99,7 @@ class FusionPlan:
 
 @cache
 def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
-    """Of ``forward``, without self and those of variable number."""
+    """The parameters of ``forward``, without self and those of variable number."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = list(inspect.signature(cls.forward).parameters.items())[1:]
     return {name: p for name, p in parameters if p.kind not in variable}

@@ -114,7 +114,7 @@ class Trial:
 
 
 def at_scales(inputs: tuple[Tensor, ...]) -> list[Trial]:
-    """In float64 at several scales of the features, where another place of eps shows.
+    """Trials in float64 at several scales of the features, where another place of eps shows.
 
     One channel is constant; training takes two steps, so that statistics have a past.
     """
@@ -232,7 +232,7 @@ def _compare(original: _Outcome, fused: _Outcome) -> str | None:
 
 @contextmanager
 def default_modes(module: nn.Module) -> Iterator[None]:
-    """Away from the caller's random state, grad mode, autocast and choice of backend."""
+    """Set random state, grad mode, autocast and backend aside for a probe, and put them back."""
     devices = {t.device for t in (*module.parameters(), *module.buffers())}
     cuda = [d for d in devices if d.type == "cuda"]
     kinds = {d.type for d in devices} | {"cpu"}
