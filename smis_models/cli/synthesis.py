@@ -12,7 +12,7 @@ from rich.table import Table
 
 from smis_kernels import info as kernels_info
 
-from ..demo import page as demonstration
+from ..app import demo as demonstration
 from ..families import (
     CodePreset,
     GroupDNetPreset,
