@@ -214,7 +214,8 @@ def _plan(name: str, units: dict[str, tuple[Path, tuple[str, ...]]], link: tuple
           libraries: tuple[str, ...], facts: dict[str, str], stub: str = "") -> LibraryBuild:
     versions = f"{facts['compiler']}, torch {facts['torch']}"
     lines = [RULES.format(versions=versions.replace("$", "$$"))]
-    for target, (source, compiler) in units.items():
+    # The largest first: ninja starts them in this order, and none is left alone at the end.
+    for target, (source, compiler) in sorted(units.items(), key=lambda u: -u[1][0].stat().st_size):
         path = re.sub(r"([$ :])", r"$\1", str(source))
         lines += [f"build {target}: compile {path}", f"  compiler = {_text(compiler)}"]
     if stub:

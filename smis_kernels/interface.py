@@ -10,6 +10,7 @@ from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import no_fallback, requested, resolve
 from .runtime.constants import constant
+from .runtime.derivatives import transformed
 from .runtime.library import NAMESPACE
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "prepare_map",
     "requested",
     "resolve",
+    "transformed",
 ]

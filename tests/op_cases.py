@@ -75,20 +75,22 @@ WIDE = (torch.float32, torch.float64)
 
 
 class Random:
-    """Draws of one case: normal values in fp64, and integers."""
+    """Draws of one case, the same on every device: normal values in fp64, and integers."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int = 0, device: str | torch.device = "cpu") -> None:
+        self._generator, self._device = torch.Generator().manual_seed(seed), device
 
     def normal(self, *shape: int) -> Tensor:
         """From N(0, 1)."""
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return drawn.to(self._device)
 
     def below(self, limit: int, *shape: int) -> Tensor:
         """Integers 0..limit-1 in patches of 2x3, as label maps have them."""
         *batch, h, w = shape
         coarse = torch.randint(limit, (*batch, -(-h // 2), -(-w // 3)), generator=self._generator)
-        return coarse.repeat_interleave(2, -2).repeat_interleave(3, -1)[..., :h, :w].contiguous()
+        fine = coarse.repeat_interleave(2, -2).repeat_interleave(3, -1)[..., :h, :w]
+        return fine.contiguous().to(self._device)
 
 
 Made = tuple[Call, tuple[Tensor, ...]]
@@ -118,11 +120,36 @@ class OpCase:
         return {name: values[0] for name, values in self.options.items()} | changes
 
     def build(self, shape: Shape, layout: str, dtype: torch.dtype, options: Mapping[str, Any],
-              seed: int = 0) -> Made:
-        """The call, and inputs of ``dtype`` in ``layout``."""
-        call, inputs = self.make(shape, Random(seed), **options)
-        return call, tuple(with_memory_format(t.to(dtype), layout) if t.dim() == 4 else t.to(dtype)
-                           for t in inputs)
+              seed: int = 0, device: str | torch.device = "cpu", wide: tuple[int, ...] = ()
+              ) -> Made:
+        """The call, and inputs of ``dtype`` (those at ``wide`` of fp32 at least) in ``layout``."""
+        call, drawn = self.make(shape, Random(seed, device), **options)
+        inputs = (t if i in wide and dtype == torch.float64 else
+                  t.float() if i in wide else t.to(dtype) for i, t in enumerate(drawn))
+        return call, tuple(with_memory_format(t, layout) if t.dim() == 4 else t for t in inputs)
+
+
+def cotangents(outputs: list[Tensor]) -> list[Tensor]:
+    """What gradients are taken against: normal, the same in every run."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+
+
+def outputs_of(found: Any) -> list[Tensor]:
+    """The tensors that an op returns."""
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def results(case: OpCase, call: Call, inputs: tuple[Tensor, ...], backend: str,
+            against: list[Tensor] | None = None) -> list[Tensor]:
+    """Outputs, then the gradients of the first ``case.leaves`` inputs."""
+    count = min(case.leaves, len(inputs))
+    leaves = [t.detach().requires_grad_(i < count) for i, t in enumerate(inputs)]
+    outputs = outputs_of(call(*leaves, backend=backend))
+    if count == 0:
+        return outputs
+    given = cotangents(outputs) if against is None else against
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves[:count], given)]
 
 
 def _statistics(shape: Shape, random: Random, norm: str, training: bool) -> dict[str, Any]:

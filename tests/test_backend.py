@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,3 +197,28 @@ def test_a_library_of_another_cuda_is_not_loaded(monkeypatch: pytest.MonkeyPatch
         assert status.reason == ("nvcc is of CUDA 13.0 and torch of CUDA 12.8: "
                                  "their major versions must agree")
         assert status.cure == f"set CUDA_HOME to a CUDA 12 toolkit, then {native.BUILD_COMMAND}"
+
+
+def test_a_gpus_capability_is_a_constant_of_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refused(kind: str, index: int) -> str | None:
+        asked.append((kind, index))
+        print("what no graph can hold")
+        return "abc"
+
+    monkeypatch.setattr(selector, "_refused_by_gpu", refused)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def count(x: torch.Tensor) -> torch.Tensor:
+        return x + len(selector._gpu_problem("triton", 0) or "")
+
+    assert count(torch.zeros(1)) == 3
+    assert asked == [("triton", 0)]
+
+
+def test_importing_leaves_torchs_compiler_out() -> None:
+    """It takes as long as all else; `smis` and every worker would pay it."""
+    ask = "import sys, smis_models.cli; print('torch._dynamo' in sys.modules)"
+    said = subprocess.run((sys.executable, "-c", ask), capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"

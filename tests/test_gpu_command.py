@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import checks, report, timed, tune, tune_rates, worker
-from benchmarks.gpu.op_cases import CASES, OpCase
+from benchmarks.gpu.op_cases import CASES, GpuCase
 from benchmarks.gpu.parts import PARTS, Part, measured_seconds, plan, plan_text
 from benchmarks.gpu.results import (
     ROOT,
@@ -417,7 +417,7 @@ def test_a_dry_run_is_no_result() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_is_in_one_shard(case: OpCase) -> None:
+def test_every_case_is_in_one_shard(case: GpuCase) -> None:
     def selects(expression: str) -> bool:
         found = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda m: repr(m[0] in case.name), expression)
         return bool(eval(found))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import CASES, OpCase, Shape
+from op_cases import CASES, OpCase, Shape, results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,20 +34,6 @@ cases = pytest.mark.parametrize("name", NAMES)
 
 def shown(size: object) -> str:
     return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
-
-
-def results(case: OpCase, call: Any, inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
-    """Outputs, then the gradients of the first ``case.leaves`` inputs."""
-    count = min(case.leaves, len(inputs))
-    leaves = [t.detach().requires_grad_(i < count) for i, t in enumerate(inputs)]
-    found = call(*leaves, backend=backend)
-    outputs = [found] if isinstance(found, Tensor) else list(found)
-    if count == 0:
-        return outputs
-    generator = torch.Generator().manual_seed(5)
-    against = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
-    return [*(y.detach() for y in outputs),
-            *torch.autograd.grad(outputs, leaves[:count], against)]
 
 
 def agree(case: OpCase, shape: Shape, layout: str, options: Mapping[str, Any], dtype: torch.dtype,

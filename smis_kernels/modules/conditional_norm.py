@@ -18,7 +18,7 @@ def _per_image(input: Tensor, gamma: Tensor, beta: Tensor, *, upsample: bool,
                **options: Any) -> Tensor:
     """Modulate by gamma and beta (N, C): rows of a table that every pixel of an image picks."""
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
-    n, scale = len(input), 2 if upsample else 1
+    n, scale = input.shape[0], 2 if upsample else 1
     table = F.pad(torch.cat([gamma, beta], 1).to(acc_dtype(input)), (0, 0, 1, 0))
     rows = torch.arange(1, n + 1, dtype=torch.int32, device=input.device)
     size = (n, input.shape[2] * scale, input.shape[3] * scale)
@@ -70,7 +70,7 @@ class ConditionalNorm2d(Normalizing):
     def forward(self, input: Tensor, condition: Tensor, *, activation: str | None = None,
                 negative_slope: float = 0.2, upsample: bool = False) -> Tensor:
         """Modulate (N, C, H, W) by classes (N,) or vectors (N, K); the rest as :class:`SPADE`."""
-        shape, n, k = tuple(condition.shape), len(input), self.condition_channels
+        shape, n, k = tuple(condition.shape), input.shape[0], self.condition_channels
         if shape != ((n, k) if condition.is_floating_point() else (n,)):
             raise ValueError(
                 f"condition: expected classes ({n},) or vectors {(n, k)}, got {shape} of "

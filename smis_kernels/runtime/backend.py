@@ -86,6 +86,18 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def refuse_trace(what: str) -> None:
+    """Raise under ``torch.jit.trace``: what depends on a call's values would be kept as constants.
+
+    For what reads a map in Python; the trace would give every other map the first one's result.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise BackendError(
+            f"backend: {what} reads the values of its map, which torch.jit.trace would keep for "
+            "every other map; use `smis export` or torch.export, or leave it out of what is traced"
+        )
+
+
 @cache
 def _refused_by_gpu(kind: str, index: int) -> str | None:
     """Why the GPU ``index`` cannot run ``kind``, with the cure; else None."""
@@ -103,9 +115,13 @@ def _refused_by_gpu(kind: str, index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore  # a device's capability stays
 def _gpu_problem(kind: str, index: int) -> str | None:
     return _refused_by_gpu(kind, index)
+
+
+# A device's capability stays. torch.compiler.assume_constant_result sets this too, but imports the
+# whole compiler, which every process would pay.
+_gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -181,6 +197,9 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
                 if not torch.compiler.is_compiling():
                     _warn_once(f"smis_kernels.{op} runs on the reference path: {problem}")
         return "reference"
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        raise BackendError(f"backend: ONNX has no operator for {choice!r} of {op}; export under "
+                           "use_backend('reference') or 'auto'")
     if choice not in kinds:
         raise BackendError(
             f"backend: {op} has {', '.join(('reference', *kinds))}; got {choice!r}"

@@ -13,7 +13,7 @@ from torch import Tensor
 def transformed() -> str | None:
     """What is being done to the call that no kernel takes part in; None where nothing is."""
     if torch.compiler.is_compiling():
-        return None
+        return "torch.onnx exports it" if torch.onnx.is_in_onnx_export() else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit traces it"
     if forward_ad._current_level >= 0:

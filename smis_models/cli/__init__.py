@@ -8,10 +8,21 @@ from typing import Annotated
 import typer
 
 from ..io.allocator import reuse_freed_memory
-from . import apply, common, convert, data, evaluate, measure, paint, synthesis, train
+from . import (
+    apply,
+    common,
+    convert,
+    data,
+    evaluate,
+    export,
+    measure,
+    paint,
+    synthesis,
+    train,
+)
 from .common import USER_ERRORS, app
 
-__all__ = ["app", "apply", "common", "convert", "data", "evaluate",
+__all__ = ["app", "apply", "common", "convert", "data", "evaluate", "export",
            "main", "measure", "paint", "synthesis", "train"]
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .. import metrics
 from ..data import build_dataset
+from ..io.hub import metric_rows
 from ..io.images import write_atomically
 from ..metrics import DISTANCES, PROTOCOLS, Distance, Metrics, Scenes
 from ..synthesis import scene as synthesis
@@ -144,18 +145,6 @@ def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
 def _table(result: dict[str, Any]) -> Table:
     table = Table("metric", "value", "measured with",
                  title=metrics.protocol_title(result["protocol"]))
-    for name, values in result["results"].get("diversity", {}).items():
-        for metric in ("mcsd", "mocd", "lpips"):
-            title = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}[metric]
-            table.add_row(title, f"{values[metric]:.4g}", name)
-    if "fid" in result["results"]:
-        found = result["results"]["fid"]
-        table.add_row("FID" if found["published_weights"] else "Fréchet distance",
-                     f"{found['fid']:.2f}", "; ".join(
-                         found[key] for key in ("network", "note") if key in found))
-    if "segmentation" in result["results"]:
-        found = result["results"]["segmentation"]
-        judge = f"label rule {found['label_rule']}"
-        table.add_row("mIoU", f"{found['miou']:.1%}", judge)
-        table.add_row("accuracy", f"{found['accuracy']:.1%}", judge)
+    for row in metric_rows(result):
+        table.add_row(*row)
     return table

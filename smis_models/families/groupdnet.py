@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import CGNorm, LabelLayout, class_boxes, class_crops
-from smis_kernels.interface import requested
+from smis_kernels.interface import requested, transformed
 
 from ..networks.blocks import NormFactory, SPADEResBlock, check_maps, conv, fast_format
 from ..networks.encoder import StridedEncoder, of_classes
@@ -330,9 +330,10 @@ class GroupDNetEncoder(StridedEncoder):
     An absent class, whose three planes are zero, stays zero through all convs (no bias) and
     instance norms, so its code is the heads' bias, exactly. Only the present (image, class)
     pairs are computed, as the groups of one conv over a batch of one; which they are is read on
-    the host. All classes are computed on the reference backend, under torch.compile, and where
-    ``x`` requires a gradient, for an absent class's planes have one. With another number of groups
-    than classes (``encoder_groups``) codes are of all classes, and all are computed.
+    the host. All classes are computed on the reference backend, under torch.compile and
+    torch.jit.trace, and where ``x`` requires a gradient, for an absent class's planes have one.
+    With another number of groups than classes (``encoder_groups``) codes are of all classes, and
+    all are computed.
 
     Args:
         preset: options; ``nef`` is the width of the first conv over all classes.
@@ -398,7 +399,7 @@ class GroupDNetEncoder(StridedEncoder):
     def _all_computed(self) -> bool:
         """Whether absent classes are computed like the others."""
         return (self.groups != self.classes or requested() == "reference"
-                or torch.compiler.is_compiling())
+                or torch.compiler.is_compiling() or transformed() is not None)
 
     def _present(self, present: Tensor) -> _Pairs | None:
         """The pairs of a mask (N, classes); None where there is nothing to leave out, or all."""

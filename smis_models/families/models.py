@@ -13,11 +13,20 @@ from torch import Tensor, nn
 
 from smis_kernels import LabelLayout
 
-from ..io.checkpoint import CheckpointError, load_state, mismatch, read_checkpoint, read_metadata
+from ..io.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    load_state,
+    mismatch,
+    read_checkpoint,
+    read_metadata,
+)
 from ..io.state_dict_keys import State, networks_keys
 from ..networks.blocks import init_weights
 from ..networks.preset import Preset, with_options
 from ..networks.semantics import semantics
+from .hub import HubModel
 from .registry import MODELS, PARTS, entry, network_parts, published
 
 _OFFICIAL_FILES = dict(zip(PARTS, ("latest_net_G.pth", "latest_net_E.pth", "latest_net_D.pth"),
@@ -25,6 +34,19 @@ _OFFICIAL_FILES = dict(zip(PARTS, ("latest_net_G.pth", "latest_net_E.pth", "late
 
 KEY = "smis_models"  # of the safetensors file's metadata
 _SHIPPED = Path(__file__).parent / "weights"
+
+
+def checkpoint_file(checkpoint: str | Path) -> Path:
+    """The file or folder that a checkpoint's path stands for: of a training run's folder its
+    latest weights.
+
+    Example:
+        >>> checkpoint_file("latest_net_G.pth").name
+        'latest_net_G.pth'
+    """
+    path = Path(checkpoint)
+    weights = path / WEIGHTS
+    return weights if weights.is_file() else path
 
 
 def shipped_weights(name: str) -> Path | None:
@@ -44,10 +66,41 @@ class Configuration:
     model: str
     preset: Preset
 
+    def content(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"model": self.model, "preset": asdict(self.preset)}
+
+    def difference(self, other: Configuration) -> str:
+        """Where the two differ first, in words: of this one what the other does not say."""
+        if self.model != other.model:
+            return f"another model ({self.model}, not {other.model})"
+        mine, theirs = asdict(self.preset), asdict(other.preset)
+        name = next(key for key in mine if mine[key] != theirs[key])
+        return f"another {name} ({mine[name]!r}, not {theirs[name]!r})"
+
+    @classmethod
+    def from_file(cls, path: Path) -> Configuration | None:
+        """The content of a config.json; None for one of a training run, whose weights tell it.
+
+        Raises:
+            CheckpointError: it is of no model of this package.
+        """
+        try:
+            text = path.read_text()
+            content = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint: {path} is no JSON: {error}; save the model again"
+                                  ) from error
+        if isinstance(content, dict) and "network" in content and "preset" not in content:
+            return None
+        if not isinstance(content, dict) or not {"model", "preset"} <= set(content):
+            raise CheckpointError(f"checkpoint: {path} is of no model of this package: expected "
+                                  "'model' and 'preset' in it; save_pretrained writes such")
+        return cls.from_metadata({KEY: text}, path)
+
     def to_metadata(self) -> dict[str, str]:
         """What a safetensors file keeps: text."""
-        content = {"model": self.model, "preset": asdict(self.preset)}
-        return {"format": "pt", KEY: json.dumps(content)}
+        return {"format": "pt", KEY: json.dumps(self.content())}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], source: object) -> Configuration | None:
@@ -89,7 +142,7 @@ def _preset(kind: type[Preset], options: dict[str, Any], source: object) -> Pres
         raise CheckpointError(f"checkpoint: the options in {source} do not fit: {error}") from error
 
 
-class SynthesisModel(nn.Module):
+class SynthesisModel(HubModel):
     """A model of the zoo: ``generator``, ``encoder``, ``discriminator`` and their ``preset``.
 
     A part that a checkpoint does not hold, or that the model has not, is not built: using it
@@ -151,7 +204,7 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
         files = {part: path / _OFFICIAL_FILES[part] for part in modules}
         found = {part: read_checkpoint(file) for part, file in files.items() if file.exists()}
         if not found:
-            names = ", ".join(file.name for file in files.values())
+            names = ", ".join([WEIGHTS, *(file.name for file in files.values())])
             raise CheckpointError(f"checkpoint: expected one of {names} in {path}, found none")
         return found
     state = read_checkpoint(path)
@@ -179,10 +232,15 @@ def stored_configuration(checkpoint: str | Path) -> Configuration | None:
         >>> stored_configuration(shipped_weights("groupdnet_scenes")).preset.image_size
         (128, 128)
     """
-    path = Path(checkpoint)
+    path, config = checkpoint_file(checkpoint), Path(checkpoint) / CONFIG
+    written = Configuration.from_file(config) if config.is_file() else None
     if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    return Configuration.from_metadata(read_metadata(path), path)
+        return written
+    stored = Configuration.from_metadata(read_metadata(path), path)
+    if stored is not None and written is not None and stored != written:
+        raise CheckpointError(f"checkpoint: {config} says {written.difference(stored)} than "
+                              f"{path}; save both together, by save_pretrained")
+    return written or stored
 
 
 def configured_preset(name: str | None, checkpoint: str | Path | None,
@@ -213,9 +271,10 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
     Args:
         name: one of :func:`list_models`; None for what the checkpoint says that it is.
         checkpoint: None for random weights; an official ``.pth`` file of one part, a
-            ``.safetensors`` file of one or all parts, or a folder with ``latest_net_G.pth`` (and
-            ``_E``, ``_D``). Loaded strictly; parts it lacks are not built. Options stored in the
-            file take the place of the published ones.
+            ``.safetensors`` file of one or all parts, the folder of a ``smis train`` run or of
+            ``save_pretrained``, or one with ``latest_net_G.pth`` (and ``_E``, ``_D``). Loaded
+            strictly; parts it lacks are not built. Options stored with the weights take the place
+            of the published ones.
         part: "generator", "encoder" or "discriminator" for that network alone.
         device, dtype: of the parameters; "meta" for shapes alone.
         seed, init_gain: of the random weights (xavier normal, published gain 0.02; pix2pixHD's are
@@ -250,7 +309,7 @@ def create_model(name: str | None = None, checkpoint: str | Path | None = None, 
             if torch.device(device).type != "meta":
                 init_weights(module, seed=seed, gain=init_gain, rule=preset.init_rule)
     else:
-        path = Path(checkpoint)
+        path = checkpoint_file(checkpoint)
         states = _states_by_part(path, modules)
         modules = {p: modules[p] for p in states}
         for p, module in modules.items():

@@ -15,6 +15,7 @@ from .files import replacing
 from .state_dict_keys import State as State
 from .state_dict_keys import networks_keys
 
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a run's folder, and of the hub's
 _IMAGES = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"GIF8": "a GIF image",
            b"BM": "a BMP image", b"RIFF": "a WebP image"}
 _CHECKPOINTS = (b"PK", b"\x80")  # what torch.save writes: a zip file, once a pickle

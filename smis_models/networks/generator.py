@@ -78,7 +78,7 @@ class CodeGenerator(UpwardGenerator):
         if preset.vae:
             check_code(z, semantics.shape[0], preset.latent_channels)
             features: Tensor = self.fc(z)
-            return features.view(len(features), -1, *preset.latent_size)
+            return features.view(features.shape[0], -1, *preset.latent_size)
         if z is not None:
             raise ValueError(
                 f"z: expected None, for without vae the picture follows from the semantics; got "

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, norm_act
-from smis_kernels.interface import LabelConv2d, channel_moments, resolve
+from smis_kernels.interface import LabelConv2d, channel_moments, resolve, transformed
 
 ROWS = 64
 _MOST_SYMBOLS = 2048  # larger tables leave the cache and win nothing
@@ -24,7 +24,9 @@ Rows = Callable[[int, int], Tensor]
 def serves(module: nn.Module, input: Tensor | LabelLayout) -> bool:
     """Whether tiles may run: on a CPU's kernels, with nothing to differentiate."""
     weight = next(module.parameters())
-    if torch.compiler.is_compiling() or resolve("norm_act", weight, None, ("cpu",)) != "cpu":
+    if torch.compiler.is_compiling() or transformed() is not None:
+        return False
+    if resolve("norm_act", weight, None, ("cpu",)) != "cpu":
         return False
     if not torch.is_grad_enabled():
         return True

@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.gpu.op_cases import CASES, OpCase, run
+from benchmarks.gpu.op_cases import CASES, GpuCase
 from smis_kernels import SPADE
 
 pytestmark = [
@@ -23,12 +23,10 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_runs_on_the_device_of_its_tensors(case: OpCase) -> None:
-    floating, integer = case.inputs("cuda:0", torch.float32, "channels_last")
-    expected = run(case, floating, integer, case.kind)
+def test_runs_on_the_device_of_its_tensors(case: GpuCase) -> None:
+    expected = case.run(case.inputs("cuda:0", torch.float32, "channels_last"), case.kind)
     with torch.cuda.device(0):  # not the device of the tensors
-        got = run(case, tuple(t.to("cuda:1") for t in floating),
-                  tuple(t.to("cuda:1") for t in integer), case.kind)
+        got = case.run(case.inputs("cuda:1", torch.float32, "channels_last"), case.kind)
     for a, b in zip(got, expected, strict=True):
         assert a.device == torch.device("cuda:1")
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.op_cases import CASES, HALF, OpCase, run
+from benchmarks.gpu.op_cases import CASES, HALF, GpuCase
 from smis_kernels import instance_avg_pool2d, instance_mean_table
 from smis_kernels.ops.label_windows.op import number_windows
 from smis_kernels.runtime.backend import missing
@@ -19,7 +19,7 @@ MEMORY_FORMATS = ("contiguous", "channels_last", "sliced")
 FACTOR = 1.5  # of the reference's own error at that dtype
 
 
-def _usable(case: OpCase, device: str, dtype: torch.dtype = torch.float32,
+def _usable(case: GpuCase, device: str, dtype: torch.dtype = torch.float32,
             layout: str = "channels_last") -> str:
     if dtype not in case.dtypes:
         pytest.skip(f"{case.name} takes no {dtype}")
@@ -41,16 +41,16 @@ def _floating(results: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_as_accurate_as_the_reference(case: OpCase, layout: str, dtype: torch.dtype,
+def test_as_accurate_as_the_reference(case: GpuCase, layout: str, dtype: torch.dtype,
                                       device: str) -> None:
     backend = _usable(case, device, dtype, layout)
-    floating, integer = case.inputs(device, dtype, layout)
+    made = call, inputs = case.inputs(device, dtype, layout)
     with poisoned_empty():
-        found = [run(case, floating, integer, backend)]
+        found = [case.run(made, backend)]
     if not case.repeatable:  # poisoning asks for determinism: what ran is another kernel
-        found.append(run(case, floating, integer, backend))
-    reference = run(case, floating, integer, "reference")
-    truth = run(case, tuple(t.double() for t in floating), integer, "reference")
+        found.append(case.run(made, backend))
+    reference = case.run(made, "reference")
+    truth = case.run((call, tuple(t.double() for t in inputs)), "reference")
     for got, (i, (b, exact)) in product(found, enumerate(zip(reference, truth, strict=True))):
         a = got[i]
         assert len(got) == len(reference)
@@ -66,34 +66,34 @@ def test_as_accurate_as_the_reference(case: OpCase, layout: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_output_keeps_the_memory_format(case: OpCase, device: str) -> None:
+def test_the_output_keeps_the_memory_format(case: GpuCase, device: str) -> None:
     backend = _usable(case, device)
     for layout in ("contiguous", "channels_last"):
-        floating, integer = case.inputs(device, torch.float32, layout)
-        if not floating or floating[0].dim() != 4 or floating[0].shape[1] == 1:
+        made = _, inputs = case.inputs(device, torch.float32, layout)
+        if inputs[0].dim() != 4 or inputs[0].shape[1] == 1:
             pytest.skip("no 4-D input")
-        for tensor in _floating(run(case, floating, integer, backend))[:1]:
+        for tensor in _floating(case.run(made, backend))[:1]:
             if tensor.dim() == 4 and tensor.shape[1] > 1:
                 strides = with_memory_format(torch.empty_like(tensor), layout).stride()
                 assert tensor.stride() == strides
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.repeatable], ids=lambda case: case.name)
-def test_the_same_bits_in_every_run(case: OpCase, device: str) -> None:
+def test_the_same_bits_in_every_run(case: GpuCase, device: str) -> None:
     backend = _usable(case, device)
-    floating, integer = case.inputs(device, torch.float32, "channels_last")
-    first, second = (run(case, floating, integer, backend) for _ in range(2))
+    made = case.inputs(device, torch.float32, "channels_last")
+    first, second = (case.run(made, backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.repeatable],
                          ids=lambda case: case.name)
-def test_determinism_on_request(case: OpCase, device: str) -> None:
+def test_determinism_on_request(case: GpuCase, device: str) -> None:
     backend = _usable(case, device)
-    floating, integer = case.inputs(device, torch.float32, "contiguous")
+    made = case.inputs(device, torch.float32, "contiguous")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        first, second = (run(case, floating, integer, backend) for _ in range(2))
+        first, second = (case.run(made, backend) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

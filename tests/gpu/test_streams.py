@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.op_cases import CASES, OpCase, cotangents, outputs, run
+from benchmarks.gpu.op_cases import CASES, GpuCase
 from smis_kernels import LabelLayout
 from smis_models import Synthesizer, create_model
 from smis_models.synthesis.graphs import WARM_UPS
+from tests.op_cases import Made, cotangents, outputs_of
 
 # The size of what these return depends on the data, so they wait for the device once.
 WAITING = ("number_windows", "number_vectors", "instance_mean_table")
@@ -18,7 +19,7 @@ CYCLES = 100_000_000  # about 50 ms
 LONG = 4 * CYCLES  # beyond what a busy host needs for one call
 
 
-def prepared(case: OpCase) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def prepared(case: GpuCase) -> Made:
     return case.inputs("cuda", torch.float32, "channels_last")
 
 
@@ -32,31 +33,31 @@ def alike(a: list[Tensor], b: list[Tensor], exact: bool) -> None:
 
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("case", STEADY, ids=lambda case: case.name)
-def test_runs_on_the_current_stream(case: OpCase) -> None:
-    floating, integer = prepared(case)
-    expected = run(case, floating, integer, case.kind)
-    late = tuple(torch.zeros_like(t) for t in floating)
+def test_runs_on_the_current_stream(case: GpuCase) -> None:
+    made = call, inputs = prepared(case)
+    expected = case.run(made, case.kind)
+    late = tuple(torch.zeros_like(t) for t in inputs)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(CYCLES)  # a kernel on another stream would read zeros meanwhile
-        for target, source in zip(late, floating, strict=True):
+        for target, source in zip(late, inputs, strict=True):
             target.copy_(source)
-        got = run(case, late, integer, case.kind)
+        got = case.run((call, late), case.kind)
     side.synchronize()
     alike(got, expected, case.repeatable)
 
 
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("case", STEADY, ids=lambda case: case.name)
-def test_nothing_waits_for_the_device(case: OpCase) -> None:
-    floating, integer = prepared(case)
+def test_nothing_waits_for_the_device(case: GpuCase) -> None:
+    call, inputs = prepared(case)
     marker = torch.cuda.Event()
     with torch.no_grad():
-        case.call(*floating, *integer, backend=case.kind)  # compiled
+        call(*inputs, backend=case.kind)  # compiled
         torch.cuda.synchronize()
         torch.cuda._sleep(LONG)
-        case.call(*floating, *integer, backend=case.kind)
+        call(*inputs, backend=case.kind)
     marker.record()
     assert not marker.query(), "the call returned after the device had caught up"
     torch.cuda.synchronize()
@@ -64,24 +65,24 @@ def test_nothing_waits_for_the_device(case: OpCase) -> None:
 
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("case", STEADY, ids=lambda case: case.name)
-def test_replays_from_a_cuda_graph(case: OpCase) -> None:
-    floating, integer = prepared(case)
+def test_replays_from_a_cuda_graph(case: GpuCase) -> None:
+    made = call, inputs = prepared(case)
     # made before: what comes from the host cannot be captured
-    against = cotangents(outputs(case.call(*floating, *integer, backend=case.kind)))
+    against = cotangents(outputs_of(call(*inputs, backend=case.kind)))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
-            run(case, floating, integer, case.kind, against)
+            case.run(made, case.kind, against)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = run(case, floating, integer, case.kind, against)
-    for target in floating:
+        out = case.run(made, case.kind, against)
+    for target in inputs:
         target.copy_(target.flip(-1) * 0.5)
     graph.replay()
     torch.cuda.synchronize()
-    alike(out, run(case, floating, integer, case.kind, against), case.repeatable)
+    alike(out, case.run(made, case.kind, against), case.repeatable)
 
 
 @pytest.mark.cuda_only
@@ -115,13 +116,13 @@ def test_two_streams_at_once() -> None:
     streams = [torch.cuda.Stream() for _ in range(2)]
     case = next(case for case in CASES if case.name == "modulation pair upsampled")
     inputs = [prepared(case) for _ in streams]
-    expected = [run(case, *each, case.kind) for each in inputs]
+    expected = [case.run(each, case.kind) for each in inputs]
     torch.cuda.synchronize()
     results: list[list[Tensor]] = []
     for _ in range(20):
         for stream, each in zip(streams, inputs, strict=True):
             with torch.cuda.stream(stream):
-                results.append(run(case, *each, case.kind))
+                results.append(case.run(each, case.kind))
     torch.cuda.synchronize()
     for i, got in enumerate(results):
         alike(got, expected[i % 2], True)

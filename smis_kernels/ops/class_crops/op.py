@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.backend import BackendError, requested, resolve
+from ...runtime.backend import BackendError, refuse_trace, requested, resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_range, check_tensor
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -44,6 +44,7 @@ def class_boxes(image: Tensor, semantics: Tensor, num_classes: int, *, box: str 
     kind = resolve("class_boxes", image, backend, KINDS)
     record("class_boxes", kind, image, path=box)
     if kind == "reference":
+        refuse_trace("class_boxes")
         if semantics.dim() == 3:
             check_range("semantics", semantics, num_classes)
         return reference.class_boxes(image.detach(), semantics.detach(), num_classes, box)
@@ -105,6 +106,7 @@ def class_crops(image: Tensor, semantics: Tensor, num_classes: int, *,
     kind = resolve("class_crops", image, backend, KINDS)
     record("class_crops", kind, image, path=box, reason=reason)
     if kind == "reference":
+        refuse_trace("class_crops")
         if semantics.dim() == 3:
             check_range("semantics", semantics, num_classes)
         crops = reference.class_crops(image, semantics, num_classes, (height, width), box)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime.backend import resolve
+from ...runtime.backend import refuse_trace, resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_tensor
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -64,6 +64,7 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
     kind = resolve("instance_avg_pool2d", input, backend, KINDS)
     _record("instance_avg_pool2d", kind, input)
     if kind == "reference":
+        refuse_trace("instance_avg_pool2d")
         return reference.instance_avg_pool2d(input, _checked_ids(ids))
     out: Tensor = _InstancePool.apply(input, ids, kind)
     return out
@@ -101,6 +102,7 @@ def instance_mean_table(input: Tensor, instance_map: Tensor, *,
     _record("instance_mean_table", kind, input)
     x = input.detach()
     if kind == "reference":
+        refuse_trace("instance_mean_table")
         return InstanceMeans(*reference.instance_mean_table(x, _checked_ids(ids)))
     if _by_sorting(kind):
         return InstanceMeans(*_table_by_sorting(x, ids))

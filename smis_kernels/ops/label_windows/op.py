@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.backend import resolve
+from ...runtime.backend import refuse_trace, resolve
 from ...runtime.check import FLOATS, check_tensor
 from ...runtime.library import RawOp
 from . import reference
@@ -36,6 +36,7 @@ def number_vectors(input: Tensor, limit: int, *,
     check_tensor("input", input, 4, "(N, K, H, W)", FLOATS)
     kind = resolve("number_vectors", input, backend, KINDS)
     if kind == "reference":
+        refuse_trace("number_vectors")
         return reference.number_vectors(input, limit)
     return _number_vectors(kind, input, limit)
 
@@ -68,6 +69,7 @@ def number_windows(map: Tensor, limit: int, *,
     check_tensor("map", map, 3, "(N, H, W)", (torch.int32,))
     kind = resolve("number_windows", map, backend, KINDS)
     if kind == "reference":
+        refuse_trace("number_windows")
         if map.numel() > 0 and (least := int(map.min())) < 1:
             raise ValueError(
                 f"map: expected ids from 1, got {least}; 0 stands for the pixels outside the "

@@ -36,6 +36,8 @@ def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest:
          kept: bool = False) -> int:
     """The tile of the form expected to be fastest; 0 is a direct conv."""
     n, channels, height, width = input.shape
+    if not isinstance(n, int):  # torch.export for batches of any size: as for one image
+        n = 1
     k, m = channels // groups, outputs // groups
     if input.dtype not in WIDE or min(k, m) < LEAST_WIDTH:
         return 0
