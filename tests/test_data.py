@@ -314,7 +314,7 @@ def test_unpaired_files_are_an_error_before_any_work(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("mnist", "."), ValueError, "data set: expected scenes, cityscapes"),
+        (("mnist", "."), ValueError, "data set: expected one of scenes, cityscapes"),
         (("scenes", "."), ValueError, "root: the scenes are generated"),
         (("folder", None), ValueError, "root: expected the folder"),
         (("folder", "absent"), FileNotFoundError, "no such folder"),
