@@ -12,9 +12,12 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from monai.networks.nets import SPADEAutoencoderKL, SPADEDiffusionModelUNet, SPADENet
+from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
+from monai.networks.nets.spade_network import SPADENet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
@@ -55,7 +58,7 @@ def paint_first(model: nn.Module, planes: Tensor) -> Tensor:
     return model(planes)[0]
 
 
-def decode(model: nn.Module, planes: Tensor, z: Tensor) -> Tensor:
+def decode(model: Any, planes: Tensor, z: Tensor) -> Tensor:
     return model.decode(z, planes)
 
 
@@ -117,6 +120,10 @@ def paints(name: str, setting: Setting) -> bool:
     return bool(picture.isfinite().all()) and float(picture.std()) > 1e-3
 
 
+def _say(name: str, what: str) -> None:
+    print(f"{name}: {what}", file=sys.stderr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK",
@@ -146,8 +153,7 @@ def main() -> int:
             return 1
         _, run, _, target = NETWORKS[name]
         case = case_of(f"foreign/{name}", partial(inputs, name), run, target)
-        records += measure(case, setting,
-                           lambda what, name=name: print(f"{name}: {what}", file=sys.stderr))
+        records += measure(case, setting, partial(_say, name))
         counts = records[-1].counts
         print(f"{name}: {counts['replaced']} replaced, accelerate() {counts['accelerate_ms']} ms",
               file=sys.stderr)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ def train(model: nn.Module, planes: Tensor) -> tuple[Tensor, Tensor]:
         picture.square().mean().backward()
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.eval().zero_grad()
-    for layer in model.modules():
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
         if "weight_orig" in layer._parameters:
             layer.weight = layer.weight.detach()  # part of the graph, it could not be copied
     return picture.detach(), norm

@@ -212,7 +212,8 @@ def _runs_installed(path: Path, folder: Path) -> None:
     _python("-m", "venv", "--without-pip", str(folder))
     python = str(folder / "bin" / "python")
     (site,) = folder.glob("lib/python*/site-packages")
-    _python("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", str(path))
+    _python("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", str(path),
+            PYTHONPATH="")
     (site / "shared.pth").write_text("\n".join(p for p in sys.path if "-packages" in p) + "\n")
     told = """
 from pathlib import Path

@@ -145,7 +145,7 @@ def write(path: Path, earlier: Path | None) -> list[Path]:
     if not results["dry_run"]:
         for line in target_rows(records):
             print("  ".join(line), flush=True)
-    for line in worse:
-        print(f"worse than {earlier}: {line}", flush=True)
+    for what in worse:
+        print(f"worse than {earlier}: {what}", flush=True)
     print("written: " + ", ".join(map(str, written)), flush=True)
     return written

@@ -147,6 +147,9 @@ def _onnx(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:
             dynamic_axes={name: {0: "batch"} for name in (*painter.names, "picture")})
     made = onnx.load(str(path))
     onnx.helper.set_model_props(made, dict(notes))
+    sizes = made.graph.output[0].type.tensor_type.shape.dim[1:]
+    for dimension, size in zip(sizes, (3, *painter.preset.image_size), strict=True):
+        dimension.dim_value = size
     onnx.save(made, str(path))
     onnx.checker.check_model(str(path), full_check=True)
     foreign = {node.domain for node in made.graph.node} - {""}
