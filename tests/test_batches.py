@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_models import SMALL_TRAINING
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -27,8 +28,7 @@ CPU = torch.device("cpu")
 
 def tiny(*arguments: str) -> TrainConfig:
     return from_dict({
-        "recipe": "groupdnet_deepfashion",
-        "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
+        **SMALL_TRAINING,
         "data": {"name": "scenes", "batch": 4, "workers": 0, "count": 12},
         "losses": {"perceptual": 0.0}, "log": {"grid_every": 1, "rows": 2, "tensorboard": False},
     }, arguments)

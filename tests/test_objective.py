@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import SMALL_TRAINING
 from torch import Tensor, nn
 
 from smis_models.families.ccfpse import pyramid_matching_loss
@@ -27,9 +28,8 @@ from smis_models.training.trainer import Trainer
 pytest.importorskip("jsonargparse")
 
 TINY = {
-    "recipe": "groupdnet_deepfashion",
-    "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
-    "data": {"name": "scenes", "batch": 2, "workers": 0, "count": 8}, "init_gain": 1.0,
+    **SMALL_TRAINING,
+    "init_gain": 1.0,
     "losses": {"kl": 0.3, "feature_matching": 7.0, "perceptual": 0.0, "adversarial": 1.5,
                "pixel": 3.0, "prior": 0.25, "latent": 0.7, "diversity": 1.1, "discriminator": 0.8},
 }

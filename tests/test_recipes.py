@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import SMALL_TRAINING
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from validation import agree
@@ -202,8 +203,7 @@ class _Objective:
 
 def tiny(*arguments: str) -> TrainConfig:
     return from_dict({
-        "recipe": "groupdnet_deepfashion",
-        "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
+        **SMALL_TRAINING,
         "data": {"name": "scenes", "batch": 2, "workers": 0, "count": 4},
         "losses": {"perceptual": 0.0},
     }, arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import SMALL_TRAINING
 from torch import Tensor
 
 from smis_models.io.checkpoint import CheckpointError, read_metadata
@@ -22,8 +23,7 @@ pytest.importorskip("jsonargparse")
 
 def tiny(*arguments: str) -> TrainConfig:
     return from_dict({
-        "recipe": "groupdnet_deepfashion",
-        "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
+        **SMALL_TRAINING,
         "data": {"name": "scenes", "batch": 2, "workers": 0, "count": 4},
         "schedule": {"epochs": 1, "decay_epochs": 0},
         "log": {"every": 1, "checkpoint_every": 1, "grid_every": 0, "tensorboard": False},

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import SMALL_TRAINING
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -36,9 +37,7 @@ MACHINE = ("images_per_second", "waiting", "memory")
 def tiny(*arguments: str) -> TrainConfig:
     """8 steps of 2 pictures, 4 an epoch."""
     return from_dict({
-        "recipe": "groupdnet_deepfashion",
-        "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
-        "data": {"name": "scenes", "batch": 2, "workers": 0, "count": 8},
+        **SMALL_TRAINING,
         "losses": {"perceptual": 0.0, "pixel": 10.0},
         "schedule": {"epochs": 1, "decay_epochs": 1},
         "log": {"every": 1, "checkpoint_every": 100, "grid_every": 0, "tensorboard": False},

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import SMALL_TRAINING
 from torch import Tensor
 
 from smis_models import create_model
@@ -42,9 +43,7 @@ from smis_models.training.whiten import whiten_codes
 pytest.importorskip("jsonargparse")
 
 TINY = {
-    "recipe": "groupdnet_deepfashion",
-    "network": {"ngf": 2, "nef": 8, "ndf": 4, "image_size": [64, 64], "upsampling": "normal"},
-    "data": {"name": "scenes", "batch": 2, "workers": 0, "count": 8},
+    **SMALL_TRAINING,
     "losses": {"perceptual": 0.0, "pixel": 10.0},
     "schedule": {"epochs": 1, "decay_epochs": 1},
     "log": {"every": 1, "checkpoint_every": 3, "grid_every": 0, "tensorboard": False},
