@@ -269,3 +269,6 @@ def test_an_edit_of_another_number_of_maps() -> None:
     z = s.code(0)
     assert max_error(s.sample(z), plain(model, pair, None, z)) < 1e-9
     assert s.windows[1] > 0
+    s.update(pair.flip(0))  # the same windows in another order
+    assert max_error(s.sample(z), plain(model, pair.flip(0), None, z)) < 1e-9
+    assert s.windows[0] == 0 and s.windows[1] > 0
