@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from monai.networks.nets import SPADEAutoencoderKL, SPADEDiffusionModelUNet, SPADENet
+from monai.networks import nets
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
@@ -35,32 +36,35 @@ def painter(cls: Callable[..., nn.Module], **options: object) -> nn.Module:
 
 
 def monai_spade() -> nn.Module:
-    return SPADENet(2, 1, 3, COCO_CLASSES, list(SIZE), [32, 64, 128, 256], is_vae=False)
+    return nets.SPADENet(2, 1, 3, COCO_CLASSES, list(SIZE), [32, 64, 128, 256], is_vae=False)
 
 
 def monai_autoencoder() -> nn.Module:
-    return SPADEAutoencoderKL(
+    return nets.SPADEAutoencoderKL(
         2, label_nc=COCO_CLASSES, num_res_blocks=(2, 2, 2), channels=(64, 128, 128),
         attention_levels=(False, False, False), latent_channels=8,
         with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False)
 
 
 def monai_diffusion() -> nn.Module:
-    return SPADEDiffusionModelUNet(
+    return nets.SPADEDiffusionModelUNet(
         2, 3, 3, COCO_CLASSES, num_res_blocks=(1, 1, 1), channels=(64, 128, 128),
         attention_levels=(False, False, True), num_head_channels=64)
 
 
 def paint_first(model: nn.Module, planes: Tensor) -> Tensor:
-    return model(planes)[0]
+    picture: Tensor = model(planes)[0]
+    return picture
 
 
-def decode(model: nn.Module, planes: Tensor, z: Tensor) -> Tensor:
-    return model.decode(z, planes)
+def decode(model: Any, planes: Tensor, z: Tensor) -> Tensor:
+    picture: Tensor = model.decode(z, planes)
+    return picture
 
 
 def denoise(model: nn.Module, planes: Tensor, x: Tensor) -> Tensor:
-    return model(x, torch.tensor([500]), planes)
+    noise: Tensor = model(x, torch.tensor([500]), planes)
+    return noise
 
 
 def nothing(generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -146,8 +150,7 @@ def main() -> int:
             return 1
         _, run, _, target = NETWORKS[name]
         case = case_of(f"foreign/{name}", partial(inputs, name), run, target)
-        records += measure(case, setting,
-                           lambda what, name=name: print(f"{name}: {what}", file=sys.stderr))
+        records += measure(case, setting, partial(print, f"{name}:", file=sys.stderr))
         counts = records[-1].counts
         print(f"{name}: {counts['replaced']} replaced, accelerate() {counts['accelerate_ms']} ms",
               file=sys.stderr)

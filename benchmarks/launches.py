@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smis_kernels import CGNorm, LabelLayout, use_backend, use_path
-from smis_kernels.accelerate.prepared import Prepared
+from smis_kernels.acceleration.prepared import Prepared
 from smis_kernels.layout.label_layout import TableCache, WindowLevel
 from smis_kernels.runtime.library import NAMESPACE, raw_ops
 from smis_models.benchmark.case import Maps, Setting
@@ -139,7 +139,8 @@ def _picked(t: Tensor, index: Any) -> Tensor:
         at = next(i for i, p in enumerate(parts) if p is Ellipsis)
         fill = t.dim() - sum(p is not None for p in parts) + 1
         parts[at:at + 1] = [slice(None)] * fill
-    axis, rows = 0, []
+    axis = 0
+    rows: list[Tensor | None] = []
     for part in parts:
         if isinstance(part, Tensor):
             rows.append(part)

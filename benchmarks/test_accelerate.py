@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ def train(model: nn.Module, planes: Tensor) -> tuple[Tensor, Tensor]:
         picture.square().mean().backward()
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.eval().zero_grad()
+    layer: Any
     for layer in model.modules():
         if "weight_orig" in layer._parameters:
             layer.weight = layer.weight.detach()  # part of the graph, it could not be copied

@@ -9,8 +9,8 @@ except ModuleNotFoundError:
         name="smis_kernels",
     ) from None
 
-from .accelerate.model import accelerate, restore
-from .accelerate.report import Report
+from .acceleration.model import accelerate, restore
+from .acceleration.report import Report
 from .layout.label_layout import LabelLayout, layout_scope, share_layouts
 from .modules.conditional_conv import ConditionalConv2d
 from .modules.conditional_norm import ConditionalNorm2d, adain

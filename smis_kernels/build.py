@@ -309,7 +309,10 @@ def _selection() -> tuple[str, ...]:
 
 def jobs() -> int:
     """Compilers at a time: ``MAX_JOBS``, else one per processor."""
-    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    given = os.environ.get("MAX_JOBS")
+    if given and not (given.isdecimal() and int(given)):
+        raise SystemExit(f"MAX_JOBS: expected a number of at least 1, got {given!r}")
+    return int(given or os.cpu_count() or 1)
 
 
 def build(package_dir: Path, source_dir: Path, torch: Torch | None, *, cache: Path | None = None,
@@ -384,6 +387,16 @@ def locate() -> tuple[Path, Path, Path | None]:
     return package, package / "csrc", None
 
 
+def acts_on(package: Path, module: str) -> str:
+    """Which copy of the package ``python -m smis_kernels.<module>`` is about, in one line."""
+    for place in sys.path:
+        other = Path(place).resolve() / package.name
+        if other != package and (other / "__init__.py").exists():
+            return (f"{package}, not the installed {other}; for that one: "
+                    f"python -I -m smis_kernels.{module}")
+    return str(package)
+
+
 def _enlist(package: Path) -> None:
     """Name the libraries in pip's list of installed files, so that uninstalling removes them."""
     for installed in package.parent.glob("smis_kernels-*.dist-info/RECORD"):
@@ -398,6 +411,7 @@ def _enlist(package: Path) -> None:
 def main() -> int:
     """Build into the package that this file lies in; 1 when a library asked for did not build."""
     package, source, cache = locate()
+    print(f"package: {acts_on(package, 'build')}")
     try:
         record = build(package, source, find_torch(), cache=cache)
         _enlist(package)

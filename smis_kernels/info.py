@@ -97,6 +97,7 @@ def info() -> dict[str, Any]:
     return {
         "versions": {
             "smis_kernels": _version("smis-kernels"),
+            "package": build.acts_on(build.locate()[0], "info"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),

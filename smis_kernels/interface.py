@@ -1,7 +1,7 @@
 """What networks are built with beside the public modules: the one door to the rooms behind them."""
 
-from .accelerate.prepared import Prepared
-from .accelerate.watch import Settings
+from .acceleration.prepared import Prepared
+from .acceleration.watch import Settings
 from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
 from .modules.label_conv import LabelConv2d

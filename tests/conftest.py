@@ -13,7 +13,7 @@ import pytest
 import torch
 from require import unmet
 
-from smis_kernels.accelerate.swap import at_any_size
+from smis_kernels.acceleration.swap import at_any_size
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.native import cuda_emulated
 

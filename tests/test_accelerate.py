@@ -14,7 +14,7 @@ from foreign_cases import LABELS, NETWORKS, block_of, label_map, lively, norm_of
 from torch import Tensor, nn
 
 from smis_kernels import accelerate, restore
-from smis_kernels.accelerate.swap import Accelerated, Fused
+from smis_kernels.acceleration.swap import Accelerated, Fused
 from smis_kernels.testing import max_error
 
 

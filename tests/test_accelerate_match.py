@@ -11,7 +11,7 @@ from foreign_norms import width_list
 from torch import Tensor, nn
 
 from smis_kernels import accelerate, use_path
-from smis_kernels.accelerate.swap import PLAN
+from smis_kernels.acceleration.swap import PLAN
 
 NORMS = width_list(6, LABELS)
 WITHOUT_TABLES = {"separate", "reflected"}

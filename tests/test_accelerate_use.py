@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import smis_kernels.layout.label_layout as layout_module
 from smis_kernels import accelerate, explain, restore, use_backend
-from smis_kernels.accelerate import swap
-from smis_kernels.accelerate.swap import Accelerated
+from smis_kernels.acceleration import swap
+from smis_kernels.acceleration.swap import Accelerated
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 

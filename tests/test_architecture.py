@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a room imports from those before it.
 ROOMS = {
-    "smis_kernels": ("build", "runtime", "testing", "ops", "layout", "modules", "accelerate",
+    "smis_kernels": ("build", "runtime", "testing", "ops", "layout", "modules", "acceleration",
                      "info", "interface"),
     "smis_models": ("io", "networks", "families", "data", "synthesis", "metrics", "training",
                     "benchmark", "demo", "app", "cli"),

@@ -67,7 +67,7 @@ def test_the_measures_are_of_the_weights_in_the_folder(compared, name):
     first, second = painted(model, scenes[0]["labels"],
                             sample_codes(model, 2, derived_seed(0, 0)))
     found = result["systems"][name]
-    assert found["diversity"]["pixel L1"]["lpips"] == pytest.approx(
+    assert found["diversity"]["pixel L1"]["diversity"] == pytest.approx(
         float((first - second).abs().mean()) / 2, rel=1e-4, abs=1e-7)
     matrix = np.zeros((8, 8))
     for i in range(2):

@@ -84,7 +84,7 @@ def test_onnx_of_every_generator(tmp_path: Path, name: str) -> None:
     assert tuple(i.name for i in graph.input) == made.names
     for value in (*graph.input, *graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-        assert all(d.dim_value for d in value.type.tensor_type.shape.dim[2:])
+        assert all(d.dim_value for d in value.type.tensor_type.shape.dim[1:])
     painter = Painter(model)
     inputs = painter.example(5, seed=77)
     assert relative(onnx_run(path)(*inputs), painted(model, painter, inputs)) < TOLERANCE
@@ -116,13 +116,10 @@ def test_torch_onnx_export_as_users_call_it(tmp_path: Path) -> None:
         torch.onnx.export(generator, (planes[0],), str(tmp_path / "g.onnx"), dynamo=True,
                           verbose=False)
         assert relative(onnx_run(tmp_path / "g.onnx")(planes[1]), generator(planes[1])) < TOLERANCE
-    with pytest.raises(Exception, match="reference") as error, use_backend("cpu"):
+    with (pytest.warns(UserWarning, match=r"ONNX has no operator for 'cpu' .* 'auto'"),
+          pytest.raises(Exception, match="ONNX"), use_backend("cpu")):
         torch.onnx.export(generator, (planes[0],), str(tmp_path / "h.onnx"), dynamo=True,
                           verbose=False)
-    causes, cause = [], error.value
-    while cause is not None:
-        causes, cause = [*causes, cause], cause.__cause__
-    assert any(isinstance(c, BackendError) for c in causes)
 
 
 @needs_cpu

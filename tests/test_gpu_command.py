@@ -187,6 +187,7 @@ def test_a_row_s_records_replace_those_of_before(tmp_path: Path) -> None:
         assert row is not None and row["commit"] == commit and "records" not in row
         entries = read_json(journal.path)["benchmarks"]
         assert [e["group"] for e in entries] == ["another", case.group, case.group]
+        assert {r.commit for r in map(Record.from_entry, entries[1:])} == {commit}
 
 
 def test_a_failed_library_stops_no_other_part() -> None:

@@ -141,7 +141,7 @@ def run_folder(folder: Path) -> Any:
     (folder / "config.json").write_text(json.dumps({
         "model": NAME, "network": {}, "data": {"batch": 16}, "optimizer": {"generator": 2e-3}}))
     result = {
-        "results": {"diversity": {"pixel L1": {"mcsd": 0.125, "mocd": 0.25, "lpips": 0.5}},
+        "results": {"diversity": {"pixel L1": {"mcsd": 0.125, "mocd": 0.25, "diversity": 0.5}},
                     "segmentation": {"miou": 0.625, "accuracy": 0.75, "label_rule": "same"}},
         "model": {"weights_sha256": {
             "model.safetensors": file_hash(folder / "model.safetensors")}},

@@ -291,7 +291,7 @@ def test_mcsd_and_mocd_by_hand() -> None:
     by_hand = "pictures painted and compared one by one"
     agree("mCSD", by_hand, found.mcsd, np.mean([np.mean(own[c]) for c in (0, 1)]), rtol=1e-4)
     agree("mOCD", by_hand, found.mocd, np.mean([np.mean(other[c]) for c in (0, 1)]), rtol=1e-4)
-    agree("mean distance of pictures", by_hand, found.lpips, np.mean(whole), rtol=1e-4)
+    agree("mean distance of pictures", by_hand, found.diversity, np.mean(whole), rtol=1e-4)
     assert found.mcsd > found.mocd > 0
 
 

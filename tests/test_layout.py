@@ -368,6 +368,45 @@ def test_windows_of_an_edited_map_are_matched() -> None:
                 assert not (vectors[0] == vectors[1][i]).all(1)[1:].any()
 
 
+def test_symbols_of_equal_vectors_are_one_to_a_match() -> None:
+    old = LabelLayout.from_labels(torch.tensor([[[0, 1], [1, 0]]]), 3)
+    new = LabelLayout.from_labels(torch.tensor([[[1, 2], [0, 1]]]), 3)
+    assert (match_windows(old, new, (2, 2), reach=1)[1:] == -1).all()
+    weights = torch.tensor([[1.0], [0.0], [1.0]])  # classes 0 and 2 become the same
+    merged = [x.map_vectors(lambda vectors: vectors @ weights) for x in (old, new)]
+    row = match_windows(*merged, (2, 2), reach=1)
+    vectors = [x.vectors[x.level((2, 2)).windows3.long()].flatten(1) for x in merged]
+    assert row.tolist() == [0, -1, -1, -1, -1]
+    again = match_windows(merged[0], merged[0], (2, 2), reach=1)
+    assert torch.equal(vectors[0][again], vectors[0])
+    turned = LabelLayout.from_labels(torch.tensor([[[2, 1], [1, 2]]]), 3).map_vectors(
+        lambda vectors: vectors @ weights)
+    assert torch.equal(match_windows(merged[0], turned, (2, 2), reach=1), torch.arange(5))
+
+
+def test_norms_on_vectors_that_differ_otherwise_share_no_match() -> None:
+    """What one norm cannot tell apart another can."""
+    labels = torch.randint(3, (1, 16, 16), generator=torch.Generator().manual_seed(0))
+    edited = labels.clone()
+    edited[0, 2:9, 3:8] = 2
+    merge = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
+    norms = [SPADE(8, 2, 8).eval(), SPADE(8, 3, 8).eval()]
+    x = torch.randn(1, 8, 16, 16)
+
+    def painted(layout: LabelLayout) -> list[Tensor]:
+        blind = layout.map_vectors(lambda vectors: vectors @ merge)
+        return [norm(x, of) for norm, of in zip(norms, (blind, layout), strict=True)]
+
+    before, after = (LabelLayout.from_labels(m, 3) for m in (labels, edited))
+    before.tables = TableCache()
+    with torch.no_grad(), use_path("one_level"):
+        painted(before)
+        after.tables = TableCache(before.tables)
+        for found, expected in zip(painted(after), painted(LabelLayout.from_labels(edited, 3)),
+                                   strict=True):
+            assert torch.equal(found, expected)
+
+
 @needs_cpu
 def test_compiles_without_a_graph_break_on_a_prepared_layout() -> None:
     norm_0, norm_s = SPADE(6, 4, 5), CGNorm(6, 4, 8, groups=2)

@@ -87,18 +87,18 @@ def test_every_reader_gives_one_map(tmp_path: Path) -> None:
     edged = replace(SMALL, instance_edge=True)
     with_ids = synthesis.read_scenes(tmp_path / "labels", tmp_path / "inst", edged)[0]
     np.testing.assert_array_equal(with_ids.instances, expected_ids)
-    (_, image, maps), = read_pictures([tmp_path / "images"], [tmp_path / "labels"], SMALL)
-    np.testing.assert_array_equal(maps[0], expected)
+    (found,) = read_pictures([tmp_path / "images"], [tmp_path / "labels"], SMALL)
+    np.testing.assert_array_equal(found.labels[0], expected)
     sample = FileScenes([SceneFiles("a", tmp_path / "images/a.png", tmp_path / "labels/a.png",
                                     tmp_path / "inst/a.png")], 8,
                         Preprocess("fixed", (64, 96), augment=False))[0]
     np.testing.assert_array_equal(sample["labels"], expected)
     np.testing.assert_array_equal(sample["instances"], expected_ids)
-    np.testing.assert_array_equal(sample["image"], image[0])
+    np.testing.assert_array_equal(sample["image"], found.image[0])
     (photograph, own), = synthesis.read_photographs(tmp_path / "images", tmp_path / "inst",
                                                     (64, 96))
     np.testing.assert_array_equal(own[0], expected_ids)
-    np.testing.assert_array_equal(photograph, image)
+    np.testing.assert_array_equal(photograph, found.image)
 
 
 def test_evaluate_reads_the_same_maps_either_way(tmp_path: Path, smis: Any) -> None:

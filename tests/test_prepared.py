@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import SPADE, LabelLayout, use_path
-from smis_kernels.accelerate.prepared import Prepared
+from smis_kernels.acceleration.prepared import Prepared
 from smis_kernels.runtime import constants
 from smis_kernels.runtime.constants import Store, constant, using
 

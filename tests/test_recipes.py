@@ -85,7 +85,7 @@ def test_recipes_are_the_published_ones(name: str) -> None:
     expected = {
         "model": name.removesuffix("_codes"), "network": to_dict(network), "losses": losses,
         "optimizer": optimizer, "precision": "fp32", "seed": 0, "init": None,
-        "init_gain": 1.0 if "scenes" in name else 0.02, "whiten": name == "groupdnet_scenes",
+        "init_gain": 1.0 if "scenes" in name else 0.02, "whiten": False,
         "schedule": {"epochs": epochs, "decay_epochs": decay, "freeze_global_epochs": frozen,
                      "falls": "before" if name in U_NETS else "after"},
     }

@@ -218,3 +218,54 @@ def test_bad_labels_name_themselves() -> None:
     model, labels, _ = small("groupdnet_cityscapes")
     with pytest.raises(ValueError, match="instances: expected a map of ids"):
         Synthesizer(model, labels)
+
+
+def distinct_windows(labels: Tensor, size: int, reach: int) -> set[bytes]:
+    """The map's distinct windows at a size, by brute force; outside is -1."""
+    source = (torch.arange(size) * labels.shape[1]) // size
+    resized = labels[0][source[:, None], source[None]]
+    padded = nn.functional.pad(resized, [reach] * 4, value=-1).to(torch.int8).numpy()
+    width = 2 * reach + 1
+    return {padded[y:y + width, x:x + width].tobytes() for y in range(size) for x in range(size)}
+
+
+@torch.no_grad()
+def test_a_chain_of_edits_is_exact_and_counts_its_windows() -> None:
+    """Classes come and go, so that symbols are numbered anew; some edits change nothing."""
+    model, labels, _ = small("groupdnet_deepfashion")
+    rng = torch.Generator().manual_seed(0)
+    sizes = [2**k for k in range(7)]
+    s = Synthesizer(model, labels)
+    z = s.code(0)
+    s.sample(z)
+    found = {size: distinct_windows(labels, size, 2) for size in sizes}
+    assert s.windows == (sum(map(len, found.values())), 0)
+    for k in range(10):
+        labels = labels.clone()
+        if k == 3:
+            labels[labels == labels.min()] = labels.max()  # the least class goes: ranks shift
+        elif k == 5:
+            labels[0, 0, 0] = 0  # and comes back, in a corner
+        elif k != 7:  # at 7 nothing changes
+            y, x = torch.randint(0, 50, (2,), generator=rng).tolist()
+            labels[0, y:y + 9, x:x + 6] = int(torch.randint(8, (), generator=rng))
+        s.update(labels)
+        picture = s.sample(z)
+        fresh = Synthesizer(model, labels)
+        assert max_error(picture, fresh.sample(z)) < 1e-12
+        now = {size: distinct_windows(labels, size, 2) for size in sizes}
+        new = sum(len(now[size] - found[size]) for size in sizes)
+        assert s.windows == (new, sum(map(len, now.values())) - new)
+        found = now
+
+
+@torch.no_grad()
+def test_an_edit_of_another_number_of_maps() -> None:
+    model, labels, _ = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels)
+    s.sample(seed=0)
+    pair = torch.cat([labels.flip(2), labels])
+    s.update(pair)
+    z = s.code(0)
+    assert max_error(s.sample(z), plain(model, pair, None, z)) < 1e-9
+    assert s.windows[1] > 0

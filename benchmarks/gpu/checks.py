@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -78,6 +79,8 @@ class Job:
 
 def tests(settings: Settings, folder: Path) -> Iterator[Job]:
     """tests/gpu and the Triton tests, in as many processes as can compile."""
+    if find_spec("pytest") is None:
+        return
     for i, (name, arguments) in enumerate(shards(settings.dry_run)):
         report = folder / f"{i}.xml"
         yield Job(f"tests: {name}",
@@ -214,6 +217,8 @@ def _skip(journal: Journal, settings: Settings) -> None:
     def skip(reason: str) -> Row:
         raise Skip(reason)
 
+    if find_spec("pytest") is None:
+        journal.row("tests", partial(skip, "pytest is not installed"))
     if settings.parity is None:
         journal.row("parity", partial(skip, "no --parity folder was given"))
     if not settings.dry_run and find_tool("compute-sanitizer") is None:

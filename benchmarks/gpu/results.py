@@ -175,7 +175,10 @@ class Journal:
         records = row.pop("records", None)
         if records is not None:
             kept = [e for e in self.content["benchmarks"] if e["group"] != row["name"]]
-            self.content["benchmarks"] = kept + [record.to_entry() for record in records]
+            entries = [record.to_entry() for record in records]
+            for entry in entries:  # there may be no git where it ran
+                entry["extra_info"]["commit"] = self.commit
+            self.content["benchmarks"] = kept + entries
         places = [i for i, old in enumerate(self.rows) if old["name"] == row["name"]]
         if places:
             self.rows[places[0]] = row

@@ -32,6 +32,7 @@ from smis_models.cli.evaluate import (
     TrunkFile,
     create_distances,
 )
+from smis_models.io.files import locked
 from smis_models.training import Progress
 
 app = typer.Typer(add_completion=False)
@@ -91,11 +92,12 @@ def compare(
     )
     distances = create_distances(distance, lpips_weights, lpips_heads, place)
     extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
-    with selected(backend), _training(minutes_per_model, settings.systems) as report:
+    with locked(out), selected(backend), _training(
+            minutes_per_model, settings.systems) as report:
         trained = comparison.train(settings, out, device=place, report=report)
-    with selected(backend), progress(None) as step:
+    with locked(out), selected(backend), progress(None) as step:
         result = comparison.measure(settings, out, trained, distances, extractor=extractor,
-                                    device=place, step=step)
+                                    device=place, step=step, expect=step.expect)
     head, lines = comparison.table(result)
     for first in range(1, len(head), 6):  # as much as a terminal shows
         rows = Table(head[0], *head[first:first + 6])

@@ -31,7 +31,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         line = [system]
         for name in names:
             found = row["diversity"][name]
-            line += [_number(found[key], 4) for key in ("mcsd", "mocd", "lpips")]
+            line += [_number(found[key], 4) for key in ("mcsd", "mocd", "diversity")]
         line += [_number(row["fid"]["fid"], 2)] if fid else []
         line += [
             f"{row['segmentation']['miou']:.1%}", f"{row['segmentation']['accuracy']:.1%}",
@@ -51,7 +51,7 @@ def _values(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     if result["distances"]:
         first = result["distances"][0]["name"]
         for metric in ("mCSD", "mOCD", "diversity"):
-            found[metric] = {name: row["diversity"][first][_KEYS[metric]]
+            found[metric] = {name: row["diversity"][first][metric.lower()]
                              for name, row in systems.items()}
     if all("fid" in row for row in systems.values()):
         found["FID"] = {name: row["fid"]["fid"] for name, row in systems.items()}

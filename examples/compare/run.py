@@ -117,7 +117,8 @@ def _held_out(count: int, settings: Settings) -> GeneratedScenes:
 
 
 def _judged(model: Any, weights: Path, settings: Settings, distances: Sequence[Distance],
-            extractor: Extractor | None, step: Step) -> dict[str, Any]:
+            extractor: Extractor | None, step: Step,
+            expect: Callable[[int], None]) -> dict[str, Any]:
     """Diversity, mIoU and, with an extractor, FID on held-out scenes."""
     count = max(settings.layouts, settings.pictures)
     scenes = Scenes(_held_out(count, settings),
@@ -126,7 +127,7 @@ def _judged(model: Any, weights: Path, settings: Settings, distances: Sequence[D
                       pairs=settings.pairs)
     metrics = Metrics(distances, extractor, scene_labels, None, label_rule("same", model.preset))
     return evaluate(model, scenes, metrics, pinned, checkpoint=weights, seed=settings.seed,
-                    step=step)
+                    step=step, expect=expect)
 
 
 def train(settings: Settings, folder: str | Path, *, device: torch.device | str = "cpu",
@@ -145,18 +146,25 @@ def train(settings: Settings, folder: str | Path, *, device: torch.device | str 
 
 def measure(settings: Settings, folder: str | Path, trained: Mapping[str, Trained],
             distances: Sequence[Distance], *, extractor: Extractor | None = None,
-            device: torch.device | str = "cpu", step: Step = lambda what: None) -> dict[str, Any]:
+            device: torch.device | str = "cpu", step: Step = lambda what: None,
+            expect: Callable[[int], None] = lambda total: None) -> dict[str, Any]:
     """Measure what :func:`train` trained and write comparison.json and .md; as :func:`compare`."""
     folder, place = Path(folder), torch.device(device)
     rows: dict[str, dict[str, Any]] = {}
     judged: dict[str, Any] = {}
     models = {}
+    totals = [0] * len(trained)
+
+    def told(index: int, total: int) -> None:
+        totals[index:] = [total] * (len(totals) - index)  # those to come are taken to be alike
+        expect(sum(totals) + 1)
+
     for name, run in trained.items():
         config = settings.config(name)
         model = create_model(config.model, run.weights, device=place).eval()
         models[name] = model
         judged = _judged(model, run.weights, settings, distances, extractor,
-                         partial(_named, step, name))
+                         partial(_named, step, name), partial(told, len(models) - 1))
         rows[name] = {
             "model": config.model, "steps": run.steps, "images": run.images,
             "seconds": run.seconds, "failure": run.failure,
@@ -188,7 +196,8 @@ def _named(step: Step, name: str, what: str) -> None:
 def compare(settings: Settings, folder: str | Path, distances: Sequence[Distance], *,
             extractor: Extractor | None = None, device: torch.device | str = "cpu",
             report: Callable[[str, Progress, float], None] = lambda name, progress, left: None,
-            step: Step = lambda what: None) -> dict[str, Any]:
+            step: Step = lambda what: None,
+            expect: Callable[[int], None] = lambda total: None) -> dict[str, Any]:
     """Train and measure every system; the result is written to ``folder`` too.
 
     Stopped at any moment and called again, it goes on: a system's training from its last
@@ -202,6 +211,7 @@ def compare(settings: Settings, folder: str | Path, distances: Sequence[Distance
         device: of everything.
         report: called while training with the system's name, the progress and the seconds left.
         step: called with a few words while measuring.
+        expect: called with how many times ``step`` will be, as well as it is known by then.
 
     Raises:
         ValueError: settings that do not fit, a folder of another comparison.
@@ -216,4 +226,4 @@ def compare(settings: Settings, folder: str | Path, distances: Sequence[Distance
     """
     trained = train(settings, folder, device=device, report=report)
     return measure(settings, folder, trained, distances, extractor=extractor, device=device,
-                   step=step)
+                   step=step, expect=expect)

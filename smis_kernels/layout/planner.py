@@ -135,7 +135,11 @@ def costs(norm: ModulationConvs, level: WindowLevel, pixels: int, rates: Rates =
 def _check_map(norm: ModulationConvs, segmap: Tensor | LabelLayout, input: Tensor) -> None:
     shape = tuple(segmap.shape)
     if len(shape) != 4 or shape[1] != norm.label_channels:
-        raise ValueError(f"segmap: expected (N, {norm.label_channels}, H, W), got {shape}")
+        labels = isinstance(segmap, Tensor) and not segmap.is_floating_point() and (
+            len(shape) == 3 or shape[1:2] == (1,))
+        cure = ("; of integer labels make LabelLayout.from_labels(labels, num_classes)"
+                if labels else "")
+        raise ValueError(f"segmap: expected (N, {norm.label_channels}, H, W), got {shape}{cure}")
     if shape[0] != input.shape[0]:
         raise ValueError(
             f"segmap: expected the batch size {input.shape[0]} of the input, got {shape[0]}"

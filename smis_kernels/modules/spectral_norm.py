@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +77,9 @@ def spectral_norm(module: ModuleT, name: str = "weight", n_power_iterations: int
     Same arguments, parameters, buffers and state dict; :func:`torch.nn.utils.remove_spectral_norm`
     takes it off. The division is :func:`spectral_weight`.
 
+    Raises:
+        ValueError: ``eps`` is below 0; as torch's.
+
     Paper: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
 
     Example:
@@ -83,6 +87,8 @@ def spectral_norm(module: ModuleT, name: str = "weight", n_power_iterations: int
         >>> layer(torch.randn(1, 8, 4, 4)).shape
         torch.Size([1, 16, 4, 4])
     """
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     wrapped: ModuleT = torch_spectral_norm(module, name, n_power_iterations, eps, dim)
     for hook in wrapped._forward_pre_hooks.values():
         if type(hook) is SpectralNorm:

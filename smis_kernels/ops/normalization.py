@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypedDict
@@ -191,6 +192,8 @@ def check_input(input: Tensor, options: Options, *runnings: Running) -> None:
     n, c, h, w = input.shape
     if options.norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}; got {options.norm!r}")
+    if not 0 <= options.eps < math.inf:
+        raise ValueError(f"eps: expected a number of at least 0, got {options.eps}")
     if options.norm == "group" and (not options.num_groups or c % options.num_groups):
         raise ValueError(
             f"num_groups: expected a divisor of the {c} channels, got {options.num_groups}"
@@ -207,7 +210,8 @@ def check_input(input: Tensor, options: Options, *runnings: Running) -> None:
     if not fixed and input.numel() and per_statistic.get(options.norm, h * w) == 1:
         raise ValueError(
             "input: expected more than one value for each statistic of norm "
-            f"{options.norm!r}, got shape {tuple(input.shape)}"
+            f"{options.norm!r}, got shape {tuple(input.shape)}; call .eval() on the model "
+            "first, or give a larger batch or picture"
         )
 
 

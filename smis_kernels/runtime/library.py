@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+
+# How a kernel refuses an argument: its name, what was expected, what came.
+_REFUSAL = re.compile(r"\w+: expected .*, got ")
 
 raw_ops: dict[str, RawOp] = {}
 
@@ -57,6 +61,17 @@ class RawOp:
         return getattr(importlib.import_module(module), function)(*args)
 
     def __call__(self, backend: str, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._called(backend, *args)
+        try:
+            return self._called(backend, *args)
+        except RuntimeError as error:  # all that the C++ library can raise
+            line = str(error).partition("\n")[0]
+            if _REFUSAL.match(line):
+                raise ValueError(line) from error
+            raise
+
+    def _called(self, backend: str, *args: Any) -> Any:
         # Triton's interpreter runs on CPU tensors, where the dispatcher would pick the C++ kernel.
         if backend == "triton" and args[0].device.type == "cpu":
             return self.launch(*args)

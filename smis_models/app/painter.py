@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data.classes import class_colours, class_names
 from ..data.sample import image_tensor
-from ..data.scenes import LANDSCAPE, draw_modes, paint, palette, sample_scene
-from ..data.scenes.appearance import MODES
+from ..data.scenes import LANDSCAPE, draw_modes, paint, sample_scene
 from ..families import Pix2pixHDPreset, Preset
 from ..io.images import (
     ImageError,
@@ -42,10 +42,6 @@ SESSIONS = 16  # pages that are remembered
 STEPS = 24  # last steps of a session, for its report
 PICTURES = 16  # pictures of a session whose looks can be taken
 PIXELS = 64 * 2**20  # of a picture or map that is sent
-
-# Modes of the landscapes' classes whose colours they are shown in.
-_NATURAL = {"sky": "clear", "mountain": "rock", "water": "deep", "ground": "grass",
-            "building": "brick", "tree": "summer", "car": "yellow", "person": "magenta"}
 
 T = TypeVar("T")
 
@@ -151,7 +147,7 @@ class Painter:
     Args:
         model: from :func:`create_model`, in eval mode.
         random_weights: calibrate them, so that their pictures show the layout.
-        seed: of the sample scenes.
+        seed: of the sample scenes and of the looks that a page starts with.
 
     Raises:
         ValueError: a model that cannot be painted with: of more than 256 classes, or one that reads
@@ -174,7 +170,7 @@ class Painter:
         if preset.classes > 256:
             raise ValueError(f"model: expected at most 256 classes, got {preset.classes}")
         self.model, self.preset, self.random_weights = model, preset, random_weights
-        self._seed = seed
+        self.seed = seed
         self.size = preset.image_size
         self._draw = functools.lru_cache(64)(functools.partial(draw_code, model))
         self.parts = 0 if self._draw(0) is None else code_parts(model.generator)
@@ -188,23 +184,18 @@ class Painter:
     @functools.cached_property
     def scenes(self) -> dict[str, Scene]:
         """The sample scenes by name."""
-        found = sample_scenes(self.preset, SCENES, self._seed, self.model.name)
+        found = sample_scenes(self.preset, SCENES, self.seed, self.model.name)
         return {scene.name: scene for scene in found}
 
     @property
     def class_names(self) -> list[str]:
         """What each class is called."""
-        scene = next(iter(self.scenes.values()))
-        return [scene.class_name(c) for c in range(self.preset.classes)]
+        return list(class_names(self.model.name, self.preset.classes))
 
     @property
     def colours(self) -> NDArray[np.uint8]:
         """(classes, 3) that the map is shown in: landscapes' natural ones, else distinct ones."""
-        if not self.landscapes:
-            return palette(self.preset.classes)
-        natural = np.array([mode.colour for name in LANDSCAPE for mode in MODES[name]
-                            if mode.name == _NATURAL[name]])
-        return (natural * 255).round().astype(np.uint8)
+        return class_colours(self.class_names)
 
     @property
     def landscapes(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 
+from ..io.choices import unknown_name
 from .case import Case, Maps, Provider, Setting
 from .measure import measure
 from .records import load, markdown, save
@@ -27,7 +28,7 @@ def cases(name: str, only: str = "") -> list[Case]:
         ValueError: unknown set, or no case matches.
     """
     if name != "all" and name not in SETS:
-        raise ValueError(f"set: expected one of {', '.join(SETS)}, all; got {name!r}")
+        raise ValueError(unknown_name("set", [*SETS, "all"], name))
     found = []
     for place in (p for key, places in SETS.items() if name in ("all", key) for p in places):
         module, _, attribute = place.partition(":")

@@ -197,9 +197,10 @@ def checks(rows: dict[str, Record]) -> list[Check]:
 def _figure(rows: dict[str, Record], provider: str, what: str) -> float | None:
     kind, _, against = what.partition(" ")
     if kind == "memory":
-        peaks = [min((rows[n].peak_memory for n in (name, f"{name} channels_last") if n in rows),
-                     default=None) for name in (provider, against or "reference")]
-        return None if None in peaks else peaks[0] / max(1, peaks[1])
+        ours, theirs = (
+            [rows[n].peak_memory for n in (name, f"{name} channels_last") if n in rows]
+            for name in (provider, against or "reference"))
+        return min(ours) / max(1, min(theirs)) if ours and theirs else None
     if kind not in ("copy", "floor", "scratch"):
         return speedup(rows, "reference" if what == "slowest" else what,
                        slowest=what == "slowest", provider=provider)
@@ -280,7 +281,7 @@ FORMS = ("case", "provider", "median [quartiles]", "x reference", "of floor", "i
 
 def forms(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """The rows of :data:`FORMS`: every provider of the cases that have more forms than columns."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for (group, *_), rows in by_case(records).items():
         if set(rows) <= set(PROVIDERS) and not any(r.graph for r in rows.values()):
             continue

@@ -31,7 +31,8 @@ class _MapScenes(SceneDataset):
 
     def __init__(self, setting: Setting, kind: str, preset: Any) -> None:
         self.setting, self.kind, self.edges = setting, kind, preset.instance_edge
-        self.classes, self.size, self.seed = preset.classes, preset.image_size, 0
+        self.classes, self.seed = preset.classes, 0
+        self.size: tuple[int, int] = preset.image_size
 
     def __len__(self) -> int:
         return self.setting.maps.count

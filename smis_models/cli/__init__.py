@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Any
 
-import typer
+from ..extras import cure
 
-from ..io.allocator import reuse_freed_memory
-from . import (
-    apply,
-    common,
-    convert,
-    data,
-    evaluate,
-    export,
-    measure,
-    paint,
-    synthesis,
-    train,
-)
-from .common import USER_ERRORS, app
+_missing: ImportError | None = None
+try:
+    from ..io.allocator import reuse_freed_memory
+    from . import (
+        apply,
+        common,
+        convert,
+        data,
+        evaluate,
+        export,
+        measure,
+        paint,
+        synthesis,
+        train,
+    )
+    from .common import USER_ERRORS, app
+except ImportError as _error:
+    if (_error.name or "smis_models").partition(".")[0] == "smis_models":
+        raise
+    _missing = _error
 
 __all__ = ["app", "apply", "common", "convert", "data", "evaluate", "export",
            "main", "measure", "paint", "synthesis", "train"]
 
 
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors")] = False,
-) -> None:
-    """Read by :func:`main`, which sees every error."""
+def _line(error: BaseException) -> str:
+    """What is said of an error that the user can mend."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and name and "pip install" not in str(error):
+        needed = "pip install torch" if name == "torch" else cure("models")
+        return f"{name}: not installed, which this needs; {needed}"
+    return str(error)
 
 
-def main(commands: typer.Typer = app) -> None:
+def main(commands: Any = None) -> None:
     """Run the command line: a user's mistake is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # in a locale without some sign: a ? in its place
+    if _missing is not None:
+        sys.stderr.write(f"error: {_line(_missing)}\n")
+        sys.exit(2)
     reuse_freed_memory()
     try:
-        commands()
+        (app if commands is None else commands)()
     except USER_ERRORS as error:
         if "--debug" in sys.argv[1:]:
             raise
-        typer.echo(f"error: {error}", err=True)
+        common.tell_error(_line(error))
         sys.exit(2)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from ..io.animation import check_format, write_animation
-from ..io.images import grid, write_png
+from ..data.classes import class_index, class_names
+from ..io.animation import FORMATS, check_animation, write_animation
+from ..io.files import locked
+from ..io.images import Picture, to_pictures, write_png
+from ..io.sheet import captioned, captioned_grid
 from ..synthesis import applications
 from ..synthesis import scene as synthesis
 from ..synthesis.applications import Frame
@@ -31,14 +35,17 @@ from .common import (
     Seed,
     Unknown,
     app,
+    chosen_model,
     console,
     load_model,
     progress,
     resized_line,
     resolve_device,
     say_random,
+    say_resized,
     selected,
-    weights_of,
+    unknown_class,
+    unusable,
 )
 
 LabelMap = Annotated[Path, typer.Option("--labels", help="label map (PNG) that is painted")]
@@ -61,43 +68,68 @@ class _Application:
     device: torch.device
     random: bool
     """Whether its weights are."""
+    names: tuple[str, ...]
+    """Of all classes."""
+    unknown: int | None
+    sources: list[tuple[str, Picture]] = field(default_factory=list)
+    """The pictures that were encoded, by their names."""
 
     def encoded(self, images: Sequence[Path], labels: Sequence[Path],
-                unknown: int | None) -> tuple[list[torch.Tensor], list[str]]:
+                ) -> tuple[list[torch.Tensor], list[str]]:
         """Codes of pictures, and their names."""
-        pictures = read_pictures(images, labels, self.model.preset, unknown)
-        codes = [applications.encode(self.model, image, maps) for _, image, maps in pictures]
-        return codes, [name for name, *_ in pictures]
+        pictures = read_pictures(images, labels, self.model.preset, self.unknown)
+        codes = [applications.encode(self.model, p.image, p.labels) for p in pictures]
+        self.sources = [(p.name, to_pictures(p.image)[0]) for p in pictures]
+        say_resized([(p.name, size) for p in pictures for size in p.source_sizes],
+                    self.model.preset.image_size)
+        return codes, [p.name for p in pictures]
 
-    def code(self, images: Sequence[Path], labels: Sequence[Path], unknown: int | None,
-             seed: int) -> Any:
+    def code(self, images: Sequence[Path], labels: Sequence[Path], seed: int) -> Any:
         """The code of the one picture that is given, or one drawn by the seed."""
         if not images:
+            if labels:
+                raise ValueError("image-labels: no --images are given; leave it out")
             return draw_code(self.model, seed)
-        codes, names = self.encoded(images, labels, unknown)
+        codes, names = self.encoded(images, labels)
         if len(codes) != 1:
             raise ValueError(f"images: expected one picture, got {len(names)}")
         return codes[0]
 
+    def scenes(self, labels: Path, instances: Path | None) -> Sequence[Scene]:
+        """Label maps, or one, at the model's size; what is resized is told."""
+        found = list(synthesis.read_scenes(labels, instances, self.model.preset, self.unknown,
+                                            self.names))
+        say_resized([(x.name, x.source_size) for x in found if x.source_size is not None],
+                    self.model.preset.image_size)
+        return found
+
+    def class_of(self, argument: str, text: str) -> int:
+        """The class that a name or a number means."""
+        return class_index(argument, text, self.names)
+
 
 @contextmanager
-def _prepared(model: str, checkpoint: Path | None, labels: Path, instances: Path | None,
-              unknown: int | None, seed: int, backend: str | None, device: str,
-              animation: str) -> Iterator[_Application]:
-    check_format(animation)
+def _prepared(model: str | None, checkpoint: Path | None, labels: Path, instances: Path | None,
+              unknown: str | None, seed: int, backend: str | None, device: str,
+              animation: str, seconds: float, out: Path) -> Iterator[_Application]:
+    check_animation(animation, seconds)
     place = resolve_device(device)
-    with selected(backend):
-        checkpoint = weights_of(model, checkpoint)
-        network = load_model(model, checkpoint, place, seed)
-        scenes = synthesis.read_scenes(labels, instances, network.preset, unknown)
+    with locked(out), selected(backend):
+        name, weights = chosen_model(model, checkpoint)
+        network = load_model(name, weights, place, seed)
+        preset = network.preset
+        names = class_names(name, preset.classes)
+        scenes = synthesis.read_scenes(labels, instances, preset,
+                                         unknown_class(unknown, name, preset), names)
         if len(scenes) > 1:
             raise ValueError(f"labels: expected one label map, got {len(scenes)} in {labels}; "
                              "give a file")
         scene = scenes[0]
-        say_random(checkpoint)
+        say_random(weights)
         if line := resized_line(scene):
             console.print(line, soft_wrap=True, highlight=False)
-        yield _Application(network, scene, place, checkpoint is None)
+        yield _Application(network, scene, place, weights is None, names,
+                     unknown_class(unknown, name, preset))
 
 
 def _settle(made: _Application, z: Any) -> None:
@@ -108,7 +140,10 @@ def _settle(made: _Application, z: Any) -> None:
 
 def _write(name: str, frames: Iterator[Frame], total: int, made: _Application, out: Path,
            animation: str, seconds: float) -> None:
-    """OUT/<name>_<k>.png, all with their label maps on OUT/<name>_grid.png, and animated."""
+    """OUT/<name>_<k>.png, all of them with their scenes on OUT/<name>_grid.png, and animated.
+
+    What an earlier run of the same name has left beside them goes.
+    """
     drawn: list[Frame] = []
     with progress(total) as step:
         for frame in frames:
@@ -117,17 +152,30 @@ def _write(name: str, frames: Iterator[Frame], total: int, made: _Application, o
     for k, frame in enumerate(drawn):
         write_png(out / f"{name}_{k}.png", frame.picture)
     classes = made.model.preset.classes
-    pictures = [[frame.scene.picture(classes) for frame in drawn], [f.picture for f in drawn]]
-    write_png(out / f"{name}_grid.png", grid(pictures))
-    path = write_animation(out / name, [f.picture for f in drawn], animation, seconds)
+    first = drawn[0].scene
+    shared = all(frame.scene is first for frame in drawn)
+    maps = [("layout", first.picture(classes))] if shared else [
+        (f"layout {k}", frame.scene.picture(classes)) for k, frame in enumerate(drawn)]
+    rows = [[*maps, ("classes", first.legend(classes)), *made.sources],
+            [(frame.caption, frame.picture) for frame in drawn]]
+    write_png(out / f"{name}_grid.png", captioned_grid(rows))
+    shown = [captioned(frame.picture, frame.caption) for frame in drawn]
+    path = write_animation(out / name, shown, animation, seconds)
+    kept = {f"{name}_{k}.png" for k in range(len(drawn))}
+    for old in out.glob(f"{name}*"):
+        frame_of = re.fullmatch(rf"{name}_\d+\.png", old.name)
+        animated = old != path and old.name in {name + suffix for _, suffix in FORMATS.values()}
+        if animated or (frame_of and old.name not in kept):
+            old.unlink()
     for k, frame in enumerate(drawn):
-        console.print(f"{name}_{k}.png: {frame.caption}", highlight=False)
+        console.print(f"{name}_{k}.png: {frame.caption}", highlight=False, markup=False)
     console.print(f"{len(drawn)} frames in {out}, animated in {path}", soft_wrap=True)
 
 
 @app.command()
 def mix(
-    model: Model, labels: LabelMap, images: Pictures, image_labels: PictureLabels, out: Out,
+    labels: LabelMap, images: Pictures, image_labels: PictureLabels, out: Out,
+    model: Model = None,
     take: Annotated[list[str] | None, typer.Option(
         help="CLASS=PICTURE (number from 0, or name); may be given again. Without it: the classes "
              "in turn, largest first")] = None,
@@ -137,9 +185,9 @@ def mix(
 ) -> None:
     """Appearance mixture: paint a label map with each class's code from another picture."""
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                   animation) as made:
-        codes, names = made.encoded(images, image_labels, unknown)
-        takes = parse_takes(take, names) if take else None
+                   animation, seconds, out) as made:
+        codes, names = made.encoded(images, image_labels)
+        takes = parse_takes(take, names, made.names) if take else None
         _settle(made, codes[0])
         count = 1 + len(made.scene.present if takes is None else takes)
         frames = applications.mix(made.model, made.scene, codes, takes, names)
@@ -148,7 +196,7 @@ def mix(
 
 @app.command()
 def edit(
-    model: Model, labels: LabelMap, out: Out,
+    context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     relabel: Annotated[list[str] | None, typer.Option(
         help="FROM=TO: one class becomes another; may be given again")] = None,
     paint: Annotated[list[str] | None, typer.Option(
@@ -157,8 +205,9 @@ def edit(
         help="an edited label map; may be given again")] = None,
     to_instances: Annotated[list[Path] | None, typer.Option(
         help="instance map of each --to, where the model reads them")] = None,
-    exchange: Annotated[int | None, typer.Option(
-        help="an instance id, or a class: its shape is exchanged for others of --library")] = None,
+    exchange: Annotated[str | None, typer.Option(
+        help="an instance id, or a class (name or number): its shape is exchanged for others of "
+             "--library")] = None,
     library: Annotated[Path | None, typer.Option(help="folder of label maps with shapes")] = None,
     library_instances: Annotated[Path | None, typer.Option(
         help="their instance maps, where the model reads them")] = None,
@@ -178,7 +227,7 @@ def edit(
     Edits follow one another: first --relabel, then --paint, then --to.
     """
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                   animation) as made:
+                   animation, seconds, out) as made:
         preset = made.model.preset
         scenes = [made.scene]
         for text in relabel or ():
@@ -186,16 +235,21 @@ def edit(
         for text in paint or ():
             scenes.append(painted(scenes[-1], text, preset.classes))
         for path, ids in _paired(to or (), to_instances or ()):
-            scenes += synthesis.read_scenes(path, ids, preset, unknown)
+            scenes += made.scenes(path, ids)
         if (exchange is None) == (len(scenes) == 1):
             raise ValueError("edit: expected --relabel, --paint or --to; or --exchange with "
                              "--library")
+        if exchange is None:
+            unusable(context, "is read with --exchange alone", "library", "library_instances",
+                     "shapes", "texture")
         clusters = synthesis.read_clusters(preset, features)
         if clusters is not None:
+            unusable(context, "this model reads instance features in place of pictures",
+                     "images", "image_labels")
             z: Any = [synthesis.draw_input(made.model, x, seed, clusters) for x in scenes]
             _settle(made, z[0])
         else:
-            z = made.code(images or (), image_labels or (), unknown, seed)
+            z = made.code(images or (), image_labels or (), seed)
             _settle(made, z)
         if exchange is None:
             frames = applications.edit(made.model, scenes, z)
@@ -206,9 +260,9 @@ def edit(
         if clusters is not None:
             raise ValueError("exchange: expected a model with codes, got one that reads instance "
                              "features; use --to with the exchanged map")
-        shelf = ShapeLibrary.from_scenes(
-            synthesis.read_scenes(library, library_instances, preset, unknown))
-        frames = applications.exchange(made.model, made.scene, exchange, shelf, shapes, seed, z,
+        shelf = ShapeLibrary.from_scenes(made.scenes(library, library_instances))
+        target = int(exchange) if exchange.isdecimal() else made.class_of("exchange", exchange)
+        frames = applications.exchange(made.model, made.scene, target, shelf, shapes, seed, z,
                                        texture)
         _write("exchange", frames, 1 + shapes, made, out, animation, seconds)
 
@@ -221,13 +275,14 @@ def _paired(maps: Sequence[Path], ids: Sequence[Path]) -> list[tuple[Path, Path 
 
 @app.command()
 def morph(
-    model: Model, labels: LabelMap, out: Out,
+    context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     images: Annotated[list[Path] | None, typer.Option(
         help="the two pictures between which is morphed; without them codes are drawn")] = None,
     image_labels: Annotated[list[Path] | None, typer.Option(
         help="their label maps, in the same order; or a folder")] = None,
-    classes: Annotated[list[int] | None, typer.Option(
-        "--class", help="a class whose code changes; may be given again; without it: all")] = None,
+    classes: Annotated[list[str] | None, typer.Option(
+        "--class", help="a class (name or number) whose code changes; may be given again; without "
+                        "it: all")] = None,
     steps: Annotated[int, typer.Option(help="frames, both ends included", min=2)] = 8,
     checkpoint: Checkpoint = None, instances: Instances = None, animation: Animation = "gif",
     seconds: Seconds = 0.2, seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
@@ -235,23 +290,26 @@ def morph(
 ) -> None:
     """Style morphing: from one code to another on a line."""
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                   animation) as made:
+                   animation, seconds, out) as made:
         if images:
-            codes, names = made.encoded(images, image_labels or (), unknown)
+            codes, names = made.encoded(images, image_labels or ())
             if len(codes) != 2:
                 raise ValueError(f"images: expected two pictures, got {len(names)}")
         else:
+            unusable(context, "no --images are given", "image_labels")
             codes = [drawn_code(made.model, seed + k) for k in range(2)]
         start, end = codes
         _settle(made, start)
-        frames = applications.morph(made.model, made.scene, start, end, steps, classes)
+        chosen = None if classes is None else [made.class_of("class", c) for c in classes]
+        frames = applications.morph(made.model, made.scene, start, end, steps, chosen)
         _write("morph", frames, steps, made, out, animation, seconds)
 
 
 @app.command()
 def resample(
-    model: Model, labels: LabelMap, out: Out,
-    index: Annotated[int | None, typer.Option("--class", help="drawn anew", min=0)] = None,
+    context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
+    index: Annotated[str | None, typer.Option(
+        "--class", help="drawn anew: a class's name or number")] = None,
     instance: Annotated[int | None, typer.Option(
         help="of a pix2pixHD with --features: its clusters in turn", min=0)] = None,
     samples: Annotated[int, typer.Option(help="draws", min=1)] = 6,
@@ -267,11 +325,13 @@ def resample(
     if (index is None) == (instance is None):
         raise ValueError("class, instance: expected one of them; give --class N")
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
-                   animation) as made:
+                   animation, seconds, out) as made:
         clusters = synthesis.read_clusters(made.model.preset, features)
         if instance is not None:
             if clusters is None:
                 raise ValueError("instance: this model reads no instance features; give --class")
+            unusable(context, "instance features are drawn from the clusters", "images",
+                     "image_labels")
             first = synthesis.draw_input(made.model, made.scene, seed, clusters)
             _settle(made, first)
             frames = applications.edit_features(made.model, made.scene, clusters, instance,
@@ -280,7 +340,8 @@ def resample(
             _write("resample", frames, total, made, out, animation, seconds)
             return
         assert index is not None
-        z = made.code(images or (), image_labels or (), unknown, seed)
+        z = made.code(images or (), image_labels or (), seed)
         _settle(made, z)
-        frames = applications.resample(made.model, made.scene, index, samples, seed, z)
+        frames = applications.resample(made.model, made.scene, made.class_of("class", index),
+                                       samples, seed, z)
         _write("resample", frames, 1 + samples, made, out, animation, seconds)

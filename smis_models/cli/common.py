@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,19 +22,49 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from smis_kernels import BackendError, use_backend
+from smis_kernels import BackendError, __version__, use_backend
 
-from ..families import Preset, create_model, shipped_weights, stored_configuration
+from ..data.classes import class_index, class_names
+from ..families import (
+    Preset,
+    checkpoint_file,
+    create_model,
+    entry,
+    shipped_weights,
+    stored_configuration,
+)
+from ..io.files import remove_partial
 from ..io.scene import one_shape, text_size
 from ..synthesis.scene import Scene
 
+MOST_SEED = 2**32 - 1  # samples add small numbers to it, and torch takes 64 bits
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Semantic image synthesis: GroupDNet on fused kernels.",
+    add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors")] = False,
+    version: Annotated[bool, typer.Option("--version", help="of this package, and stop")] = False,
+) -> None:
+    """Semantic image synthesis on fused kernels."""
+    if version:
+        typer.echo(f"smis-kernels {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+def tell_error(line: str) -> None:
+    """The one line of a mistake."""
+    typer.echo(f"error: {' '.join(line.split())}", err=True)
 
 
 def _check_place(path: Path) -> None:
@@ -62,38 +94,84 @@ def file_to_write(suffix: str) -> Callable[[Path], Path]:
         if not path.name.endswith(suffix):
             raise ValueError(f"out: expected a name ending in {suffix}, got {path.name!r}")
         _check_place(path)
+        remove_partial(path.parent, path.name)  # of a run that was killed
         return path
 
     return check
 
 
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"seed: expected 0 to {MOST_SEED}, got {seed}")
+    return seed
+
+
 Labels = Annotated[Path | None, typer.Option(help="label map (PNG) or a folder of them")]
 Instances = Annotated[Path | None, typer.Option(help="instance map or a folder of them")]
-Model = Annotated[str, typer.Option(help="a name that `smis list` shows")]
+Model = Annotated[str | None, typer.Option(
+    help="a name that `smis list` shows; not needed where --checkpoint holds its configuration")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help=".pth or .safetensors file, or a folder; without one those that "
-                                   "ship (groupdnet_scenes), else random")
+    Path | None, typer.Option(help=".pth or .safetensors file, or a folder, of `smis train` too; "
+                                   "without one those that ship (groupdnet_scenes), else random")
 ]
 Out = Annotated[Path, typer.Option(help="folder to write to", callback=folder_to_write)]
-Seed = Annotated[int, typer.Option(help="of the codes and of random weights", min=0)]
+Seed = Annotated[int, typer.Option(
+    help="of the codes and of random weights", callback=_checked_seed)]
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
-Unknown = Annotated[int | None, typer.Option(help="class of pixels labelled 255")]
+Unknown = Annotated[str | None, typer.Option(
+    help="class of pixels labelled 255: its name or number")]
 Samples = Annotated[int, typer.Option(help="pictures of each scene", min=1)]
 
 
+_A_MINUTE = 60.0  # between lines where there is no terminal
+
+
+class Steps:
+    """A bar of steps; where there is no terminal, a line a minute.
+
+    Called with what is done, which is one step; :meth:`tell` says what is done within it.
+    """
+
+    def __init__(self, total: int | None, bar: Progress | None) -> None:
+        self._total, self._bar = total, bar
+        self._task = None if bar is None else bar.add_task("starting", total=total)
+        self._begin = self._told = time.monotonic()
+        self._count = 0
+
+    def expect(self, total: int) -> None:
+        """There will be so many."""
+        self._total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
+    def __call__(self, what: str) -> None:
+        self._count += 1
+        self.tell(what)
+
+    def tell(self, what: str) -> None:
+        """What is done now."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=escape(what), completed=self._count)
+            return
+        now = time.monotonic()
+        if now - self._told >= _A_MINUTE:
+            self._told = now
+            of = "" if self._total is None else f" of {self._total}"
+            console.print(f"{self._count}{of}, {now - self._begin:.0f} s: {what}", markup=False,
+                          highlight=False, soft_wrap=True)
+
+
 @contextmanager
-def progress(total: int | None) -> Iterator[Any]:
+def progress(total: int | None) -> Iterator[Steps]:
+    """:class:`Steps` of ``total``, or of a number that is told later."""
+    if not console.is_terminal:
+        yield Steps(total, None)
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
                MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=total)
-
-        def step(what: str) -> None:
-            bar.update(task, description=what)
-            bar.advance(task)
-
-        yield step
+        yield Steps(total, bar)
 
 
 def selected(backend: str | None) -> AbstractContextManager[None]:
@@ -120,9 +198,40 @@ def load_model(name: str, checkpoint: Path | None, device: torch.device, seed: i
     return model.eval()
 
 
-def weights_of(model: str, checkpoint: Path | None) -> Path | None:
-    """The checkpoint that was given, else the weights that ship with the package, else None."""
-    return shipped_weights(model) if checkpoint is None else checkpoint
+def chosen_model(model: str | None, checkpoint: Path | None) -> tuple[str, Path | None]:
+    """The model's name, and its weights: given, or those that ship, or none.
+
+    Raises:
+        ValueError: no name, and no checkpoint that tells it; an unknown name.
+    """
+    path = None if checkpoint is None else checkpoint_file(checkpoint)
+    if model is None:
+        stored = None if path is None else stored_configuration(path)
+        if stored is None:
+            holds = "" if path is None else f"; {path} does not tell its model"
+            raise ValueError("model: expected --model NAME (smis list shows them), or a "
+                             f"--checkpoint of smis train or smis convert{holds}")
+        return stored.model, path
+    entry(model)
+    return model, shipped_weights(model) if path is None else path
+
+
+def unusable(context: typer.Context, reason: str, *names: str) -> None:
+    """Refuse parameters of the running command that were given though nothing would read them.
+
+    Raises:
+        ValueError: the first of ``names`` that the command line gives.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{parameter.opts[0].lstrip('-')}: {reason}; leave it out")
+
+
+def unknown_class(text: str | None, model: str, preset: Preset) -> int | None:
+    """The class that --unknown names."""
+    names = class_names(model, preset.classes)
+    return None if text is None else class_index("unknown", text, names)
 
 
 def weights_line(checkpoint: Path | None) -> str:
@@ -140,14 +249,27 @@ def say_random(checkpoint: Path | None) -> None:
 
 def resized_line(scene: Scene, count: int = 1) -> str | None:
     """What is said of a map that is not of the model's size; ``count``: how many of them."""
-    if scene.source_size is None or scene.source_size == scene.labels.shape:
-        return None
     height, width = scene.labels.shape
-    text = (f"resized by nearest, pixel centres: {scene.name}, {text_size(scene.source_size)}, "
-            f"to {text_size((height, width))} (width x height)")
-    if not one_shape(scene.source_size, (height, width)):
+    if scene.source_size is None or scene.source_size == (height, width):
+        return None
+    return _resized(scene.name, scene.source_size, (height, width), count)
+
+
+def _resized(name: str, source: tuple[int, int], size: tuple[int, int], count: int) -> str:
+    text = (f"resized by nearest, pixel centres: {name}, {text_size(source)}, to "
+            f"{text_size(size)} (width x height)")
+    if not one_shape(source, size):
         text += "; its shape is stretched"
     return text + (f"; {count} maps in all" if count > 1 else "")
+
+
+def say_resized(files: Sequence[tuple[str, tuple[int, int]]], size: tuple[int, int]) -> None:
+    """Name the first of the files of another (height, width) than ``size``, and how many are."""
+    resized = [(name, of) for name, of in files if of != size]
+    if resized:
+        name, of = resized[0]
+        console.print(_resized(name, of, size, len(resized)), soft_wrap=True, highlight=False,
+                      markup=False)
 
 
 def preset_of(model: str, checkpoint: Path | None = None) -> Preset:

@@ -16,9 +16,10 @@ from ..data.doctor import LABEL_RULES, Diagnosis, LabelRule, examine, find_split
 from ..data.listing import FOLDER_FORMATS, Problem, detect_layout
 from ..data.write import write_scenes
 from ..io.colours import convert_colours, read_colour_table
+from ..io.files import locked, unfinished
 from ..io.images import write_indices
 from ..io.names import LOSSY_SUFFIXES, SUFFIXES, files_under
-from .common import Seed, Unknown, app, console, folder_to_write, progress
+from .common import Seed, app, console, folder_to_write, progress
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -65,7 +66,7 @@ def doctor(
     split: Annotated[str | None, typer.Option(help="train or val; without it: both")] = None,
     classes: Annotated[int | None, typer.Option(
         help="labels must lie below this; published data sets know it", min=1)] = None,
-    unknown: Unknown = None,
+    unknown: Annotated[int | None, typer.Option(help="class of pixels labelled 255", min=0)] = None,
     instances: Annotated[bool | None, typer.Option(
         "--instances/--no-instances", help="check instance maps; without it: where there are any",
     )] = None,
@@ -118,7 +119,8 @@ def convert_labels(
             raise ValueError(f"source: {targets[target]} and {name} would both become {target}")
         targets[target] = name
     found: set[int] = set()
-    with progress(len(targets)) as step:
+    task = {"command": "smis convert-labels"}
+    with locked(out), unfinished(out, task), progress(len(targets)) as step:
         for target, name in targets.items():
             indices = convert_colours(source if single else source / name, table)
             found.update(np.unique(indices).tolist())
@@ -141,7 +143,7 @@ def convert_data(
     """CelebAMask-HQ to label maps of 19 classes, as the data set `folder` and doctor read them."""
     if kind != "celebamask-hq":
         raise ValueError(f"kind: expected celebamask-hq, got {kind!r}")
-    with progress(None) as step:
+    with locked(out), progress(None) as step:
         counts = convert_celebamask(root, out, held_out=held_out, jobs=jobs, step=step)
     console.print(f"{counts['train']} faces to train on and {counts['val']} held out in {out}; "
                   f"smis train spade_celebamask --data.root {out} trains on them", soft_wrap=True)
@@ -150,14 +152,15 @@ def convert_data(
 @app.command()
 def scenes(
     out: Annotated[Path, typer.Argument(
-        help="folder to write to, new or empty", callback=folder_to_write)],
+        help="folder to write to, new or empty; or one where this was stopped",
+        callback=folder_to_write)],
     count: Annotated[int, typer.Option(help="scenes to train on", min=1)] = 1000,
     held_out: Annotated[int, typer.Option(help="scenes to evaluate on", min=0)] = 100,
     size: Annotated[int, typer.Option(help="height and width in pixels", min=1)] = 128,
     seed: Seed = 0,
 ) -> None:
     """Write the generated scenes as a data set: pictures, label maps, instance maps, modes."""
-    with progress(count + held_out) as step:
+    with locked(out), progress(count + held_out) as step:
         folders = write_scenes(out, {"train": count, "val": held_out}, size, seed, step=step)
     for folder in folders:
         console.print(f"{folder}", soft_wrap=True, highlight=False)

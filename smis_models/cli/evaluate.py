@@ -13,7 +13,8 @@ from rich.table import Table
 from .. import metrics
 from ..data import build_dataset
 from ..io.hub import metric_rows
-from ..io.images import write_atomically
+from ..io.images import image_size, write_atomically
+from ..io.names import map_files
 from ..metrics import DISTANCES, PROTOCOLS, Distance, Metrics, Scenes
 from ..synthesis import scene as synthesis
 from .common import (
@@ -26,14 +27,17 @@ from .common import (
     Seed,
     Unknown,
     app,
+    chosen_model,
     console,
     file_to_write,
     load_model,
     progress,
     resolve_device,
     say_random,
+    say_resized,
     selected,
-    weights_of,
+    unknown_class,
+    unusable,
 )
 
 DistanceNames = Annotated[list[str], typer.Option(
@@ -51,9 +55,9 @@ SegmenterFile = Annotated[str | None, typer.Option(
 
 @app.command()
 def evaluate(
-    model: Model,
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="JSON file to write", callback=file_to_write(""))],
-    checkpoint: Checkpoint = None,
+    model: Model = None, checkpoint: Checkpoint = None,
     labels: Labels = None, instances: Instances = None, unknown: Unknown = None,
     dataset: Annotated[str | None, typer.Option(
         help="scenes, cityscapes, ade20k, coco_stuff, deepfashion or folder, in place of --labels",
@@ -88,16 +92,29 @@ def evaluate(
                          "scenes")
     if segmenter is not None and predictions is not None:
         raise ValueError("segmenter, predictions: expected one of them, got both")
+    if dataset is None:
+        unusable(context, "--labels are given, and no --dataset", "root", "split", "count")
+    else:
+        unusable(context, "--dataset is given, and no --labels", "instances")
+    if dataset == "scenes":
+        unusable(context, "the generated scenes lie in no folder", "root")
+    elif dataset is not None:
+        unusable(context, "it counts the generated scenes, --dataset scenes", "count")
+    if segmenter in (None, "scenes"):
+        unusable(context, "it is of a --segmenter from a file", "segmenter_input")
+    if segmenter is None and predictions is None:
+        unusable(context, "no --segmenter and no --predictions are given", "rule")
     place = resolve_device(device)
     pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
                               mask_mode=mask_mode, dont_care=dont_care)
     distances = create_distances(distance, lpips_weights, lpips_heads, place)
     extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
     with selected(backend):
-        checkpoint = weights_of(model, checkpoint)
+        model, checkpoint = chosen_model(model, checkpoint)
         network = load_model(model, checkpoint, place, seed)
         preset = network.preset
         clusters = synthesis.read_clusters(preset, features)
+        index = unknown_class(unknown, model, preset)
         measured = Metrics(
             distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
             metrics.label_rule(rule, preset, pinned.dont_care),
@@ -106,15 +123,20 @@ def evaluate(
             facts = {"dataset": dataset, "root": None if root is None else str(root),
                      "split": split}
             scenes = Scenes(build_dataset(dataset, root, preset, split, count=count,
-                                          augment=False, unknown=unknown, seed=0), facts)
+                                          augment=False, unknown=index, seed=0), facts)
         else:
             assert labels is not None
-            found = synthesis.read_scenes(labels, instances, preset, unknown)
+            found = synthesis.read_scenes(labels, instances, preset, index)
+            say_resized([(of.name, image_size(of.labels)) for of in found.files if of.labels],
+                        preset.image_size)
             scenes = Scenes(found, {"labels": str(labels)})
+        if predictions is not None:
+            say_resized([(name, image_size(path)) for name, path in
+                         map_files("predictions", predictions).items()], preset.image_size)
         say_random(checkpoint)
         with progress(None) as step:
             result = metrics.evaluate(network, scenes, measured, pinned, checkpoint=checkpoint,
-                                      seed=seed, clusters=clusters, step=step)
+                                      seed=seed, clusters=clusters, step=step, expect=step.expect)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     console.print(_table(result))
     for what, flag in (("fid", "--inception-weights"), ("segmentation", "--segmenter")):
@@ -127,8 +149,9 @@ def create_distances(names: list[str], weights: Path | None, heads: Path | None,
                      device: torch.device) -> list[Distance]:
     """The distances that were asked for; `none` for none."""
     wanted = [name for name in dict.fromkeys(names) if name != "none"]
-    if weights is not None and not any(name.startswith("lpips") for name in wanted):
-        raise ValueError(f"lpips-weights: {', '.join(names)} reads none; add --distance lpips-alex")
+    for option, file in (("lpips-weights", weights), ("lpips-heads", heads)):
+        if file is not None and not any(name.startswith("lpips") for name in wanted):
+            raise ValueError(f"{option}: {', '.join(names)} reads none; add --distance lpips-alex")
     files = {name: (weights, heads) if name.startswith("lpips") else (None, None)
              for name in wanted}
     return [metrics.create_distance(name, *files[name], device=device) for name in wanted]

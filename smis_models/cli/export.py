@@ -15,29 +15,29 @@ from .common import (
     Model,
     Seed,
     app,
+    chosen_model,
     console,
     file_to_write,
     load_model,
     resolve_device,
     say_random,
     selected,
-    weights_of,
 )
 
 
 @app.command()
 def export(
-    model: Model,
     out: Annotated[Path, typer.Option(help="file to write: .onnx, or .pt2 of the other two",
                                       callback=file_to_write(""))],
     format: Annotated[str, typer.Option(help=", ".join(exports.FORMATS))] = "onnx",
-    checkpoint: Checkpoint = None, seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
+    model: Model = None, checkpoint: Checkpoint = None, seed: Seed = 0, backend: Backend = None,
+    device: Device = "cpu",
 ) -> None:
     """A generator for servers: labels and code in, picture out; checked against the model."""
     place = resolve_device(device)
     with selected(backend):
         exports.check_format(format, out)
-        checkpoint = weights_of(model, checkpoint)
+        model, checkpoint = chosen_model(model, checkpoint)
         say_random(checkpoint)
         made = exports.export(load_model(model, checkpoint, place, seed), out, format)
     console.print(f"wrote {made.path}: {made.size / 1e6:.1f} MB, reads {', '.join(made.names)}; "

@@ -19,6 +19,7 @@ from ..benchmark.measure import resident_peak, under_default_allocator
 from ..benchmark.networks import FAMILY_COLUMNS as FAMILY
 from ..benchmark.networks import family_table
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
+from ..io.files import locked
 from ..io.images import write_atomically
 from .common import Device, Out, app, console, progress, resolve_device
 
@@ -44,13 +45,13 @@ def benchmark(
     dtypes = (torch.float32,) if place.type == "cpu" else (torch.float32, torch.bfloat16)
     on_cpu = place.type == "cpu"
     records = []
-    with progress(None) as step:
+    with locked(out), progress(len(cases)) as step:
         for case in cases:
             for dtype in dtypes:
                 setting = harness.Setting(place, dtype, source)
-                found = harness.measure(case, setting, partial(_named, step, case.group))
+                found = harness.measure(case, setting, partial(_named, step.tell, case.group))
                 if case.confirm and on_cpu and sys.platform.startswith("linux"):
-                    step(f"{case.group}: resident memory")
+                    step.tell(f"{case.group}: resident memory")
                     found = [
                         r if r.provider == "compiled" else
                         replace(r, resident_memory=resident_peak(case, r.provider, source))
@@ -58,8 +59,9 @@ def benchmark(
                     ]
                 records += found
             if on_cpu and default_allocator:
-                step(f"{case.group}: default allocator")
+                step.tell(f"{case.group}: default allocator")
                 records += under_default_allocator(case, source)
+            step(case.group)
     reused = [r for r in records if r.allocator == "reuse"]
     table = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])
     for line in summary(reused):
@@ -83,5 +85,5 @@ def benchmark(
     console.print("wrote " + ", ".join(map(str, files)), soft_wrap=True)
 
 
-def _named(step: Callable[[str], None], group: str, what: str) -> None:
-    step(f"{group}: {what}")
+def _named(tell: Callable[[str], None], group: str, what: str) -> None:
+    tell(f"{group}: {what}")

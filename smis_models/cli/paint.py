@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..extras import cure
 from .common import (
     Backend,
     Checkpoint,
@@ -15,19 +16,19 @@ from .common import (
     Model,
     Seed,
     app,
+    chosen_model,
     console,
     load_model,
     resolve_device,
     say_random,
     selected,
     weights_line,
-    weights_of,
 )
 
 
 @app.command()
 def paint(
-    model: Model = "groupdnet_scenes", checkpoint: Checkpoint = None,
+    model: Model = None, checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="address to listen on; others than 127.0.0.1 let other "
                                            "machines paint")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free", min=0, max=65535)] = 8765,
@@ -39,9 +40,12 @@ def paint(
         from ..app.painter import Painter
         from ..app.server import create_app, listen, serve
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error.name}: smis paint needs it; pip install "
-                                  "'smis-kernels[app,models]'") from error
-    place, checkpoint = resolve_device(device), weights_of(model, checkpoint)
+        raise ModuleNotFoundError(f"{error.name}: smis paint needs it; {cure('app')}"
+                                  ) from error
+    place = resolve_device(device)
+    if model is None and checkpoint is None:
+        model = "groupdnet_scenes"
+    model, checkpoint = chosen_model(model, checkpoint)
     with listen(host, port) as bound, selected(backend):
         network = load_model(model, checkpoint, place, seed)
         painter = Painter(network, random_weights=checkpoint is None, seed=seed)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from smis_kernels import info as kernels_info
 
+from ..data.classes import class_colours, class_names
 from ..demo import page as demonstration
 from ..families import (
     CodePreset,
@@ -23,7 +25,10 @@ from ..families import (
     list_models,
     with_options,
 )
-from ..io.images import grid, to_pictures, write_png
+from ..io.files import locked
+from ..io.images import Picture, image_size, to_pictures, write_png
+from ..io.names import PICTURE, PICTURE_SUFFIXES, map_files
+from ..io.sheet import captioned_grid
 from ..synthesis import scene as synthesis
 from ..synthesis.codes import draw_code
 from ..synthesis.features import CLUSTERS, FeatureClusters, encode_features
@@ -41,6 +46,7 @@ from .common import (
     Seed,
     Unknown,
     app,
+    chosen_model,
     console,
     file_to_write,
     load_model,
@@ -49,21 +55,43 @@ from .common import (
     resized_line,
     resolve_device,
     say_random,
+    say_resized,
     selected,
+    unknown_class,
+    unusable,
     weights_line,
-    weights_of,
 )
 
 
 @app.command("list")
 def list_command() -> None:
-    """The models and their sizes."""
-    table = Table("model", "description", "generator", "encoder", "discriminator")
+    """Every model with its size: parameters in millions."""
+    table = Table(Column("model", no_wrap=True), Column("what it is", ratio=1), "G", "E", "D")
     for info in list_models():
-        sizes = (f"{info.parameters.get(part, 0) / 1e6:.1f} M"
+        sizes = (f"{info.parameters.get(part, 0) / 1e6:.1f}"
                  for part in ("generator", "encoder", "discriminator"))
         table.add_row(info.name, info.description, *sizes)
     console.print(table)
+    console.print("G, E, D: millions of parameters of generator, encoder and discriminator",
+                  highlight=False)
+
+
+@app.command()
+def classes(
+    model: Annotated[str | None, typer.Argument(help="a name that `smis list` shows")] = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """The classes of a model: number, name, and the colour that they are shown in."""
+    name, weights = chosen_model(model, checkpoint)
+    preset = preset_of(name, weights)
+    names = class_names(name, preset.classes)
+    table = Table("class", "name", "colour")
+    for k, (what, rgb) in enumerate(zip(names, class_colours(names), strict=True)):
+        text = "#{:02x}{:02x}{:02x}".format(*map(int, rgb))
+        table.add_row(str(k), what, f"[{text}]{'#' * 4}[/] {text}")
+    console.print(table)
+    if preset.dont_care is not None:
+        console.print(f"255 in a file becomes {preset.dont_care}", highlight=False)
 
 
 @app.command()
@@ -73,6 +101,7 @@ def info() -> None:
 
 
 _GRID_ROWS = 16  # scenes on grid.png, whatever their number
+_TABLE_ROWS = 200
 
 
 def _size(text: str | None, model: str, preset: Preset) -> dict[str, tuple[int, int]]:
@@ -93,8 +122,9 @@ def _size(text: str | None, model: str, preset: Preset) -> dict[str, tuple[int, 
 
 @app.command()
 def synthesize(
-    model: Model, labels: Annotated[Path, typer.Option(help="label map (PNG) or a folder of them")],
-    out: Out, checkpoint: Checkpoint = None, instances: Instances = None, samples: Samples = 1,
+    labels: Annotated[Path, typer.Option(help="label map (PNG) or a folder of them")], out: Out,
+    model: Model = None, checkpoint: Checkpoint = None, instances: Instances = None,
+    samples: Samples = 1,
     seed: Seed = 0, backend: Backend = None, device: Device = "cpu", unknown: Unknown = None,
     features: Annotated[
         Path | None, typer.Option(help="clusters of instance features (.npz, or an official .npy)")
@@ -104,21 +134,27 @@ def synthesize(
              "without a code)")] = None,
 ) -> None:
     """Label maps to pictures: OUT/<scene>_<sample>.png; the first scenes on OUT/grid.png."""
-    with selected(backend):
-        place = resolve_device(device)
-        checkpoint = weights_of(model, checkpoint)
+    place = resolve_device(device)
+    with locked(out), selected(backend):
+        model, checkpoint = chosen_model(model, checkpoint)
         preset = preset_of(model, checkpoint)
         options = _size(size, model, preset)
         preset = with_options(preset, options, model)
         clusters = synthesis.read_clusters(preset, features)
-        scenes = synthesis.read_scenes(labels, instances, preset, unknown)
+        scenes = synthesis.read_scenes(labels, instances, preset,
+                                         unknown_class(unknown, model, preset),
+                                         class_names(model, preset.classes))
         first = scenes[0]
         network = load_model(model, checkpoint, place, seed, **options)
+        if samples > 1 and clusters is None and draw_code(network, seed) is None:
+            raise ValueError(f"samples: {model} reads no code and paints one picture of a map; "
+                             "leave --samples out")
         say_random(checkpoint)
         if checkpoint is None:
             synthesis.calibrate(network, synthesis.semantics(network, first),
                                 synthesis.draw_input(network, first, seed, clusters))
-        table, sheet = Table("scene", "classes", "pictures", "seconds each"), []
+        table = Table("scene", "classes", "pictures", "seconds each")
+        sheet: list[list[tuple[str, Picture]]] = []
         made: Synthesizer | None = None
         first_resized: Scene | None = None
         count = 0
@@ -134,16 +170,21 @@ def synthesize(
                     z = synthesis.draw_input(network, scene, seed + k, clusters)
                     (picture,) = to_pictures(made.sample(z))
                     write_png(out / f"{scene.name}_{k}.png", picture)
-                    drawn += [picture] if i < _GRID_ROWS else []
+                    drawn += [(f"seed {seed + k}", picture)] if i < _GRID_ROWS else []
+                _remove_older(out, scene.name, samples)
                 spent = (time.perf_counter() - start) / samples
                 if resized_line(scene):
                     first_resized, count = first_resized or scene, count + 1
                 if i < _GRID_ROWS:
-                    sheet.append([scene.picture(preset.classes), *drawn])
+                    sheet.append([(scene.name, scene.picture(preset.classes)),
+                                  ("classes", scene.legend(preset.classes)), *drawn])
                 files = f"{scene.name}_0.png" + (f" .. _{samples - 1}.png" if samples > 1 else "")
-                table.add_row(scene.name, str(len(scene.present)), files, f"{spent:.2f}")
-        path = write_png(out / "grid.png", grid(sheet))
+                if i < _TABLE_ROWS:
+                    table.add_row(scene.name, str(len(scene.present)), files, f"{spent:.2f}")
+        path = write_png(out / "grid.png", captioned_grid(sheet))
     console.print(table)
+    if len(scenes) > _TABLE_ROWS:
+        console.print(f"... and {len(scenes) - _TABLE_ROWS} scenes more")
     if first_resized is not None:
         console.print(resized_line(first_resized, count), soft_wrap=True, highlight=False)
     console.print(f"weights: {weights_line(checkpoint)}", soft_wrap=True)
@@ -151,11 +192,23 @@ def synthesize(
     console.print(f"{len(scenes) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
 
 
+def _remove_older(out: Path, scene: str, samples: int) -> None:
+    """Pictures of a scene that an earlier run with more samples has left."""
+    place, name = (out / scene).parent, (out / scene).name
+    with os.scandir(place) as entries:
+        for entry in entries:
+            number = entry.name.removeprefix(f"{name}_").removesuffix(".png")
+            if entry.name == f"{name}_{number}.png" and number.isdecimal() and (
+                    str(int(number)) == number and int(number) >= samples):
+                os.unlink(entry.path)
+
+
 @app.command()
 def features(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="file to write, .npz",
                                       callback=file_to_write(".npz"))],
-    model: Model = "pix2pixhd_cityscapes_features", checkpoint: Checkpoint = None,
+    model: Model = None, checkpoint: Checkpoint = None,
     images: Annotated[Path | None, typer.Option(help="picture or a folder of them")] = None,
     instances: Instances = None,
     convert: Annotated[
@@ -166,17 +219,24 @@ def features(
 ) -> None:
     """Encode a data set's instances, cluster each class, and write what --features reads."""
     if convert is not None:
+        unusable(context, "--convert reads its file alone", "images", "instances", "model",
+                 "checkpoint", "clusters")
         found = FeatureClusters.load(convert)
     elif images is None or instances is None:
         raise ValueError("images, instances: expected both (or --convert); give two folders")
     else:
+        if model is None and checkpoint is None:
+            model = "pix2pixhd_cityscapes_features"
+        model, checkpoint = chosen_model(model, checkpoint)
         place, preset = resolve_device(device), preset_of(model, checkpoint)
         if not isinstance(preset, Pix2pixHDPreset) or not preset.features:
             raise ValueError(f"model: expected one that reads instance features, got {model!r}")
         encoder = load_model(model, checkpoint, place, seed, part="encoder")
         say_random(checkpoint)
         scenes = synthesis.read_photographs(images, instances, preset.image_size)
-        with progress(None) as step:
+        files = map_files("images", images, PICTURE, PICTURE_SUFFIXES)
+        say_resized([(name, image_size(path)) for name, path in files.items()], preset.image_size)
+        with progress(len(files)) as step:
             encoded = encode_features(
                 encoder, ((image.to(place), ids.to(place)) for image, ids in scenes), step)
         found = FeatureClusters.fit(encoded, clusters)
@@ -187,7 +247,8 @@ def features(
 
 @app.command()
 def demo(
-    out: Out = Path("demo"), model: Model = "groupdnet_scenes", checkpoint: Checkpoint = None,
+    context: typer.Context,
+    out: Out = Path("demo"), model: Model = None, checkpoint: Checkpoint = None,
     labels: Labels = None, instances: Instances = None, samples: Samples = 3,
     scenes: Annotated[int, typer.Option(help="sample scenes to draw without --labels", min=1)] = 2,
     seed: Seed = 0, backend: Backend = None, device: Device = "cpu", unknown: Unknown = None,
@@ -196,9 +257,18 @@ def demo(
     ] = False,
 ) -> None:
     """Pictures from label maps, and this machine's speed table, on one HTML page."""
-    place, checkpoint = resolve_device(device), weights_of(model, checkpoint)
+    if labels is None:
+        unusable(context, "no --labels are given", "instances", "unknown")
+    else:
+        unusable(context, "--labels are given", "scenes")
+    place = resolve_device(device)
+    if model is None and checkpoint is None:
+        model = "groupdnet_scenes"
+    model, checkpoint = chosen_model(model, checkpoint)
+    if checkpoint is not None:
+        unusable(context, "trained weights have one width", "full")
     published = full or checkpoint is not None
-    with selected(backend):
+    with locked(out), selected(backend):
         preset = preset_of(model, checkpoint)
         if not isinstance(preset, GroupDNetPreset):
             raise ValueError(
@@ -207,8 +277,13 @@ def demo(
             )
         shown = (
             synthesis.sample_scenes(preset, scenes, seed, model) if labels is None
-            else synthesis.read_scenes(labels, instances, preset, unknown)
+            else synthesis.read_scenes(labels, instances, preset,
+                                        unknown_class(unknown, model, preset),
+                                        class_names(model, preset.classes))
         )
+        if labels is not None:
+            say_resized([(x.name, x.source_size) for x in shown if x.source_size is not None],
+                        preset.image_size)
         options = {} if published else _quarter_width(preset)
         network = load_model(model, checkpoint, place, seed, **options)
         if checkpoint is not None and "encoder" not in dict(network.named_children()):

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from .. import training
 from ..training.checkpoints import STATE, differences
 from ..training.options import to_dict
-from .common import Backend, Device, app, console, resolve_device, selected
+from .common import Backend, Device, app, console, folder_to_write, resolve_device, selected
 
 _SHOWN = ("images_per_second", "waiting", "memory", "rate_generator", "rate_discriminator")
 
@@ -104,13 +104,19 @@ def _chosen(name: str, arguments: list[str], out: Path, resume: bool) -> trainin
     return chosen
 
 
+def run_folder(path: Path | None) -> Path | None:
+    """A folder that is there or can be made, where one is given."""
+    return None if path is None else folder_to_write(path)
+
+
 @app.command("train", cls=_ResumeCommand,
              context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train_command(
     context: typer.Context,
     config: Annotated[str, typer.Argument(
         help=f"a .yaml or .json file, or one of {', '.join(training.RECIPES)}")],
-    out: Annotated[Path, typer.Option(help="folder of the run")],
+    out: Annotated[Path | None, typer.Option(help="folder of the run; needed but with --options",
+                                             callback=run_folder)] = None,
     resume: Annotated[str | None, typer.Option(
         metavar="[auto]", help="go on with the run in OUT from its last checkpoint, with its own "
         "options but for those given; auto: where there is one, else start")] = None,
@@ -126,6 +132,12 @@ def train_command(
     """
     if resume not in (None, "must", "auto"):
         raise ValueError(f"resume: expected auto or nothing behind --resume, got {resume!r}")
+    if out is None:
+        if not options:
+            raise ValueError("out: expected a folder for the run; give --out")
+        with _warnings(True):
+            typer.echo(training.to_json(training.load_config(config, context.args)), nl=False)
+        return
     going = resume == "must" or (resume == "auto" and (out / STATE).exists())
     first = os.environ.get("RANK", "0") == "0"
     with _warnings(first):

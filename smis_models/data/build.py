@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..families import LatentPreset, Preset
+from ..io.choices import unknown_name
 from ..io.images import image_size
 from ..io.scene import SceneFiles
 from .files import FileScenes
@@ -86,7 +87,7 @@ def build_dataset(name: str, root: str | Path | None, preset: Preset, split: str
         4
     """
     if name not in DATASETS:
-        raise ValueError(f"data set: expected {', '.join(DATASETS)}; got {name!r}")
+        raise ValueError(unknown_name("data set", DATASETS, name, "one of"))
     if name == "scenes":
         if root is not None:
             raise ValueError("root: the scenes are generated and lie in no folder; leave it out, "

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..io.files import replacing
+from ..io.files import replacing, unfinished
 from ..io.images import ImageError, opened, write_indices
 from ..io.names import files_under
 
@@ -127,7 +127,8 @@ def convert_celebamask(root: str | Path, out: str | Path, *, held_out: int = HEL
             _place(pictures[number], picture)
         return split
 
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+    task = {"command": "smis convert-data celebamask-hq"}
+    with unfinished(out, task), ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         numbers = sorted(pictures)
         for number, split in zip(numbers, pool.map(convert, numbers), strict=True):
             counts[split] += 1

@@ -172,6 +172,10 @@ def find_splits(folder_format: str, root: str | Path, split: str | None = None, 
                 lacking.setdefault(part, str(error).removeprefix(f"{root}: "))
     if not listings:
         raise FileNotFoundError(f"{root}: {lacking[splits[0]]}")
+    told: set[Problem] = set()
+    for listing in listings.values():  # what is of the whole set is told once
+        listing.problems = [problem for problem in listing.problems if problem not in told]
+        told.update(listing.problems)
     if instances or any(part not in lacking for part in listings):
         for part in listings.keys() & lacking.keys():
             listings[part].problems.append(Problem(root, lacking[part]))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..io.files import UNFINISHED, unfinished_task
 from ..io.names import (
     INSTANCES,
     LABELS,
@@ -192,6 +193,17 @@ FOLDER_FORMATS = tuple(_FINDERS)
 WITHOUT_INSTANCES = ("ade20k", "deepfashion")
 
 
+def _stopped(root: Path) -> list[Problem]:
+    """That what wrote the data set did not come to its end."""
+    for folder in (root, root.absolute().parent):
+        task = unfinished_task(folder)
+        if task is not None:
+            command = task.get("command", "the command that wrote it")
+            return [Problem(folder / UNFINISHED, f"the data set is not complete: {command} was "
+                            "stopped; give the same command again, which goes on")]
+    return []
+
+
 def list_scenes(folder_format: str, root: str | Path, split: str = "train", *,
                 instances: bool = False) -> Listing:
     """The scenes of a data set on disk.
@@ -228,6 +240,7 @@ def list_scenes(folder_format: str, root: str | Path, split: str = "train", *,
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected the root of the data set")
     listing = _FINDERS[folder_format](root, split, instances)
+    listing.problems[:0] = _stopped(root)
     if not listing.records and not listing.problems:
         raise FileNotFoundError(f"{root}: no scene of split {split!r}; see the format of "
                                 f"{folder_format}")

@@ -19,8 +19,9 @@ from smis_kernels import class_crops, explain, instance_edges, use_backend
 
 from ..benchmark.timing import interleave
 from ..families import shipped_weights
-from ..io.images import Picture, data_uri, grid, to_pictures, write_atomically, write_png
+from ..io.images import Picture, data_uri, to_pictures, write_atomically, write_png
 from ..io.provenance import processor
+from ..io.sheet import captioned_grid
 from ..synthesis.codes import code_parts, draw_code, interpolate, resample_class
 from ..synthesis.scene import Scene, semantics
 from ..synthesis.synthesizer import Synthesizer
@@ -263,7 +264,7 @@ def run(model: Any, scenes: Sequence[Scene], out: str | Path, *, samples: int = 
     fused = backend.choices[0].backend
     files = [
         write_png(folder / f"{scene.name}.png",
-                  grid([[picture for _, picture in strip.pictures] for strip in of_scene]))
+                  captioned_grid([strip.pictures for strip in of_scene]))
         for scene, of_scene in made
     ]
     height, columns = model.preset.image_size

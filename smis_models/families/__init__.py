@@ -44,6 +44,7 @@ from .bicyclegan import (
 from .models import (
     Configuration,
     SynthesisModel,
+    checkpoint_file,
     configured_preset,
     create_model,
     shipped_weights,
@@ -90,6 +91,7 @@ __all__ = [
     "SPADEPreset",
     "SynthesisModel",
     "UNetPreset",
+    "checkpoint_file",
     "configured_preset",
     "create_model",
     "entry",

@@ -152,15 +152,15 @@ SCENES = register_model(
         widths=(16, 16, 8, 4, 2, 1, 1), groups=(8, 4, 4, 2, 2, 1, 1), modulation="fixed",
         upsampling="most",
     ),
-    # The second half of its training, from the weights of the first (``--init``): whitened codes
-    # with their noise, and a discriminator of pictures of encoded and of drawn codes.
+    # The second half of its training: codes with their noise, and a discriminator of pictures of
+    # encoded and of drawn codes. The shipped weights went on from the first half's, whitened:
+    # ``--init FILE --whiten true``.
     {
         **_OF_SCENES,
         "data": {"batch": 16, "workers": 0, "count": 3200},
         "losses": {"adversarial": 0.5, "feature_matching": 2.0, "perceptual": 0.0, "kl": 1e-3,
                    "pixel": 10.0, "pixel_mean": "classes", "prior": 0.5},
         "optimizer": {"generator": 5e-4, "discriminator": 5e-4, "ema": 0.99, "reuse_fake": True},
-        "whiten": True,
     },
 )
 # The first half: an autoencoder, for codes that noise would keep unused. With noise from the start

@@ -208,17 +208,22 @@ def _states_by_part(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, S
             raise CheckpointError(f"checkpoint: expected one of {names} in {path}, found none")
         return found
     state = read_checkpoint(path)
-    if all(key.partition(".")[0] in PARTS for key in state):
-        parts = {key.partition(".")[0] for key in state}
-        if not parts & set(modules):
+    held = {key.partition(".")[0] for key in state}
+    other = [key for key in state if key.partition(".")[0] not in PARTS]
+    if held & set(PARTS) and len(other) < len(state) / 2:
+        if other:
+            raise CheckpointError(f"checkpoint: expected keys of {', '.join(PARTS)} in {path}, got "
+                                  f"{', '.join(map(repr, other[:2]))} among {len(state)}; "
+                                  "leave what is no weight out")
+        if not held & set(modules):
             raise CheckpointError(
                 f"checkpoint: expected the {', '.join(modules)} in {path}, got the "
-                f"{', '.join(sorted(parts))}"
+                f"{', '.join(sorted(held))}"
             )
         return {
             part: networks_keys({k.removeprefix(part + "."): v for k, v in state.items()
                                  if k.startswith(part + ".")})
-            for part in modules if part in parts
+            for part in modules if part in held
         }
     # One bare part: the one whose keys it shares most, so that an error speaks of that one.
     part = max(modules, key=lambda part: len(modules[part].state_dict().keys() & state.keys()))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..io.choices import unknown_name
 from ..networks.discriminator import MultiscaleDiscriminator
 from ..networks.preset import Preset
 
@@ -102,7 +103,7 @@ def network_parts(preset: Preset) -> dict[str, Maker]:
 def entry(name: str) -> Entry:
     """The model of that name, or a ValueError that lists the known."""
     if name not in MODELS:
-        raise ValueError(f"name: expected one of {', '.join(MODELS)}; got {name!r}")
+        raise ValueError(unknown_name("name", MODELS, name))
     return MODELS[name]
 
 

@@ -13,12 +13,18 @@ from .images import Picture, write_atomically
 FORMATS = {"gif": ("GIF", ".gif"), "apng": ("PNG", ".png"), "webp": ("WEBP", ".webp")}
 
 
-def check_format(format: str) -> None:
-    """Refuse a format that cannot be written here.
+_MOST_SECONDS = 30.0  # APNG counts milliseconds in 16 bits; the last frame stays twice as long
+
+
+def check_animation(format: str, seconds: float) -> None:
+    """Refuse what cannot be written here.
 
     Raises:
-        ValueError: an unknown format, or WebP where Pillow was built without it.
+        ValueError: an unknown format, or WebP where Pillow was built without it; seconds that no
+            frame can stay.
     """
+    if not 0.01 <= seconds <= _MOST_SECONDS:
+        raise ValueError(f"seconds: expected 0.01 to {_MOST_SECONDS:g}, got {seconds:g}")
     if format not in FORMATS:
         raise ValueError(f"animation: expected one of {', '.join(FORMATS)}; got {format!r}")
     if format == "webp" and not features.check("webp"):
@@ -41,19 +47,18 @@ def write_animation(path: str | Path, frames: Sequence[Picture], format: str = "
         The file.
 
     Raises:
-        ValueError: an unknown format, no frames, frames of several sizes, no time.
+        ValueError: an unknown format, no frames, frames of several sizes, too little or too much
+            time.
 
     Example:
         >>> import numpy as np
         >>> frames = np.zeros((3, 16, 16, 3), np.uint8)
         >>> path = write_animation("out/morph", frames, "webp")
     """
-    check_format(format)
+    check_animation(format, seconds)
     sizes = {frame.shape for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"frames: expected at least one, all of one size; got {sorted(sizes)}")
-    if seconds <= 0:
-        raise ValueError(f"seconds: expected more than 0, got {seconds}")
     kind, suffix = FORMATS[format]
     images = [Image.fromarray(frame) for frame in frames]
     each = round(1000 * seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -91,7 +92,8 @@ def _read_torch(path: Path, head: bytes) -> State:
             warnings.simplefilter("ignore")  # about pickle protocols; the error says what matters
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parser raises many kinds on damaged bytes
-        if isinstance(error, pickle.UnpicklingError) and " GLOBAL " in str(error):
+        if isinstance(error, pickle.UnpicklingError) and (
+                " GLOBAL " in str(error) or _names_code(path)):
             raise CheckpointError(
                 f"checkpoint: {path} holds pickled code, which is never run; expected a plain "
                 "state dict: save module.state_dict() instead of the module"
@@ -99,7 +101,20 @@ def _read_torch(path: Path, head: bytes) -> State:
         raise CheckpointError(
             f"checkpoint: {path} is no complete PyTorch checkpoint: {_looks_like(head, error)}"
         ) from error
+    if isinstance(state, Mapping) and {"format", "config", "place"} <= state.keys():
+        raise CheckpointError(f"checkpoint: {path} is the state that smis train goes on from; give "
+                              "its folder, whose model.safetensors are the weights")
     return _unwrapped(state, path)
+
+
+def _names_code(path: Path) -> bool:
+    """Whether a file is a whole pickle that names functions or classes."""
+    try:
+        with path.open("rb") as file:
+            found = {opcode.name for opcode, _, _ in pickletools.genops(file)}
+    except Exception:  # no pickle, or a damaged one
+        return False
+    return bool(found & {"GLOBAL", "STACK_GLOBAL", "INST"})
 
 
 # Names under which training codes keep a network in a dict: one network, or those of a GAN.
@@ -191,7 +206,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
     nothing reads, starts at zero. ``fits`` names the model that a state dict belongs to.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen entries: how many, with two examples.
+        CheckpointError: missing, unexpected or misshapen entries: how many, with two examples;
+            integers or complex numbers where floats belong.
     """
     own = module.state_dict()
     filled = {**state, **{
@@ -200,9 +216,19 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
     }}
     difference = mismatch(module, filled)
     if difference:
+        if set(own) <= set(filled) and all(own[k].shape == filled[k].shape for k in own):
+            raise CheckpointError(f"checkpoint: {source} is not {model} alone: {difference}; all "
+                                  "else fits: save it without them")
         other = fits(state)
         hint = f"it fits {other}" if other else "it fits no listed model with published options"
         raise CheckpointError(f"checkpoint: {source} is not {model}: {difference}; {hint}")
+    for key, tensor in own.items():
+        found = filled[key]
+        if not tensor.is_floating_point():  # a counter, which `half()` of all tensors cast too
+            filled[key] = found.to(tensor.dtype)
+        elif not found.is_floating_point():
+            raise CheckpointError(f"checkpoint: expected floats under {key!r} in {source}, got "
+                                  f"{found.dtype}; save the weights as they were trained")
     module.load_state_dict(filled, strict=True, assign=True)
 
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+LOCK = ".smis.lock"
+UNFINISHED = "unfinished.json"
+_WRITTEN = [f"*{suffix}" for suffix in (".png", ".gif", ".webp", ".jpg", ".json", ".csv", ".md",
+                                        ".html", ".npz", ".safetensors")]
 
 
 @contextmanager
@@ -52,6 +62,78 @@ def remove_partial(folder: str | Path, *names: str) -> None:
     for name in names:
         for left in Path(folder).glob(f".{name}.{'[a-z0-9_]' * 8}"):
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[Path]:
+    """Make ``folder``, and be the one process that writes to it inside the block.
+
+    What killed processes left half-written in it goes; a folder that stays empty does, too.
+
+    Raises:
+        ValueError: another process writes to it; the message tells its number.
+
+    Example:
+        >>> with locked("out") as folder:
+        ...     _ = (folder / "notes.txt").write_text("mine")
+    """
+    folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        try:
+            who = f"process {path.read_text().split()[0]}"
+        except (OSError, IndexError):
+            who = "another process"
+        raise ValueError(f"out: {who} is writing to {folder}; wait until it ends, or give another "
+                         "place") from error
+    try:
+        with suppress(OSError):  # Windows keeps a locked file from being written or removed
+            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        remove_partial(folder, *_WRITTEN)
+        yield folder
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held, so that it is nobody else's
+        lock.release()
+        with suppress(OSError):  # where nothing was written, nothing stays
+            for place in made:
+                place.rmdir()
+
+
+@contextmanager
+def unfinished(folder: str | Path, task: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """Mark ``folder`` as unfinished until the block has come to its end.
+
+    Yields the ``task`` of an earlier block that did not; None where there was none.
+
+    Example:
+        >>> with unfinished("set", {"count": 3}) as before:
+        ...     assert before is None
+    """
+    path = Path(folder) / UNFINISHED
+    before = unfinished_task(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if before is not None:
+        for inner, _, _ in os.walk(folder):
+            remove_partial(inner, *_WRITTEN)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(dict(task)) + "\n")
+    yield before
+    path.unlink()
+
+
+def unfinished_task(folder: str | Path) -> dict[str, Any] | None:
+    """What :func:`unfinished` left in ``folder``; None where nothing."""
+    try:
+        found = json.loads((Path(folder) / UNFINISHED).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def file_hash(path: str | Path) -> str:

@@ -21,7 +21,7 @@ _SEAL = "<!-- smis_models card, sha256 {} -->"
 def metric_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(metric, value, measured with) of what ``smis evaluate`` wrote."""
     rows, results = [], result["results"]
-    titles = {"mcsd": "mCSD", "mocd": "mOCD", "lpips": "diversity"}
+    titles = {"mcsd": "mCSD", "mocd": "mOCD", "diversity": "diversity"}
     for name, values in results.get("diversity", {}).items():
         rows += [(title, f"{values[metric]:.4g}", name) for metric, title in titles.items()]
     if "fid" in results:
@@ -68,11 +68,12 @@ def recipe_of(run: Path) -> dict[str, Any]:
 def model_card(model: str, description: str, options: Mapping[str, Any],
                recipe: Mapping[str, Any], measured: list[tuple[str, dict[str, Any]]]) -> str:
     """The text of a model card; it says nothing that the files do not."""
+    maps = "labels, instances" if options.get("instance_edge") else "labels"
     lines = ["---", "library_name: smis-kernels", "pipeline_tag: image-to-image", "tags:",
              "- semantic-image-synthesis", f"- {model.partition('_')[0]}", "---", "", f"# {model}",
              "", f"{description}.", "", "```python", "from smis_models import SynthesisModel", "",
              'model = SynthesisModel.from_pretrained("FOLDER_OR_REPOSITORY")',
-             "picture = model(model.semantics(labels))  # (N, H, W) integers; RGB in [-1, 1]",
+             f"picture = model(model.semantics({maps}))  # (N, H, W) integers; RGB in [-1, 1]",
              "```", "", "## Options", "", "| option | value |", "|---|---|"]
     lines += [f"| {key} | `{value}` |" for key, value in options.items()]
     if recipe:

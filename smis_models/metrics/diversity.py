@@ -33,7 +33,8 @@ class Diversity:
 
     Attributes:
         mcsd, mocd: as above.
-        lpips: mean distance of whole pictures whose codes were all drawn anew.
+        diversity: mean distance of whole pictures whose codes were all drawn anew: LPIPS, where
+            that is the distance.
         by_class: class -> (:math:`L_c`, :math:`L_{\ne c}`).
         class_codes: whether the model has a code for each class.
         seconds: of sampling and of measuring.
@@ -42,7 +43,7 @@ class Diversity:
 
     mcsd: float
     mocd: float
-    lpips: float
+    diversity: float
     by_class: dict[int, tuple[float, float]]
     class_codes: bool
     seconds: dict[str, float]
@@ -51,8 +52,8 @@ class Diversity:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         classes = {str(c): {"csd": own, "ocd": other} for c, (own, other) in self.by_class.items()}
-        return {"mcsd": self.mcsd, "mocd": self.mocd, "lpips": self.lpips, "by_class": classes,
-                "class_codes": self.class_codes, "seconds": self.seconds,
+        return {"mcsd": self.mcsd, "mocd": self.mocd, "diversity": self.diversity,
+                "by_class": classes, "class_codes": self.class_codes, "seconds": self.seconds,
                 "pictures": self.pictures}
 
 
@@ -228,7 +229,7 @@ def _summary(model: Any, found: Sequence[LayoutDiversity], clock: dict[str, floa
                  float(np.mean([other for _, other in pairs])))
              for c, pairs in sorted(values.items())}
     mcsd, mocd = (float(np.mean([value[i] for value in means.values()])) for i in (0, 1))
-    return Diversity(mcsd, mocd, float(np.mean([lpips for _, lpips in found])), means,
+    return Diversity(mcsd, mocd, float(np.mean([whole for _, whole in found])), means,
                      has_class_codes(model), dict(clock), pictures)
 
 

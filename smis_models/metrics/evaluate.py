@@ -28,7 +28,7 @@ from .distance import Distance
 from .diversity import DiversityMeter
 from .fid import Extractor, fid_of_features
 from .protocols import Protocol
-from .sampling import LayoutSampler
+from .sampling import LayoutSampler, has_class_codes
 from .segmentation import LabelRule, SegmentationScore, Segmenter, predict
 
 Step = Callable[[str], None]
@@ -52,6 +52,7 @@ class Scenes:
     def __init__(self, source: SceneDataset | Sequence[Scene], facts: dict[str, Any]) -> None:
         self._source, self._facts = source, facts
         self.photographed = isinstance(source, SceneDataset)
+        self.files = isinstance(source, (LazyScenes, FileScenes))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -85,7 +86,7 @@ class Scenes:
         Raises:
             FileNotFoundError, ImageError: a file is missing or bad; the message names it.
         """
-        if isinstance(self._source, (LazyScenes, FileScenes)):
+        if self.files:
             for i in range(len(self)):
                 step(f"checking scene {i + 1} of {len(self)}")
                 also(self.scene(i)[0])
@@ -224,6 +225,28 @@ class _PictureScores:
         return results
 
 
+class _Plan:
+    """How many steps there will be: at first each scene may have all classes."""
+
+    def __init__(self, model: Any, scenes: Scenes, layouts: int, paints: bool,
+                 expect: Callable[[int], None]) -> None:
+        self._classes = model.preset.classes if has_class_codes(model) else 0
+        self._sets: dict[str, int] = {}
+        self._layouts, self._expect = layouts, expect
+        self._others = len(scenes) * (scenes.files + paints)
+        self._tell()
+
+    def see(self, scene: Scene) -> None:
+        """A scene, whose classes are known now."""
+        if scene.name in self._sets or len(self._sets) < self._layouts:
+            self._sets[scene.name] = 1 + (len(scene.present) if self._classes else 0)
+            self._tell()
+
+    def _tell(self) -> None:
+        unseen = self._layouts - len(self._sets)
+        self._expect(self._others + sum(self._sets.values()) + unseen * (1 + self._classes))
+
+
 def _used(scenes: Scenes, metrics: Metrics, promised: str | None) -> dict[str, Any]:
     """What was really used of what a protocol promises."""
     used = scenes.used()
@@ -261,7 +284,8 @@ def model_facts(model: Any, checkpoint: Path | None, seed: int) -> dict[str, Any
 def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *,
              checkpoint: Path | None = None, seed: int = 0,
              clusters: FeatureClusters | None = None,
-             step: Step = lambda what: None) -> dict[str, Any]:
+             step: Step = lambda what: None,
+             expect: Callable[[int], None] = lambda total: None) -> dict[str, Any]:
     """Measure a model; plain values with everything needed to measure the same again.
 
     Args:
@@ -273,6 +297,7 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
         seed: of all codes.
         clusters: instance features, where the model reads them.
         step: called with a few words, for a progress bar.
+        expect: called with how many times ``step`` will be, as well as it is known by then.
 
     Raises:
         ValueError: scenes of another size than the protocol's, too few of them, or nothing to
@@ -305,11 +330,18 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
     painter = _Painter(model, seed, clusters)
     meter = DiversityMeter(model, metrics.distances, protocol.diversity, len(scenes), seed=seed,
                            step=step) if metrics.distances else None
-    scenes.check(step, scores.predicted)
+    plan = _Plan(model, scenes, protocol.diversity.layouts if meter else 0, scores.paints, expect)
+
+    def check(scene: Scene) -> None:
+        plan.see(scene)
+        scores.predicted(scene)
+
+    scenes.check(step, check)
     digest = SceneDigest()
     for i, (scene, photograph) in enumerate(scenes):
         digest.add(scene)
         if meter is not None and i < protocol.diversity.layouts:
+            plan.see(scene)
             meter.add(scene)
         scores.read(scene)
         if scores.paints:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..extras import cure
 from ..io.checkpoint import CheckpointError, read_checkpoint
 from ..io.files import file_hash, published_hash
 from ..io.images import as_bytes
@@ -100,7 +101,7 @@ class Inception:
         except Exception as error:  # a torchvision of another torch fails in many ways
             raise ModuleNotFoundError(
                 f"FID needs torch-fidelity, whose import failed ({str(error).splitlines()[0]}); "
-                "pip install smis-kernels[metrics], with the torchvision of this torch",
+                f"{cure('metrics', 'torch-fidelity')}, with the torchvision of this torch",
                 name="torch_fidelity",
             ) from error
         try:

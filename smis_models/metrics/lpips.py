@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
+from ..io.choices import unknown_name
 from ..io.files import file_hash, published_hash
 from ..io.images import check_pictures
 from ..networks.trunks import Layer, build_trunk, tapped, trunk_state, vgg_layers
@@ -227,7 +228,7 @@ def create_distance(kind: str, weights: str | Path | None = None, heads: str | P
         'pixel L1'
     """
     if kind not in DISTANCES:
-        raise ValueError(f"distance: expected one of {', '.join(DISTANCES)}; got {kind!r}")
+        raise ValueError(unknown_name("distance", DISTANCES, kind))
     family, _, trunk = kind.partition("-")
     if family != "lpips" and (weights is not None or heads is not None):
         raise ValueError(f"weights, heads: {kind} reads none; leave them out, or ask for "

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data.preprocess import LABEL_FILTER, PICTURE_FILTER
+from ..io.choices import unknown_name
 from .fid import INCEPTION
 
 MaskMode = Literal["zero", "spatial"]
@@ -174,5 +175,5 @@ def protocol(name: str, **options: Any) -> Protocol:
         {'diversity.layouts': 10}
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {name!r}")
+        raise ValueError(unknown_name("protocol", PROTOCOLS, name))
     return PROTOCOLS[name].with_options(**options)

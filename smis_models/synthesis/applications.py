@@ -137,8 +137,8 @@ def mix(model: Any, scene: Scene, codes: Sequence[Tensor], take: Mapping[int, in
     taken: dict[int, int] = {}
     for index, source in take.items():
         taken[index] = source
-        yield _frame(made, f"class {index} from {names[source]}", mixed_code(model, codes, taken),
-                     scene)
+        yield _frame(made, f"{scene.class_name(index)} from {names[source]}",
+                     mixed_code(model, codes, taken), scene)
 
 
 def edit(model: Any, scenes: Sequence[Scene],
@@ -214,13 +214,12 @@ def resample(model: Any, scene: Scene, index: int, samples: int, seed: int = 0,
     yield _frame(made, "first", start, scene)
     for k in range(1, samples + 1):
         changed = resample_class(model, start, index, seed + k)
-        yield _frame(made, f"class {index}, draw {k}", changed, scene)
+        yield _frame(made, f"{scene.class_name(index)}, draw {k}", changed, scene)
 
 
 def _check_present(scene: Scene, index: int) -> None:
     if index not in scene.present:
-        raise ValueError(f"class: expected one of {scene.name}, {sorted(scene.present)}; got "
-                         f"{index}")
+        raise ValueError(f"class: expected one of {scene.name}, {scene.shown}; got {index}")
 
 
 def edit_features(model: Any, scene: Scene, clusters: FeatureClusters, instance: int,

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from ..data.classes import class_index
 from .scene import Scene
 
-_PAINT = re.compile(r"(\d+):(\d+),(\d+),(\d+),(\d+)")
-_RELABEL = re.compile(r"(\d+)=(\d+)")
+_PAINT = re.compile(r"(.+):(\d+),(\d+),(\d+),(\d+)")
+_RELABEL = re.compile(r"([^=]+)=([^=]+)")
+
+
+def _class(argument: str, text: str, scene: Scene, classes: int) -> int:
+    """A class of the scene's model by its name or number."""
+    return class_index(argument, text, scene.class_names or tuple(
+        map(scene.class_name, range(classes))))
 
 
 def painted(scene: Scene, text: str, classes: int) -> Scene:
     """A box filled with a class: "CLASS:TOP,LEFT,BOTTOM,RIGHT", in pixels, ends excluded.
+
+    A class is given by its name, where it has one, or its number.
 
     Instance ids inside become the class, as of stuff.
 
@@ -29,8 +39,8 @@ def painted(scene: Scene, text: str, classes: int) -> Scene:
     match = _PAINT.fullmatch(text)
     if match is None:
         raise ValueError(f"paint: expected CLASS:TOP,LEFT,BOTTOM,RIGHT, got {text!r}")
-    index, top, left, bottom, right = map(int, match.groups())
-    _check_class("paint", index, classes)
+    index = _class("paint", match[1], scene, classes)
+    top, left, bottom, right = map(int, match.groups()[1:])
     height, width = scene.labels.shape
     if not (top < bottom <= height and left < right <= width):
         raise ValueError(f"paint: expected a box inside {height}x{width} (height, width), got "
@@ -41,7 +51,7 @@ def painted(scene: Scene, text: str, classes: int) -> Scene:
 
 
 def relabelled(scene: Scene, text: str, classes: int) -> Scene:
-    """All pixels of one class become another: "FROM=TO".
+    """All pixels of one class become another: "FROM=TO", by their names or numbers.
 
     Raises:
         ValueError: another form, an unknown class, no pixel of the first.
@@ -54,50 +64,45 @@ def relabelled(scene: Scene, text: str, classes: int) -> Scene:
     match = _RELABEL.fullmatch(text)
     if match is None:
         raise ValueError(f"relabel: expected FROM=TO, got {text!r}")
-    old, new = map(int, match.groups())
-    _check_class("relabel", new, classes)
+    old, new = (_class("relabel", text, scene, classes) for text in match.groups())
     mask = scene.labels == old
     if not mask.any():
-        raise ValueError(f"relabel: expected a class of {scene.name}, "
-                         f"{sorted(scene.present)}; got {old}")
+        raise ValueError(f"relabel: expected a class of {scene.name}, {scene.shown}; got {old}")
     return _filled(scene, mask, new)
 
 
-def parse_takes(texts: Sequence[str], names: Sequence[str]) -> dict[int, int]:
-    """"CLASS=PICTURE" -> {class: index of the picture}; a picture by number or name.
+def parse_takes(texts: Sequence[str], names: Sequence[str],
+                class_names: Sequence[str]) -> dict[int, int]:
+    """"CLASS=PICTURE" -> {class: index of the picture}; both by number or name.
 
     Raises:
         ValueError: another form, or no such picture.
 
     Example:
-        >>> parse_takes(["3=1", "5=beach"], ["forest", "beach"])
-        {3: 1, 5: 1}
+        >>> parse_takes(["sky=1", "1=beach"], ["forest", "beach"], ["sky", "sea"])
+        {0: 1, 1: 1}
     """
     found = {}
     for text in texts:
         index, separator, picture = text.partition("=")
-        if not index.isdigit() or not separator:
+        if not index or not separator:
             raise ValueError(f"take: expected CLASS=PICTURE, got {text!r}")
         if list(names).count(picture) > 1:
             raise ValueError(f"take: expected one picture called {picture!r}, got several; give "
                              f"its number, 0..{len(names) - 1}")
+        chosen = class_index("take", index, class_names)
         if picture in names:
-            found[int(index)] = list(names).index(picture)
+            found[chosen] = list(names).index(picture)
         elif picture.isdigit() and int(picture) < len(names):
-            found[int(index)] = int(picture)
+            found[chosen] = int(picture)
         else:
             raise ValueError(f"take: expected a picture 0..{len(names) - 1} or one of "
                              f"{', '.join(names)}; got {picture!r}")
     return found
 
 
-def _check_class(name: str, index: int, classes: int) -> None:
-    if index >= classes:
-        raise ValueError(f"{name}: expected a class 0..{classes - 1}, got {index}")
-
-
 def _filled(scene: Scene, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
             index: int) -> Scene:
     ids = scene.instances
-    return Scene(scene.name, np.where(mask, index, scene.labels),
-                  None if ids is None else np.where(mask, index, ids))
+    return replace(scene, labels=np.where(mask, index, scene.labels),
+                   instances=None if ids is None else np.where(mask, index, ids))

@@ -59,7 +59,7 @@ class Painter(nn.Module):
         self.generator: Any = frozen_copy(model.generator)
         self.preset = model.preset
         self.eval()
-        code = self.generator.sample_latent(1)
+        code = model.generator.sample_latent(1)
         held = {"labels": True, "instances": self.preset.instance_edge, "z": code is not None,
                 "features": getattr(self.preset, "features", False)}
         self.names = tuple(name for name, read in held.items() if read)
@@ -147,6 +147,9 @@ def _onnx(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:
             dynamic_axes={name: {0: "batch"} for name in (*painter.names, "picture")})
     made = onnx.load(str(path))
     onnx.helper.set_model_props(made, dict(notes))
+    sizes = made.graph.output[0].type.tensor_type.shape.dim[1:]
+    for dimension, size in zip(sizes, (3, *painter.preset.image_size), strict=True):
+        dimension.dim_value = size
     onnx.save(made, str(path))
     onnx.checker.check_model(str(path), full_check=True)
     foreign = {node.domain for node in made.graph.node} - {""}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from smis_kernels import instance_mean_table
 
+from ..extras import cure
 from ..io.images import check_pictures, write_atomically
 from ..io.seeds import derived_seed
 from ..networks.semantics import as_maps
@@ -137,7 +138,7 @@ class FeatureClusters:
             from sklearn.cluster import KMeans
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "clustering needs scikit-learn: pip install smis-kernels[models]", name="sklearn"
+                f"clustering needs scikit-learn: {cure('models', 'scikit-learn')}", name="sklearn"
             ) from error
         return cls({
             label: KMeans(min(clusters, len(rows)), n_init=10, random_state=0)

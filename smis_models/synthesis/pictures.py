@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +16,19 @@ from ..io.names import LABELS, PICTURE, PICTURE_SUFFIXES, SUFFIXES, map_files, m
 from ..io.scene import SceneFiles, read_scene
 
 
+@dataclass(frozen=True)
+class LabelledPicture:
+    """A picture (1, 3, H, W) in [-1, 1], its labels (1, H, W), and the sizes of their files."""
+
+    name: str
+    image: Tensor
+    labels: Tensor
+    source_sizes: tuple[tuple[int, int], ...]
+
+
 def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset,
-                  unknown: int | None = None) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, image (1, 3, H, W) in [-1, 1], labels (1, H, W)) of pictures, at the model's size.
+                  unknown: int | None = None) -> list[LabelledPicture]:
+    """Pictures with their label maps, at the model's size.
 
     Args:
         images: files, or folders of them.
@@ -52,8 +63,10 @@ def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset
         scene = read_scene(SceneFiles(name, path, of), preset.classes, unknown=unknown,
                            option="--unknown")
         assert scene.picture is not None and scene.labels is not None
-        pictures.append((name, image_tensor(resize_picture(scene.picture, size))[None],
-                         torch.from_numpy(resize_nearest(scene.labels, size))[None]))
+        pictures.append(LabelledPicture(
+            name, image_tensor(resize_picture(scene.picture, size))[None],
+            torch.from_numpy(resize_nearest(scene.labels, size))[None],
+            (scene.size,)))
     return pictures
 
 

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from smis_kernels import use_backend
 
+from ..data.build import reads_instances
+from ..data.classes import class_colours, class_names
 from ..data.sample import image_tensor
-from ..data.scenes import palette, sample_scene
+from ..data.scenes import sample_scene
 from ..families import Pix2pixHDPreset, Preset
 from ..io.images import Picture, resize_nearest, resize_picture
 from ..io.names import INSTANCES, LABELS, PICTURE, PICTURE_SUFFIXES, map_files, match
 from ..io.scene import SceneFiles, read_scene
+from ..io.sheet import legend
 from .codes import draw_code
 from .features import FeatureClusters
 
@@ -52,6 +55,12 @@ class Scene:
         """What a class is called."""
         return self.class_names[index] if self.class_names else f"class {index}"
 
+    @property
+    def shown(self) -> str:
+        """The classes in the map, in words."""
+        names = ((c, self.class_name(c)) for c in sorted(self.present))
+        return ", ".join(str(c) if name == f"class {c}" else f"{c} ({name})" for c, name in names)
+
     def tensors(self, batch: int = 1) -> tuple[Tensor, Tensor | None]:
         """Labels and instance ids, (batch, H, W) each."""
         ids = self.instances
@@ -60,7 +69,17 @@ class Scene:
 
     def picture(self, num_classes: int) -> Picture:
         """The label map in display colours."""
-        return palette(num_classes)[self.labels]
+        return self.colours(num_classes)[self.labels]
+
+    def legend(self, num_classes: int) -> Picture:
+        """What the colours of :meth:`picture` mean, as large as it: classes, largest first."""
+        colours = self.colours(num_classes)
+        height, width = self.labels.shape
+        return legend([(self.class_name(c), colours[c]) for c in self.present], (height, width))
+
+    def colours(self, num_classes: int) -> NDArray[np.uint8]:
+        """(num_classes, 3): what :meth:`picture` shows each class in."""
+        return class_colours(self.class_names or tuple(map(self.class_name, range(num_classes))))
 
 
 class LazyScenes(Sequence[Scene]):
@@ -70,11 +89,12 @@ class LazyScenes(Sequence[Scene]):
         files: labels, and instances where the model reads them.
         preset: of the model.
         unknown: the class for pixels labelled 255; by default the preset's don't-care class.
+        class_names: of all classes, where they are known.
     """
 
-    def __init__(self, files: Sequence[SceneFiles], preset: Preset,
-                 unknown: int | None = None) -> None:
-        self.files, self._preset = list(files), preset
+    def __init__(self, files: Sequence[SceneFiles], preset: Preset, unknown: int | None = None,
+                 class_names: tuple[str, ...] = ()) -> None:
+        self.files, self._preset, self._class_names = list(files), preset, class_names
         self._unknown = preset.dont_care if unknown is None else unknown
 
     def __len__(self) -> int:
@@ -86,7 +106,7 @@ class LazyScenes(Sequence[Scene]):
     def __getitem__(self, index: slice) -> LazyScenes: ...
     def __getitem__(self, index: int | slice) -> Scene | LazyScenes:
         if isinstance(index, slice):
-            return LazyScenes(self.files[index], self._preset, self._unknown)
+            return LazyScenes(self.files[index], self._preset, self._unknown, self._class_names)
         preset = self._preset
         scene = read_scene(self.files[index], preset.classes, unknown=self._unknown,
                            option="--unknown")
@@ -95,12 +115,12 @@ class LazyScenes(Sequence[Scene]):
         return Scene(
             scene.name, resize_nearest(scene.labels, preset.image_size),
             None if ids is None else resize_nearest(ids, preset.image_size),
-            source_size=scene.size,
+            self._class_names, scene.size,
         )
 
 
 def read_scenes(labels: str | Path, instances: str | Path | None, preset: Preset,
-                unknown: int | None = None) -> LazyScenes:
+                unknown: int | None = None, class_names: tuple[str, ...] = ()) -> LazyScenes:
     """The scenes in a label map or a folder of them, resized to the model's size.
 
     Args:
@@ -109,16 +129,19 @@ def read_scenes(labels: str | Path, instances: str | Path | None, preset: Preset
             their names without endings such as ``_labelIds`` and ``_instanceIds``.
         preset: of the model.
         unknown: the class for pixels labelled 255; by default the preset's don't-care class.
+        class_names: of all classes, where they are known.
 
     Raises:
         FileNotFoundError: a path, or the instance map of a scene, is missing.
-        ValueError: the model reads instances and none are given; files of another role, or two of
-            one scene.
+        ValueError: the model reads instances and none are given, or it reads none and they are;
+            files of another role, or two of one scene.
         ImageError: (when a scene is read) a file is not an index map in range.
     """
     maps = map_files("labels", labels, LABELS)
     ids: list[Path | None] = [None] * len(maps)
-    if preset.instance_edge:
+    if instances is not None and not reads_instances(preset):
+        raise ValueError("instances: this model reads no instance maps; leave --instances out")
+    if reads_instances(preset):
         if instances is None:
             raise ValueError("instances: this model reads instance maps; give --instances")
         ids = [*match("instances", list(maps), map_files("instances", instances, INSTANCES))]
@@ -126,7 +149,7 @@ def read_scenes(labels: str | Path, instances: str | Path | None, preset: Preset
         raise ValueError(f"unknown: expected a class 0..{preset.classes - 1}, got {unknown}")
     return LazyScenes([SceneFiles(name, labels=path, instances=own)
                        for (name, path), own in zip(maps.items(), ids, strict=True)],
-                      preset, unknown)
+                      preset, unknown, class_names)
 
 
 def sample_scenes(preset: Preset, count: int, seed: int = 0, model: str = "") -> list[Scene]:
@@ -136,8 +159,8 @@ def sample_scenes(preset: Preset, count: int, seed: int = 0, model: str = "") ->
     for i in range(count):
         kind = kinds[i % len(kinds)]
         scene = sample_scene(kind, *preset.image_size, preset.classes, seed + i)
-        ids = scene.instances.astype(np.int64) if preset.instance_edge else None
-        names = scene.names if kind == "landscape" else ()
+        ids = scene.instances.astype(np.int64) if reads_instances(preset) else None
+        names = class_names(model, preset.classes) if model else ()
         scenes.append(Scene(f"{kind}_{seed + i}", scene.labels.astype(np.int64), ids, names))
     return scenes
 

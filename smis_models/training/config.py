@@ -256,6 +256,8 @@ class TrainConfig:
     whiten: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: expected fp32, bf16 or fp16; got {self.precision!r}")
         enhancers = self.network.enhancers if isinstance(self.network, Pix2pixHDPreset) else 0

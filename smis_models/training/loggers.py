@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..extras import cure
 from ..io.images import Picture, write_atomically
 
 
@@ -113,8 +114,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("log.tensorboard: tensorboard is not installed; pip install "
-                             "'smis-kernels[train]', or --log.tensorboard false") from error
+            raise ValueError("log.tensorboard: tensorboard is not installed; "
+                             f"{cure('models', 'tensorboard')}, or --log.tensorboard false"
+                             ) from error
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .. import families
+from ..extras import cure
 from ..families import Preset, create_model
+from ..io.choices import unknown_name
 from .config import TrainConfig
 
 _FILES = (".yaml", ".yml", ".json")
@@ -34,7 +36,7 @@ def _parser(network: type[Preset]) -> Any:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise ValueError("jsonargparse: not installed, which reads training options; "
-                         "pip install 'smis-kernels[models]'") from error
+                         f"{cure('models', 'jsonargparse', 'pyyaml')}") from error
     parser = ArgumentParser(prog="smis train CONFIG", exit_on_error=False)
     parser.add_class_arguments(TrainConfig, skip={"network"})
     parser.add_argument("--network", type=network)
@@ -93,8 +95,7 @@ def recipe(name: str) -> TrainConfig:
         >>> config = recipe("groupdnet_deepfashion")
     """
     if name not in RECIPES:
-        raise ValueError(f"config: expected a .yaml or .json file, or one of {', '.join(RECIPES)}; "
-                         f"got {name!r}")
+        raise ValueError(unknown_name("config", RECIPES, name, "a .yaml or .json file, or one of"))
     return RECIPES[name]()
 
 
@@ -122,6 +123,11 @@ def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Trai
     else:
         raise ValueError("config: expected a recipe or a model; add `recipe: NAME` or "
                          "`model: NAME`")
+    for name, held in base.items():
+        if isinstance(held, dict) and not isinstance(given.get(name, held), Mapping):
+            got = "null" if given[name] is None else type(given[name]).__name__
+            raise ValueError(f"config: expected options (name: value) under {name}, got {got}; "
+                             f"leave {name} out, or give its options")
     if given.get("model", base["model"]) != base["model"]:
         raise ValueError(f"model: the recipe is of {base['model']}, got {given['model']!r}; "
                          "leave one of recipe and model out")
@@ -137,7 +143,8 @@ def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Trai
         config: TrainConfig = parser.instantiate(chosen)
         built = TrainConfig(**vars(config)) if not isinstance(config, TrainConfig) else config
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"config: {_line(error)}") from error
+        listed = "; --options lists all" if "unrecognized" in str(error) else ""
+        raise ValueError(f"config: {_line(error)}{listed}") from error
     if built.model != base["model"]:
         raise ValueError(f"model: the configuration is of {base['model']}, got {built.model!r}; "
                          "choose another CONFIG instead")

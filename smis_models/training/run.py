@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,12 @@ from typing import Any, Literal
 import torch
 
 from ..data import Collate
-from ..data.scenes import palette
+from ..data.classes import class_colours, class_names
 from ..io.checkpoint import CheckpointError, read_metadata, save_checkpoint
-from ..io.files import remove_partial
-from ..io.images import grid, to_pictures, write_atomically, write_png
+from ..io.files import locked, remove_partial
+from ..io.images import to_pictures, write_atomically, write_png
 from ..io.provenance import commit, versions
+from ..io.sheet import captioned_grid
 from .batches import Batches, MicroBatch, Place, dataset
 from .checkpoints import (
     BEST,
@@ -287,11 +289,13 @@ class Run:
         shown = objective(painter, self.config)
         columns = [batch.image, shown.reconstruct(batch),
                    *(shown.sample(batch, seed) for seed in range(self.config.log.samples))]
-        colours = palette(self.config.network.classes)
+        colours = class_colours(class_names(self.config.model, self.config.network.classes))
         rows = [[colours[labels.cpu().numpy()], *pictures] for labels, *pictures in zip(
             batch.labels, *(to_pictures(column) for column in columns), strict=True)]
         painter.train()
-        picture = grid(rows)
+        names = ("layout", "picture", "of its code",
+                 *(f"drawn code {k}" for k in range(self.config.log.samples)))
+        picture = captioned_grid([list(zip(names, row, strict=True)) for row in rows])
         write_png(self.folder / "grids" / f"{self.trainer.step_count:07d}.png", picture)
         for logger in self._loggers:
             logger.picture("samples", picture, self.trainer.step_count)
@@ -412,7 +416,8 @@ def train(config: TrainConfig, folder: str | Path, *, device: torch.device | str
         >>> outcome = train(config, "runs/scenes")
         >>> model = create_model(checkpoint=outcome.weights)
     """
-    with process_group(torch.device(device)) as (processes, place):
+    with process_group(torch.device(device)) as (processes, place), (
+            locked(folder) if processes.first else nullcontext()):
         run: Any = Run(config, folder, device=place, resume=resume, processes=processes)
         outcome: Outcome = run(report, minutes=minutes, stop=stop)
     return outcome

@@ -82,8 +82,8 @@ def class_crops(image: Tensor, semantics: Tensor, num_classes: int, *,
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        ValueError (reference), RuntimeError (cpu): a label outside 0..num_classes-1. The GPU is
-            not made to wait for that check: there such a pixel belongs to no class.
+        ValueError: a label outside 0..num_classes-1; a RuntimeError from torch.compile's graphs.
+            The GPU is not made to wait for that check: there such a pixel belongs to no class.
         BackendError: the backend asked for cannot run here.
 
     Source: Zhu et al., "Semantically Multi-modal Image Synthesis", 2020.

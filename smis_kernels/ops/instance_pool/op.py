@@ -48,8 +48,8 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        ValueError (reference), RuntimeError (cpu): an id below 0 or above 2³¹-1. The GPU is not
-            made to wait for that check: there such a pixel becomes NaN.
+        ValueError: an id below 0 or above 2³¹-1; a RuntimeError from torch.compile's graphs. The
+            GPU is not made to wait for that check: there such a pixel becomes NaN.
         BackendError: the backend asked for cannot run here.
 
     Source: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with

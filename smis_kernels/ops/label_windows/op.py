@@ -57,8 +57,7 @@ def number_windows(map: Tensor, limit: int, *,
         they are empty (0, 9).
 
     Raises:
-        TypeError, ValueError: the map is no (N, H, W) int32. ValueError (reference), RuntimeError
-        (native kernels): an id below 1.
+        TypeError, ValueError: the map is no (N, H, W) int32, or holds an id below 1.
 
     Example:
         >>> symbols = torch.ones(1, 5, 5, dtype=torch.int32)

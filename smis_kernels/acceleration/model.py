@@ -32,16 +32,18 @@ def accelerate(
     classes. Names, classes and wrappers do not matter. Window tables serve where G and B see no
     more than 5x5 pixels of the map, padded by zeros; else their convs run as they were written, and
     the features are modulated in one pass. What is near it is listed with the term that differs; 3D
-    norms are, for the kernels take (N, C, H, W). Known by structure: residual blocks of such
-    norms, an activation and convs, per-pixel depthwise convs (an ``nn.Unfold`` and a weight
+    norms are, for the kernels take (N, C, H, W). Blocks of two or three such norms, or of this
+    library's own, are recorded likewise: each norm takes in the activation after it, a conv the sum
+    after it. Known by structure: per-pixel depthwise convs (an ``nn.Unfold`` and a weight
     argument), sequences with instance norms, encoders that pool by instance; and torch's own
     spectral norm, which takes fewer passes in training on a CPU. Of each configuration but of the
     latter the narrowest is run beside its fused form on small random inputs, on every path,
     outputs, gradients and buffers, in training and in eval mode, at three scales; where they do not
-    agree it is left alone, and the report says so.
+    agree it is left alone, and the report says so. On a CPU calls that are too small for it to pay
+    run as they were written, and blocks whose norms have no tables stay.
 
     Parameters, buffers, state dict and hooks stay as they are, for only the classes of the modules
-    change: the model can be trained, saved, pickled, copied and wrapped as before. Within residual
+    change: the model can be trained, saved, pickled, copied and wrapped as before. Within
     blocks features are channels-last; what a block or the model returns has the format that came
     in. Gradients of gradients are right; they take the ops' definitions.
 

@@ -1,0 +1,449 @@
+"""Files and calls as people have them: one writer a folder, class names, runs as checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smis_kernels import SPADE, LabelLayout, class_crops, instance_avg_pool2d, modulation, norm_act
+from smis_models import CheckpointError, cli, create_model, save_checkpoint
+from smis_models.data import build_dataset
+from smis_models.data.classes import class_colours, class_index, class_names
+from smis_models.data.doctor import examine, find_splits
+from smis_models.data.write import write_scenes
+from smis_models.families import list_models
+from smis_models.io.files import LOCK, UNFINISHED, locked, unfinished
+from smis_models.io.images import write_indices
+from smis_models.io.sheet import captioned, legend
+from smis_models.synthesis.edits import painted, parse_takes, relabelled
+from smis_models.synthesis.scene import Scene
+from smis_models.training import RECIPES, load_config, to_json
+
+SMALL = {"ngf": 8, "nef": 8}
+
+
+@pytest.fixture
+def smis(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command line; its exit code, stdout and stderr."""
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+
+    def run(*arguments: Any) -> tuple[Any, str, str]:
+        monkeypatch.setattr("sys.argv", ["smis", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    """A landscape's label map."""
+    labels = np.arange(128)[:, None].repeat(128, 1) // 16
+    write_indices(tmp_path / "map.png", labels)
+    return tmp_path / "map.png"
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Path:
+    """A folder as `smis train` leaves it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_checkpoint(create_model("groupdnet_scenes", seed=3, init_gain=1.0, **SMALL),
+                    folder / "model.safetensors")
+    (folder / "config.json").write_text(to_json(load_config(
+        "groupdnet_scenes_codes", ["--network.ngf", "8", "--network.nef", "8"])))
+    return folder
+
+
+# One writer a folder.
+
+def test_a_second_process_is_refused_by_the_firsts_number(tmp_path: Path, smis: Any,
+                                                          layout: Path) -> None:
+    code = ("import sys, time; from smis_models.io.files import locked\n"
+            "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        status, _, error = smis("synthesize", "--model", "groupdnet_scenes", "--labels", layout,
+                                "--out", tmp_path / "out")
+        assert (status, error.count("\n")) == (2, 1)
+        assert f"process {first.pid} is writing to" in error
+        first.communicate("")
+    assert smis("synthesize", "--model", "groupdnet_scenes", "--labels", layout, "--out",
+                tmp_path / "out")[0] == 0
+    assert LOCK not in os.listdir(tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", [
+    ("mix", "--images", "x", "--image-labels", "x"), ("edit", "--relabel", "0=1"), ("morph",),
+    ("resample", "--class", "0"), ("synthesize",), ("demo",)])
+def test_every_painting_command_takes_the_lock(command: tuple[str, ...], tmp_path: Path, smis: Any,
+                                               layout: Path) -> None:
+    with locked(tmp_path / "out"):
+        code, _, error = smis(*command, "--model", "groupdnet_scenes", "--labels", layout, "--out",
+                              tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"process {os.getpid()} is writing to" in error
+
+
+@pytest.mark.parametrize("command", [
+    ("scenes",), ("convert-labels", "data"), ("benchmark",), ("train",)])
+def test_every_other_writer_takes_the_lock(command: tuple[str, ...], tmp_path: Path, smis: Any,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_indices("data/a.png", np.zeros((4, 4), np.int64))
+    given: dict[str, list[Any]] = {
+        "benchmark": ["--set", "modulation", "--out", "out"],
+        "train": ["groupdnet_scenes_codes", "--network.ngf", "8", "--network.nef", "8",
+                  "--data.count", "2", "--out", "out"]}
+    with locked("out"):
+        code, _, error = smis(*command, *given.get(command[0], ["out"]))
+    assert (code, error.count("\n")) == (2, 1)
+    assert "is writing to" in error
+
+
+def test_the_lock_leaves_nothing_and_removes_what_killed_runs_left(tmp_path: Path) -> None:
+    with locked(tmp_path / "a/b"):
+        pass
+    assert not (tmp_path / "a").exists()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".grid.png.ab12cd_9").touch()
+    (out / ".vscode.settings").touch()
+    (out / "mine.png").touch()
+    with locked(out):
+        pass
+    assert sorted(os.listdir(out)) == [".vscode.settings", "mine.png"]
+
+
+# Nothing stale.
+
+def test_frames_and_samples_of_an_earlier_run_go(tmp_path: Path, smis: Any, layout: Path) -> None:
+    given = ("--model", "groupdnet_scenes", "--labels", layout, "--out", tmp_path / "out")
+    assert smis("morph", *given, "--steps", 4, "--animation", "apng")[0] == 0
+    assert smis("synthesize", *given, "--samples", 3)[0] == 0
+    (tmp_path / "out/mine_3.png").touch()
+    (tmp_path / "out/morph_notes.png").touch()
+    assert smis("morph", *given, "--steps", 2)[0] == 0
+    assert smis("synthesize", *given, "--samples", 1)[0] == 0
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "grid.png", "map_0.png", "mine_3.png", "morph.gif", "morph_0.png", "morph_1.png",
+        "morph_grid.png", "morph_notes.png"]
+
+
+# A set that was stopped.
+
+class _Killed(BaseException):
+    pass
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file()}
+
+
+def test_killed_scenes_are_known_and_go_on(tmp_path: Path) -> None:
+    counts = {"train": 4, "val": 2}
+    write_scenes(tmp_path / "whole", counts, 32)
+    seen: list[str] = []
+
+    def kill(name: str) -> None:
+        seen.append(name)
+        if len(seen) == 3:
+            raise _Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(_Killed):
+        write_scenes(out, counts, 32, step=kill)
+    (out / "train/images/.train_000003.png.abcd1234").touch()
+    for root in (out, out / "train"):
+        problems = examine(find_splits("folder", root)).problems
+        assert any("not complete" in p.message and not p.note for p in problems), problems
+    preset = create_model("groupdnet_scenes", device="meta").preset
+    with pytest.raises(ValueError, match="not complete"):
+        build_dataset("folder", out, preset)
+    with pytest.raises(ValueError, match="unfinished set"):
+        write_scenes(out, counts, 32, seed=1)
+    write_scenes(out, counts, 32)
+    assert _files(out) == _files(tmp_path / "whole")
+    assert not any("not complete" in p.message
+                   for p in examine(find_splits("folder", out)).problems)
+    with pytest.raises(ValueError, match="new or empty"):
+        write_scenes(out, counts, 32)
+
+
+def test_what_is_unfinished_tells_its_task(tmp_path: Path) -> None:
+    with pytest.raises(_Killed), unfinished(tmp_path, {"command": "x"}):
+        raise _Killed
+    assert json.loads((tmp_path / UNFINISHED).read_text()) == {"command": "x"}
+    with unfinished(tmp_path, {"command": "y"}) as before:
+        assert before == {"command": "x"}
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+# A run's folder is a checkpoint, and tells its model.
+
+def test_a_run_needs_neither_a_files_name_nor_a_models(small_run: Path, smis: Any, layout: Path,
+                                                       tmp_path: Path) -> None:
+    for k, place in enumerate((small_run, small_run / "model.safetensors")):
+        assert create_model(checkpoint=place).preset.ngf == 8
+        code, out, _ = smis("synthesize", "--checkpoint", place, "--labels", layout, "--out",
+                            tmp_path / f"o{k}")
+        assert code == 0 and "random" not in out.lower()
+    assert (tmp_path / "o0/map_0.png").read_bytes() == (tmp_path / "o1/map_0.png").read_bytes()
+    code, _, error = smis("synthesize", "--labels", layout, "--out", tmp_path / "o")
+    assert code == 2 and "model: expected --model NAME" in error
+    (small_run / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"expected one of model\.safetensors"):
+        create_model("groupdnet_scenes", small_run)
+
+
+def test_the_record_of_a_run_names_the_weights(small_run: Path, smis: Any, tmp_path: Path) -> None:
+    code, *_ = smis("evaluate", "--checkpoint", small_run, "--dataset", "scenes", "--count", 1,
+                    "--layouts", 1, "--samples", 2, "--pairs", 1, "--distance", "pixel", "--out",
+                    tmp_path / "e.json")
+    assert code == 0
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert list(found["model"]["weights_sha256"]) == ["model.safetensors"]
+    values = found["results"]["diversity"]["pixel L1"]
+    assert "lpips" not in values and values["diversity"] > 0
+
+
+@pytest.mark.parametrize(("given", "meant"), [
+    ("groupdnet_scene", "groupdnet_scenes"), ("spade-coco", "spade_coco"),
+    ("SPADE_ADE20K", "spade_ade20k")])
+def test_a_models_name_is_guessed(given: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"did you mean '{meant}'\?"):
+        create_model(given)
+
+
+def test_every_recipe_stands_by_itself() -> None:
+    for name, made in RECIPES.items():
+        assert not made().whiten, f"{name} cannot start: whiten needs init"
+
+
+# Checkpoints in one line.
+
+def _generator() -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = create_model(
+        "groupdnet_scenes", part="generator", **SMALL).state_dict()
+    return state
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: {k: v.to(torch.int8) for k, v in s.items()}, r"expected floats under '.*int8"),
+    (lambda s: {k: v.to(torch.complex64) for k, v in s.items()}, r"expected floats.*complex64"),
+    (lambda s: {**s, "epoch": torch.tensor(3)}, r"1 unexpected \(epoch\); all else fits"),
+    (lambda s: {**{f"generator.{k}": v for k, v in s.items()}, "epoch": torch.tensor(3)},
+     r"got 'epoch' among"),
+])
+def test_what_is_wrong_in_a_checkpoint_is_named(change: Any, message: str, tmp_path: Path) -> None:
+    torch.save(change(_generator()), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message):
+        create_model("groupdnet_scenes", tmp_path / "x.pth", **SMALL)
+
+
+def test_the_state_of_a_run_is_not_taken_for_its_weights(tmp_path: Path) -> None:
+    torch.save({"format": 2, "config": {}, "place": [0, 0], "model": _generator(),
+                "average": None}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"give its folder, whose model\.safetensors"):
+        create_model("groupdnet_scenes", tmp_path / "checkpoint.pt", **SMALL)
+
+
+def test_half_weights_with_their_counters_are_taken(tmp_path: Path) -> None:
+    torch.save({k: v.half() for k, v in _generator().items()}, tmp_path / "x.pth")
+    model = create_model("groupdnet_scenes", tmp_path / "x.pth", **SMALL)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_code_in_a_pickle_is_called_code(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"f": os.getcwd}, protocol))
+    with pytest.raises(CheckpointError, match="holds pickled code, which is never run"):
+        create_model("groupdnet_scenes", tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"f": [1.5] * 400}, max(protocol, 2))[:-50])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        create_model("groupdnet_scenes", tmp_path / "x.pth")
+
+
+# Options in one line.
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("data: null", "options .* under data, got null"), ("data: [1]", "under data, got list"),
+    ("losses: 3", "under losses, got int"), ("network: null", "under network, got null"),
+    ("seed: 100000000000000000000000", r"seed: expected 0 to"), ("seed: -1", "seed: expected 0"),
+])
+def test_a_wrong_section_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"recipe: groupdnet_scenes_codes\n{text}\n")
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--seed", "9" * 30), "seed: expected 0 to"), (("--seed", -1), "seed: expected 0 to"),
+    (("--seconds", "1e9"), "seconds: expected 0.01 to 30"),
+    (("--seconds", "nan"), "seconds: expected 0.01 to 30"),
+    (("--seconds", "0"), "seconds: expected 0.01 to 30"),
+    (("--class", "skye"), "did you mean 'sky'"), (("--class", "8"), r"a class 0\.\.7, got 8"),
+    (("--instances", "map.png"), "this model reads no instance maps"),
+    (("--unknown", "moon"), "unknown: expected a class"),
+    (("--image-labels", "map.png"), "image-labels: no --images are given"),
+])
+def test_a_wrong_option_is_one_line(words: tuple[Any, ...], message: str, smis: Any, layout: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(layout.parent)
+    given = ("morph", "--model", "groupdnet_scenes", "--labels", layout, "--out", "out")
+    code, _, error = smis(*given, *words)
+    assert (code, error.count("\n")) == (2, 1)
+    assert re.search(message, error), error
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("words", "option"), [
+    (("--labels", "map.png", "--segmenter-input", "unit"), "segmenter-input"),
+    (("--dataset", "scenes", "--segmenter", "scenes", "--segmenter-input", "unit"),
+     "segmenter-input"),
+    (("--labels", "map.png", "--root", "."), "root"), (("--labels", "map.png", "--count", "3"),
+                                                       "count"),
+    (("--labels", "map.png", "--split", "test"), "split"),
+    (("--dataset", "scenes", "--instances", "."), "instances"),
+    (("--dataset", "scenes", "--root", "."), "root"),
+    (("--labels", "map.png", "--label-rule", "ade20k"), "label-rule"),
+    (("--labels", "map.png", "--distance", "pixel", "--lpips-heads", "x"), "lpips-heads"),
+    (("--labels", "map.png", "--features", "x.npz"), "features"),
+])
+def test_evaluate_refuses_what_it_would_not_read(words: tuple[str, ...], option: str, smis: Any,
+                                                 layout: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(layout.parent)
+    distance = () if "--distance" in words else ("--distance", "pixel")
+    code, _, error = smis("evaluate", "--model", "groupdnet_scenes", "--out", "e.json", *words,
+                          *distance)
+    assert (code, error.count("\n")) == (2, 1), error
+    assert error.startswith(f"error: {option}: ")
+
+
+# Kernels in one line.
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_kernels_refuse_by_value_error(backend: str) -> None:
+    x, labels = torch.randn(1, 4, 8, 8), torch.full((1, 8, 8), 9)
+    for label in (9, -1):
+        with pytest.raises(ValueError, match=rf"semantics: expected labels 0\.\.4, got {label}"):
+            class_crops(x, torch.full((1, 8, 8), label), 5, backend=backend)
+    with pytest.raises(ValueError, match=r"instance_map: expected ids 0\.\."):
+        instance_avg_pool2d(x, -labels, backend=backend)
+    for eps in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="eps: expected a number of at least 0"):
+            modulation(x, x, x, training=True, eps=eps, backend=backend)
+        with pytest.raises(ValueError, match="eps: expected a number of at least 0"):
+            norm_act(x, eps=eps, backend=backend)
+
+
+def test_integer_labels_in_a_norm_are_told_of_the_layout() -> None:
+    norm, x = SPADE(4, 5, hidden=4), torch.randn(1, 4, 8, 8)
+    for labels in (torch.zeros(1, 8, 8).long(), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"LabelLayout\.from_labels"):
+            norm(x, labels)
+    assert norm(x, LabelLayout.from_labels(torch.zeros(1, 8, 8).long(), 5)).shape == x.shape
+
+
+def test_a_fresh_model_says_eval() -> None:
+    model = create_model("groupdnet_scenes", **SMALL)
+    with pytest.raises(ValueError, match=r"call \.eval\(\)"):
+        model(model.semantics(torch.zeros(1, 128, 128).long()))
+
+
+# Names of classes.
+
+def test_names_are_of_the_data_sets() -> None:
+    for info in list_models():
+        preset = create_model(info.name, part="generator", device="meta").preset
+        names = class_names(info.name, preset.classes)
+        assert len(names) == len(set(names)) == preset.classes
+        assert (names[0] == "class 0") == info.name.endswith("deepfashion")
+    assert class_names("spade_coco", 183)[156] == "sky-other"
+    assert class_names("spade_coco", 183)[0] == "person"
+    assert class_names("groupdnet_ade20k", 151)[3] == "sky"
+    assert class_names("pix2pixhd_cityscapes_1024", 35)[26] == "car"
+    assert class_names("groupdnet_scenes", 7)[0] == "class 0"
+
+
+def test_a_class_is_found_by_name_or_number() -> None:
+    names = class_names("groupdnet_scenes", 8)
+    assert [class_index("x", text, names) for text in ("Sky", "tree", "7")] == [0, 5, 7]
+    for text in ("8", "sk", "-1", ""):
+        with pytest.raises(ValueError, match="x: expected"):
+            class_index("x", text, names)
+
+
+def test_edits_speak_of_classes() -> None:
+    names = class_names("groupdnet_scenes", 8)
+    scene = Scene("s", np.zeros((16, 16), np.int64), None, names, (32, 32))
+    edited = relabelled(painted(scene, "tree:0,0,4,4", 8), "sky=water", 8)
+    assert (edited.present, edited.class_names, edited.source_size) == ([2, 5], names, (32, 32))
+    assert parse_takes(["sky=b", "5=0"], ["a", "b"], names) == {0: 1, 5: 0}
+    assert np.array_equal(scene.picture(8)[0, 0], class_colours(names)[0])
+
+
+def test_captions_and_legends_have_their_sizes_and_ink() -> None:
+    picture = np.full((32, 48, 3), 128, np.uint8)
+    shown = captioned(picture, "a caption that is far too long for this picture")
+    assert shown.shape == (48, 48, 3)
+    assert np.array_equal(shown[:32], picture)
+    assert shown[32:].min() < 100
+    names = [(f"class {k}", (255, 0, 0)) for k in range(9)]
+    key = legend(names, (64, 64))
+    assert key.shape == (64, 64, 3)
+    red = (key == (255, 0, 0)).all(2)
+    assert red[:48].any() and not red[48:].any()  # the last line counts those without room
+
+
+def test_a_resized_map_is_told_by_every_command(smis: Any, tmp_path: Path) -> None:
+    write_indices(tmp_path / "m.png", np.zeros((64, 256), np.int64))
+    Image.new("RGB", (256, 64)).save(tmp_path / "p.png")
+    given = ("--model", "groupdnet_scenes", "--labels", tmp_path / "m.png", "--out",
+             tmp_path / "out")
+    for command in (("synthesize",), ("resample", "--class", "sky", "--samples", 1),
+                    ("mix", "--images", tmp_path / "p.png", "--image-labels", tmp_path / "m.png")):
+        code, out, error = smis(*command, *given)
+        assert code == 0, error
+        assert out.count("its shape is stretched") == (2 if command[0] == "mix" else 1)
+
+
+def test_samples_of_a_model_without_a_code_are_refused(smis: Any, tmp_path: Path) -> None:
+    model = create_model("spade_celebamask", ngf=4, hidden=8, image_size=(32, 32))
+    save_checkpoint(model, tmp_path / "spade.safetensors")
+    write_indices(tmp_path / "m.png", np.zeros((32, 32), np.int64))
+    given = ("synthesize", "--checkpoint", tmp_path / "spade.safetensors", "--labels",
+             tmp_path / "m.png", "--out", tmp_path / "out")
+    code, _, error = smis(*given, "--samples", 2)
+    assert (code, error.count("\n")) == (2, 1) and error.startswith("error: samples: ")
+    assert smis(*given)[0] == 0
+
+
+def test_evaluate_tells_of_resized_maps_and_removes_what_a_killed_run_left(
+        smis: Any, tmp_path: Path) -> None:
+    write_indices(tmp_path / "maps/m.png", np.zeros((64, 64), np.int64))
+    write_indices(tmp_path / "read/m.png", np.zeros((32, 32), np.int64))
+    (tmp_path / ".e.json.abcd_123").touch()
+    code, out, error = smis(
+        "evaluate", "--model", "groupdnet_scenes", "--labels", tmp_path / "maps", "--layouts", 1,
+        "--samples", 2, "--pairs", 1, "--distance", "none", "--predictions", tmp_path / "read",
+        "--out", tmp_path / "e.json")
+    assert code == 0, error
+    assert "m, 64x64, to 128x128" in out and "m, 32x32, to 128x128" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.json", "maps", "read"]
