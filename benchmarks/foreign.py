@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks import nets
+from monai.networks.nets.spade_autoencoderkl import SPADEAutoencoderKL
+from monai.networks.nets.spade_diffusion_model_unet import SPADEDiffusionModelUNet
+from monai.networks.nets.spade_network import SPADENet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
@@ -36,35 +38,32 @@ def painter(cls: Callable[..., nn.Module], **options: object) -> nn.Module:
 
 
 def monai_spade() -> nn.Module:
-    return nets.SPADENet(2, 1, 3, COCO_CLASSES, list(SIZE), [32, 64, 128, 256], is_vae=False)
+    return SPADENet(2, 1, 3, COCO_CLASSES, list(SIZE), [32, 64, 128, 256], is_vae=False)
 
 
 def monai_autoencoder() -> nn.Module:
-    return nets.SPADEAutoencoderKL(
+    return SPADEAutoencoderKL(
         2, label_nc=COCO_CLASSES, num_res_blocks=(2, 2, 2), channels=(64, 128, 128),
         attention_levels=(False, False, False), latent_channels=8,
         with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False)
 
 
 def monai_diffusion() -> nn.Module:
-    return nets.SPADEDiffusionModelUNet(
+    return SPADEDiffusionModelUNet(
         2, 3, 3, COCO_CLASSES, num_res_blocks=(1, 1, 1), channels=(64, 128, 128),
         attention_levels=(False, False, True), num_head_channels=64)
 
 
 def paint_first(model: nn.Module, planes: Tensor) -> Tensor:
-    picture: Tensor = model(planes)[0]
-    return picture
+    return model(planes)[0]
 
 
 def decode(model: Any, planes: Tensor, z: Tensor) -> Tensor:
-    picture: Tensor = model.decode(z, planes)
-    return picture
+    return model.decode(z, planes)
 
 
 def denoise(model: nn.Module, planes: Tensor, x: Tensor) -> Tensor:
-    noise: Tensor = model(x, torch.tensor([500]), planes)
-    return noise
+    return model(x, torch.tensor([500]), planes)
 
 
 def nothing(generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -121,6 +120,10 @@ def paints(name: str, setting: Setting) -> bool:
     return bool(picture.isfinite().all()) and float(picture.std()) > 1e-3
 
 
+def _say(name: str, what: str) -> None:
+    print(f"{name}: {what}", file=sys.stderr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK",
@@ -150,7 +153,7 @@ def main() -> int:
             return 1
         _, run, _, target = NETWORKS[name]
         case = case_of(f"foreign/{name}", partial(inputs, name), run, target)
-        records += measure(case, setting, partial(print, f"{name}:", file=sys.stderr))
+        records += measure(case, setting, partial(_say, name))
         counts = records[-1].counts
         print(f"{name}: {counts['replaced']} replaced, accelerate() {counts['accelerate_ms']} ms",
               file=sys.stderr)

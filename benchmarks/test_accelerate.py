@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -110,8 +110,8 @@ def train(model: nn.Module, planes: Tensor) -> tuple[Tensor, Tensor]:
         picture.square().mean().backward()
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.eval().zero_grad()
-    layer: Any
-    for layer in model.modules():
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
         if "weight_orig" in layer._parameters:
             layer.weight = layer.weight.detach()  # part of the graph, it could not be copied
     return picture.detach(), norm

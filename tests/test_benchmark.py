@@ -366,3 +366,12 @@ def test_what_is_worse_than_before():
     assert records.regressions(now, before) == {
         ("op/case/forward", "fused"): "slower: 1 s -> 1.2 s (1.20x); more memory: 0.0 -> 0.0 MB",
         ("op/case/forward", "fused indexed"): "wrong: error 0.0e+00 -> 0.0e+00"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("cpu-*.json")),
+                         ids=lambda path: path.stem)
+def test_committed_records_give_their_committed_tables(path):
+    def lines(text):
+        return [line for line in text.splitlines() if line.startswith("|")]
+
+    assert lines(harness.markdown(harness.load(path))) == lines(path.with_suffix(".md").read_text())

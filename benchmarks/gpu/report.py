@@ -143,9 +143,9 @@ def write(path: Path, earlier: Path | None) -> list[Path]:
     except Exception as error:  # tables do not depend on matplotlib
         print(f"no plots: {explain(error)}", flush=True)
     if not results["dry_run"]:
-        for row in target_rows(records):
-            print("  ".join(row), flush=True)
-    for line in worse:
-        print(f"worse than {earlier}: {line}", flush=True)
+        for line in target_rows(records):
+            print("  ".join(line), flush=True)
+    for what in worse:
+        print(f"worse than {earlier}: {what}", flush=True)
     print("written: " + ", ".join(map(str, written)), flush=True)
     return written

@@ -118,8 +118,7 @@ def _pointwise(place: Place) -> Iterator[Job]:
         labels = place.labels("indoor", (size, size), COCO_CLASSES, n)
         level = LabelLayout.from_labels(labels, COCO_CLASSES).level((size, size))
         table = place.draw(int(level.index5.max()) + 1, 2 * c, seed=3)
-        (x,) = drawn(1)
-        return partial(indexed_modulation, x, level.index5, table, norm="none",
+        return partial(indexed_modulation, drawn(1)[0], level.index5, table, norm="none",
                        backend=backend, activation="leaky_relu")
 
     def backward() -> Call:
@@ -172,13 +171,13 @@ def _products(place: Place) -> Iterator[Job]:
         return partial(window_table, wide.draw(v, depth), weights[0], biases[0], weights[1],
                        biases[1], windows, one_level=one_level, backend=backend)
 
-    tables = ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3),
-              (64, 64, 16, 4, 4), (64, 64, 32, 4, 4))
+    products = ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3),
+                (64, 64, 16, 4, 4), (64, 64, 32, 4, 4))
     for precision, low in (("tf32", True), ("tf32x3", False)):
         for one_level in (True, False):
             key = f"{precision} {'one level' if one_level else 'two levels'}"
             yield ("window_product", key, f"window_product, {key}",
-                   blocks(PRODUCT[precision], *place.pick(tables, tables[:1])),
+                   blocks(PRODUCT[precision], *place.pick(products, products[:1])),
                    partial(table, one_level, low))
 
 

@@ -352,7 +352,9 @@ class Painter:
 
     def _of(self, labels: Labels) -> tuple[Synthesizer, bool]:
         """The synthesizer on a map, and whether that was its map before."""
-        if self._synthesizer is not None and np.array_equal(labels, self._painted):
+        painted = self._painted
+        if self._synthesizer is not None and painted is not None and np.array_equal(
+                labels, painted):
             return self._synthesizer, True
         ids = torch.from_numpy(labels.astype(np.int64))[None]
         # A map that is painted has no instances: its edges are those between classes.

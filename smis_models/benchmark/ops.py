@@ -82,7 +82,7 @@ def modulation_case(name: str, shape: Shape, *, upsample: bool = False, training
         mean = setting.draw(x.shape[1], seed=3).float()
         return x, gamma, beta, mean, mean.square() + 0.5
 
-    given: Any = {"training": training, "upsample": upsample}
+    given: dict[str, Any] = {"training": training, "upsample": upsample}
     return Case(
         name=f"modulation/{name}_{_size(shape)}", make_inputs=make_inputs,
         providers=providers(partial(modulated, modulation_reference.modulation, **given),

@@ -197,10 +197,9 @@ def checks(rows: dict[str, Record]) -> list[Check]:
 def _figure(rows: dict[str, Record], provider: str, what: str) -> float | None:
     kind, _, against = what.partition(" ")
     if kind == "memory":
-        ours, theirs = (
-            [rows[n].peak_memory for n in (name, f"{name} channels_last") if n in rows]
-            for name in (provider, against or "reference"))
-        return min(ours) / max(1, min(theirs)) if ours and theirs else None
+        own, other = ([rows[n].peak_memory for n in (name, f"{name} channels_last") if n in rows]
+                      for name in (provider, against or "reference"))
+        return min(own) / max(1, min(other)) if own and other else None
     if kind not in ("copy", "floor", "scratch"):
         return speedup(rows, "reference" if what == "slowest" else what,
                        slowest=what == "slowest", provider=provider)

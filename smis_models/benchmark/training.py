@@ -31,19 +31,18 @@ class _MapScenes(SceneDataset):
 
     def __init__(self, setting: Setting, kind: str, preset: Any) -> None:
         self.setting, self.kind, self.edges = setting, kind, preset.instance_edge
-        self.classes, self.seed = preset.classes, 0
-        self.size: tuple[int, int] = preset.image_size
+        self.classes, self.size, self.seed = preset.classes, SIZE, 0
 
     def __len__(self) -> int:
         return self.setting.maps.count
 
     def sample(self, index: int, r: Any) -> Sample:
         place = self.setting.at(index)
-        noise = torch.rand((3, *self.size), generator=torch.Generator().manual_seed(index))
-        sample: Sample = {"labels": place.labels(self.kind, self.size, self.classes)[0],
+        noise = torch.rand((3, *SIZE), generator=torch.Generator().manual_seed(index))
+        sample: Sample = {"labels": place.labels(self.kind, SIZE, self.classes)[0],
                           "image": noise * 2 - 1, "name": str(index)}
         if self.edges:
-            sample["instances"] = place.instances(self.kind, self.size)[0].int()
+            sample["instances"] = place.instances(self.kind, SIZE)[0].int()
         return sample
 
 

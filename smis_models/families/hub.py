@@ -32,7 +32,7 @@ class HubModel(nn.Module):
 
     @property
     def configuration(self) -> Configuration:
-        """The name and the options."""
+        """The name and the options of the model."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path, *, run: str | Path | None = None) -> None:

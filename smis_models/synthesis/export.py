@@ -60,9 +60,9 @@ class Painter(nn.Module):
         self.preset = model.preset
         self.eval()
         code = model.generator.sample_latent(1)
-        held = {"labels": True, "instances": self.preset.instance_edge, "z": code is not None,
-                "features": getattr(self.preset, "features", False)}
-        self.names = tuple(name for name, read in held.items() if read)
+        reads = {"labels": True, "instances": self.preset.instance_edge, "z": code is not None,
+                 "features": getattr(self.preset, "features", False)}
+        self.names = tuple(name for name, read in reads.items() if read)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         preset, given = self.preset, dict(zip(self.names, inputs, strict=True))
