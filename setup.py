@@ -31,7 +31,7 @@ class BuildPy(build_py):
         else:
             # setuptools keeps what earlier builds left here, and a wheel would carry it.
             package = Path(self.build_lib).resolve() / PACKAGE.name
-            shutil.rmtree(package, ignore_errors=True)
+            shutil.rmtree(self.build_lib, ignore_errors=True)
             super().run()
             shutil.copytree(ROOT / "csrc", package / "csrc")
         cache = ROOT / "build" / "native"

@@ -393,3 +393,16 @@ def test_triton_and_numpy_that_do_not_interpret(triton, numpy, fails, monkeypatc
         assert ("cure: pip install 'numpy<2.4'" in (backend.missing("triton") or "")) == fails
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "numpy" not in (backend.missing("triton") or "")
+
+
+def test_files_of_earlier_builds_are_left_out(tmp_path):
+    """setuptools keeps them in its folder, from which a wheel is made."""
+    old = [tmp_path / "lib" / package / "removed.py" for package in ("smis_kernels", "smis_models")]
+    for path in old:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    command = (sys.executable, "setup.py", "build_py", "--build-lib", str(tmp_path / "lib"))
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True,
+                   env={**os.environ, "SMIS_BUILD": "none"})
+    assert [path for path in old if path.exists()] == []
+    assert (tmp_path / "lib/smis_models/__init__.py").exists()

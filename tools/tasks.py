@@ -194,6 +194,10 @@ def _built(source: Path, folder: Path, *kinds: str, **environment: str) -> list[
     return built
 
 
+def _files(archive: zipfile.ZipFile) -> dict[str, bytes]:
+    return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+
+
 def _repaired(path: Path, folder: Path) -> Path:
     """The wheel with the oldest manylinux tag that its libraries fit, nothing grafted in."""
     excluded = (word for name in OF_TORCH for word in ("--exclude", name))
@@ -237,20 +241,22 @@ def wheel(keep: str = "") -> None:
         path = _repaired(plain, folder / "wheel")
         _python("-m", "twine", "check", "--strict", str(path))
         _runs_installed(path, folder / "venv")
-        found = zipfile.ZipFile(path)
-        contents = {name: found.read(name) for name in found.namelist()}
-        print(f"{path.name}: {len(contents)} files, {path.stat().st_size / 1e6:.1f} MB")
         (archive,) = _built(ROOT, folder / "sdist", "--sdist")
         with tarfile.open(archive) as packed:
             packed.extractall(folder / "unpacked", filter="data")
         (source,) = (folder / "unpacked").iterdir()
         # The libraries are of the same sources: what is compared is what they are made of.
         (again,) = _built(source, folder / "again", "--wheel", SMIS_BUILD="none")
-        second = zipfile.ZipFile(again)
-        others = {name: second.read(name) for name in second.namelist()}
+        _check_wheel(path, again)
         for made in (path, archive) if keep else ():
             Path(keep).mkdir(parents=True, exist_ok=True)
             shutil.copy(made, keep)
+
+
+def _check_wheel(path: Path, again: Path) -> None:
+    """The wheel's tag and files, and that the one of the sdist, without libraries, has the same."""
+    contents, others = (_files(zipfile.ZipFile(made)) for made in (path, again))
+    print(f"{path.name}: {len(contents)} files, {path.stat().st_size / 1e6:.1f} MB")
     sources = {f"smis_kernels/{p.relative_to(ROOT)}" for p in ROOT.glob("csrc/*/*") if p.is_file()}
     wanted = {f"smis_kernels/{name}" for name in (*LIBRARIES, "py.typed")} | sources
     tops = {name.split("/")[0] for name in contents if ".dist-info/" not in name}
