@@ -147,7 +147,7 @@ def test_every_case_is_right_at_its_smallest(case):
     assert all(row.correct and row.median > 0 for row in rows.values())
 
 
-@pytest.mark.parametrize("case", training.CASES[2:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [training.CASES[0], training.CASES[3]], ids=lambda case: case.name)
 def test_training_steps_are_measured(case):
     rows = {r.provider: r for r in harness.measure(case, TINY)}
     assert {"reference", "fused"} <= rows.keys()
