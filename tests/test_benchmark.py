@@ -171,8 +171,9 @@ def test_the_yardstick_is_the_first_provider_of_the_same_dtype():
     given = (Provider("reference", lambda x, y: x * y),
              Provider("channels_last", lambda x, y: (x * y).bfloat16(), dtype=torch.bfloat16),
              Provider("fused", rounded, dtype=torch.bfloat16), Provider("fused fp32", rounded))
-    rows = _measured(_case(providers=given, make_inputs=lambda s: (
-        torch.linspace(1, 2, 24, dtype=s.dtype).view(1, 2, 3, 4),) * 2))
+    case = replace(_case(providers=given), make_inputs=lambda s: (
+        torch.linspace(1, 2, 24, dtype=s.dtype).view(1, 2, 3, 4),) * 2)
+    rows = _measured(case)
     assert {name: row.correct for name, row in rows.items()} == {
         "reference": True, "channels_last": True, "fused": True, "fused fp32": False}
 
