@@ -14,7 +14,7 @@ ROOMS = {
     "smis_kernels": ("build", "runtime", "testing", "ops", "layout", "modules", "acceleration",
                      "info", "interface"),
     "smis_models": ("io", "networks", "families", "data", "synthesis", "metrics", "training",
-                    "benchmark", "demo", "app", "cli"),
+                    "benchmark", "app", "cli"),
 }
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from smis_kernels.modules.spade import CGNorm
 from smis_models import cli, create_model, shipped_weights
+from smis_models.app.demo import strips
 from smis_models.data.scenes import sample_scene
-from smis_models.demo.page import strips
 from smis_models.io import images
 from smis_models.synthesis import codes
 from smis_models.synthesis import scene as synthesis

@@ -116,13 +116,10 @@ def test_torch_onnx_export_as_users_call_it(tmp_path: Path) -> None:
         torch.onnx.export(generator, (planes[0],), str(tmp_path / "g.onnx"), dynamo=True,
                           verbose=False)
         assert relative(onnx_run(tmp_path / "g.onnx")(planes[1]), generator(planes[1])) < TOLERANCE
-    with pytest.raises(Exception, match="reference") as error, use_backend("cpu"):
+    with (pytest.warns(UserWarning, match=r"ONNX has no operator for 'cpu' .* 'auto'"),
+          pytest.raises(Exception, match="ONNX"), use_backend("cpu")):
         torch.onnx.export(generator, (planes[0],), str(tmp_path / "h.onnx"), dynamo=True,
                           verbose=False)
-    causes, cause = [], error.value
-    while cause is not None:
-        causes, cause = [*causes, cause], cause.__cause__
-    assert any(isinstance(c, BackendError) for c in causes)
 
 
 @needs_cpu

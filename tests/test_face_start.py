@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 from smis_kernels import build, info
-from smis_models import cli, extras
+from smis_models import cli
 from smis_models.cli import common
 from smis_models.data import GeneratedScenes
 from smis_models.families import create_model, list_models
+from smis_models.io import extras
 from smis_models.io.images import write_indices
 from smis_models.metrics import Metrics, PixelDistance, Scenes, evaluate, protocol, scene_labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -413,6 +414,13 @@ def test_models_that_cannot_be_painted_with_are_refused() -> None:
     with pytest.raises(ValueError, match="has no encoder here"):
         painter.add_picture("a", "x.png", encode_png(np.zeros((64, 64, 3), np.uint8)),
                             encode_png(np.zeros((64, 64), np.uint8)))
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with listen("127.0.0.1", 0) as bound, socket.create_connection(bound.getsockname()):
+        accepted, _ = bound.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_in_use_is_one_line() -> None:

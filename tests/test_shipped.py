@@ -17,10 +17,10 @@ from smis_kernels import LabelLayout, explain
 from smis_kernels.ops.winograd_conv import choice
 from smis_kernels.runtime.backend import missing
 from smis_models import cli, create_model, shipped_weights
+from smis_models.app.demo import speed
 from smis_models.data import Collate, GeneratedScenes
 from smis_models.data.scene_classifier import SceneClassifier
 from smis_models.data.scenes import LANDSCAPE
-from smis_models.demo.page import speed
 from smis_models.metrics.distance import PixelDistance
 from smis_models.metrics.diversity import diversity
 from smis_models.metrics.protocols import DiversityProtocol

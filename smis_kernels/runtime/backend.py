@@ -198,8 +198,10 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
                     _warn_once(f"smis_kernels.{op} runs on the reference path: {problem}")
         return "reference"
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
-        raise BackendError(f"backend: ONNX has no operator for {choice!r} of {op}; export under "
-                           "use_backend('reference') or 'auto'")
+        problem = (f"backend: ONNX has no operator for {choice!r} of {op}; export under "
+                   "use_backend('reference') or 'auto'")
+        _warn_once(problem)  # the exporter goes on in other ways, and fails with another message
+        raise BackendError(problem)
     if choice not in kinds:
         raise BackendError(
             f"backend: {op} has {', '.join(('reference', *kinds))}; got {choice!r}"

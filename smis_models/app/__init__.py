@@ -1,1 +1,1 @@
-"""The local page of `smis paint`: paint a label map and see its picture."""
+"""The pages: that of `smis paint`, on which label maps are painted, and that of `smis demo`."""

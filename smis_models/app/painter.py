@@ -147,7 +147,7 @@ class Painter:
     Args:
         model: from :func:`create_model`, in eval mode.
         random_weights: calibrate them, so that their pictures show the layout.
-        seed: of the sample scenes.
+        seed: of the sample scenes and of the looks that a page starts with.
 
     Raises:
         ValueError: a model that cannot be painted with: of more than 256 classes, or one that reads
@@ -170,7 +170,7 @@ class Painter:
         if preset.classes > 256:
             raise ValueError(f"model: expected at most 256 classes, got {preset.classes}")
         self.model, self.preset, self.random_weights = model, preset, random_weights
-        self._seed = seed
+        self.seed = seed
         self.size = preset.image_size
         self._draw = functools.lru_cache(64)(functools.partial(draw_code, model))
         self.parts = 0 if self._draw(0) is None else code_parts(model.generator)
@@ -184,7 +184,7 @@ class Painter:
     @functools.cached_property
     def scenes(self) -> dict[str, Scene]:
         """The sample scenes by name."""
-        found = sample_scenes(self.preset, SCENES, self._seed, self.model.name)
+        found = sample_scenes(self.preset, SCENES, self.seed, self.model.name)
         return {scene.name: scene for scene in found}
 
     @property
@@ -352,7 +352,9 @@ class Painter:
 
     def _of(self, labels: Labels) -> tuple[Synthesizer, bool]:
         """The synthesizer on a map, and whether that was its map before."""
-        if self._synthesizer is not None and np.array_equal(labels, self._painted):
+        painted = self._painted
+        if self._synthesizer is not None and painted is not None and np.array_equal(
+                labels, painted):
             return self._synthesizer, True
         ids = torch.from_numpy(labels.astype(np.int64))[None]
         # A map that is painted has no instances: its edges are those between classes.

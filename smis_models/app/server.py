@@ -253,7 +253,7 @@ class Pages:
                         zip(painter.class_names, painter.colours, strict=True)],
             "parts": painter.parts, "encodes": painter.encodes,
             "samples": painter.encodes and painter.landscapes, "scenes": list(painter.scenes),
-            "edges": painter.preset.instance_edge,
+            "edges": painter.preset.instance_edge, "seed": painter.seed,
         }
 
     async def scene(self, request: Request) -> Response:
@@ -356,10 +356,14 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        bound = socket.create_server((host, port), family=family)
     except OSError as error:
         raise ValueError(f"host, port: {host}:{port} cannot be listened on ({error.strerror}); "
                          "choose another --port (0: any that is free)") from error
+    # Else a picture waits 40 ms for the acknowledgement of its head; asyncio sees to it only on
+    # sockets that it made.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return bound
 
 
 def serve(app: Starlette, bound: socket.socket) -> None:

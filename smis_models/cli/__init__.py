@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..extras import cure
+from ..io.extras import cure
 
 _missing: ImportError | None = None
 try:

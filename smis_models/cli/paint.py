@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..extras import cure
+from ..io.extras import cure
 from .common import (
     Backend,
     Checkpoint,

@@ -13,8 +13,8 @@ from rich.table import Column, Table
 
 from smis_kernels import info as kernels_info
 
+from ..app import demo as demonstration
 from ..data.classes import class_colours, class_names
-from ..demo import page as demonstration
 from ..families import (
     CodePreset,
     GroupDNetPreset,

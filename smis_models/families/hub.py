@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 class HubModel(nn.Module):
     """The methods that the hub's users know; the base of :class:`SynthesisModel`."""
 
-    configuration: Configuration
+    @property
+    def configuration(self) -> Configuration:
+        """The name and the options of the model."""
+        raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path, *, run: str | Path | None = None) -> None:
         """Write config.json, model.safetensors and a model card (README.md) into ``folder``.

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..extras import cure
 from ..io.checkpoint import CheckpointError, read_checkpoint
+from ..io.extras import cure
 from ..io.files import file_hash, published_hash
 from ..io.images import as_bytes
 

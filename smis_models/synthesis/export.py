@@ -59,10 +59,10 @@ class Painter(nn.Module):
         self.generator: Any = frozen_copy(model.generator)
         self.preset = model.preset
         self.eval()
-        code = self.generator.sample_latent(1)
-        held = {"labels": True, "instances": self.preset.instance_edge, "z": code is not None,
-                "features": getattr(self.preset, "features", False)}
-        self.names = tuple(name for name, read in held.items() if read)
+        code = model.generator.sample_latent(1)
+        reads = {"labels": True, "instances": self.preset.instance_edge, "z": code is not None,
+                 "features": getattr(self.preset, "features", False)}
+        self.names = tuple(name for name, read in reads.items() if read)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         preset, given = self.preset, dict(zip(self.names, inputs, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smis_kernels import instance_mean_table
 
-from ..extras import cure
+from ..io.extras import cure
 from ..io.images import check_pictures, write_atomically
 from ..io.seeds import derived_seed
 from ..networks.semantics import as_maps

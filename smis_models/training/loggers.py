@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..extras import cure
+from ..io.extras import cure
 from ..io.images import Picture, write_atomically
 
 

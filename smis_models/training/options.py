@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .. import families
-from ..extras import cure
 from ..families import Preset, create_model
 from ..io.choices import unknown_name
+from ..io.extras import cure
 from .config import TrainConfig
 
 _FILES = (".yaml", ".yml", ".json")

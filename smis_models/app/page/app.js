@@ -519,7 +519,8 @@ async function start() {
   });
   $("filter").hidden = model.classes.length < 20;
   for (const name of model.scenes) $("scene").append(new Option(name.replace("_", " "), name));
-  looks = Array.from({ length: model.parts }, (_, k) => ({ start: "seed:0", end: `seed:${k + 1}`, t: 0 }));
+  looks = Array.from({ length: model.parts }, (_, k) => (
+    { start: `seed:${model.seed}`, end: `seed:${model.seed + k + 1}`, t: 0 }));
   $("looks").hidden = !model.parts;
   $("pictures-row").hidden = $("pictures-hint").hidden = !model.encodes;
   $("sample").hidden = !model.samples;

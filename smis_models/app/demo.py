@@ -228,11 +228,11 @@ def page(demo_strips: Sequence[tuple[Scene, tuple[Strip, ...]]], stages: Sequenc
          facts: dict[str, str], model: str, random_weights: bool, unfused: bool) -> str:
     """The self-contained HTML page: pictures, what the kernels do here, what to try next."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("smis_models.demo", ""), autoescape=True,
+        loader=jinja2.PackageLoader("smis_models.app", ""), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters["data_uri"] = data_uri
-    return environment.get_template("page.html").render(
+    return environment.get_template("demo.html").render(
         scenes=demo_strips, stages=stages, facts=facts, random_weights=random_weights,
         unfused=unfused, whole=stages[-1], shown=SHOWN, model=model,
         next_steps=next_steps(model).items(),

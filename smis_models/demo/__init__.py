@@ -1,1 +1,0 @@
-"""The page that smis demo writes."""
