@@ -147,7 +147,7 @@ def test_every_case_is_right_at_its_smallest(case):
     assert all(row.correct and row.median > 0 for row in rows.values())
 
 
-@pytest.mark.parametrize("case", training.CASES[2:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [training.CASES[0], training.CASES[3]], ids=lambda case: case.name)
 def test_training_steps_are_measured(case):
     rows = {r.provider: r for r in harness.measure(case, TINY)}
     assert {"reference", "fused"} <= rows.keys()
@@ -171,8 +171,9 @@ def test_the_yardstick_is_the_first_provider_of_the_same_dtype():
     given = (Provider("reference", lambda x, y: x * y),
              Provider("channels_last", lambda x, y: (x * y).bfloat16(), dtype=torch.bfloat16),
              Provider("fused", rounded, dtype=torch.bfloat16), Provider("fused fp32", rounded))
-    rows = _measured(_case(providers=given, make_inputs=lambda s: (
-        torch.linspace(1, 2, 24, dtype=s.dtype).view(1, 2, 3, 4),) * 2))
+    case = replace(_case(providers=given), make_inputs=lambda s: (
+        torch.linspace(1, 2, 24, dtype=s.dtype).view(1, 2, 3, 4),) * 2)
+    rows = _measured(case)
     assert {name: row.correct for name, row in rows.items()} == {
         "reference": True, "channels_last": True, "fused": True, "fused fp32": False}
 
