@@ -269,9 +269,9 @@ def test_further_samples_build_no_further_tables(smis, scene, tmp_path, monkeypa
     built = []
     build = CGNorm._build_table
 
-    def counting(self, *arguments):
+    def counting(self, *arguments, **given):
         built.append(self)
-        return build(self, *arguments)
+        return build(self, *arguments, **given)
 
     monkeypatch.setattr(CGNorm, "_build_table", counting)
     counts = []
