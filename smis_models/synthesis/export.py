@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smis_kernels import BackendError, __version__, instance_edges, use_backend
 from smis_kernels.interface import NAMESPACE, requested
 
+from ..io.extras import cure
 from ..io.files import replacing
 from ..networks.semantics import UNKNOWN
 from .synthesizer import frozen_copy
@@ -127,7 +128,7 @@ def _need(format: str, *modules: str) -> None:
     lacking = [name for name in modules if importlib.util.find_spec(name) is None]
     if lacking:
         raise ModuleNotFoundError(f"format: {format} needs {', '.join(modules)}; "
-                                  f"pip install {' '.join(lacking)}", name=lacking[0])
+                                  f"{cure('export', *lacking)}", name=lacking[0])
 
 
 def _onnx(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:
