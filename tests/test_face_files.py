@@ -23,8 +23,9 @@ from smis_models.data.classes import class_colours, class_index, class_names
 from smis_models.data.doctor import examine, find_splits
 from smis_models.data.write import write_scenes
 from smis_models.families import list_models
+from smis_models.io import animation
 from smis_models.io.files import LOCK, UNFINISHED, locked, unfinished
-from smis_models.io.images import write_indices
+from smis_models.io.images import write_indices, written_here
 from smis_models.io.sheet import captioned, legend
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
 from smis_models.synthesis.scene import Scene
@@ -134,13 +135,28 @@ def test_frames_and_samples_of_an_earlier_run_go(tmp_path: Path, smis: Any, layo
     given = ("--model", "groupdnet_scenes", "--labels", layout, "--out", tmp_path / "out")
     assert smis("morph", *given, "--steps", 4, "--animation", "apng")[0] == 0
     assert smis("synthesize", *given, "--samples", 3)[0] == 0
+    for name in ("map_7.png", "morph_9.png", "morph.webp"):  # not of an earlier run
+        Image.new("RGB", (8, 8)).save(tmp_path / "out" / name)
     (tmp_path / "out/mine_3.png").touch()
     (tmp_path / "out/morph_notes.png").touch()
     assert smis("morph", *given, "--steps", 2)[0] == 0
     assert smis("synthesize", *given, "--samples", 1)[0] == 0
     assert sorted(os.listdir(tmp_path / "out")) == [
-        "grid.png", "map_0.png", "mine_3.png", "morph.gif", "morph_0.png", "morph_1.png",
-        "morph_grid.png", "morph_notes.png"]
+        "grid.png", "map_0.png", "map_7.png", "mine_3.png", "morph.gif", "morph.webp",
+        "morph_0.png", "morph_1.png", "morph_9.png", "morph_grid.png", "morph_notes.png"]
+
+
+@pytest.mark.parametrize("kind", animation.FORMATS)
+def test_written_animations_are_known(kind: str, tmp_path: Path) -> None:
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    frames[1] = 255
+    path = animation.write_animation(tmp_path / "a", frames, kind)
+    assert written_here(path)
+    with Image.open(path) as image:
+        image.seek(1)
+        other = tmp_path / "b.png"
+        Image.fromarray(np.array(image.convert("RGB"))).save(other)
+    assert not written_here(other)
 
 
 # A set that was stopped.

@@ -15,7 +15,7 @@ import typer
 from ..data.classes import class_index, class_names
 from ..io.animation import FORMATS, check_animation, write_animation
 from ..io.files import locked
-from ..io.images import Picture, to_pictures, write_png
+from ..io.images import Picture, to_pictures, write_png, written_here
 from ..io.sheet import captioned, captioned_grid
 from ..synthesis import applications
 from ..synthesis import scene as synthesis
@@ -165,7 +165,7 @@ def _write(name: str, frames: Iterator[Frame], total: int, made: _Application, o
     for old in out.glob(f"{name}*"):
         frame_of = re.fullmatch(rf"{name}_\d+\.png", old.name)
         animated = old != path and old.name in {name + suffix for _, suffix in FORMATS.values()}
-        if animated or (frame_of and old.name not in kept):
+        if (animated or (frame_of and old.name not in kept)) and written_here(old):
             old.unlink()
     for k, frame in enumerate(drawn):
         console.print(f"{name}_{k}.png: {frame.caption}", highlight=False, markup=False)

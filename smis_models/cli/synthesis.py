@@ -26,7 +26,7 @@ from ..families import (
     with_options,
 )
 from ..io.files import locked
-from ..io.images import Picture, image_size, to_pictures, write_png
+from ..io.images import Picture, image_size, to_pictures, write_png, written_here
 from ..io.names import PICTURE, PICTURE_SUFFIXES, map_files
 from ..io.sheet import captioned_grid
 from ..synthesis import scene as synthesis
@@ -199,7 +199,8 @@ def _remove_older(out: Path, scene: str, samples: int) -> None:
         for entry in entries:
             number = entry.name.removeprefix(f"{name}_").removesuffix(".png")
             if entry.name == f"{name}_{number}.png" and number.isdecimal() and (
-                    str(int(number)) == number and int(number) >= samples):
+                    str(int(number)) == number and int(number) >= samples) and (
+                    written_here(entry.path)):
                 os.unlink(entry.path)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, features
+from PIL import ExifTags, Image, features
+from PIL.PngImagePlugin import PngInfo
 
-from .images import Picture, write_atomically
+from .images import SOFTWARE, Picture, write_atomically
 
 FORMATS = {"gif": ("GIF", ".gif"), "apng": ("PNG", ".png"), "webp": ("WEBP", ".webp")}
 
@@ -62,7 +64,11 @@ def write_animation(path: str | Path, frames: Sequence[Picture], format: str = "
     kind, suffix = FORMATS[format]
     images = [Image.fromarray(frame) for frame in frames]
     each = round(1000 * seconds)
-    options = {"lossless": True} if format == "webp" else {}
+    mark, exif = PngInfo(), Image.Exif()
+    mark.add_text("Software", SOFTWARE)
+    exif[ExifTags.Base.Software] = SOFTWARE
+    options: dict[str, Any] = {"gif": {"comment": SOFTWARE.encode()}, "apng": {"pnginfo": mark},
+                               "webp": {"lossless": True, "exif": exif}}[format]
     buffer = io.BytesIO()
     images[0].save(buffer, kind, save_all=True, append_images=images[1:], loop=0,
                    duration=[each] * (len(images) - 1) + [2 * each], **options)

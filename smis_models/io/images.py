@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .files import replacing
@@ -25,6 +26,7 @@ _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _STRETCH = {"L;2": 85, "L;4": 17}
 
 Picture = NDArray[np.uint8]
+SOFTWARE = "smis"  # the mark of written pictures: what is somebody else's is never removed
 
 
 class ImageError(ValueError):
@@ -223,8 +225,21 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
 def encode_png(picture: NDArray[np.unsignedinteger[Any]]) -> bytes:
     """PNG bytes of an (H, W) or (H, W, 3) uint8 array, or an (H, W) uint16 one."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    Image.fromarray(picture).save(buffer, "PNG", pnginfo=mark)
     return buffer.getvalue()
+
+
+def written_here(path: str | Path) -> bool:
+    """Whether a picture or an animation is one that this package wrote, by its mark."""
+    try:
+        with Image.open(path) as image:
+            marks = (image.info.get("Software"), image.info.get("comment"),
+                     image.getexif().get(ExifTags.Base.Software))
+    except OSError:
+        return False
+    return SOFTWARE in marks or SOFTWARE.encode() in marks
 
 
 def write_png(path: str | Path, picture: NDArray[np.unsignedinteger[Any]]) -> Path:
