@@ -6,7 +6,8 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model
 from smis_models.data.scenes import sample_scene
+from smis_models.families.ccfpse import CCFPSEGenerator, ConditionalBlock, KeptPredictions
 from smis_models.io.seeds import derived_seed
 from smis_models.synthesis.synthesizer import Synthesizer, frozen_copy
 
@@ -98,6 +100,61 @@ def test_tables_of_earlier_edits_are_freed() -> None:
     s.sample(seed=0)
     gc.collect()
     assert sum(cache() is not None for cache in caches) <= 1
+
+
+def ccfpse() -> tuple[nn.Module, Tensor]:
+    model = create_model("ccfpse_ade20k", init_gain=1.0, ngf=8, hidden=8, vae=True,
+                         image_size=(64, 64)).double().eval()
+    labels = torch.from_numpy(sample_scene("street", 64, 64, 34, 0).labels.astype("int64"))
+    return model, labels[None]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_the_map_decides_is_predicted_once(kept: bool,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a layout's second picture on CC-FPSE's kernels, gates, gamma and beta are kept."""
+    model, labels = ccfpse()
+    made: list[str] = []
+    for cls, name in ((ConditionalBlock, "_predictions"), (CCFPSEGenerator, "_pyramid")):
+        def counting(whole: Any, self: nn.Module, *arguments: Any) -> Any:
+            made.append(type(self).__name__)
+            return whole(self, *arguments)
+
+        monkeypatch.setattr(cls, name, partialmethod(partial(counting, getattr(cls, name))))
+    s = Synthesizer(model, labels, **({} if kept else {"prediction_bytes": 0}))
+    edited = labels.clone()
+    edited[:, 20:40, 20:40] = labels.max()
+    for seen in (labels, edited):
+        pictures, counts = [], []
+        for seed in range(4):
+            made.clear()
+            pictures.append(s.sample(seed=seed))
+            counts.append(len(made))
+        once = sum(isinstance(m, ConditionalBlock) for m in model.generator.modules()) + 1
+        assert counts == ([once, once, 0, 0] if kept else [once] * 4)
+        for seed, picture in enumerate(pictures):
+            assert max_error(picture, plain(model, seen, None, s.code(seed))) < 1e-9
+        s.update(edited)
+
+
+def test_predictions_fit_their_budget_and_are_freed() -> None:
+    model, labels = ccfpse()
+    whole, part = (Synthesizer(model, labels, prediction_bytes=size) for size in (2**30, 2**21))
+    for s in (whole, part):
+        for seed in range(2):
+            s.sample(seed=seed)
+
+    def kept(s: Synthesizer) -> list[KeptPredictions]:
+        assert s.layout.tables is not None
+        return [p for p in s.layout.tables._predictions.values() if isinstance(p, KeptPredictions)]
+
+    sizes = [sum(t.nbytes for p in kept(s) for t in (*p._kernels.values(), *p._gates.values()))
+             for s in (whole, part)]
+    assert 0 < sizes[1] <= 2**21 < sizes[0]
+    freed = [weakref.ref(p) for p in kept(whole)]
+    whole.update(labels)
+    gc.collect()
+    assert freed and not any(p() for p in freed)
 
 
 def test_resampling_and_morphing() -> None:

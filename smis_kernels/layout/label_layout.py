@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -304,6 +304,7 @@ class _Edit:
         return cls(row.clamp_min(0), fresh, windows3, wanted)
 
 
+T = TypeVar("T")
 Build = Callable[[Tensor, Tensor], Tensor]  # of the 3x3 windows and those that rows are for
 
 
@@ -311,15 +312,22 @@ class TableCache:
     """Finished tables of frozen norms on one layout: further samples skip building them.
 
     Where an edited layout follows another, rows of windows that both have are taken over.
+
+    Args:
+        earlier: the tables of the layout that was edited.
+        budget: bytes that predictions (:meth:`prediction`) may take; tables are not counted.
     """
 
-    def __init__(self, earlier: TableCache | None = None) -> None:
+    def __init__(self, earlier: TableCache | None = None, *, budget: int = 0) -> None:
         self._kept: dict[tuple[nn.Module, tuple[int, int]], tuple[LabelLayout, Tensor]] = {}
         self._names: dict[tuple[int, int], tuple[LabelLayout, LabelLayout, Any]] = {}
         self._edits: dict[Any, _Edit] = {}
         self._counts: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
+        self._predictions: dict[nn.Module, Any] = {}  # None: asked for once
+        self._budget = budget
         self._earlier = None if earlier is None else earlier._kept
         if earlier is not None:  # one step back serves; a chain would keep every edit's tables
+            earlier._predictions.clear()
             earlier._earlier = None
             earlier._names.clear()
             earlier._edits.clear()
@@ -364,6 +372,22 @@ class TableCache:
         self._counts[size, reach] = (new, total - new)
         self.put(owner, size, layout, table)
         return table
+
+    def prediction(self, owner: nn.Module, size: int, make: Callable[[], T]) -> T | None:
+        """What a frozen ``owner`` makes of the layout alone, kept from the second request on.
+
+        None at the first request, for a layout that is painted once pays for nothing, and where
+        ``size``, its bytes, does not fit what the budget has left.
+        """
+        if owner not in self._predictions:
+            if size <= self._budget:
+                self._budget -= size
+                self._predictions[owner] = None
+            return None
+        if self._predictions[owner] is None:
+            self._predictions[owner] = make()
+        found: T = self._predictions[owner]
+        return found
 
     def _edit(self, before: LabelLayout, after: LabelLayout, size: tuple[int, int], reach: int,
               rows: int) -> _Edit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from smis_kernels import (
     conditional_attention,
     indexed_modulation,
     modulation,
+    spatially_varying_conv2d,
     window_embedding,
 )
 from smis_kernels.interface import constant, conv3x3, requested
@@ -29,6 +30,8 @@ from ..networks.losses import feature_matching_loss
 from ..networks.preset import CodePreset
 from .registry import hinge_recipe, network, register_model
 from .spade import SPADEEncoder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,63 @@ class Predictor(nn.ModuleDict):
         return self["2"]
 
 
+def _kept(segmap: Tensor | LabelLayout, owner: nn.Module, size: int, make: Callable[[], T],
+          ) -> T | None:
+    """What the map alone decides, where its layout keeps that of frozen networks; else None."""
+    if not isinstance(segmap, LabelLayout) or segmap.tables is None or owner.training:
+        return None
+    if torch.is_grad_enabled() or requested() == "reference":
+        return None
+    return segmap.tables.prediction(owner, size, make)
+
+
+class Predictions:
+    """What a block applies to its features, predicted where it is applied."""
+
+    def __init__(self, condition: Condition) -> None:
+        self.condition = condition
+
+    def convolved(self, part: Predictor, x: Tensor) -> Tensor:
+        """``x`` under the kernels of a predictor."""
+        y: Tensor = part.last(x, self.condition(part.first))
+        return y
+
+    def gate(self, part: Predictor) -> Tensor:
+        """The logits of an attention, (N, C, H, W)."""
+        logits: Tensor = part.last(self.condition(part.first))
+        return logits
+
+    def affine(self, norm: SPADE) -> tuple[Tensor, Tensor]:
+        """Gamma and beta of the shortcut's norm."""
+        return norm.convolved(self.condition(_first(norm)), fused=requested() != "reference")
+
+
+class KeptPredictions(Predictions):
+    """The same, predicted once: kernels take nine times the memory of the features."""
+
+    def __init__(self, block: ConditionalBlock, fresh: Predictions) -> None:
+        self._kernels = {}
+        for part in (block.gen_weights1, block.gen_weights2):
+            last = part.last
+            assert isinstance(last, nn.Conv2d)
+            self._kernels[part] = fast_format(conv3x3(
+                fresh.condition(part.first), last.weight, last.bias, largest=4))
+        self._gates = {part: fast_format(fresh.gate(part))
+                       for part in (block.gen_se_weights1, block.gen_se_weights2)}
+        if block.learned_shortcut:
+            gamma, beta = fresh.affine(block.norm_s)
+            self._affine = fast_format(gamma), fast_format(beta)
+
+    def convolved(self, part: Predictor, x: Tensor) -> Tensor:
+        return spatially_varying_conv2d(x, self._kernels[part])
+
+    def gate(self, part: Predictor) -> Tensor:
+        return self._gates[part]
+
+    def affine(self, norm: SPADE) -> tuple[Tensor, Tensor]:
+        return self._affine
+
+
 class ConditionalBlock(nn.Module):
     """CC-FPSE's residual block: norm, conditional conv, 1x1 conv, conditional attention; twice.
 
@@ -193,29 +253,37 @@ class ConditionalBlock(nn.Module):
             self.conv_s = conv(channels, out_channels, kernel_size=1, bias=False, spectral=True)
             self.norm_s = SPADE(channels, source, hidden, norm="syncbatch")
 
-    def _shortcut(self, x: Tensor, condition: Condition) -> Tensor:
+    def _shortcut(self, x: Tensor, predicted: Predictions) -> Tensor:
         if not self.learned_shortcut:
             return x
         norm = self.norm_s
-        hidden = condition(_first(norm))
-        gamma, beta = norm.convolved(hidden, fused=requested() != "reference")
         norm.count_batch()
+        gamma, beta = predicted.affine(norm)
         out: Tensor = self.conv_s(modulation(
             x, gamma, beta, **norm.norm_arguments(), **norm.shared_arguments()))
         return out
 
-    def forward(self, x: Tensor, segmap: Tensor | LabelLayout, features: Tensor) -> Tensor:
-        weights1, weights2 = self.gen_weights1, self.gen_weights2
-        gates1, gates2 = self.gen_se_weights1, self.gen_se_weights2
-        convs = [part.first for part in (weights1, weights2, gates1, gates2)]
+    def _predictions(self, segmap: Tensor | LabelLayout, features: Tensor) -> Predictions:
+        convs = [part.first for part in (self.gen_weights1, self.gen_weights2,
+                                         self.gen_se_weights1, self.gen_se_weights2)]
         if self.learned_shortcut:
             convs.append(_first(self.norm_s))
-        condition = Condition(segmap, features, convs)
-        shortcut = self._shortcut(x, condition)
-        h = weights1.last(self.norm_1(x), condition(weights1.first))
-        h = conditional_attention(self.conv_1(h), gates1.last(condition(gates1.first)))
-        h = weights2.last(self.norm_2(h), condition(weights2.first))
-        h = conditional_attention(self.conv_3(h), gates2.last(condition(gates2.first)))
+        return Predictions(Condition(segmap, features, convs))
+
+    def forward(self, x: Tensor, segmap: Tensor | LabelLayout, features: Tensor) -> Tensor:
+        middle, out = self.conv_1.out_channels, self.conv_3.out_channels
+        channels = 9 * (x.shape[1] + middle) + middle + out
+        channels += 2 * x.shape[1] * self.learned_shortcut
+        predicted: Predictions | None = _kept(
+            segmap, self, channels * x[:, 0].numel() * x.element_size(),
+            lambda: KeptPredictions(self, self._predictions(segmap, features)))
+        if predicted is None:
+            predicted = self._predictions(segmap, features)
+        shortcut = self._shortcut(x, predicted)
+        h = predicted.convolved(self.gen_weights1, self.norm_1(x))
+        h = conditional_attention(self.conv_1(h), predicted.gate(self.gen_se_weights1))
+        h = predicted.convolved(self.gen_weights2, self.norm_2(h))
+        h = conditional_attention(self.conv_3(h), predicted.gate(self.gen_se_weights2))
         return shortcut + h
 
 
@@ -269,7 +337,11 @@ class CCFPSEGenerator(CodeGenerator):
             raise ValueError(
                 f"semantics: expected the image's size {size}, got {tuple(semantics.shape[2:])}"
             )
-        pyramid = self._pyramid(segmap)
+        area = semantics.shape[0] * size[0] * size[1]
+        pyramid = _kept(segmap, self, 2 * area * self.preset.ngf * self.conv_img.weight.itemsize,
+                        lambda: self._pyramid(segmap))
+        if pyramid is None:
+            pyramid = self._pyramid(segmap)
         x = fast_format(self._start(semantics, z))
         level = 0
         for name in WIDTHS:

@@ -67,9 +67,10 @@ def write_animation(path: str | Path, frames: Sequence[Picture], format: str = "
     mark, exif = PngInfo(), Image.Exif()
     mark.add_text("Software", SOFTWARE)
     exif[ExifTags.Base.Software] = SOFTWARE
-    options: dict[str, Any] = {"gif": {"comment": SOFTWARE.encode()}, "apng": {"pnginfo": mark},
-                               "webp": {"lossless": True, "exif": exif}}[format]
+    options: dict[str, dict[str, Any]] = {
+        "gif": {"comment": SOFTWARE.encode()}, "apng": {"pnginfo": mark},
+        "webp": {"lossless": True, "exif": exif}}
     buffer = io.BytesIO()
     images[0].save(buffer, kind, save_all=True, append_images=images[1:], loop=0,
-                   duration=[each] * (len(images) - 1) + [2 * each], **options)
+                   duration=[each] * (len(images) - 1) + [2 * each], **options[format])
     return write_atomically(Path(path).with_name(Path(path).name + suffix), buffer.getvalue())

@@ -54,6 +54,9 @@ class Synthesizer:
         cuda_graph: run each picture as one CUDA graph, captured at the first sample of a layout.
             Edits stay in the graph's memory while their tables fit its capacity, and have it
             captured anew where they do not. For a model on a GPU, from one stream at a time.
+        prediction_bytes: memory that what CC-FPSE predicts from the map alone (kernels, gates,
+            gamma and beta) may take from the second picture of a layout on, which by rounding is
+            another than the first of the same code; 0 keeps none. A ``cuda_graph`` keeps none.
 
     Raises:
         ValueError: labels out of range or of another shape, or ``cuda_graph`` for a model that is
@@ -71,7 +74,8 @@ class Synthesizer:
     """
 
     def __init__(self, model: Any, labels: Tensor | LabelLayout,
-                 instances: Tensor | None = None, *, cuda_graph: bool = False) -> None:
+                 instances: Tensor | None = None, *, cuda_graph: bool = False,
+                 prediction_bytes: int = 2 * 2**30) -> None:
         self._source: nn.Module = getattr(model, "generator", model)
         self._preset = model.preset
         self._stamp = Stamp(self._tensors())
@@ -79,7 +83,8 @@ class Synthesizer:
         self._generator: Any = frozen_copy(self._source)
         self._prepared = Prepared(self._generator)
         self._layout = self._compile(labels, instances)
-        self._layout.tables = TableCache()
+        self._budget = 0 if cuda_graph else prediction_bytes  # a graph's buffers hold tables alone
+        self._layout.tables = TableCache(budget=self._budget)
         self._graphed: GraphedGenerator | None = None
         self._record: Any = None
         if cuda_graph:
@@ -193,5 +198,5 @@ class Synthesizer:
     def update(self, labels: Tensor | LabelLayout, instances: Tensor | None = None) -> None:
         """Go on with an edited map: table rows are computed only for windows not seen before."""
         layout = self._compile(labels, instances)
-        layout.tables = TableCache(self._layout.tables)
+        layout.tables = TableCache(self._layout.tables, budget=self._budget)
         self._layout = layout
