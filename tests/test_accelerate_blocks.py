@@ -7,7 +7,7 @@ import cProfile
 import pstats
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import foreign
 import foreign_blocks as fb
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from smis_kernels import SPADE, CGNorm, accelerate, explain, use_backend, use_path
 from smis_kernels.acceleration import norms, swap
+from smis_kernels.acceleration.watch import Settings
+from smis_kernels.modules.spade import modulate_pair
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 
@@ -287,3 +289,83 @@ def test_own_norms_of_a_block_are_never_replaced_themselves() -> None:
     with use_backend("reference"), torch.no_grad():
         original = stack(norm=own_norm)
         assert torch.equal(network.eval()(IMAGE, PLANES), original.eval()(IMAGE, PLANES))
+
+
+@needs_cpu
+@pytest.mark.parametrize("hidden", [(16, 0), (0, 16)])
+def test_norms_of_different_reach_pick_from_their_own_tables(hidden: tuple[int, int]) -> None:
+    """5x5 windows are more than 3x3 ones: an index of the former is outside the latter's table."""
+    torch.manual_seed(0)
+    pair = [stirred(SPADE(8, LABELS, h)).eval() for h in hidden]
+    x, planes = normal(2, 8, 24, 24), label_map(24)
+    with use_path("two_level"):
+        made = modulate_pair(*pair, x, planes)
+        alone = pair[0](x, planes, activation="leaky_relu"), pair[1](x, planes)
+    with use_backend("reference"):
+        written = pair[0](x, planes, activation="leaky_relu"), pair[1](x, planes)
+    for a, b, c in zip(made, alone, written, strict=True):
+        assert torch.equal(a, b)
+        assert max_error(a, c) < 1e-9
+
+
+class Shifted(nn.Module):
+    """A block whose last sum is with a parameter, a number or a pixel: no residual of its conv."""
+
+    def __init__(self, shift: Any) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(foreign.LayoutNorm(64, LABELS, 8) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+        self.shift = shift
+
+    def forward(self, x: Tensor, planes: Tensor) -> Tensor:
+        h = self.convs[0](torch.relu(self.norms[0](x, planes)))
+        return x + (self.convs[1](torch.relu(self.norms[1](h, planes))) + self.shift)
+
+
+@needs_cpu
+@pytest.mark.parametrize("shift", [0.5, nn.Parameter(torch.full((1, 64, 1, 1), 0.25))])
+def test_what_is_no_feature_map_is_added_as_it_was_written(shift: Any) -> None:
+    torch.manual_seed(0)
+    block = stirred(Shifted(copy.deepcopy(shift))).eval()
+    x, planes = normal(1, 64, 64, 64), label_map(64)[:1]
+    expected = block(x, planes)
+    accelerate(block)
+    assert max_error(block(x, planes), expected) < 1e-9
+
+
+class Damped(Shifted):
+    def forward(self, x: Tensor, planes: Tensor) -> Tensor:
+        h = self.convs[0](torch.relu(self.norms[0](x, planes)))
+        return torch.add(x, self.convs[1](torch.relu(self.norms[1](h, planes))), alpha=self.shift)
+
+
+@needs_cpu
+def test_a_weighed_sum_is_no_plain_one() -> None:
+    torch.manual_seed(0)
+    block = stirred(Damped(0.1)).eval()
+    x, planes = normal(1, 64, 32, 32), label_map(32)[:1]
+    expected = block(x, planes)
+    accelerate(block)
+    assert max_error(block(x, planes), expected) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["attribute", "class attribute"])
+def test_what_goes_while_something_else_comes_is_seen(kind: str) -> None:
+    """As many names as before, and the missing one was None or may have been changed in place."""
+    class Kept(nn.Module):
+        table: ClassVar[Any] = [1]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = None
+
+    module = Kept()
+    noted = Settings(module)
+    assert noted.change() is None
+    if kind == "attribute":
+        del module.scale
+        module.other = 5
+    else:
+        del Kept.table
+        Kept.other = [1]  # type: ignore[attr-defined]
+    assert noted.change() is not None

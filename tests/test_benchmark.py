@@ -1,5 +1,6 @@
 """The benchmark harness: honest ratios, exact memory, records that survive the trip."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from smis_models.benchmark.case import (
 from smis_models.benchmark.measure import bind, resident_peak, under_default_allocator
 from smis_models.data.scenes import sample_scene
 from smis_models.io import images
+from smis_models.io.allocator import ENVIRONMENT
 from smis_models.metrics import PixelDistance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,6 +302,10 @@ def test_resident_memory_confirms_the_allocations():
     assert plane * 2.5 < grown["reference"]
 
 
+def _malloc_settings(*_: object) -> list[str]:
+    return [name for name in ENVIRONMENT if name in os.environ]
+
+
 def test_the_default_allocator_is_that_of_a_fresh_process(monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "64")
     (case,) = harness.cases("modulation", "class_crops/deepfashion")
@@ -307,6 +313,9 @@ def test_the_default_allocator_is_that_of_a_fresh_process(monkeypatch):
     assert [r.provider for r in found] == ["reference", "channels_last", "fused"]
     assert {r.allocator for r in found} == {"default"}
     assert os.environ["MALLOC_TOP_PAD_"] == "64"
+    module = importlib.import_module("smis_models.benchmark.measure")  # a function has its name
+    monkeypatch.setattr(module, "_again", _malloc_settings)
+    assert module._in_a_fresh_process(case, None, harness.Maps()) == []
 
 
 def test_pytest_benchmark_and_the_report(tmp_path):
@@ -347,7 +356,7 @@ def test_targets_read_as_they_are_written():
     rows["fused"] = replace(rows["fused"], targets=targets)
     found = {what: (value, reached) for what, value, _, reached in records.checks(rows)}
     assert found == {
-        "reference": (10.0, True), "eager": (7.5, True), "best": (5.0, False),
+        "reference": (10.0, True), "eager": (7.5, True), "best": (2.5, False),
         "compiled": (5.0, True), "index_add": (2.5, True), "floor": (1.0, True),
         "memory": (0.45, True), "memory compiled": (0.6, False),
         "fused indexed: compiled": (10.0, True), "fused indexed: floor": (0.5, False)}

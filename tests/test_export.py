@@ -122,6 +122,16 @@ def test_torch_onnx_export_as_users_call_it(tmp_path: Path) -> None:
                           verbose=False)
 
 
+def test_an_export_leaves_every_part_in_its_mode(tmp_path: Path) -> None:
+    model = small_model("spade_ade20k")
+    model.train()
+    model.generator.eval()
+    modes = [part.training for part in model.modules()]
+    export(model, tmp_path / "a.onnx", "onnx")
+    assert [part.training for part in model.modules()] == modes
+
+
+
 @needs_cpu
 def test_torch_export_keeps_the_kernels(tmp_path: Path) -> None:
     model, path = small_model("spade_ade20k"), tmp_path / "spade.pt2"

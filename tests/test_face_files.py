@@ -24,11 +24,20 @@ from smis_models.data.doctor import examine, find_splits
 from smis_models.data.write import write_scenes
 from smis_models.families import list_models
 from smis_models.io import animation
-from smis_models.io.files import LOCK, UNFINISHED, locked, unfinished
+from smis_models.io.files import (
+    LOCK,
+    UNFINISHED,
+    locked,
+    remove_partial,
+    replacing,
+    unfinished,
+)
 from smis_models.io.images import write_indices, written_here
+from smis_models.io.names import map_files
 from smis_models.io.sheet import captioned, legend
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
 from smis_models.synthesis.scene import Scene
+from smis_models.synthesis.shapes import exchange_shape
 from smis_models.training import RECIPES, load_config, to_json
 
 SMALL = {"ngf": 8, "nef": 8}
@@ -54,6 +63,10 @@ def layout(tmp_path: Path) -> Path:
     labels = np.arange(128)[:, None].repeat(128, 1) // 16
     write_indices(tmp_path / "map.png", labels)
     return tmp_path / "map.png"
+
+
+class _Killed(BaseException):
+    pass
 
 
 @pytest.fixture
@@ -121,12 +134,72 @@ def test_the_lock_leaves_nothing_and_removes_what_killed_runs_left(tmp_path: Pat
     assert not (tmp_path / "a").exists()
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".grid.png.ab12cd_9").touch()
-    (out / ".vscode.settings").touch()
-    (out / "mine.png").touch()
+    (out / ".grid.png.smis-ab12cd_9").touch()
+    (out / ".x.json.smis-ab12cd_9").mkdir()
+    mine = [".grid.png.ab12cd_9", ".settings.json.template", ".vscode.settings", "mine.png"]
+    for name in mine:
+        (out / name).touch()
     with locked(out):
         pass
-    assert sorted(os.listdir(out)) == [".vscode.settings", "mine.png"]
+    assert sorted(os.listdir(out)) == mine
+
+
+def test_what_is_half_written_is_known_by_its_name(tmp_path: Path) -> None:
+    with replacing(tmp_path / "new" / "a.json") as partial:
+        kept = partial.with_name(partial.name)
+        partial.write_text("{}")
+        (tmp_path / "new" / ".b").touch()
+        names = os.listdir(tmp_path / "new")
+        remove_partial(tmp_path / "new", "*.json")  # as another process would, of a killed one
+        assert not kept.exists() and ".b" in names
+        partial.write_text("{}")
+    assert (tmp_path / "new" / "a.json").read_text() == "{}"
+
+
+def test_what_is_read_is_never_written_over(tmp_path: Path, smis: Any, layout: Path) -> None:
+    other = layout.with_name("edit_1.png")
+    other.write_bytes(layout.read_bytes())
+    code, _, error = smis("edit", "--model", "groupdnet_scenes", "--labels", layout, "--to", other,
+                          "--out", tmp_path)
+    assert (code, error.count("\n")) == (2, 1) and "edit_1.png is read" in error
+    code, _, error = smis("synthesize", "--model", "groupdnet_scenes", "--labels", tmp_path,
+                          "--out", tmp_path)
+    assert (code, error.count("\n")) == (2, 1) and "folder of the label maps" in error
+    grey = tmp_path / "grey.png"
+    Image.new("RGB", (4, 4), (1, 1, 1)).save(grey)
+    before = grey.read_bytes()
+    for source, out in ((grey, tmp_path), (tmp_path, tmp_path)):
+        code, _, error = smis("convert-labels", source, out)
+        assert (code, error.count("\n")) == (2, 1) and "over itself" in error
+    assert grey.read_bytes() == before
+    assert other.read_bytes() == layout.read_bytes()
+
+
+def test_a_map_that_was_drawn_is_never_removed(tmp_path: Path, smis: Any, layout: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("edit.png", "edit_7.png"):
+        write_indices(out / name, np.ones((8, 8), np.int64))
+    code, _, error = smis("edit", "--model", "groupdnet_scenes", "--labels", layout, "--relabel",
+                          "1=2", "--out", out)
+    assert code == 0, error
+    assert {"edit.png", "edit_7.png", "edit.gif", "edit_1.png"} <= set(os.listdir(out))
+
+
+def test_maps_of_a_stopped_command_are_refused(tmp_path: Path) -> None:
+    write_indices(tmp_path / "maps/a.png", np.zeros((4, 4), np.int64))
+    with pytest.raises(_Killed), unfinished(tmp_path / "maps", {"command": "smis convert-labels"}):
+        raise _Killed
+    with pytest.raises(ValueError, match=r"labels: .* is not complete: smis convert-labels was"):
+        map_files("labels", tmp_path / "maps")
+
+
+def test_exchanged_shapes_keep_the_colours() -> None:
+    labels = np.zeros((32, 32), np.int64)
+    labels[8:20, 8:20] = 3
+    scene = Scene("a", labels, None, class_names=class_names("groupdnet_scenes", 8))
+    other = exchange_shape(scene, 3, np.ones((4, 9), bool))
+    assert not np.array_equal(other.labels, labels)
+    assert np.array_equal(other.colours(8), scene.colours(8))
 
 
 # Nothing stale.
@@ -160,10 +233,6 @@ def test_written_animations_are_known(kind: str, tmp_path: Path) -> None:
 
 
 # A set that was stopped.
-
-class _Killed(BaseException):
-    pass
-
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))

@@ -106,7 +106,7 @@ def test_what_is_measured_is_kept(settings: Settings) -> None:
         "row 0": 0, "row 1": 77, "row 2": 2}
 
 
-def test_going_on_drops_rows_that_failed_and_their_records() -> None:
+def test_going_on_drops_rows_that_failed_and_keeps_their_records() -> None:
     done, failed = ({"name": s, "state": s, "reason": ""} for s in ("done", "failed"))
     again, late = {**done, "name": "again", "again": True}, {**failed, "name": "late", "late": True}
     skipped, cut = {**done, "name": "skipped", "state": "skipped"}, {"name": "cut",
@@ -124,7 +124,7 @@ def test_going_on_drops_rows_that_failed_and_their_records() -> None:
         part.name for part in PARTS if part.name != "rates"]
     assert [part.name for part in command.unfinished(["rates"], results["parts"])] == [
         "device", "build"]
-    assert [e["group"] for e in results["benchmarks"]] == ["skipped"]
+    assert [e["group"] for e in results["benchmarks"]] == list(names)  # until there are others
 
 
 def test_a_late_row_is_tried_last_and_once(tmp_path: Path) -> None:
@@ -362,20 +362,23 @@ def test_the_demands_on_an_h200_are_these() -> None:
             "fused indexed: compiled": 1.5},
         "spade_layer/layout_given_batch_8": {"eager": 15, "compiled": 6},
         "conditional_conv2d/forward_4x128x256x256": {
-            "compiled": 1.2, "memory": 0.1, "memory compiled": 0.1, "floor": 0.6},
+            "compiled": 1.2, "memory": 0.1, "memory channels_last": 0.1, "memory compiled": 0.1,
+            "floor": 0.6},
         "spatially_varying_conv2d/forward_4x128x256x256": {"floor": 0.8, "eager": 5},
         "instance_pool/64x1024x2048_loop": {"floor": 0.75, "eager": 300, "index_add": 5},
         "class_crops/ade20k_batch_4": {"eager": 200},
-        "groupdnet_deepfashion/batch_1": {"reference": 6},
+        "groupdnet_deepfashion/batch_1": {"reference fp32": 6},
         "groupdnet_deepfashion/compiled_batch_1": {"compiled": 2.5},
-        "spade_coco/batch_1": {"reference": 8}, "spade_coco/compiled_batch_1": {"compiled": 3},
-        "groupdnet_ade20k/batch_1": {"reference": 10},
+        "spade_coco/batch_1": {"reference fp32": 8}, "spade_coco/compiled_batch_1": {"compiled": 3},
+        "groupdnet_ade20k/batch_1": {"reference fp32": 10},
         "groupdnet_ade20k/compiled_batch_1": {"compiled": 4},
-        "ccfpse_coco/batch_4": {"reference": 4, "memory channels_last": 0.25},
+        "ccfpse_coco/batch_4": {"reference fp32": 4, "memory channels_last": 0.25},
         "ccfpse_coco/compiled_batch_4": {"compiled": 1.3},
-        "spade_coco/batch_16": {"reference": 5}, "spade_coco/compiled_batch_16": {"compiled": 3},
-        "groupdnet_deepfashion/training_step_batch8": {"eager": 2.5, "memory": 0.6},
-        "spade_coco/training_step_batch8": {"eager": 2.5, "memory": 0.6},
+        "spade_coco/batch_16": {"reference fp32": 5},
+        "spade_coco/compiled_batch_16": {"compiled": 3},
+        **{f"{name}/training_step_batch8": {
+            "eager": 2.5, "memory": 0.6, "memory channels_last": 0.6}
+           for name in ("groupdnet_deepfashion", "spade_coco")},
     }
 
 

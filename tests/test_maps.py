@@ -402,6 +402,9 @@ def test_celebamask_becomes_a_data_set(tmp_path: Path, smis: Any) -> None:
     assert smis("doctor", tmp_path / "out", "--classes", 19)[0] == 0
     (tmp_path / "out/train/labels/00001.png").unlink()  # as a conversion that was stopped
     assert convert_celebamask(tmp_path, tmp_path / "out", held_out=2) == {"train": 2, "val": 1}
+    with pytest.raises(ValueError, match=r"held-out: .* of another number than 1"):
+        convert_celebamask(tmp_path, tmp_path / "out", held_out=1)  # no face in both splits
+    assert not list((tmp_path / "out").glob("*.json"))
     assert (tmp_path / "out/train/labels/00001.png").exists()
     (tmp_path / "CelebAMask-HQ/CelebA-HQ-img/1.jpg").unlink()
     with pytest.raises(ValueError, match="picture 1 has no file"):

@@ -235,10 +235,9 @@ def test_a_finished_run_gets_its_weights_back(lost: str, tmp_path: Path) -> None
 
 def test_half_files_of_killed_runs_are_removed(tmp_path: Path) -> None:
     until(tiny("--log.keep", "2"), tmp_path, 2)
-    left = [tmp_path / name for name in (
-        ".checkpoint.pt.abcdefg_", ".model.safetensors.12345678", ".config.json.abcd1234",
-        ".record.json.abcd1234", ".losses.csv.abcd1234", ".best.safetensors.abcd1234",
-        "kept/.step_0000002.pt.abcd1234", "grids/.0000002.png.abcd1234")]
+    left = [tmp_path / f"{name}.smis-abcd123_" for name in (
+        ".checkpoint.pt", ".model.safetensors", ".config.json", ".record.json", ".losses.csv",
+        ".best.safetensors", "kept/.step_0000002.pt", "grids/.0000002.png")]
     others = [tmp_path / name for name in (
         ".checkpoint.pt.old", ".notes.txt.abcd1234", "checkpoint.pt.abcd1234", ".gitignore")]
     (tmp_path / "grids").mkdir()

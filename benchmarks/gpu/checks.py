@@ -22,7 +22,7 @@ from smis_kernels.runtime.backend import missing
 
 from .machine import find_tool
 from .op_cases import CASES
-from .results import ROOT, Journal, Lacking, Row, Settings, Skip
+from .results import ROOT, Journal, Lacking, Row, Settings
 
 SHARDS = ("indexed_modulation", "modulation and not indexed", "conditional", "norm_act", "window_",
        "spatially or class_crops or instance_ or number_")
@@ -158,7 +158,7 @@ def sanitized(lacking: str | None, code: int, output: str) -> Row:
     if summary is None:
         first = next((line for line in output.splitlines() if "not supported" in line.lower()), "")
         if first:
-            raise Skip(f"compute-sanitizer cannot run here: {first.strip('= ').strip()}")
+            raise Lacking(f"compute-sanitizer cannot run here: {first.strip('= ').strip()}")
         raise RuntimeError(f"code {code}: {_last_line(output)}")
     errors = int(summary.group(2))
     if errors or code:
@@ -215,7 +215,7 @@ def run(journal: Journal, settings: Settings) -> None:
 def _skip(journal: Journal, settings: Settings) -> None:
     """Rows that say what cannot run at all."""
     def skip(reason: str) -> Row:
-        raise Skip(reason)
+        raise Lacking(reason)  # the next call may have it
 
     if find_spec("pytest") is None:
         journal.row("tests", partial(skip, "pytest is not installed"))

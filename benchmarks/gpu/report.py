@@ -38,9 +38,12 @@ def _machine(results: dict[str, Any]) -> str:
     text = "; ".join(f"{name} {facts[name]}" for name in shown if facts.get(name))
     modules = ", ".join(f"{k} {v}" for k, v in facts.get("modules", {}).items())
     settings = sorted({row.get("tuned", "") or "none" for row in _rows(results["parts"], *ALL)
-                       if row["state"] == "done"})
+                       if row["state"] in ("done", "failed")})
+    others = sorted({row.get("commit", "") for row in _rows(results["parts"], *results["parts"])}
+                    - {results["commit"], ""})
+    mixed = f" Some rows are of commit {', '.join(others)}." if others else ""
     used = f" Tuned settings of the timed rows: {'; '.join(settings)}." if settings else ""
-    return f"Commit {results['commit']}; {text}; {modules}.{used}"
+    return f"Commit {results['commit']}; {text}; {modules}.{mixed}{used}"
 
 
 def target_rows(records: Sequence[Record], dry_run: bool = False) -> list[tuple[str, str]]:
@@ -79,7 +82,7 @@ def _rates(parts: Parts) -> str:
 
 
 def _left_out(parts: Parts) -> list[str]:
-    lines = [f"- {name}: {part['state']}, {part['reason']}" for name, part in parts.items()
+    lines = [f"- {name}: {part['state']}, {part.get('reason', '')}" for name, part in parts.items()
              if part.get("state") not in ("done", None)]
     for name, part in parts.items():
         for row in part["rows"]:

@@ -102,22 +102,20 @@ def read_results(path: str | Path) -> dict[str, Any]:
 def going_on(results: dict[str, Any], every_call: Iterable[str]) -> dict[str, Any]:
     """Results to go on with: without rows that failed and those that each call makes again.
 
-    A row that was ended at its deadline stays as a name, to be tried last.
+    A row that was ended at its deadline stays as a name, to be tried last. Records stay until the
+    row has others.
     """
-    again, dropped = set(every_call), set()
+    again = set(every_call)
     for name, part in results["parts"].items():
         rows: list[Row] = []
         for row in part["rows"]:
-            if name in again or row.get("again") or row["state"] not in (*KEPT, "late"):
-                dropped.add(row["name"])
-            else:
+            if not (name in again or row.get("again") or row["state"] not in (*KEPT, "late")):
                 rows.append(row)
             if row.get("late") and name not in again:
                 rows.append({"name": row["name"], "state": "late"})
         if len(rows) < len(part["rows"]):
             part["state"] = "stopped"
         part["rows"] = rows
-    results["benchmarks"] = [e for e in results["benchmarks"] if e["group"] not in dropped]
     return results
 
 

@@ -209,7 +209,7 @@ def run(journal: Journal, settings: Settings) -> None:
     """Part ``tune``."""
     dry = settings.dry_run
     place = Place(torch.device(settings.device), torch.float32 if dry else LOW,
-                  Maps(settings.maps), tiny=dry)
+                  Maps(settings.maps).named("coco"), tiny=dry)
     torch.backends.cudnn.benchmark = True
     jobs = [*_pointwise(place), *_products(place)]
     if dry:

@@ -261,7 +261,8 @@ def _parts(graph: Graph, block: nn.Module, norms: Norms) -> tuple[
             made[i] = Part(result, norms=(step.settings,), source=step.inputs[0], **found)
     taken = {part.step for part in made.values()}
     for i, step in enumerate(steps):
-        if step.op == "add" and (conv := _last_conv(steps, step, uses, block)) is not None:
+        plain = step.op == "add" and step.settings is None  # not torch.add(..., alpha=...)
+        if plain and (conv := _last_conv(steps, step, uses, block)) is not None:
             other = next(j for j in step.inputs if j != conv)
             made[i] = Part(i, conv=steps[conv].settings, added=other, source=steps[conv].inputs[0])
             taken.add(conv)
@@ -420,10 +421,12 @@ class FusedBlock(Fused):
                 found[part.step] = first.forward(found[part.source], segmap, **active)
         elif part.conv:
             conv, h = self.get_submodule(part.conv), found[part.source]
-            if isinstance(conv, FusedConv) and not hooked(conv, weights=False):
-                found[part.step] = conv(h, found[part.added])
+            added, shape = found[part.added], (len(h), conv.out_channels, *h.shape[2:])
+            whole = isinstance(added, Tensor) and added.shape == shape and added.dtype == h.dtype
+            if whole and isinstance(conv, FusedConv) and not hooked(conv, weights=False):
+                found[part.step] = conv(h, added)
             else:  # a hook is to see what the conv was written to take and to return
-                found[part.step] = found[part.added] + conv(h)
+                found[part.step] = added + conv(h)
         else:
             steps.value(part.step)
 

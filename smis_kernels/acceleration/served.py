@@ -61,7 +61,7 @@ class Evaluation:
             return self._module(i, step)
         if step.op == "item":
             return self.value(step.inputs[0])[step.settings]
-        if step.op in _OPERATORS:
+        if step.op in _OPERATORS and step.settings is None:
             return _OPERATORS[step.op](*map(self.value, step.inputs))
         if step.op == "relu":
             return F.relu(self.value(step.inputs[0]))
@@ -160,7 +160,7 @@ class _Rows(Evaluation):
                 self.form.levels[j] in (-1, level) for j in step.inputs):
             return super()._done(i, step)
         values = {j: self.lifted(j, level) for j in step.inputs}
-        if step.op in _OPERATORS:
+        if step.op in _OPERATORS and step.settings is None:
             return _OPERATORS[step.op](*(values[j] for j in step.inputs))
         return call(step, values.__getitem__)
 
@@ -279,6 +279,10 @@ class ForeignNorm(CGNorm):
     @property
     def reach(self) -> int:
         return self.form.reach
+
+    @property
+    def rows(self) -> tuple[int, bool]:
+        return self.form.reach, self.form.per_image
 
     @property
     def no_tables(self) -> str:

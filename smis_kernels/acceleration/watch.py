@@ -193,7 +193,7 @@ def _is_as_it_was(module: nn.Module, cls: type, size: int, children: tuple[Any, 
     if type(module) is not cls or len(own) != size or len(own["_modules"]) != len(children):
         return False
     for key, value in fixed:
-        if own.get(key) is not value:
+        if own.get(key, own) is not value:
             return False
     if children:
         for (a, x), (b, y) in zip(own["_modules"].items(), children, strict=True):
@@ -268,10 +268,10 @@ class Settings:
             if len(own) != size:
                 return False
             for key, value in fixed:
-                if own.get(key) is not value:
+                if own.get(key, own) is not value:
                     return False
             for key, values in others:
-                if not values.holds(key, own[key]):
+                if key not in own or not values.holds(key, own[key]):
                     return False
         return True
 

@@ -393,10 +393,12 @@ class TableCache:
               rows: int) -> _Edit:
         pair = id(before), id(after)
         if pair not in self._names:
-            self._names[pair] = before, after, _names(before, after)
-        names = self._names[pair][2]
+            found = _names(before, after)
+            plain = tuple(tuple(name.tolist()) for name in found)  # once: a GPU waits for it
+            self._names[pair] = before, after, (found, plain)
+        names, plain = self._names[pair][2]
         # The same for all norms of a resolution that see as far, on vectors that differ alike.
-        key = size, reach, *(tuple(name.tolist()) for name in names)
+        key = size, reach, plain
         if key not in self._edits:
             row = match_windows(before, after, size, reach=reach, names=names)
             self._edits[key] = _Edit.of(row, rows, after.level(size), reach)

@@ -155,6 +155,11 @@ class CGNorm(Normalizing):
         return 2 if self.hidden else 1
 
     @property
+    def rows(self) -> tuple[int, bool]:
+        """What a row of :meth:`table` is of: windows of this reach, and whether of each image."""
+        return self.reach, False
+
+    @property
     def no_tables(self) -> str:
         """Why window tables do not serve; "" where they do."""
         size = self.mlp_gamma.kernel_size[0]
@@ -251,6 +256,10 @@ def modulate_pair(
     shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
     if shared != shared_s:
         raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
+    if norm_0.rows != norm_s.rows:  # one index would pick from tables of other rows
+        first = norm_0(input, segmap, activation=activation, negative_slope=negative_slope,
+                       upsample=upsample)
+        return first, norm_s(input, segmap, upsample=upsample)
     size = norm_0.output_size(input, upsample)
     plan = choose((norm_0, norm_s), input, segmap, size)
     options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,

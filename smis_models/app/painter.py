@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import secrets
 import tempfile
 import time
 from collections import OrderedDict, deque
@@ -210,6 +211,10 @@ class Painter:
             self._sessions.popitem(last=False)
         return found
 
+    def known(self, name: str) -> Session | None:
+        """A page's session where there is one; none is made, so that none is forgotten."""
+        return self._sessions.get(name)
+
     def scene(self, name: str) -> Labels:
         """A sample scene's map.
 
@@ -271,7 +276,7 @@ class Painter:
                              "give --checkpoint one that holds it")
         ids = torch.from_numpy(labels.astype(np.int64))[None]
         code = encode(self.model, image_tensor(picture)[None], ids)
-        number = max(session.appearances, default=-1) + 1
+        number = secrets.randbelow(2**40)  # no page has it of an earlier server
         if len(session.appearances) >= PICTURES:
             raise ValueError(f"picture: expected at most {PICTURES} in a session; open a new page")
         found = Appearance(name, picture, code, tuple(int(c) for c in np.unique(labels)))

@@ -298,9 +298,9 @@ class Pages:
             "Content-Disposition": f'attachment; filename="{kind}"'})
 
     def _saved(self, kind: str, name: str) -> tuple[bytes, str]:
-        session = self._painter.session(name)
-        if not session.steps:
-            raise LookupError("session: expected one with a picture, got none; reload the page")
+        session = self._painter.known(name)
+        if session is None or not session.steps:
+            raise LookupError("session: expected one with a picture, got none; draw, then save")
         last = session.steps[-1]
         if kind == "picture.png":
             return encode_png(last.picture), "image/png"
@@ -368,6 +368,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: Starlette, bound: socket.socket) -> None:
     """Answer until Ctrl-C."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+                            limit_concurrency=32)
     with suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has shut down
         uvicorn.Server(config).run(sockets=[bound])

@@ -108,11 +108,21 @@ class _Application:
         return class_index(argument, text, self.names)
 
 
+def _keep_inputs(out: Path, *paths: Path | None) -> None:
+    """Refuse to write over what is read."""
+    written = re.compile(r"(mix|edit|morph|resample)(_\d+|_grid)?\.(png|gif|webp)")
+    for path in paths:
+        if path is not None and path.resolve().parent == out.resolve() and (
+                written.fullmatch(path.name)):
+            raise ValueError(f"out: {path} is read, and might be written over; give another folder")
+
+
 @contextmanager
 def _prepared(model: str | None, checkpoint: Path | None, labels: Path, instances: Path | None,
               unknown: str | None, seed: int, backend: str | None, device: str,
               animation: str, seconds: float, out: Path) -> Iterator[_Application]:
     check_animation(animation, seconds)
+    _keep_inputs(out, labels, instances)
     place = resolve_device(device)
     with locked(out), selected(backend):
         name, weights = chosen_model(model, checkpoint)
@@ -226,6 +236,7 @@ def edit(
 
     Edits follow one another: first --relabel, then --paint, then --to.
     """
+    _keep_inputs(out, *(to or ()), *(to_instances or ()), *(images or ()), *(image_labels or ()))
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
                    animation, seconds, out) as made:
         preset = made.model.preset

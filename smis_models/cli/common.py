@@ -74,6 +74,7 @@ def _check_place(path: Path) -> None:
         place = place.parent
     if not place.is_dir() and place != path:
         raise ValueError(f"out: {place} is a file; expected a folder in {path}")
+    place = place if place.is_dir() else place.parent  # a file is replaced, not written to
     if not os.access(place, os.W_OK):
         raise ValueError(f"out: {place} cannot be written here; choose another place")
 

@@ -117,6 +117,8 @@ def convert_labels(
         target = (out / name).with_suffix(".png")
         if target in targets:
             raise ValueError(f"source: {targets[target]} and {name} would both become {target}")
+        if target.exists() and target.samefile(source if single else source / name):
+            raise ValueError(f"out: {target} would be written over itself; give another folder")
         targets[target] = name
     found: set[int] = set()
     task = {"command": "smis convert-labels"}

@@ -82,6 +82,9 @@ def classes(
     checkpoint: Checkpoint = None,
 ) -> None:
     """The classes of a model: number, name, and the colour that they are shown in."""
+    if model is None and checkpoint is None:
+        raise ValueError("model: expected `smis classes NAME` (smis list shows the names) or a "
+                         "--checkpoint")
     name, weights = chosen_model(model, checkpoint)
     preset = preset_of(name, weights)
     names = class_names(name, preset.classes)
@@ -135,6 +138,9 @@ def synthesize(
 ) -> None:
     """Label maps to pictures: OUT/<scene>_<sample>.png; the first scenes on OUT/grid.png."""
     place = resolve_device(device)
+    if labels.is_dir() and labels.resolve() == out.resolve():
+        raise ValueError(f"out: {out} is the folder of the label maps, which pictures might be "
+                         "written over; give another")
     with locked(out), selected(backend):
         model, checkpoint = chosen_model(model, checkpoint)
         preset = preset_of(model, checkpoint)

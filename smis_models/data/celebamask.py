@@ -127,6 +127,12 @@ def convert_celebamask(root: str | Path, out: str | Path, *, held_out: int = HEL
             _place(pictures[number], picture)
         return split
 
+    for number in pictures:  # of an earlier run with another split
+        other = Path(out) / ("val" if number < held_out else "train")
+        for face in (other / f"labels/{number:05d}.png", other / f"images/{number:05d}.jpg"):
+            if face.exists():
+                raise ValueError(f"held-out: {face} is there, of another number than {held_out}; "
+                                 "give that one again, or another folder")
     task = {"command": "smis convert-data celebamask-hq"}
     with unfinished(out, task), ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         numbers = sorted(pictures)

@@ -120,4 +120,4 @@ def class_index(argument: str, text: str, names: Sequence[str]) -> int:
         raise ValueError(f"{argument}: expected a class 0..{len(names) - 1} (this model's have no "
                          f"names), got {text!r}")
     shown = unknown_name(argument, names, text, "a class's name or number of")
-    raise ValueError(shown + "; `smis classes` lists them")
+    raise ValueError(shown + "; `smis classes NAME` lists them")

@@ -93,7 +93,9 @@ class HubModel(nn.Module):
 
         asked = {"revision": revision, "token": token, "cache_dir": cache_dir,
                  "force_download": force_download, "local_files_only": local_files_only}
-        folder = hub.folder_of(folder_or_repository, **{k: v for k, v in asked.items() if v})
+        # To the hub a token of False says that none is to be sent.
+        given = {k: v for k, v in asked.items() if v or (k == "token" and v is False)}
+        folder = hub.folder_of(folder_or_repository, **given)
         if "dtype" not in options:
             options["dtype"] = _stored_dtype(folder)
         return create_model(checkpoint=folder, **options).eval()

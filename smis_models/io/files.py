@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 LOCK = ".smis.lock"
-UNFINISHED = "unfinished.json"
+_MARK = "smis-"  # of temporary files: others may be hidden files of a user
+UNFINISHED = "smis-unfinished.json"
 _WRITTEN = [f"*{suffix}" for suffix in (".png", ".gif", ".webp", ".jpg", ".json", ".csv", ".md",
                                         ".html", ".npz", ".safetensors")]
 
@@ -32,7 +34,8 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         ...     _ = partial.write_text("all of it, or nothing")
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_MARK}")
     os.close(handle)
     partial = Path(name)
     try:
@@ -60,8 +63,11 @@ def remove_partial(folder: str | Path, *names: str) -> None:
         names: patterns of the files that were to be written, such as ``*.png``.
     """
     for name in names:
-        for left in Path(folder).glob(f".{name}.{'[a-z0-9_]' * 8}"):
-            left.unlink(missing_ok=True)
+        for left in Path(folder).glob(f".{name}.{_MARK}{'[a-z0-9_]' * 8}"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -61,6 +61,10 @@ def recipe_of(run: Path) -> dict[str, Any]:
         options = {}
     told = {key: facts[key] for key in ("step", "epoch", "losses", "ema", "precision")
             if facts.get(key) is not None}
+    if "losses" in told:
+        told["losses computed"] = told.pop("losses")
+    if facts.get("changes"):  # of the options, where the run went on with others
+        told["changed on the way"] = facts["changes"]
     sections = ("data", "losses", "optimizer", "schedule")
     return {**told, **{key: options[key] for key in sections if key in options}}
 
@@ -137,8 +141,8 @@ def folder_of(name: str | Path, **options: Any) -> Path:
         ModuleNotFoundError: a repository, and huggingface_hub is missing.
     """
     if Path(name).is_dir():
-        if options:
-            raise ValueError(f"{next(iter(options))}: {name} is a folder, which has none")
+        if told := [option for option, value in options.items() if value]:
+            raise ValueError(f"{told[0]}: {name} is a folder, which has none")
         return Path(name)
     if not _REPOSITORY.fullmatch(str(name)):
         raise CheckpointError(f"checkpoint: expected a folder or a repository OWNER/NAME, got "

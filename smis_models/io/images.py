@@ -26,6 +26,8 @@ _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _STRETCH = {"L;2": 85, "L;4": 17}
 
 Picture = NDArray[np.uint8]
+# What is opened: some of Pillow's other decoders start programs.
+_DECODED = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 SOFTWARE = "smis"  # the mark of written pictures: what is somebody else's is never removed
 
 
@@ -52,7 +54,7 @@ def opened(path: str | Path, expected: str,
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; expected {expected}")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_DECODED) as image:
             yield image
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -226,13 +228,14 @@ def encode_png(picture: NDArray[np.unsignedinteger[Any]]) -> bytes:
     """PNG bytes of an (H, W) or (H, W, 3) uint8 array, or an (H, W) uint16 one."""
     buffer = io.BytesIO()
     mark = PngInfo()
-    mark.add_text("Software", SOFTWARE)
+    if picture.ndim == 3:  # an index map may be one that a user drew, whatever wrote it
+        mark.add_text("Software", SOFTWARE)
     Image.fromarray(picture).save(buffer, "PNG", pnginfo=mark)
     return buffer.getvalue()
 
 
 def written_here(path: str | Path) -> bool:
-    """Whether a picture or an animation is one that this package wrote, by its mark."""
+    """Whether a picture (no index map) or an animation is this package's, by its mark."""
     try:
         with Image.open(path) as image:
             marks = (image.info.get("Software"), image.info.get("comment"),

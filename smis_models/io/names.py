@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+from .files import UNFINISHED, unfinished_task
+
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # of index maps, which no lossy format may hold
 PICTURE_SUFFIXES = (*SUFFIXES, ".jpg", ".jpeg", ".webp")
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp", ".gif")
@@ -152,6 +154,12 @@ def map_files(option: str, path: str | Path, role: str = LABELS,
             raise ValueError(f"{option}: expected a {role}, got {path}, by its name a {found}"
                              f"{cure}")
         return {scene: path}
+    for folder in (path, *path.absolute().parents[:2]):
+        task = unfinished_task(folder)
+        if task is not None:
+            raise ValueError(
+                f"{option}: {path} is not complete: {task.get('command', 'what wrote it')} was "
+                f"stopped; give the same command again, or remove {folder / UNFINISHED}")
     try:
         files = by_scene(path, role, suffixes)
     except ValueError as error:

@@ -262,7 +262,7 @@ def export(model: Any, out: str | Path, format: str) -> Exported:
              "output": "picture, RGB in [-1, 1]; NaN where a label is out of range",
              "made_with": f"smis_models {__version__}, torch {torch.__version__}"}
     with replacing(out, sync=True) as partial, tempfile.TemporaryDirectory(
-            dir=out.parent, prefix=f".{out.name}.") as folder:
+            dir=out.parent, prefix=f".{out.name}.smis-") as folder:
         draft = Path(folder) / out.name
         written = _written(format, painter, draft, notes)
         difference = _difference(painter, model, written.run)
@@ -291,11 +291,12 @@ def _difference(painter: Painter, model: Any, run: Run) -> float:
         inputs = tuple(x.to(_device(painter)) for x in painter.example(batch, seed))
         given = dict(zip(painter.names, inputs, strict=True))
         planes = model.semantics(given.pop("labels"), given.pop("instances", None))
-        training = model.training
+        modes = [(part, part.training) for part in model.modules()]
         try:
             expected = model.eval().generator(planes, *given.values())
         finally:
-            model.train(training)
+            for part, training in modes:
+                part.training = training
         got = run(*(x.clone() for x in inputs))
         if got.shape != expected.shape:
             raise ExportError(f"export: the file paints {tuple(got.shape)}, the model "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,4 +139,4 @@ def exchange_shape(scene: Scene, target: int, shape: Mask) -> Scene:
     instances = scene.instances
     if instances is not None:
         instances = np.where(new, instances[old][0], instances[nearest])
-    return Scene(scene.name, labels, instances)
+    return replace(scene, labels=labels, instances=instances)

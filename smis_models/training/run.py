@@ -293,8 +293,9 @@ class Run:
         rows = [[colours[labels.cpu().numpy()], *pictures] for labels, *pictures in zip(
             batch.labels, *(to_pictures(column) for column in columns), strict=True)]
         painter.train()
-        names = ("layout", "picture", "of its code",
-                 *(f"drawn code {k}" for k in range(self.config.log.samples)))
+        of_code, drawn = ("of its code", "drawn code") if shown.coded else ("painted", "painted")
+        names = ("layout", "picture", of_code,
+                 *(f"{drawn} {k}" for k in range(self.config.log.samples)))
         picture = captioned_grid([list(zip(names, row, strict=True)) for row in rows])
         write_png(self.folder / "grids" / f"{self.trainer.step_count:07d}.png", picture)
         for logger in self._loggers:

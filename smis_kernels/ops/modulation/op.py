@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
-from ...runtime.derivatives import recorded_gradients
+from ...runtime.derivatives import recorded_gradients, transformed
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
@@ -162,7 +162,9 @@ def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
     affine = _placed([t for b in branches for t in b.affine], len(source.names))
     both = (*slopes, 1.0)[:2]
     outputs: tuple[Tensor, Tensor]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *affine)):
+    differentiated = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, *affine))
+    if differentiated or transformed() is not None:
         outputs = _Modulation.apply(source.kind, stats.reduction, both, options, kind, input, index,
                                     stats.mean, stats.rstd, *own, *affine)
     else:  # without autograd's 30 us a call

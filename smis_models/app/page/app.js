@@ -405,7 +405,18 @@ async function openPicture(files) {
 
 async function save(kind) {
   await (known === null ? repaint() : running);
-  const response = await ask(`api/save/${kind}?session=${session}`);
+  if (known === null) return; // why was said there
+  const path = `api/save/${kind}?session=${session}`;
+  let response;
+  try {
+    response = await ask(path);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    known = null; // the server knows this page no more: it gets the whole map
+    await repaint();
+    if (known === null) return;
+    response = await ask(path);
+  }
   const link = document.createElement("a");
   link.href = URL.createObjectURL(await response.blob());
   link.download = kind;
