@@ -57,7 +57,7 @@ def inputs(model: Any, *, layout: bool = False, batch: int = 1) -> tuple[Any, ..
     maps = F.interpolate(coarse, preset.image_size)[:, 0].long()
     ids = maps if preset.instance_edge else None
     if layout:
-        first: Tensor | LabelLayout = labels.layout(maps, preset, ids)
+        first: Tensor | LabelLayout = labels.compile_layout(maps, preset, ids)
     else:
         first = model.semantics(maps, ids)
     if getattr(preset, "features", False):

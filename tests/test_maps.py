@@ -466,7 +466,7 @@ def test_the_grid_is_bounded(tmp_path: Path, smis: Any) -> None:
     assert code == 0
     assert "20 pictures" in out
     assert "the first 16 scenes on" in out
-    assert images.read_picture(tmp_path / "out/grid.png").shape[0] == 16 * 132 - 4
+    assert images.read_picture(tmp_path / "out/grid.png").shape[0] == 16 * (128 + 16 + 4) - 4
     assert len(list((tmp_path / "out").iterdir())) == 21
 
 

@@ -542,5 +542,5 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     table = rows(tmp_path / "run")
     assert logged[0]["losses/kl"] == float(table[0]["kl"])
     assert {"run/images_per_second", "run/memory", "run/waiting"} <= set(logged[1])
-    assert logged[4]["samples"] == ("picture", (68 - 4, 6 * 68 - 4, 3))
+    assert logged[4]["samples"] == ("picture", (84 - 4, 6 * 68 - 4, 3))
     assert first.told[-1] == second.told[-1] == ("finish",)

@@ -497,7 +497,7 @@ def test_grids_and_tensorboard(tmp_path: Path) -> None:
     assert {"images_per_second", "waiting", "memory", "kl"} <= set(states[0])
     from PIL import Image
 
-    assert Image.open(tmp_path / "grids" / "0000004.png").size == (5 * 68 - 4, 2 * 68 - 4)
+    assert Image.open(tmp_path / "grids" / "0000004.png").size == (5 * 68 - 4, 2 * 84 - 4)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
