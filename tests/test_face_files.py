@@ -252,7 +252,7 @@ def test_killed_scenes_are_known_and_go_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(_Killed):
         write_scenes(out, counts, 32, step=kill)
-    (out / "train/images/.train_000003.png.abcd1234").touch()
+    (out / "train/images/.train_000003.png.smis-abcd1234").touch()
     for root in (out, out / "train"):
         problems = examine(find_splits("folder", root)).problems
         assert any("not complete" in p.message and not p.note for p in problems), problems
@@ -524,7 +524,7 @@ def test_evaluate_tells_of_resized_maps_and_removes_what_a_killed_run_left(
         smis: Any, tmp_path: Path) -> None:
     write_indices(tmp_path / "maps/m.png", np.zeros((64, 64), np.int64))
     write_indices(tmp_path / "read/m.png", np.zeros((32, 32), np.int64))
-    (tmp_path / ".e.json.abcd_123").touch()
+    (tmp_path / ".e.json.smis-abcd_123").touch()
     code, out, error = smis(
         "evaluate", "--model", "groupdnet_scenes", "--labels", tmp_path / "maps", "--layouts", 1,
         "--samples", 2, "--pairs", 1, "--distance", "none", "--predictions", tmp_path / "read",

@@ -226,14 +226,16 @@ def test_a_look_is_taken_from_another_picture(board: Board, screenshots: Path) -
     board.page.wait_for_selector("#pictures img")
     board.doing(lambda: board.page.click("#take-all"))
     assert not np.array_equal(board.canvas("picture"), first)
-    assert "picture:0" in board.page.evaluate("looks.map((look) => look.start)")
+    assert board.page.evaluate(
+        "looks.some((look) => look.start === `picture:${pictures[0].number}`)")
     board.page.screenshot(path=screenshots / "look.png")
     picture = encode_png(first)
     board.page.set_input_files("#picture-files", files=[
         {"name": "own.png", "mimeType": "image/png", "buffer": picture}])
     board.page.wait_for_function("pictures.length === 2")
     board.doing(lambda: board.page.click("#take-all"))
-    assert "picture:1" in board.page.evaluate("looks.map((look) => look.start)")
+    assert board.page.evaluate(
+        "looks.some((look) => look.start === `picture:${pictures[1].number}`)")
 
 
 def test_what_is_saved_is_what_is_shown(board: Board, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_an_id_out_of_range_is_named(value: int, device: str) -> None:
     if problem := missing(kind):
         pytest.skip(problem)
     ids = torch.tensor([[[3, value], [1, 1]]], device=device)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="instance_map") as error:
         instance_mean_table(torch.zeros((1, 1, 2, 2), device=device), ids, backend=kind)
     assert str(error.value) == (f"instance_map: expected ids 0..2147483647, got {value}; "
                                 "renumber the instances first")
