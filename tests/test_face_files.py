@@ -145,6 +145,7 @@ def test_the_lock_leaves_nothing_and_removes_what_killed_runs_left(tmp_path: Pat
 
 
 def test_what_is_half_written_is_known_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
     with replacing(tmp_path / "new" / "a.json") as partial:
         kept = partial.with_name(partial.name)
         partial.write_text("{}")

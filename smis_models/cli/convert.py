@@ -37,6 +37,7 @@ def convert(
         )
     name, published = configured_preset(model, source, {})
     made = create_model(name, source, **_options(option or (), published))
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(made, out)
     table = Table("part", "parameters", "tensors")
     for part in PARTS:

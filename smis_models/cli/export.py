@@ -39,6 +39,7 @@ def export(
         exports.check_format(format, out)
         model, checkpoint = chosen_model(model, checkpoint)
         say_random(checkpoint)
+        out.parent.mkdir(parents=True, exist_ok=True)
         made = exports.export(load_model(model, checkpoint, place, seed), out, format)
     console.print(f"wrote {made.path}: {made.size / 1e6:.1f} MB, reads {', '.join(made.names)}; "
                   f"largest difference {made.difference:.1e} of the largest value",

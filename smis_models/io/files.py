@@ -34,7 +34,6 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         ...     _ = partial.write_text("all of it, or nothing")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_MARK}")
     os.close(handle)
     partial = Path(name)
