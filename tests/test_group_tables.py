@@ -1,4 +1,4 @@
-"""Tables of CG-Norm groups that see few of a map's classes: numbered, multiplied and kept exactly."""
+"""Tables of CG-Norm groups that see few of a map's classes: numbered, multiplied, kept exactly."""
 
 from __future__ import annotations
 

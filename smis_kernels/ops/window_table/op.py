@@ -279,8 +279,8 @@ def _scatter_fake(grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None
     return grad.new_empty((rows, 9, grad.shape[1]))
 
 
-# Row 0 of every table stands for the outside of the image and is zero. The optional arguments are of
-# GroupWindows, on the CPU alone: windows are then (K, V, 9), or rows of hidden go through ids.
+# Row 0 of every table stands for the outside of the image and is zero. The optional arguments are
+# of GroupWindows, on the CPU alone: windows are then (K, V, 9), or rows of hidden go through ids.
 _window_table = RawOp(
     "window_table(Tensor hidden, Tensor weight_gamma, Tensor bias_gamma, Tensor weight_beta, "
     "Tensor bias_beta, Tensor windows, int groups, bool one_level, Tensor? kinds=None, "
