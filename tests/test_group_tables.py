@@ -64,8 +64,8 @@ def ranges_of(groups: int, each: int) -> list[tuple[int, int]]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> list[GroupWindows]:
     """Groups have their own windows wherever any of those are equal; the numberings found."""
-    monkeypatch.setattr(planner, "NUMBERED", 0.0)
-    monkeypatch.setattr(planner, "RENAMED", 0.0)
+    for name in ("NUMBERING", "NUMBERED", "RENAMED"):
+        monkeypatch.setattr(planner, name, 0.0)
     monkeypatch.setattr(planner, "_products_of_rows", lambda norm, rates: 1e9)
     found: list[GroupWindows] = []
     own_windows = LabelLayout.group_windows
@@ -316,7 +316,7 @@ def test_groups_have_tables_of_their_own_where_counted_cheaper() -> None:
     assert rows < v / 2
     saved = costs[0]["two_level"] - costs[1]["two_level"]
     per_row = 9 * 64 / planner.CPU_RATES.sums + many.products[0] / planner.CPU_RATES.two_level
-    paid = len(found.counts) * (v * planner.NUMBERED + u * planner.RENAMED)
+    paid = planner.NUMBERING + len(found.counts) * (v * planner.NUMBERED + u * planner.RENAMED)
     assert saved == pytest.approx((v - rows) * per_row - paid / planner.CPU_RATES.two_level)
     assert {k: costs[0][k] for k in ("dense", "one_level")} == {
         k: costs[1][k] for k in ("dense", "one_level")}

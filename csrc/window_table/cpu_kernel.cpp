@@ -18,6 +18,8 @@ constexpr int kOneLevelRows = 2;
 #endif
 constexpr int kTaps = 3;  // taps of a two-level tile: rows x taps sums fill the registers
 constexpr int kWide = 4;  // vectors of a one-level block
+// Vectors of a two-level block: rows of a table lie far apart, and are written by whole cache lines.
+constexpr int kLine = 64 / kVectorBytes;
 
 // One block: which half, group and channels; `lanes` of them exist.
 struct Block {
@@ -39,39 +41,47 @@ struct Rows {
 template <class T>
 void two_level(const WindowTableArgs& a, const Block& b, const Rows& rows, T* packed, T* t) {
   constexpr int64_t L = Lanes<T>::n;
-  const int64_t depth = a.D / a.groups, J = depth * 9;
-  const T* weight = static_cast<const T*>(a.weight[b.half]) + b.channel * J;
+  const int64_t depth = a.D / a.groups, J = depth * 9, plane = a.V * 9 * L;
+  const int64_t vectors = (b.lanes + L - 1) / L;
   const T* hidden = static_cast<const T*>(a.hidden) + b.group * depth;
-  transposed(weight, J, b.lanes, J, [&](int64_t i) {  // (channel, k, tap) -> (taps, k, tap, channel)
-    const int64_t k = i / 9, tap = i % 9;
-    return packed + ((tap / kTaps * depth + k) * kTaps + tap % kTaps) * L;
-  });
-  for (int first = 0; first < 9; first += kTaps, packed += depth * kTaps * L) {
-    // t[v][tap] = sum over k of hidden[v][k] * packed[k][tap] for kTaps of the nine taps
-    int64_t v = 0;
-    for (; v + kTileRows <= rows.V; v += kTileRows)
-      product_tile<T, kTaps, false>(hidden + v * a.D, a.D, 1, packed, kTaps * L, depth,
-                                    t + (v * 9 + first) * L, 9 * L);
-    for (; v < rows.V; ++v)
-      product_tile<T, kTaps, false, 1>(hidden + v * a.D, a.D, 1, packed, kTaps * L, depth,
-                                       t + (v * 9 + first) * L, 9 * L);
+  alignas(kVectorBytes) T bias[kLine * L], line[L];
+  for (int64_t j = 0; j < vectors; ++j) {
+    const int64_t lanes = std::min(L, b.lanes - j * L), channel = b.channel + j * L;
+    const T* weight = static_cast<const T*>(a.weight[b.half]) + channel * J;
+    transposed(weight, J, lanes, J, [&](int64_t i) {  // (channel, k, tap) -> (taps, k, tap, channel)
+      const int64_t k = i / 9, tap = i % 9;
+      return packed + ((tap / kTaps * depth + k) * kTaps + tap % kTaps) * L;
+    });
+    const T* right = packed;
+    for (int first = 0; first < 9; first += kTaps, right += depth * kTaps * L) {
+      // t[v][tap] = sum over k of hidden[v][k] * packed[k][tap] for kTaps of the nine taps
+      T* to = t + j * plane + first * L;
+      int64_t v = 0;
+      for (; v + kTileRows <= rows.V; v += kTileRows)
+        product_tile<T, kTaps, false>(hidden + v * a.D, a.D, 1, right, kTaps * L, depth,
+                                      to + v * 9 * L, 9 * L);
+      for (; v < rows.V; ++v)
+        product_tile<T, kTaps, false, 1>(hidden + v * a.D, a.D, 1, right, kTaps * L, depth,
+                                         to + v * 9 * L, 9 * L);
+    }
+    for (int64_t l = 0; l < L; ++l)
+      bias[j * L + l] = l < lanes ? static_cast<const T*>(a.bias[b.half])[channel + l] : T(0);
   }
-  alignas(kVectorBytes) T bias[L], line[L];
-  for (int64_t l = 0; l < L; ++l)
-    bias[l] = l < b.lanes ? static_cast<const T*>(a.bias[b.half])[b.channel + l] : T(0);
   T* out = static_cast<T*>(a.table) + b.half * a.C + b.channel;
   std::fill(out, out + b.lanes, T(0));
   for (int64_t u = 1; u < a.U; ++u) {
     const int32_t* w = rows.windows + u * 9;
-    Vec<T> sum = get(bias);
+    for (int64_t j = 0; j < vectors; ++j) {
+      Vec<T> sum = get(bias + j * L);
 #pragma GCC unroll 9
-    for (int tap = 0; tap < 9; ++tap) sum += get(t + (int64_t(w[tap]) * 9 + tap) * L);
-    T* o = out + u * 2 * a.C;
-    if (b.lanes == L) {
-      put(o, sum);
-    } else {
-      put(line, sum);
-      std::copy(line, line + b.lanes, o);
+      for (int tap = 0; tap < 9; ++tap) sum += get(t + j * plane + (int64_t(w[tap]) * 9 + tap) * L);
+      T* o = out + u * 2 * a.C + j * L;
+      if (b.lanes - j * L >= L) {
+        put(o, sum);
+      } else {
+        put(line, sum);
+        std::copy(line, line + b.lanes - j * L, o);
+      }
     }
   }
 }
@@ -124,19 +134,19 @@ void one_level(const WindowTableArgs& a, const Block& b, const Rows& group, T* p
 
 template <class T> void plan(const WindowTableArgs& a, int64_t* blocks, int64_t* scratch_bytes) {
   constexpr int64_t L = Lanes<T>::n;
-  const int64_t width = a.one_level ? kWide * L : L, per_group = a.C / a.groups;
+  const int64_t width = (a.one_level ? kWide : kLine) * L, per_group = a.C / a.groups;
   *blocks = 2 * a.groups * ((per_group + width - 1) / width);
   const int64_t packed = a.D / a.groups * 9 * width;
-  *scratch_bytes = int64_t(sizeof(T)) * (packed + (a.one_level ? 0 : a.V * 9 * L)) +
+  *scratch_bytes = int64_t(sizeof(T)) * (packed + (a.one_level ? 0 : a.V * 9 * width)) +
                    (a.kinds == nullptr ? 0 : int64_t(sizeof(int32_t)) * a.U * 9);
 }
 
 template <class T>
 void window_table(const WindowTableArgs& a, int64_t begin, int64_t end, void* scratch) {
   constexpr int64_t L = Lanes<T>::n;
-  const int64_t width = a.one_level ? kWide * L : L;
+  const int64_t width = (a.one_level ? kWide : kLine) * L;
   T *packed = static_cast<T*>(scratch), *t = packed + a.D / a.groups * 9 * width;
-  int32_t* own = reinterpret_cast<int32_t*>(t + (a.one_level ? 0 : a.V * 9 * L));
+  int32_t* own = reinterpret_cast<int32_t*>(t + (a.one_level ? 0 : a.V * 9 * width));
   Rows rows{a.windows, a.V};
   int64_t known = -1;
   for (int64_t i = begin; i < end; ++i) {

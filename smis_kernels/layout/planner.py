@@ -65,9 +65,9 @@ class Rates(NamedTuple):
 
 
 CPU_RATES = Rates(130.0, 170.0, 175.0, 16.0)  # two threads (benchmarks/NOTES.md)
-# How many multiply-adds take as long as numbering a 3x3 window for a group of channels, and as
-# writing a 5x5 window by the rows of a group (benchmarks/NOTES.md).
-NUMBERED, RENAMED = 1500.0, 500.0
+# How many multiply-adds take as long as numbering for groups, however few windows there are, as
+# numbering one 3x3 window, and as writing a 5x5 window by a group's rows (benchmarks/NOTES.md).
+NUMBERING, NUMBERED, RENAMED = 15e6, 1000.0, 500.0
 LAUNCH = 2000.0  # nanoseconds of one kernel in a CUDA graph, however little it does
 # Kernels of a path in a frozen network, the pass over the features excepted, which all have: planes
 # (cast, gather), two convs and a ReLU; embedding (product, sum) and table (product, and sum).
@@ -158,8 +158,8 @@ def _rows_of_a_group(own: GroupWindows) -> float:
 def _gain_of_own(norm: ModulationConvs, own: GroupWindows, v: int, u: int, rates: Rates) -> float:
     """Nanoseconds that groups' own windows save of a table of ``v`` 3x3 and ``u`` 5x5 windows."""
     rows = _rows_of_a_group(own)
-    found = len(own.counts) * (v * NUMBERED + u * RENAMED) / rates.two_level
-    return (v - rows) * _products_of_rows(norm, rates) - found
+    found = NUMBERING + len(own.counts) * (v * NUMBERED + u * RENAMED)
+    return (v - rows) * _products_of_rows(norm, rates) - found / rates.two_level
 
 
 def own_windows(norm: ModulationConvs, layout: LabelLayout, windows3: Tensor, count: int,
@@ -178,7 +178,7 @@ def own_windows(norm: ModulationConvs, layout: LabelLayout, windows3: Tensor, co
     v, symbols = len(windows3) - 1, len(layout.vectors) - 1
     # Groups that see none of a map's symbols share a numbering, and a symbol lies in at most two.
     numberings = min(len(ranges), 2 * symbols + 1)
-    bound = (numberings * v * NUMBERED + layout.vectors.numel()) / rates.two_level
+    bound = (NUMBERING + numberings * v * NUMBERED + layout.vectors.numel()) / rates.two_level
     if 4 * bound > v * _products_of_rows(norm, rates):
         return None
     own = layout.group_windows(windows3, ranges)
