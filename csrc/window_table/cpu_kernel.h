@@ -43,7 +43,7 @@ struct WindowScatterArgs {
 
 }  // namespace smis
 
-// Column blocks: of one register row of channels (two-level) or of four (one-level) within a group,
+// Column blocks: of a cache line of channels (two-level) or four register rows (one-level) of a group,
 // gamma's first. Scratch: see the two functions below.
 SMIS_DECLARE_KERNEL(window_table_kernel, const WindowTableArgs&, int64_t begin, int64_t end, void* scratch)
 SMIS_DECLARE_KERNEL(window_table_plan, const WindowTableArgs&, int64_t* blocks, int64_t* scratch_bytes)
