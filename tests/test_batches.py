@@ -140,8 +140,9 @@ def test_evaluation_takes_the_held_out_split(folder: Path, monkeypatch: pytest.M
         return build_dataset(name, root, preset, split, **options)
 
     monkeypatch.setattr(evaluating, "build_dataset", asking)
-    monkeypatch.setattr(evaluating, "load_model", lambda *_: create_model(
-        "groupdnet_deepfashion", ngf=8, nef=8, image_size=(64, 64), upsampling="normal").eval())
+    network = create_model("groupdnet_deepfashion", ngf=8, nef=8, image_size=(64, 64),
+                           upsampling="normal").eval()
+    monkeypatch.setattr(cli.common.Chosen, "load", lambda _: network)
     command = ["evaluate", "--model", "groupdnet_deepfashion", "--dataset", "folder", "--root",
                str(folder), "--out", str(tmp_path / "r.json"), "--distance", "pixel"]
     CliRunner().invoke(cli.app, command)

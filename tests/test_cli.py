@@ -325,3 +325,20 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
     code, out, _ = smis("features", "--convert", official, "--out", tmp_path / "converted.npz")
     assert code == 0
     assert "2 clusters of 1 classes" in out
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["synthesize", "--labels", "a", "--out", "b", "--samples", "0"], "samples: "),
+    (["paint", "--port", "99999"], "port: "),
+    (["synthesize", "--labels", "a"], "out: "),
+    (["synthesize", "--smaples", "3"], "No such option: --smaples"),
+    (["paints"], "No such command 'paints'"),
+    (["evaluate", "more", "--out", "b"], "Got unexpected extra argument"),
+])
+def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
+    code, out, error = smis(*words)
+    assert (code, out) == (2, "")
+    command = "smis" if words == ["paints"] else f"smis {words[0]}"
+    assert error.startswith(f"error: {said}")
+    assert error.endswith(f"; `{command} --help` shows what it takes\n")
+    assert error.count("\n") == 1

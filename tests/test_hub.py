@@ -13,7 +13,7 @@ from small_models import NAMES, small_model, small_options
 from torch import nn
 
 from smis_models import CheckpointError, SynthesisModel, create_model, save_checkpoint
-from smis_models.cli.common import load_model, preset_of
+from smis_models.cli.common import chosen
 from smis_models.io import hub
 from smis_models.io.files import file_hash
 
@@ -78,10 +78,10 @@ def test_the_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_the_command_line_reads_the_folder(tmp_path: Path) -> None:
     model = saved(tmp_path)
-    assert preset_of(NAME, tmp_path) == model.preset
-    assert_same(load_model(NAME, tmp_path, torch.device("cpu"), 0), model)
+    assert chosen(NAME, tmp_path).preset == model.preset
+    assert_same(chosen(NAME, tmp_path).load(), model)
     with pytest.raises(CheckpointError, match="is spade_ade20k, not spade_coco"):
-        load_model("spade_coco", tmp_path, torch.device("cpu"), 0)
+        chosen("spade_coco", tmp_path).load()
 
 
 def test_weights_of_others_are_read_with_the_config(tmp_path: Path) -> None:
