@@ -197,11 +197,11 @@ __device__ Range readers(const ClassCropsArgs& a, const Box& box, int32_t y, int
 }
 
 // Sums over each lane's range, of `count` channels from `channel` on. A range that one lane would
-// take long over (a small box, stretched far) is summed by the whole warp, lane after lane: the order
-// is fixed.
-template <class T, int CH>
-__device__ void range_sums(const ClassCropsArgs& a, int64_t n, int32_t channel, int count, Range range,
-                           Acc<T> (&sum)[CH]) {
+// take long over (a small box, stretched far) is summed by the whole warp, lane after lane: the
+// order is fixed.
+template <class T, int CH> __device__ void range_sums(const ClassCropsArgs& a, int64_t n,
+                                                      int32_t channel, int count, Range range,
+                                                      Acc<T> (&sum)[CH]) {
   constexpr int32_t kAlone = 32;
   const int lane = threadIdx.x & kLane;
   const int32_t area = range.area();
@@ -246,8 +246,8 @@ template <class T> __global__ void backward_kernel(ClassCropsArgs a) {
           const int32_t c = first + step;
           Acc<T> mask = 0;
           if (inside && c >= 0) mask = a.planes ? load(*at<T>(a.semantics, n, c, y, x)) : Acc<T>(1);
-          const Range range = mask != Acc<T>(0) ? readers(a, a.boxes[n * a.C + c], y, x)
-                                                : Range{0, 0, 0, 0};
+          const Range range =
+              mask != Acc<T>(0) ? readers(a, a.boxes[n * a.C + c], y, x) : Range{0, 0, 0, 0};
           if (!__any_sync(kWarp, range.area() > 0)) continue;
           Acc<T> sum[kTogether];
           range_sums<T>(a, n, c * channels + k, channels - k, range, sum);

@@ -15,10 +15,11 @@ constexpr int64_t kLeastChannels = 8;
 
 // Instances in open addressing. One is known by the first of its pixels to arrive, its owner.
 struct Instances {
-  int64_t* total = nullptr;   // rows in use, and an id that is out of range, else 0
-  int32_t* table = nullptr;   // [capacity] an owner + 1, or 0
+  int64_t* total = nullptr;  // rows in use, and an id that is out of range, else 0
+  int32_t* table = nullptr;  // [capacity] an owner + 1, or 0
   int32_t capacity = 0;
-  int32_t* owners = nullptr;  // (N, H, W): -2 - the row of an owner, another pixel's owner, -1 for none
+  int32_t* owners =
+      nullptr;  // (N, H, W): -2 - the row of an owner, another pixel's owner, -1 for none
   int32_t plane = 1;
   Divider<int32_t> by_plane;
 };
@@ -41,8 +42,8 @@ __device__ bool same(const Id* ids, const Instances& t, int32_t p, long long id,
 }
 
 // The owner of the instance of pixel p, which becomes it where there is none.
-template <class Id>
-__device__ int32_t find(const Id* ids, const Instances& t, int32_t p, uint32_t hash, int32_t image) {
+template <class Id> __device__ int32_t find(const Id* ids, const Instances& t, int32_t p,
+                                            uint32_t hash, int32_t image) {
   for (int32_t i = int32_t(uint64_t(hash) * uint32_t(t.capacity) >> 32);;) {
     int32_t held = now(t.table[i]);  // most find it there
     if (held == 0) held = atomicCAS(t.table + i, 0, p + 1);
@@ -102,7 +103,9 @@ __device__ int32_t owner_at(const PoolArgs& a, int64_t p) {
   const int32_t owner = a.owners[p];
   return owner < -1 ? int32_t(p) : owner;
 }
-__device__ int64_t row_of(const PoolArgs& a, int32_t owner) { return -2 - int64_t(a.owners[owner]); }
+__device__ int64_t row_of(const PoolArgs& a, int32_t owner) {
+  return -2 - int64_t(a.owners[owner]);
+}
 
 __global__ void clear_kernel(PoolArgs a) {
   const int64_t rows = *a.total;
@@ -113,9 +116,9 @@ __global__ void clear_kernel(PoolArgs a) {
 
 // Sums of the lanes that share an owner: one atomic for each owner of many lanes, and one for each
 // lane of an owner that few share. All lanes take part; those of owner -1 add nothing.
-template <class A, int CH>
-__device__ void add_runs(const PoolArgs& a, int64_t c, int count, int32_t owner, int32_t seen,
-                         const A (&sum)[CH]) {
+template <class A, int CH> __device__ void add_runs(const PoolArgs& a, int64_t c, int count,
+                                                    int32_t owner, int32_t seen,
+                                                    const A (&sum)[CH]) {
   constexpr int kFew = 3;
   const int lane = threadIdx.x & kLane;
   const bool counted = a.c0 + c == 0;
@@ -149,7 +152,8 @@ __device__ void add_runs(const PoolArgs& a, int64_t c, int count, int32_t owner,
 }
 
 // A warp takes 32 columns and walks down kRun rows: reads are coalesced, and a column changes its
-// id rarely. What the warps of a block end with is added once. blockIdx.y: image, group of channels.
+// id rarely. What the warps of a block end with is added once. blockIdx.y: image, group of
+// channels.
 template <class T, int CH> __global__ void sum_planes_kernel(PoolArgs a) {
   using A = Acc<T>;
   __shared__ double block_sums[kWarps][CH];
@@ -163,7 +167,8 @@ template <class T, int CH> __global__ void sum_planes_kernel(PoolArgs a) {
     const int64_t n = group / groups, c = group % groups * CH, image = n * height * width;
     const int count = int(a.channels - c < CH ? a.channels - c : CH);
     const T* x = static_cast<const T*>(a.x.data) + n * a.x.n + (a.c0 + c) * a.x.c;
-    for (int64_t base = int64_t(blockIdx.x) * kWarps; base < tiles; base += int64_t(gridDim.x) * kWarps) {
+    for (int64_t base = int64_t(blockIdx.x) * kWarps; base < tiles;
+         base += int64_t(gridDim.x) * kWarps) {
       const int32_t tile = int32_t(base) + warp;
       const int32_t column = tile / strips * 32 + lane, top = tile % strips * kRun;
       const int32_t bottom = tile >= tiles ? top : top + kRun < height ? top + kRun : height;
@@ -240,7 +245,9 @@ template <class T> __global__ void sum_rows_kernel(PoolArgs a) {
     for (int64_t i = blockIdx.x; i < bundles * groups; i += gridDim.x) {
       const int64_t bundle = i / groups, c = (i - bundle * groups) * 32 + lane;
       const int64_t first = (bundle * kWarps + warp) * kPiece;
-      const int count = int(first >= pixels ? 0 : first + kPiece < pixels ? kPiece : pixels - first);
+      const int count = int(first >= pixels           ? 0
+                            : first + kPiece < pixels ? kPiece
+                                                      : pixels - first);
       const T* x = static_cast<const T*>(a.x.data) + n * a.x.n + a.c0 + c + first * a.x.p;
       const int32_t owners = lane < count ? owner_at(a, n * pixels + first + lane) : -1;
       int32_t owner = -1, seen = 0;
@@ -343,9 +350,9 @@ __global__ void spread_rows_kernel(PoolArgs a, Divider<I> by_packs) {
   }
 }
 
-template <class Id>
-__global__ void list_kernel(const Id* ids, int64_t pixels, Instances t, const int32_t* held,
-                            int64_t* image, int64_t* id, int64_t* counts) {
+template <class Id> __global__ void list_kernel(const Id* ids, int64_t pixels, Instances t,
+                                                const int32_t* held, int64_t* image, int64_t* id,
+                                                int64_t* counts) {
   for (int64_t p = thread_index(); p < pixels; p += thread_stride()) {
     const int32_t owner = t.owners[p];
     if (owner >= -1) continue;
@@ -425,8 +432,7 @@ template <class T> void sum_block(const PoolArgs& a, bool last, const Launch& la
   launch.check();
 }
 
-template <class T, int V>
-void spread_rows(const PoolArgs& a, const Launch& launch) {
+template <class T, int V> void spread_rows(const PoolArgs& a, const Launch& launch) {
   const int64_t packs = a.channels / V, items = a.H * a.W * packs;
   if (items < int64_t(1) << 31)
     spread_rows_kernel<T, V, int32_t>

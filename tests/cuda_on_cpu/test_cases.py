@@ -340,6 +340,30 @@ def test_strides_beyond_32_bits() -> None:
     close(y, spatially_varying_conv2d(near.double(), weight.double(), backend="reference"), 20)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_beside_its_constants(stride: int, dtype: torch.dtype) -> None:
+    """Packs beside those of a warp and a block, channels that are no whole packs, both formats."""
+    for channels, width in ((8, 15), (8, 16), (8, 17), (8, 127), (8, 128), (8, 129), (17, 5),
+                            (130, 4), (280, 3), (1041, 2)):
+        generator = torch.Generator().manual_seed(channels + width)
+        x = torch.randn((1, channels, 2, stride * width), generator=generator).to(dtype)
+        weight = torch.randn((1, 9 * channels, 2 // stride, width), generator=generator).to(dtype)
+
+        def results(backend: str, *inputs: Tensor) -> list[Tensor]:
+            def call(a: Tensor, b: Tensor) -> Tensor:
+                return spatially_varying_conv2d(a, b, stride=stride, backend=backend)
+            return [call(*inputs), *gradients(call, inputs)]
+
+        truth = results("reference", x.double(), weight.double())
+        for layout in ("contiguous", "channels_last"):
+            inputs = with_memory_format(x, layout), with_memory_format(weight, layout)
+            with poisoned_empty():
+                found = results("cuda", *inputs)
+            for got, exact in zip(found, truth, strict=True):
+                assert max_error(got, exact) < 5 * BOUND[dtype]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4, 5, 8, 9])
 def test_crops_of_planes_are_those_of_labels(channels: int) -> None:
     """The gradient of pixels under no mask is not read, whatever it holds."""
