@@ -50,7 +50,8 @@ def test_a_missing_library_is_no_silent_fallback(name: str,
 
 
 # These tell explain nothing of their own: the modules that call them do.
-INNER = {"window_table", "window_embedding", "number_vectors", "number_windows", "label_conv"}
+INNER = {"window_table", "window_embedding", "number_vectors", "number_windows", "group_windows",
+         "label_conv"}
 
 
 @needs_cpu

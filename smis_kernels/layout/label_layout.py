@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.instance_edges.op import instance_edges
-from ..ops.label_windows.op import number_vectors, number_windows
+from ..ops.label_windows.op import (
+    GroupWindows,
+    group_windows,
+    number_vectors,
+    number_windows,
+)
 from ..runtime.backend import refuse_trace
 from ..runtime.check import INTEGERS, check_device, check_range, check_shape, check_tensor
 
@@ -95,6 +100,7 @@ class LabelLayout:
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
         self.symbols, self.vectors = symbols, vectors
         self._levels: dict[tuple[int, int], WindowLevel] = {}
+        self._own: dict[Any, tuple[Tensor, GroupWindows]] = {}
         self.tables: TableCache | None = None
 
     @classmethod
@@ -196,6 +202,20 @@ class LabelLayout:
         inner = (3 * (rows - tap_y) + columns - tap_x).flatten().to(level.windows5.device)
         return level.windows3[level.windows5.long()[:, tap], inner]
 
+    def group_windows(self, windows3: Tensor,
+                      ranges: tuple[tuple[int, int], ...]) -> GroupWindows:
+        """The 3x3 windows of this layout's symbols as groups of channels tell them apart, kept.
+
+        ``ranges``: of each group the channels (begin, end) of the vectors that it reads.
+        """
+        key = id(windows3), ranges
+        if key not in self._own:
+            # No inference tensors: later calls may ask for gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                made = group_windows(self.vectors, windows3, ranges, backend="auto")
+            self._own[key] = windows3, made  # held, so that its id stays its own
+        return self._own[key][1]
+
     def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
         """The layout of ``function`` applied to every pixel's vector: (S, K) -> (S, K').
 
@@ -214,7 +234,7 @@ class LabelLayout:
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tables": None}
+        return {**self.__dict__, "tables": None, "_own": {}}
 
     def __repr__(self) -> str:
         n, k, h, w = self.shape
@@ -335,6 +355,10 @@ class TableCache:
     def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
             table: Tensor) -> None:
         self._kept[owner, size] = (layout, table)
+
+    def lacks(self, owner: Any, size: tuple[int, int]) -> bool:
+        """Whether the owner's table at ``size`` is to be made of all windows."""
+        return all((owner, size) not in kept for kept in (self._kept, self._earlier or {}))
 
     def items(self) -> Iterator[tuple[tuple[nn.Module, tuple[int, int]], Tensor]]:
         """((owner, size), table) of all tables kept."""
