@@ -273,9 +273,9 @@ def count_layout(name: str, maps: Maps) -> tuple[LabelLayout, dict[str, int]]:
             stack.enter_context(mock.patch.object(owner, attribute, value))
         stack.enter_context(without_a_gpu())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        held = [None if t is None else _fake(t) for t in (labels, instances)]
+        held, ids = _fake(labels), None if instances is None else _fake(instances)
         with Count() as count:
-            compiled = semantics.compile_layout(held[0], preset, held[1])
+            compiled = semantics.compile_layout(held, preset, ids)
         counts = {"operations": count.operations.total(), "launches": count.launches.total(),
                   "waits": count.waits + _Counted.asked}
         with Count() as using:

@@ -131,7 +131,7 @@ class _Reading:
                                    "when it was made; make it before the capture")
             if self._sent is not None:
                 self._sent.synchronize()
-            self._read = self._held.tolist()
+            self._read, self._held = self._held.tolist(), None
         return self._read
 
 
