@@ -6,18 +6,23 @@ import math
 import mmap
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from smis_kernels.runtime.native import cuda_emulated
 
 if not cuda_emulated():
     pytest.skip("SMIS_CUDA_EMULATED=1 runs it", allow_module_level=True)
 
-from cuda_on_cpu.plugin import DEVICE, MODE, SEED
+from cuda_on_cpu.plugin import CALLS, DEVICE, MODE, SEED
 
+from benchmarks.launches import NATIVE
+from smis_kernels import LabelLayout
+from smis_kernels.layout import label_layout
 from smis_kernels.ops.class_crops.op import class_boxes, class_crops
 from smis_kernels.ops.instance_edges.op import instance_edges
 from smis_kernels.ops.instance_pool.op import (
@@ -27,8 +32,15 @@ from smis_kernels.ops.instance_pool.op import (
     instance_means_op,
     instance_pool_op,
 )
-from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.label_windows.op import (
+    NumberedLevel,
+    number_labels,
+    number_levels,
+    number_vectors,
+    number_windows,
+)
 from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
+from smis_kernels.runtime.library import raw_ops
 from smis_kernels.testing import (
     MEMORY_FORMATS,
     gradients,
@@ -212,7 +224,55 @@ def vectors(d: Draw) -> None:
         same(got, expected)
 
 
-CASES = (edges, pool, conv, crops, windows, vectors)
+def same_levels(got: tuple[list[NumberedLevel], Tensor],
+                expected: tuple[list[NumberedLevel], Tensor]) -> None:
+    (levels, counts), (truth, expected_counts) = got, expected
+    assert torch.equal(counts, expected_counts), (counts.tolist(), expected_counts.tolist())
+    for a, b, v, u in zip(levels, truth, *counts.tolist(), strict=True):
+        same((a.symbols, a.index3, a.index5), (b.symbols, b.index3, b.index5))
+        for rows, expected_rows, count in ((a.windows3, b.windows3, v),
+                                           (a.windows5, b.windows5, u)):
+            assert rows.shape == expected_rows.shape
+            assert torch.equal(rows[: count + 1], expected_rows[: count + 1])
+        assert all(t.storage_offset() % 64 == 0 for t in a)  # torch's memory begins at 512 bytes
+
+
+def levels(d: Draw) -> None:
+    n, h, w = d.random.randint(1, 3), d.size(), d.size()
+    map_ = d.map(n, h, w, torch.int32, 1)
+    if d.random.random() < 0.85:
+        map_ = map_.remainder(2**21 - 1) + 1
+    elif d.random.random() < 0.5:
+        map_[-1, -1, d.random.randrange(w)] = d.random.choice((0, -1, -(2**31)))
+    sizes = [(h, w) if d.random.random() < 0.3 else (d.size(40), d.size(40))
+             for _ in range(d.random.choice((1, 2, 5, 16)))]
+    limits = [d.random.choice((10**9, n * i * j, n * i * j // 2, 9, 1, 0)) for i, j in sizes]
+    before = DEVICE.waits
+    got = number_levels(map_, sizes, limits, backend="cuda")
+    assert DEVICE.waits == before
+    same_levels(got, number_levels(map_, sizes, limits, backend="reference"))
+
+
+def labels(d: Draw) -> None:
+    dtype = d.random.choice(INTEGERS)
+    classes = d.random.choice((1, 2, 7, 100, 255, 256, 257, 600))
+    shape = d.random.randint(1, 3), d.size(), d.size()
+    most = min(classes, torch.iinfo(dtype).max + 1)
+    map_ = torch.randint(most, shape, generator=d.torch).to(dtype)
+    if d.random.random() < 0.4:
+        ends = (torch.iinfo(dtype).min, -1, classes, torch.iinfo(dtype).max)
+        fitting = [v for v in ends if torch.iinfo(dtype).min <= v <= torch.iinfo(dtype).max]
+        map_[torch.rand(shape, generator=d.torch) < 0.1] = d.random.choice(fitting)
+    map_ = with_memory_format(map_[:, None], d.random.choice(MEMORY_FORMATS))[:, 0]
+    edges_ = None
+    if d.random.random() < 0.5:
+        edges_ = torch.randint(3, shape, generator=d.torch).to(torch.uint8)
+    got = number_labels(map_, edges_, classes, backend="cuda")
+    for a, b in zip(got, number_labels(map_, edges_, classes, backend="reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+CASES = (edges, pool, conv, crops, windows, vectors, levels, labels)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
@@ -310,6 +370,97 @@ def test_far_more_windows_than_the_limit() -> None:
         (same if count <= limit else lambda a, b: refused(a))(got, expected)
 
 
+def test_each_level_has_its_own_limit() -> None:
+    map_ = torch.randint(1, 4, (2, 33, 40), generator=torch.Generator().manual_seed(4)).int()
+    sizes = [(33, 40), (16, 20), (8, 10), (1, 1)]
+    _, counts = number_levels(map_, sizes, [10**6] * 4, backend="reference")
+    for of in range(2):  # 3x3 windows fit and 5x5 ones do not, or both, or neither
+        exact = counts[of].tolist()
+        for less in (0, 1):
+            for level in range(4):
+                limits = [10**6 if i != level else c - less for i, c in enumerate(exact)]
+                same_levels(number_levels(map_, sizes, limits, backend="cuda"),
+                            number_levels(map_, sizes, limits, backend="reference"))
+
+
+def test_windows_of_a_level_that_is_refused_leave_its_neighbours_alone() -> None:
+    map_ = torch.ones((1, 16, 64), dtype=torch.int32)
+    map_[0, 3, 5] = 2**21  # which only the whole map reads
+    sizes = [(8, 32), (16, 64), (4, 16)]
+    got = number_levels(map_, sizes, [10**6] * 3, backend="cuda")
+    assert (got[1] >= 0).tolist() == [[True, False, True]] * 2
+    assert not got[0][1].index3.any() and not got[0][1].index5.any()
+    same_levels(got, number_levels(map_, sizes, [10**6] * 3, backend="reference"))
+
+
+def test_fakes_are_shaped_as_the_kernels_results() -> None:
+    with FakeTensorMode() as mode:
+        for n, h, w in ((1, 1, 1), (2, 33, 40)):
+            map_ = torch.ones((n, h, w), dtype=torch.int32)
+            sizes, limits = [h, w, 5, 7], [3, 10**6]
+            edges_ = map_.byte()
+            for op, arguments in (("number_levels", (map_, sizes, limits)),
+                                  ("number_labels", (map_, None, 5)),
+                                  ("number_labels", (map_, edges_, 5))):
+                faked = raw_ops[op].overload(*(mode.from_tensor(torch.ones(
+                    a.shape, dtype=a.dtype), ) if isinstance(a, Tensor) else a
+                    for a in arguments))
+                with unset_fake_temporarily():
+                    real = raw_ops[op]("cuda", *(torch.ones(a.shape, dtype=a.dtype) if isinstance(
+                        a, Tensor) else a for a in arguments))
+                for a, b in zip(real, faked, strict=True):
+                    assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def test_launches_are_those_that_the_benchmark_counts() -> None:
+    # Memory sets and copies leave no trace here: two for every numbering with a cleared result.
+    others = {"number_vectors": 1, "number_windows": 3, "number_labels": 2, "number_levels": 3}
+    map_ = torch.ones((1, 8, 9), dtype=torch.int32)
+    for name, call in (
+        ("number_vectors", lambda: number_vectors(map_[:, None].float(), 9, backend="cuda")),
+        ("number_windows", lambda: number_windows(map_, 99, backend="cuda")),
+        ("number_labels", lambda: number_labels(map_, map_.byte(), 3, backend="cuda")),
+        ("number_levels", lambda: number_levels(map_, [(8, 9), (4, 4), (1, 2)], [99, 99, 99],
+                                                backend="cuda")),
+    ):
+        before = sum(kernel[0] for kernel in DEVICE.kernels().values())
+        call()
+        kernels = sum(kernel[0] for kernel in DEVICE.kernels().values()) - before
+        assert kernels + others[name] == NATIVE[name], name
+
+
+@pytest.mark.parametrize("edge", [False, True])
+def test_a_layout_is_compiled_on_the_device_as_on_the_cpu(
+        edge: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``LabelLayout`` on its way for a GPU, with the kernels emulated."""
+    def on_device(op: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, backend: op(*arguments, backend="cuda")
+
+    random = torch.Generator().manual_seed(3)
+    coarse = torch.randint(2, 9, (2, 9, 11), generator=random)
+    map_ = coarse.repeat_interleave(7, 1).repeat_interleave(7, 2)
+    ids = map_ // 2 if edge else None
+    sizes = [(63, 77), (16, 20), (5, 7), (1, 1)]
+    cpu = LabelLayout.from_labels(map_, 10, instances=ids)
+    expected = {size: vars(cpu.level(size)) for size in sizes}
+    monkeypatch.setattr(label_layout, "_device_kernels", lambda map: True)
+    for name in ("number_levels", "number_labels"):
+        monkeypatch.setattr(label_layout, name, on_device(getattr(label_layout, name)))
+    label_layout._sizes_asked.cache_clear()
+    before = CALLS["number_levels"], DEVICE.waits
+    for again in range(2):
+        device = LabelLayout.from_labels(map_, 10, instances=ids)
+        assert torch.equal(device.vectors, cpu.vectors)
+        assert torch.equal(device.symbols, cpu.symbols)
+        for size in sizes:
+            for key, value in expected[size].items():
+                assert torch.equal(getattr(device.level(size), key), value)
+        # One go for each size that is new, then one for all.
+        assert CALLS["number_levels"] - before[0] == len(sizes) + again
+    assert DEVICE.waits == before[1]
+    label_layout._sizes_asked.cache_clear()
+
+
 def far(x: Tensor, *strides: int) -> Tensor:
     """A view with these strides, in memory of which only the touched pages exist."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
@@ -384,6 +535,8 @@ def test_host_waits() -> None:
     for waits, call in (
         (1, lambda: number_windows(ids.int() + 1, 99, backend="cuda")),
         (1, lambda: number_vectors(x, 99, backend="cuda")),
+        (0, lambda: number_levels(ids.int() + 1, [(4, 4), (8, 9)], [9, 99], backend="cuda")),
+        (0, lambda: number_labels(ids, None, 15, backend="cuda")),
         (1, lambda: instance_means_op("cuda", x, ids)),
         (0, lambda: instance_pool_op("cuda", x, ids)),
         (0, lambda: class_crops(x, ids, 15, backend="cuda")),
