@@ -68,6 +68,20 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_keep_their_digits_far_out(dtype: torch.dtype) -> None:
+    """Both a gate that is nearly shut and what an open one lets through of the logits' gradient."""
+    logits = torch.linspace(-80, 80, 321, dtype=dtype).view(1, 1, 3, 107).requires_grad_()
+    x = torch.linspace(1, 2, 321, dtype=dtype).view(1, 1, 3, 107).requires_grad_()
+    y = conditional_attention(x, logits, backend="cpu")
+    features, opened, shut = x.double(), logits.double().sigmoid(), (-logits.double()).sigmoid()
+    for found, exact in zip((y, *torch.autograd.grad(y.sum(), (x, logits))),
+                            (features * opened, opened, features * opened * shut), strict=True):
+        error = (found.double() / exact - 1).abs().max()
+        assert float(error) < 16 * torch.finfo(dtype).eps
+
+
+@needs_cpu
 def test_every_element_is_written() -> None:
     with poisoned_empty():
         for layout in ("contiguous", "channels_last"):

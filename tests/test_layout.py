@@ -109,6 +109,7 @@ def test_layouts_move_pickle_and_report() -> None:
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"labels": torch.full((1, 4, 4), 255)}, "expected labels 0..4, got 255"),
     ({"labels": torch.full((1, 4, 4), -1)}, "expected labels 0..4, got -1"),
+    ({"labels": torch.full((1, 4, 4), 5)}, "expected labels 0..4, got 5"),
     ({"labels": torch.zeros(1, 4, 4)}, "labels: expected dtype"),
     ({"labels": torch.zeros(4, 4, dtype=torch.long)}, "labels: expected (N, H, W)"),
     ({"instances": torch.zeros(1, 4, 5, dtype=torch.long)}, "instances: expected shape (1, 4, 4)"),
@@ -212,6 +213,8 @@ def test_the_choice_is_explained() -> None:
     chosen = choice(segmap)
     assert chosen.path in TABLES
     assert {"V", "U", "pixels", "expected_gain"} <= set(chosen.numbers)
+    both = choice(torch.cat([segmap] * 2), torch.cat([x] * 2))
+    assert (chosen.numbers["pixels"], both.numbers["pixels"]) == (64 * 64, 2 * 64 * 64)
     soft = choice(torch.rand(1, 9, 128, 128))
     assert (soft.path, soft.reason) == ("dense", "the map's vectors do not repeat (or hold NaN)")
     nan = segmap.clone()
