@@ -114,10 +114,15 @@ def test_a_block_that_raises_changes_nothing_behind_it(name: str,
     monkeypatch.setattr(swap._sizes, "any", False)
     block, state = BLOCKS[name]
     before = state()
-    for _ in range(2):
-        with pytest.raises(KeyError), block():
+
+    def interrupted() -> None:
+        with block():
             assert state() != before
             raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            interrupted()
         assert state() == before
 
 
