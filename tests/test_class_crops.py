@@ -276,6 +276,9 @@ def test_masks_that_require_a_gradient_take_the_reference_path() -> None:
     assert bool((masks.grad != 0).any())
     with pytest.raises(BackendError, match="no gradient for semantics"):
         class_crops(image, masks, 2, backend="cpu")
+    with torch.no_grad():  # none is wanted
+        crops = class_crops(image, masks, 2, backend="auto" if missing("cpu") else "cpu")
+    assert _same(crops, class_crops(image, masks.detach(), 2, backend="reference"))
 
 
 @needs_cpu

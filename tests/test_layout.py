@@ -387,6 +387,23 @@ def test_symbols_of_equal_vectors_are_one_to_a_match() -> None:
     assert torch.equal(match_windows(merged[0], turned, (2, 2), reach=1), torch.arange(5))
 
 
+@needs_cpu
+@pytest.mark.parametrize("path", TABLES)
+def test_mapped_vectors_leave_the_outside_zero(path: str) -> None:
+    """As a conv of the mapped planes pads them, whatever the function makes of zero."""
+    norm, weights = SPADE(6, 3, 5).double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    labels = blocky(1, 9, 11, 4)
+    layout = LabelLayout.from_labels(labels, 4)
+    layout.vectors = layout.vectors.double()
+    mapped = layout.map_vectors(lambda vectors: (vectors @ weights).cos())
+    planes = (one_hot(labels, 4).permute(0, 2, 3, 1) @ weights).cos().permute(0, 3, 1, 2)
+    x = torch.randn(1, 6, 9, 11, dtype=torch.float64)
+    with use_backend("reference"):
+        expected = norm(x, planes)
+    with use_path(path):
+        assert max_error(norm(x, mapped), expected) < 1e-12
+
+
 def test_norms_on_vectors_that_differ_otherwise_share_no_match() -> None:
     """What one norm cannot tell apart another can."""
     labels = torch.randint(3, (1, 16, 16), generator=torch.Generator().manual_seed(0))
