@@ -190,10 +190,12 @@ def test_nothing_is_kept_outside_in_training_or_with_gradients(network: Network)
     assert all(p.grad is not None for p in network.parameters())
     kept = [key[0] for key in store._kept]
     assert "gamma and beta" not in kept
-    network.train()
-    with prepared.checked(), torch.no_grad():
-        network(*inputs())
-    assert prepared._store is None
+    for part in (network, network.first.param_free_norm):  # all of it, and one part alone
+        network.eval()
+        part.train()
+        with prepared.checked(), torch.no_grad():
+            network(*inputs())
+        assert prepared._store is None
 
 
 def test_the_gradients_are_those_without(network: Network) -> None:
