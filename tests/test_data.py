@@ -25,7 +25,9 @@ from smis_models.data import (
     modulation_sizes,
     write_scenes,
 )
+from smis_models.data.doctor import LABEL_RULES
 from smis_models.data.preprocess import MODES
+from smis_models.data.scenes import LANDSCAPE, MODE_NAMES
 from smis_models.families import (
     ADE20K,
     CITYSCAPES,
@@ -184,8 +186,11 @@ def test_published_load_sizes(tmp_path):
     assert train.preprocess == Preprocess("resize_and_crop", (256, 256), (286, 286))
     assert held_out.preprocess == Preprocess("resize_and_crop", (256, 256), (256, 256),
                                              augment=False)
-    other = build_dataset(name, tmp_path, preset, mode="scale_width_and_crop", load=(300, 600))
-    assert other.preprocess == Preprocess("scale_width_and_crop", (256, 256), (300, 600))
+    other = build_dataset(name, tmp_path, preset, mode="scale_width_and_crop", load=(300, 600),
+                          flip=False, seed=4)
+    assert other.preprocess == Preprocess("scale_width_and_crop", (256, 256), (300, 600),
+                                          flip=False)
+    assert (other.seed, train.seed, train.unknown) == (4, 0, 182)
 
 
 @pytest.mark.parametrize("mode", ["crop", "scale_width_and_crop", "resize_and_crop"])
@@ -262,6 +267,12 @@ def test_doctor_passes_a_good_set(tmp_path, which):
     assert code == 0, out
     assert "no problems" in out
     assert "2 train, 2 val" in out
+
+
+@pytest.mark.parametrize("which", LABEL_RULES)
+def test_doctor_knows_what_the_models_read(which):
+    rule, preset = LABEL_RULES[which], FOLDER_FORMATS[which][1]
+    assert (rule.classes, rule.unknown) == (preset.classes, preset.dont_care)
 
 
 def test_doctor_counts_unknown_pixels_only_where_they_have_no_class(tmp_path):
@@ -440,7 +451,10 @@ def test_written_scenes_read_back_exactly(tmp_path):
                 assert torch.equal(a[key], b[key])
                 assert a[key].dtype == b[key].dtype
         modes = (tmp_path / "set" / split / "modes.csv").read_text().splitlines()
-        assert len(modes) == count + 1 and modes[1].startswith(f"{split}_000000,")
+        assert modes == [",".join(["scene", *LANDSCAPE])] + [",".join([
+            scene["name"], *(names[mode] for names, mode in
+                             zip(MODE_NAMES, scene["modes"].tolist(), strict=True))])
+            for scene in generated]
 
 
 def test_scenes_command(tmp_path):

@@ -453,7 +453,34 @@ def test_a_fresh_model_says_eval() -> None:
         model(model.semantics(torch.zeros(1, 128, 128).long()))
 
 
-# Names of classes.
+# Names of classes, by the numbers that the data sets' own pages list.
+CITYSCAPES = dict(zip(
+    (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),  # the evaluated
+    "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,"
+    "person,rider,car,truck,bus,train,motorcycle,bicycle".split(","), strict=True))
+# COCO's categories, whose ids are one more.
+COCO = {number - 1: name for number, name in {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train",
+    8: "truck", 9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign",
+    14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep",
+    21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
+    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove",
+    41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass",
+    47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
+    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza",
+    60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
+    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
+    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear",
+    89: "hair drier", 90: "toothbrush", 92: "banner", 157: "sky-other", 182: "wood"}.items()}
+ADE20K = {1: "wall", 2: "building", 3: "sky", 4: "floor", 5: "tree", 6: "ceiling", 7: "road",
+          8: "bed", 9: "windowpane", 10: "grass", 11: "cabinet", 12: "sidewalk", 13: "person",
+          20: "chair", 21: "car", 22: "water", 27: "sea", 61: "river", 62: "bridge",
+          63: "bookcase", 67: "flower", 77: "boat", 81: "bus", 91: "airplane", 110: "swimming pool",
+          117: "tent", 127: "animal", 128: "bicycle", 129: "lake", 137: "traffic light",
+          147: "shower", 149: "clock", 150: "flag"}
+
 
 def test_names_are_of_the_data_sets() -> None:
     for info in list_models():
@@ -461,10 +488,10 @@ def test_names_are_of_the_data_sets() -> None:
         names = class_names(info.name, preset.classes)
         assert len(names) == len(set(names)) == preset.classes
         assert (names[0] == "class 0") == info.name.endswith("deepfashion")
-    assert class_names("spade_coco", 183)[156] == "sky-other"
-    assert class_names("spade_coco", 183)[0] == "person"
-    assert class_names("groupdnet_ade20k", 151)[3] == "sky"
-    assert class_names("pix2pixhd_cityscapes_1024", 35)[26] == "car"
+    for model, count, published in (("spade_coco", 183, COCO), ("groupdnet_ade20k", 151, ADE20K),
+                                    ("pix2pixhd_cityscapes_1024", 35, CITYSCAPES)):
+        names = class_names(model, count)
+        assert {number: names[number] for number in published} == published
     assert class_names("groupdnet_scenes", 7)[0] == "class 0"
 
 
@@ -496,6 +523,12 @@ def test_captions_and_legends_have_their_sizes_and_ink() -> None:
     assert key.shape == (64, 64, 3)
     red = (key == (255, 0, 0)).all(2)
     assert red[:48].any() and not red[48:].any()  # the last line counts those without room
+    apart = [("sky", (0, 0, 255)), ("sea", (0, 255, 0)), ("sand", (255, 255, 0))]
+    key = legend(apart, (64, 64))
+    for row, (_, colour) in enumerate(apart):
+        assert (key[16 * row + 3 : 16 * row + 12, 3:12] == colour).all()
+    many = Scene("s", np.array([[4, 4, 4, 2, 2, 7]]), None)
+    assert many.present == [4, 2, 7]  # largest first
 
 
 def test_a_resized_map_is_told_by_every_command(smis: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from smis_models import cli, create_model
 from smis_models.benchmark.case import Maps
 from smis_models.data import FileScenes, Preprocess, detect_layout, list_scenes
-from smis_models.data.celebamask import CLASSES, PARTS, convert_celebamask, label_map
+from smis_models.data.celebamask import CLASSES, HELD_OUT, PARTS, convert_celebamask, label_map
 from smis_models.data.doctor import examine, find_splits
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_CELEBAMASK, SPADE_COCO
 from smis_models.io import images
@@ -387,6 +387,9 @@ PUBLISHED = ["skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_e
 
 def test_celebamask_becomes_a_data_set(tmp_path: Path, smis: Any) -> None:
     assert list(CLASSES) == ["background", *PUBLISHED]
+    assert HELD_OUT == 28000  # the published test set: 28000.jpg to 29999.jpg
+    images.write_png(tmp_path / "faint.png", np.array([[0, 1, 255]], np.uint8))
+    assert label_map({"nose": tmp_path / "faint.png"}).tolist() == [[0, 2, 2]]
     assert SPADE_CELEBAMASK.classes == len(CLASSES)
     expected = faces(tmp_path)
     code, out, error = smis("convert-data", "celebamask-hq", tmp_path, tmp_path / "out",

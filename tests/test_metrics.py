@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -41,6 +42,7 @@ from smis_models.metrics import (
     protocol,
 )
 from smis_models.metrics.diversity import area_distances, scene_diversity
+from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.lpips import TRUNKS
 from smis_models.metrics.sampling import LayoutSampler, sample_codes
 from smis_models.metrics.segmentation import predict
@@ -142,8 +144,11 @@ def test_nothing_stands_in_for_a_missing_trunk(kind, files, message, lpips_files
 
 def test_pictures_that_cannot_be_compared_are_refused():
     distance = create_distance("random-alex")
-    with pytest.raises(ValueError, match="at least 31"):
-        distance.features(_pictures(1, (16, 16)))
+    for kind, least in (("alex", 31), ("vgg", 16)):
+        layers = create_distance(f"random-{kind}")
+        assert min(layers.features(_pictures(1, (least, least)))[-1].shape) >= 1
+        with pytest.raises(ValueError, match=f"at least {least}"):
+            layers.features(_pictures(1, (40, least - 1)))
     with pytest.raises(ValueError, match="NaN or infinity"):
         distance.features(torch.full((1, 3, 40, 40), math.nan))
     with pytest.raises(ValueError, match="b: expected the shape of a"):
@@ -283,7 +288,11 @@ def test_what_cannot_be_sampled_is_refused(model, layouts):
 def test_several_distances_see_the_same_pictures(model, layouts):
     first, second = diversities(model, layouts, [PixelDistance(), PixelDistance()], QUICK)
     assert first.to_json() == second.to_json()
-    assert json.loads(json.dumps(first.to_json()))["by_class"]
+    written = json.loads(json.dumps(first.to_json()))
+    assert written["by_class"] == {
+        str(c): {"csd": own, "ocd": other} for c, (own, other) in first.by_class.items()}
+    assert [written[key] for key in ("mcsd", "mocd", "diversity", "class_codes", "pictures")] == [
+        first.mcsd, first.mocd, first.diversity, True, first.pictures]
 
 
 def test_frechet_distance_of_known_distributions():
@@ -308,6 +317,10 @@ def test_fid_counts_pictures_and_warns_of_few():
     assert (found["real"], found["fake"]) == (6, 2)
     assert found["fid"] > 0
     assert "biased upwards" in found["note"]
+    for count in (8, 9, 10):  # of nine features
+        features = torch.randn(count, 9), torch.randn(12, 9)
+        assert ("note" in fid_of_features(*features)) == (count <= 9)
+        assert ("note" in fid_of_features(*features[::-1])) == (count <= 9)
     with pytest.raises(ValueError, match="at least 2"):
         fid(real, [], extractor)
 
@@ -407,7 +420,13 @@ def test_evaluate_is_repeatable_and_says_how(model):
         result["results"]["diversity"]["pixel L1"].pop("seconds")
         json.dumps(result)
     assert found["results"] == again["results"]
-    assert found["data"]["labels_sha256"] == again["data"]["labels_sha256"]
+    digest = hashlib.sha256()
+    for i in range(3):
+        scene = scenes.scene(i)[0]
+        digest.update(f"test_{i:06d}(64, 64)".encode() + scene.labels.astype("<i8").tobytes())
+    assert found["data"] == {
+        "dataset": "scenes", "scenes": 3, "labels_sha256": digest.hexdigest()}
+    assert (found["seed"], found["model"]["weights"]) == (4, "random, seed 4")
     assert found["results"]["fid"]["fake"] == 3
     assert found["model"]["options"]["ngf"] == 8
     assert found["protocol"]["changed"]

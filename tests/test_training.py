@@ -11,19 +11,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_models import SMALL_TRAINING
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from smis_models import create_model
 from smis_models.data import Collate, Draw, GeneratedScenes
 from smis_models.families import GroupDNetPreset, Pix2pixHDPreset, SynthesisModel
-from smis_models.io.checkpoint import CheckpointError
+from smis_models.io.checkpoint import CheckpointError, save_checkpoint
 from smis_models.networks import losses
 from smis_models.training import (
     RECIPES,
@@ -36,7 +38,8 @@ from smis_models.training import (
     train,
 )
 from smis_models.training.batches import Batches, MicroBatch, Order, dataset
-from smis_models.training.distributed import Processes
+from smis_models.training.distributed import Processes, unsynchronized
+from smis_models.training.loggers import TensorBoard
 from smis_models.training.trainer import Trainer
 from smis_models.training.whiten import whiten_codes
 
@@ -172,6 +175,41 @@ def test_whitened_codes_paint_the_same_pictures(tmp_path: Path) -> None:
         spectrum = torch.linalg.eigvalsh(first.T.cov())
         least = (spectrum / (0.01 * spectrum[-1])).clamp_max(1.0)
         torch.testing.assert_close(found.T.cov(), least.diag())
+
+
+def test_weights_start_from_the_seed_or_a_file(tmp_path: Path) -> None:
+    config = tiny("--seed", "5", "--init_gain", "0.7")
+    options = {field.name: getattr(config.network, field.name) for field in fields(config.network)}
+
+    def same(config: TrainConfig, expected: SynthesisModel) -> None:
+        found, wanted = Trainer(config).model.state_dict(), expected.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+    same(config, create_model(config.model, seed=5, init_gain=0.7, **options))
+    other = create_model(config.model, seed=9, init_gain=0.3, **options)
+    save_checkpoint(other, tmp_path / "w.safetensors")
+    same(replace(config, init=str(tmp_path / "w.safetensors")), other)
+
+
+def test_a_run_starts_from_whitened_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model("groupdnet_scenes", ngf=8, nef=8, ndf=4, latent_channels=2, init_gain=1.0)
+    save_checkpoint(model, tmp_path / "w.safetensors")
+    config = from_dict({
+        "recipe": "groupdnet_scenes", "network": {"ngf": 8, "nef": 8, "ndf": 4,
+                                                  "latent_channels": 2},
+        "data": {"batch": 8, "workers": 0, "count": 12}, "whiten": True,
+        "init": str(tmp_path / "w.safetensors")})
+    monkeypatch.setattr("smis_models.training.trainer._WHITENED", 12)
+    trained = Trainer(config).model
+    pictures = GeneratedScenes(12, 128, "train")
+    batch = MicroBatch.of(Collate(model.preset)([pictures[i] for i in range(12)]),
+                          torch.device("cpu"))
+    whiten_codes(model.eval(), [batch])
+    assert all(module.training for module in trained.modules())
+    found = trained.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -439,11 +477,45 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
     assert_same_gradients(grads_2, grads_1)
 
 
+def test_gradients_are_shared_after_the_last_micro_batch(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    run = Run(tiny("--optimizer.accumulate", "2"), tmp_path)
+    monkeypatch.setattr("smis_models.training.trainer.unsynchronized",
+                        lambda module, last: told.append(last) or nullcontext())
+    run.trainer.step(run.batches.step(), 0)
+    assert told == [False, True] * 2
+    wrapped = object.__new__(DistributedDataParallel)
+    wrapped.__dict__["require_backward_grad_sync"] = True
+    for last in (False, True):
+        with unsynchronized(wrapped, last):
+            assert wrapped.require_backward_grad_sync is last
+
+
+def test_the_loss_scale_moves_and_goes_on(tmp_path: Path) -> None:
+    run = Run(tiny("--precision", "fp16"), tmp_path)
+    run.trainer._scaler.load_state_dict({**run.trainer._scaler.state_dict(), "scale": 8.0})
+    for _ in range(2):
+        run.trainer.step(run.batches.step(), 0)
+    scale = run.trainer._scaler.state_dict()
+    assert (scale["scale"], scale["_growth_tracker"]) == (8.0, 2)
+    run.save()
+    resumed = Run(tiny("--precision", "fp16"), tmp_path, resume=True)
+    assert resumed.trainer._scaler.state_dict() == scale
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision(precision: str, tmp_path: Path) -> None:
     run = Run(tiny("--precision", precision), tmp_path / precision)
     exact = Run(tiny(), tmp_path / "fp32")
+    computed: dict[Run, set[torch.dtype]] = {run: set(), exact: set()}
+    for each, dtypes in computed.items():
+        each.trainer.model.generator.fc.register_forward_hook(
+            lambda _, __, out, dtypes=dtypes: dtypes.add(out.dtype))
     values, truth = (r.trainer.step(r.batches.step(), 0) for r in (run, exact))
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert computed == {run: {low}, exact: {torch.float32}}
+    assert run.trainer._scaler.is_enabled() == (precision == "fp16")
     for name, value in truth.items():
         assert values[name] == pytest.approx(value, rel=0.1, abs=0.02), name
     for name, tensor in run.trainer.model.state_dict().items():
@@ -487,7 +559,7 @@ def test_the_global_generator_thaws_with_a_new_optimizer(tmp_path: Path) -> None
     assert torch.equal(resumed.trainer.model.generator.model[1].weight, weight)
 
 
-def test_grids_and_tensorboard(tmp_path: Path) -> None:
+def test_grids_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     config = tiny("--log.grid_every", "2", "--log.rows", "2", "--log.samples", "2",
                   "--log.tensorboard", "true", "--schedule.decay_epochs", "0")
@@ -498,7 +570,61 @@ def test_grids_and_tensorboard(tmp_path: Path) -> None:
     from PIL import Image
 
     assert Image.open(tmp_path / "grids" / "0000004.png").size == (5 * 68 - 4, 2 * 84 - 4)
-    assert list((tmp_path / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written = EventAccumulator(str(tmp_path / "tensorboard"))
+    written.Reload()
+    names = {name for name in states[0] if not name.startswith("rate_")}
+    speed = {"images_per_second", "waiting", "memory"}
+    assert set(written.Tags()["scalars"]) == {
+        f"run/{name}" if name in speed else f"losses/{name}" for name in names}
+    for name in names - speed:
+        assert [(p.step, p.value) for p in written.Scalars(f"losses/{name}")] == [
+            (step, pytest.approx(values[name])) for step, values in enumerate(states, 1)]
+    assert [image.step for image in written.Images("samples")] == [2, 4]
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter",
+                        lambda folder, **options: asked.update(options))
+    TensorBoard(tmp_path, 5)  # what a run wrote beyond its checkpoint goes
+    assert asked == {"purge_step": 6}
+
+
+def test_grids_show_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out scenes by the average, in eval mode, of their own code and of seeds."""
+    run = Run(tiny("--optimizer.ema", "0.5", "--log.grid_every", "1", "--log.rows", "2",
+                   "--log.samples", "2", "--init_gain", "1", "--optimizer.generator", "3e-2"),
+              tmp_path)
+    for _ in range(2):
+        run.trainer.step(run.batches.step(), 0)
+    shown: list[list[list[tuple[str, np.ndarray]]]] = []
+    monkeypatch.setattr("smis_models.training.run.captioned_grid",
+                        lambda rows: shown.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    run._draw()
+    run.save()
+    model = create_model(checkpoint=tmp_path / "model.safetensors").eval()
+    held_out = GeneratedScenes(2, 64, "val")
+    batch = Collate(model.preset)([held_out[i] for i in range(2)])
+    with torch.no_grad():
+        mean, _ = model.encoder.encode(batch["image"], batch["labels"])
+        codes = [mean, *(model.generator.sample_latent(2, torch.Generator().manual_seed(seed))
+                         for seed in range(2))]
+        columns = [batch["image"], *(model.generator(batch["layout"], z) for z in codes)]
+    (rows,) = shown
+    assert [caption for caption, _ in rows[1]] == [
+        "layout", "picture", "of its code", "drawn code 0", "drawn code 1"]
+    for i, row in enumerate(rows):
+        for (_, picture), column in zip(row[1:], columns, strict=True):
+            expected = (column[i].permute(1, 2, 0) + 1) * 127.5
+            assert np.abs(picture - expected.numpy()).max() <= 1.5
+        assert np.abs(row[3][1].astype(int) - row[4][1]).max() > 8
+
+
+def test_looking_at_pictures_ends_no_training_mode(tmp_path: Path) -> None:
+    run = Run(tiny("--log.grid_every", "1", "--log.rows", "1", "--log.best", "pixel",
+                   "--log.best_scenes", "2"), tmp_path)
+    for look in (run._draw, run.save):
+        look()
+        assert all(module.training for module in run.trainer.model.modules())
 
 
 def test_the_found_code_moves_the_generator_alone(tmp_path: Path) -> None:
