@@ -67,6 +67,14 @@ def test_codes_follow_seed_and_step_alone() -> None:
                for pair, whole in zip(zip(*shares, strict=True), first, strict=True))
 
 
+def test_a_derived_seed_stays_what_it_was() -> None:
+    """Of runs that go on, and of samples that are painted again."""
+    assert [derived_seed(*numbers) for numbers in ((0,), (0, 1), (1, 0), (3, 1, 4, 1, 5))] == [
+        7896617691693857887, 2918264622725855778, 3717377837946358015, 1287521189320880938]
+    every = {derived_seed(*numbers) for numbers in np.ndindex(6, 6, 6)}
+    assert len(every) == 6**3 and max(every) < 2**63
+
+
 def test_every_epoch_has_an_order_of_its_own() -> None:
     """Permutations of torch's own generator, by seed and epoch."""
     def indices(place: Place, steps: int) -> list[int]:
@@ -78,7 +86,7 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
         torch.randperm(12, generator=torch.Generator().manual_seed(derived_seed(7, k))).tolist()
         for k in range(3)]
     assert len(set(map(tuple, orders))) == 3
-    assert indices(Place(0, 0), 9) == sum(orders, [])
+    assert indices(Place(0, 0), 9) == [index for order in orders for index in order]
 
 
 def test_every_step_seeds_torch_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -226,6 +227,39 @@ def test_the_bound_is_the_time_at_the_rates_of_the_run():
     record = rows["fused"]
     assert 1e-3 < record.bound < 10  # 1e9 multiply-adds at a slow core's rate
     assert records.floor_share(record) == record.bound / record.median
+
+
+TIMES = {"reference": 4.0, "channels_last": 3.0, "fused": 1.0, "copy": 0.5, "rate": 0.25,
+         "features": 0.125, "map 1": 8.0, "map 2": 1.0, "map 3": 2.0}
+
+
+def test_figures_of_given_times(monkeypatch):
+    monkeypatch.setattr(timing, "interleave", lambda calls, *_, **__: {
+        name: [TIMES[name]] * 3 for name in calls})
+    row = _measured(_case(bound=lambda inputs: Remaining(6000, 700, 64)), tiny=True)["fused"]
+    macs = timing.rate_call(CPU, torch.float32, tiny=True)[1]
+    assert macs == 9 * 16**2 * 8**2
+    assert row.copy_bandwidth == 2 * 24 * 4 / 0.5
+    assert row.bound == pytest.approx(6000 * 0.25 / macs + 700 * 0.125 / (2 * 64))
+    row = _measured(_case(every_map=True))["fused"]
+    assert row.times == [pytest.approx(2.0)] * 3  # the geometric mean of four maps
+    assert row.maps == {"map 0": 1.0, "map 1": 8.0, "map 2": 1.0, "map 3": 2.0}
+    assert row.slowest == 8.0
+
+
+def test_figures_in_words():
+    assert [records.duration(s) for s in (2.0, 1.0, 0.5, 1e-3, 2.5e-6)] == [
+        "2 s", "1 s", "500 ms", "1 ms", "2.5 µs"]
+    assert [records.times_text(x) for x in (None, 2.314, 12.3)] == ["-", "2.31x", "12x"]
+    assert _record("fused", 0.0, times=[4.0, 1.0, 2.0, 3.0]).quartiles == (1.75, 3.25)
+    assert records.scratch_share(_record("fused", 1.0, peak_memory=150)) == 0.5
+    assert records.scratch_share(_record("fused", 1.0, peak_memory=50)) == 0
+
+
+def test_unknown_pixels_of_coco_are_its_last_class(tmp_path):
+    images.write_indices(tmp_path / "a.png", np.array([[3, 255, 181]]))
+    setting = Setting(CPU, maps=harness.Maps(tmp_path))
+    assert setting.labels("indoor", (1, 3), 183).tolist() == [[[3, 182, 181]]]
 
 
 def test_a_report_names_the_machine_that_was_measured():

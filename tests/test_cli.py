@@ -10,8 +10,10 @@ from PIL import Image
 
 from smis_kernels.modules.spade import CGNorm
 from smis_models import cli, create_model, shipped_weights
+from smis_models.app import demo
 from smis_models.app.demo import strips
 from smis_models.data.scenes import sample_scene
+from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION
 from smis_models.io import images
 from smis_models.synthesis import codes
 from smis_models.synthesis import scene as synthesis
@@ -218,6 +220,37 @@ def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, 
     assert "--model groupdnet_deepfashion --checkpoint FILE" in html
     assert "<strong>random</strong>" in html
     assert _read(tmp_path / "demo/person_0.png").std() > 10
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_the_demo_paints_these_codes(samples, monkeypatch):
+    model = _small_model("groupdnet_deepfashion").eval()
+    painted, told = [], []
+
+    def sample(self, z):
+        painted.append(z)
+        return torch.zeros(1, 3, 64, 64)
+
+    monkeypatch.setattr(demo.Synthesizer, "sample", sample)
+    (scene,) = synthesis.sample_scenes(model.preset, 1)
+    strips(model, scene, samples, 5, told.append)
+    drawn = [codes.draw_code(model, 5 + k) for k in range(max(2, samples))]
+    changed = [codes.resample_class(model, drawn[0], scene.present[1], 105 + k)
+               for k in range(max(1, samples - 1))]
+    ways = [codes.interpolate(*drawn[:2], k / samples, 8) for k in range(1, samples)]
+    expected = [*drawn[:samples], *changed, *([drawn[1]] if samples == 1 else []), *ways]
+    assert len(painted) == len(told) == demo.forwards(1, samples) == demo.forwards(2, samples) / 2
+    assert all(map(torch.equal, painted, expected))
+    assert demo.Stage("a", 3.0, 1.5).speedup == 2
+
+
+def test_the_demos_widths_are_a_quarter():
+    assert [cli.synthesis._quarter_width(preset) for preset in (DEEPFASHION, CITYSCAPES, ADE20K)
+            ] == [{"ngf": 40, "nef": 64}, {"ngf": 70, "nef": 70}, {"ngf": 16, "nef": 151}]
+
+
+def test_labels_in_words():
+    assert cli.data._ranges([11, 0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-11"
 
 
 def test_spade_paints_and_has_no_demo(smis, small, scene, tmp_path):

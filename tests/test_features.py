@@ -77,6 +77,13 @@ def test_fit_round_trips(tmp_path: Path) -> None:
     assert fitted.centers[26].tolist() == [[1, 1, 1]]
     nearest = np.abs(fitted.centers[24][:, None] - centers).max(2).min(1)
     assert nearest.max() < 0.1
+    from sklearn.cluster import KMeans
+
+    blurred = (5 * centers[generator.integers(10, size=90)] + 20 * generator.normal(size=(90, 3)))
+    rows = blurred.astype(np.float32)  # without clear clusters, where starts decide
+    published = KMeans(10, n_init=10, random_state=0).fit(rows).cluster_centers_
+    np.testing.assert_array_equal(FeatureClusters.fit({5: rows}).centers[5],
+                                  published.astype(np.float32))
     again = FeatureClusters.fit(features)
     loaded = FeatureClusters.load(fitted.save(tmp_path / "features.npz"))
     for label in (24, 26):

@@ -474,15 +474,21 @@ def test_the_command_writes_json(smis, tmp_path):
         float((matrix.diagonal()[union > 0] / union[union > 0]).mean()), abs=2e-3)
 
 
-def test_the_command_reads_label_maps_and_predictions(smis, tmp_path):
+def test_the_command_reads_label_maps_and_predictions(smis, tmp_path, monkeypatch):
     scene = GeneratedScenes(1, 64, "test")[0]["labels"].numpy()
     images.write_indices(tmp_path / "labels/a_labelIds.png", scene)
     images.write_indices(tmp_path / "predicted/a.png", scene)
+    asked, rule = [], cli.evaluate.metrics.label_rule
+    monkeypatch.setattr(cli.evaluate.metrics, "label_rule",
+                        lambda *given: asked.append(given) or rule(*given))
     code, _, err = smis("--labels", tmp_path / "labels", "--distance", "none", "--predictions",
-                        tmp_path / "predicted")
+                        tmp_path / "predicted", "--dont-care", "count", "--seed", 6)
     assert code == 0, err
-    found = json.loads((tmp_path / "out/result.json").read_text())["results"]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    found = result["results"]
     assert found["segmentation"]["miou"] == found["segmentation"]["accuracy"] == 1
+    assert [(name, dont_care) for name, _, dont_care in asked] == [("same", "count")]
+    assert (result["seed"], result["protocol"]["dont_care"]) == (6, "count")
 
 
 @pytest.mark.parametrize(

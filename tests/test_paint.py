@@ -22,7 +22,7 @@ from require import lacking
 from smis_kernels import use_backend
 from smis_kernels.runtime.backend import missing
 from smis_models import create_model
-from smis_models.io.images import encode_png, to_pictures
+from smis_models.io.images import data_uri, encode_png, to_pictures
 from smis_models.synthesis.codes import draw_code, interpolate
 
 absent = lacking("starlette") or lacking("uvicorn") or lacking("httpx") or missing("cpu")
@@ -33,6 +33,7 @@ if not absent:
 
     from smis_models.app import painter as painting
     from smis_models.app.painter import Look, Painter, Rectangle, StaleError, Stroke
+    from smis_models.app.report import report
     from smis_models.app.server import UPLOAD, create_app, listen
 
 SMALL = {"groupdnet_scenes": {"ngf": 8, "nef": 8},
@@ -383,6 +384,11 @@ def test_sessions_and_steps_are_bounded(painter: Painter) -> None:
     for k in range(painting.SESSIONS):
         painter.session(f"other {k}")
     assert painter.session("many").labels is None  # forgotten
+    for k in range(painting.SESSIONS):
+        painter.session(f"page {k}")
+    first = painter.session("page 0")  # which speaks again
+    painter.session("new")
+    assert painter.known("page 0") is first and painter.known("page 1") is None
     with pytest.raises(StaleError, match="send the whole map"):
         painter.paint(Stroke("many", 99, 98, [], looks))
 
@@ -400,6 +406,20 @@ def test_the_report_has_no_links(client: TestClient, painter: Painter) -> None:
     for k in range(20):  # as any page's <img src> may ask
         assert client.get(f"/api/save/session.html?session=nobody{k}").status_code == 404
     assert list(painter._sessions) == kept
+
+
+def test_the_report_shows_each_map_beside_its_picture(painter: Painter) -> None:
+    looks, maps = [Look("seed:0", "seed:1", 0.0)] * 8, [scene(painter, k) for k in (0, 1)]
+    for k, labels in enumerate(maps):
+        painter.paint(Stroke("two", k + 1, None, [Rectangle(0, 0, labels)], looks,
+                             (k, f"step {k}")))
+    session = painter.session("two")
+    text = report(painter, session, "weights")
+    assert [step.caption for step in session.steps] == ["step 0", "step 1"]
+    assert text.index("step 1") < text.index("step 0")  # the last step first
+    places = [text.index(data_uri(shown)) for step in reversed(session.steps)
+              for shown in (painter.colours[step.labels], step.picture)]
+    assert places == sorted(places)
 
 
 def test_the_page_asks_for_nothing_elsewhere(client: TestClient) -> None:

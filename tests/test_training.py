@@ -495,10 +495,9 @@ def test_gradients_are_shared_after_the_last_micro_batch(
 def test_the_loss_scale_moves_and_goes_on(tmp_path: Path) -> None:
     run = Run(tiny("--precision", "fp16"), tmp_path)
     run.trainer._scaler.load_state_dict({**run.trainer._scaler.state_dict(), "scale": 8.0})
-    for _ in range(2):
-        run.trainer.step(run.batches.step(), 0)
+    run.trainer.step(run.batches.step(), 0)
     scale = run.trainer._scaler.state_dict()
-    assert (scale["scale"], scale["_growth_tracker"]) == (8.0, 2)
+    assert (scale["scale"], scale["_growth_tracker"]) == (8.0, 1)
     run.save()
     resumed = Run(tiny("--precision", "fp16"), tmp_path, resume=True)
     assert resumed.trainer._scaler.state_dict() == scale
