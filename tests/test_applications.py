@@ -334,9 +334,11 @@ TWO = (*ONE, "--images", "DIR/images/2.png", "--image-labels", "DIR/labels/2.png
         ("resample", ("--class", "0", "--samples", "2", "--animation", "webp"), "resample", 3),
     ],
 )
-def test_commands_write_pictures_and_an_animation(smis, tmp_path, command, arguments, name, frames):
+def test_commands_write_pictures_and_an_animation(smis, tmp_path, totals, command, arguments, name,
+                                                  frames):
     code, out, err = smis(command, *arguments)
     assert code == 0, err
+    assert totals == [(frames, frames)]
     suffix = "webp" if "webp" in arguments else "gif"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *(f"{name}_{k}.png" for k in range(frames)), f"{name}_grid.png", f"{name}.{suffix}"}

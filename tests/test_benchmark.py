@@ -247,6 +247,16 @@ def test_figures_of_given_times(monkeypatch):
     assert row.slowest == 8.0
 
 
+def test_copies_and_turns():
+    order = []
+    call = timing.rotating([lambda k=k: order.append(k) or k for k in range(3)])
+    assert [call() for _ in range(5)] == order == [0, 1, 2, 0, 1]
+    for like in (torch.empty(50), torch.empty(50, dtype=torch.uint8)):
+        copied = timing.copy_call(like)()
+        assert copied.shape == like.shape and copied.dtype == like.dtype
+        assert len(copied.unique()) > 20  # no zeros, which move faster
+
+
 def test_figures_in_words():
     assert [records.duration(s) for s in (2.0, 1.0, 0.5, 1e-3, 2.5e-6)] == [
         "2 s", "1 s", "500 ms", "1 ms", "2.5 µs"]

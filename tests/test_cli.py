@@ -81,10 +81,11 @@ def test_info_reports_the_libraries(smis):
     assert "native libraries" in out
 
 
-def test_synthesize_writes_samples_and_a_grid(smis, small, scene, tmp_path):
+def test_synthesize_writes_samples_and_a_grid(smis, small, scene, totals, tmp_path):
     arguments = ("--model", "groupdnet_deepfashion", "--labels", scene / "person", "--samples", 2)
     code, out, _ = smis("synthesize", *arguments, "--out", tmp_path / "a")
     assert code == 0
+    assert totals == [(4, 4)]
     assert "random" in out.lower()
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "0_0.png", "0_1.png", "1_0.png", "1_1.png", "grid.png"
@@ -198,12 +199,13 @@ def test_unknown_pixels_may_be_given_a_class(smis, small, bad, tmp_path):
     assert (tmp_path / "out/unknown_0.png").exists()
 
 
-def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, tmp_path):
+def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, totals, tmp_path):
     run = functools.partial(cli.synthesis.demonstration.run, seconds=0.1)
     monkeypatch.setattr(cli.synthesis.demonstration, "run", run)
     code, out, _ = smis("demo", "--model", "groupdnet_deepfashion", "--out", tmp_path / "demo",
                         "--samples", 2, "--scenes", 1)
     assert code == 0
+    assert totals == [(7, 7)]  # four pictures and three timings
     assert "random" in out.lower()
     html = (tmp_path / "demo/index.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
@@ -247,6 +249,14 @@ def test_the_demo_paints_these_codes(samples, monkeypatch):
 def test_the_demos_widths_are_a_quarter():
     assert [cli.synthesis._quarter_width(preset) for preset in (DEEPFASHION, CITYSCAPES, ADE20K)
             ] == [{"ngf": 40, "nef": 64}, {"ngf": 70, "nef": 70}, {"ngf": 16, "nef": 151}]
+
+
+def test_sample_scenes_are_of_their_seeds():
+    preset = _small_model("groupdnet_deepfashion", part="generator", device="meta").preset
+    for k, scene in enumerate(synthesis.sample_scenes(preset, 3, 5)):
+        drawn = sample_scene("person", 64, 64, 8, 5 + k)
+        np.testing.assert_array_equal(scene.labels, drawn.labels)
+        assert (scene.name, scene.instances) == (f"person_{5 + k}", None)
 
 
 def test_labels_in_words():

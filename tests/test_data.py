@@ -261,9 +261,10 @@ def test_doctor_names_each_bad_file_and_value(tmp_path):
 
 
 @pytest.mark.parametrize("which", FOLDER_FORMATS)
-def test_doctor_passes_a_good_set(tmp_path, which):
+def test_doctor_passes_a_good_set(tmp_path, totals, which):
     name, _, _ = _write_set(tmp_path, which, size=(32, 64))
     code, out, _ = _smis("doctor", tmp_path, "--dataset", name, "--jobs", 2)
+    assert totals == [(4, 4)]
     assert code == 0, out
     assert "no problems" in out
     assert "2 train, 2 val" in out
@@ -457,9 +458,10 @@ def test_written_scenes_read_back_exactly(tmp_path):
             for scene in generated]
 
 
-def test_scenes_command(tmp_path):
+def test_scenes_command(tmp_path, totals):
     code, out, _ = _smis("scenes", tmp_path / "set", "--count", 2, "--held-out", 1, "--size", 32)
     assert code == 0, out
+    assert totals == [(3, 3)]
     assert _smis("doctor", tmp_path / "set", "--classes", 8)[0] == 0
     code, _, error = _smis("scenes", tmp_path / "set", "--count", 2)
     assert code == 1 and "expected a new or empty folder" in str(error)

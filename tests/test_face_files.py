@@ -549,6 +549,10 @@ def test_edits_speak_of_classes() -> None:
     assert (edited.present, edited.class_names, edited.source_size) == ([2, 5], names, (32, 32))
     assert parse_takes(["sky=b", "5=0"], ["a", "b"], names) == {0: 1, 5: 0}
     assert np.array_equal(scene.picture(8)[0, 0], class_colours(names)[0])
+    assert dict(zip(names, class_colours(names).tolist(), strict=True)) == {
+        "sky": [115, 178, 245], "mountain": [110, 102, 107], "water": [20, 64, 128],
+        "ground": [97, 163, 51], "building": [140, 51, 41], "tree": [31, 128, 26],
+        "car": [250, 209, 20], "person": [214, 20, 158]}
 
 
 def test_captions_and_legends_have_their_sizes_and_ink() -> None:

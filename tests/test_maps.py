@@ -25,7 +25,7 @@ from smis_models.io import images
 from smis_models.io.colours import convert_colours, read_colour_table
 from smis_models.io.images import ImageError, read_instances, read_labels
 from smis_models.io.names import INSTANCES, LABELS, by_scene, files_under, map_files, parse_stem
-from smis_models.io.scene import SceneFiles, read_scene
+from smis_models.io.scene import SceneFiles, one_shape, read_scene, text_size
 from smis_models.metrics import label_rule
 from smis_models.metrics.diversity import DiversityMeter
 from smis_models.synthesis import scene as synthesis
@@ -295,6 +295,17 @@ def test_files_of_a_scene_have_one_shape(tmp_path: Path) -> None:
     layouts = synthesis.read_scenes(tmp_path / "labels", tmp_path / "inst", preset)
     with pytest.raises(ImageError, match=r"20x20 \(width x height\), but labels/a.png is 20x10"):
         _ = layouts[0]
+
+
+def test_scaled_sizes_are_of_one_shape() -> None:
+    """Half a pixel of a side may be rounded off, no more."""
+    for a, b, same in (((10, 20), (20, 40), True), ((10, 20), (20, 20), False),
+                       ((10, 20), (20, 10), False), ((333, 500), (67, 100), True),
+                       ((333, 500), (66, 100), False), ((333, 500), (666, 1000), True),
+                       ((101, 201), (50, 100), True), ((101, 201), (51, 100), False),
+                       ((1, 1), (7, 7), True)):
+        assert one_shape(a, b) == one_shape(b, a) == same, (a, b)
+    assert text_size((10, 20)) == "20x10"
 
 
 def test_a_folder_of_maps_is_read_one_by_one(tmp_path: Path,

@@ -272,6 +272,9 @@ def test_discriminate_is_two_passes_in_one() -> None:
         both = discriminate(net, planes, fake, real)
         apart = [net(torch.cat([planes, image], 1)) for image in (fake, real)]
     torch.testing.assert_close(list(both), apart)
+    halved = nn.AvgPool2d(3, 2, 1, count_include_pad=False)(torch.cat([planes, fake], 1))
+    with torch.no_grad():
+        torch.testing.assert_close(both[0][1], net.discriminator_1(halved))
 
 
 def test_losses_refuse_what_has_no_meaning() -> None:

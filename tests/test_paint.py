@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from require import lacking
 
+import smis_kernels
 from smis_kernels import use_backend
 from smis_kernels.runtime.backend import missing
 from smis_models import create_model
@@ -370,6 +371,27 @@ def test_pictures_of_huge_size_are_refused(client: TestClient,
     monkeypatch.setattr(painting, "PIXELS", 1000)
     response = client.post("/api/map", content=encode_png(np.zeros((40, 40), np.uint8)))
     assert response.status_code == 400 and "at most 1000 pixels" in response.json()["error"]
+
+
+def test_the_page_is_told_of_the_model(client: TestClient, painter: Painter) -> None:
+    found = client.get("/api/model").json()
+    names = ["sky", "mountain", "water", "ground", "building", "tree", "car", "person"]
+    assert [shown["name"] for shown in found.pop("classes")] == names
+    assert found.pop("scenes") == [f"landscape_{k}" for k in range(8)]
+    assert found == {
+        "name": "groupdnet_scenes", "size": [128, 128], "weights": "random", "random": False,
+        "version": smis_kernels.__version__, "parts": 8, "encodes": True, "samples": True,
+        "edges": False, "seed": 0}
+
+
+def test_pictures_of_a_session_are_bounded(
+        painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(painting, "PICTURES", 2)
+    for number in range(2):
+        assert painter.add_sample("looks", number)[1].name == f"sample {number + 1}"
+    with pytest.raises(ValueError, match="picture: expected at most 2 in a session"):
+        painter.add_sample("looks", 2)
+    assert len(painter.session("looks").appearances) == 2
 
 
 def test_sessions_and_steps_are_bounded(painter: Painter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,7 +21,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from smis_models import cli, create_model
-from smis_models.io.checkpoint import CheckpointError, read_checkpoint, read_metadata
+from smis_models.io.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+    read_metadata,
+    save_checkpoint,
+)
 from smis_models.io.images import write_indices, write_png
 from smis_models.training import NonFiniteLoss, Run, TrainConfig, continued, from_dict, train
 from smis_models.training.batches import Order, Place
@@ -493,6 +499,16 @@ def test_what_saved_tensors_depend_on_is_fixed(option: str, value: str, tmp_path
     free = ["--schedule.epochs", "60", "--data.batch", "2", "--precision", "bf16", "--losses.gan",
             "hinge", "--log.every", "3", "--init", "w.pth", "--optimizer.generator", "1e-3"]
     assert load_state(tmp_path, from_dict(name, free))["average"] is None
+
+
+def test_saved_files_are_on_the_disk_before_they_take_their_place(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    save_state(tmp_path, {"average": None}, tiny())
+    save_checkpoint(torch.nn.Linear(2, 2), tmp_path / "w.safetensors")
+    assert synced == [(tmp_path / name).stat().st_size
+                      for name in ("checkpoint.pt", "w.safetensors")]
 
 
 def test_the_record_tells_average_and_precision(tmp_path: Path) -> None:
