@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from smis_models.benchmark.case import (
 from smis_models.benchmark.measure import bind, resident_peak, under_default_allocator
 from smis_models.data.scenes import sample_scene
 from smis_models.io import images
-from smis_models.io.allocator import ENVIRONMENT
+from smis_models.io.allocator import ENVIRONMENT, reuse_freed_memory
 from smis_models.metrics import PixelDistance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +180,27 @@ def test_the_yardstick_is_the_first_provider_of_the_same_dtype():
     rows = _measured(case)
     assert {name: row.correct for name, row in rows.items()} == {
         "reference": True, "channels_last": True, "fused": True, "fused fp32": False}
+
+
+@pytest.mark.parametrize(("error", "right"), [(2.5e-3, True), (3.5e-3, False)])
+def test_three_times_the_references_error_is_allowed(error, right):
+    def off_by(share):
+        return lambda x, y: x * y * (1 + share * (x.dtype == torch.float32))
+
+    case = _case(providers=providers(off_by(1e-3), off_by(error), loops=True))
+    assert _measured(case, seconds=0.0)["fused"].correct == right
+
+
+@pytest.mark.parametrize("status", [1, 0])
+def test_what_glibc_is_told(status, monkeypatch):
+    """M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1 and M_TOP_PAD -2 in its malloc.h."""
+    told = {}
+    library = SimpleNamespace(mallopt=lambda name, value: told.update({name: value}) or status)
+    monkeypatch.setattr("smis_models.io.allocator.ctypes.CDLL", lambda _: library)
+    assert reuse_freed_memory() == (status == 1)
+    assert told == {-3: 2**30, -1: -1, -2: 64 * 2**20}
+    assert {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": "-1",
+                           "MALLOC_TOP_PAD_": str(64 * 2**20)} == ENVIRONMENT
 
 
 def test_a_sample_of_the_images_is_judged():

@@ -17,6 +17,7 @@ from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION
 from smis_models.io import images
 from smis_models.synthesis import codes
 from smis_models.synthesis import scene as synthesis
+from smis_models.training import Progress
 
 SMALL = {
     "groupdnet_deepfashion": {"ngf": 8, "nef": 8, "image_size": (64, 64), "upsampling": "normal"},
@@ -257,6 +258,42 @@ def test_sample_scenes_are_of_their_seeds():
         drawn = sample_scene("person", 64, 64, 8, 5 + k)
         np.testing.assert_array_equal(scene.labels, drawn.labels)
         assert (scene.name, scene.instances) == (f"person_{5 + k}", None)
+
+
+def test_the_list_tells_sizes(smis):
+    row = next(line for line in smis("list")[1].splitlines() if "groupdnet_deepfashi" in line)
+    assert list(re.findall(r"\d+\.\d", row)) == ["96.3", "12.8", "5.5"]
+
+
+def test_classes_are_listed_with_their_colours(smis):
+    lines = smis("classes", "groupdnet_scenes")[1].splitlines()
+    (sky,) = (line for line in lines if "sky" in line)
+    assert "#73b2f5" in sky and " 0 " in sky
+    assert "255 in a file becomes 150" in smis("classes", "spade_ade20k")[1]
+
+
+@pytest.mark.parametrize(("host", "shown"), [
+    ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost"), ("::", "localhost"), ("::1", "[::1]"),
+    ("my.machine", "my.machine"),
+])
+def test_a_page_is_told_where_it_is(host, shown):
+    assert cli.paint._reachable(host) == shown
+
+
+def test_progress_of_training_in_words():
+    values = {"images_per_second": 12.34, "waiting": 0.126, "memory": 1234.5, "kl": 0.12345,
+              "rate_generator": 1e-4, "rate_discriminator": 4e-4}
+    told = Progress(3, 8, 1, 2, 3661.4, values)
+    assert cli.train._speed(told) == "12.3 images/s, 1234 MB, 13% waiting for data, 1:01:01 left"
+    assert cli.train._losses(values) == "kl 0.123"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_have_32_bits(smis, scene, tmp_path, seed):
+    code, _, err = smis("synthesize", "--model", "groupdnet_scenes", "--labels", scene / "person",
+                        "--out", tmp_path / "out", f"--seed={seed}")
+    assert code == 2 and f"seed: expected 0 to 4294967295, got {seed}" in err
+    assert cli.common._checked_seed(2**32 - 1) == 2**32 - 1
 
 
 def test_labels_in_words():

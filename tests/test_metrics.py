@@ -410,10 +410,11 @@ def test_a_segmenter_must_give_labels_or_scores():
         predict(lambda x: torch.zeros(2, 8, 8), pictures)
 
 
-def test_evaluate_is_repeatable_and_says_how(model):
+def test_evaluate_is_repeatable_and_says_how(model, tmp_path):
     scenes = Scenes(GeneratedScenes(3, 64, "test"), {"dataset": "scenes"})
     measured = Metrics([PixelDistance()], lambda batch: batch.float().mean((2, 3)),
-                    lambda pictures: torch.zeros(len(pictures), 64, 64, dtype=torch.long))
+                       lambda pictures: torch.zeros(len(pictures), 64, 64, dtype=torch.long),
+                       rule=LabelRule("same", frozenset({0})))
     options = protocol("n100-m19", layouts=2, samples=3, pairs=2)
     found, again = (evaluate(model, scenes, measured, options, seed=4) for _ in range(2))
     for result in (found, again):
@@ -428,6 +429,12 @@ def test_evaluate_is_repeatable_and_says_how(model):
         "dataset": "scenes", "scenes": 3, "labels_sha256": digest.hexdigest()}
     assert (found["seed"], found["model"]["weights"]) == (4, "random, seed 4")
     assert found["results"]["fid"]["fake"] == 3
+    counted = sum(int((scenes.scene(i)[0].labels != 0).sum()) for i in range(3))
+    assert found["results"]["segmentation"]["pixels"] == counted
+    for i in range(3):
+        images.write_indices(tmp_path / f"{scenes.scene(i)[0].name}.png", np.zeros((64, 64), int))
+    read = Metrics(predictions=tmp_path, rule=measured.rule)
+    assert evaluate(model, scenes, read, options)["results"]["segmentation"]["pixels"] == counted
     assert found["model"]["options"]["ngf"] == 8
     assert found["protocol"]["changed"]
     assert {"torch", "smis_kernels"} <= set(found["versions"])

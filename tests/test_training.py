@@ -580,7 +580,8 @@ def test_grids_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in names - speed:
         assert [(p.step, p.value) for p in written.Scalars(f"losses/{name}")] == [
             (step, pytest.approx(values[name])) for step, values in enumerate(states, 1)]
-    assert [image.step for image in written.Images("samples")] == [2, 4]
+    assert [(image.step, image.width, image.height) for image in written.Images("samples")] == [
+        (step, 5 * 68 - 4, 2 * 84 - 4) for step in (2, 4)]
     asked: dict[str, object] = {}
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter",
                         lambda folder, **options: asked.update(options))
