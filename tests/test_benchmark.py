@@ -263,7 +263,10 @@ def test_figures_of_given_times(monkeypatch):
     assert macs == 9 * 16**2 * 8**2
     assert row.copy_bandwidth == 2 * 24 * 4 / 0.5
     assert row.bound == pytest.approx(6000 * 0.25 / macs + 700 * 0.125 / (2 * 64))
-    row = _measured(_case(every_map=True))["fused"]
+    rows = _measured(_case(every_map=True))
+    assert records.speedup(rows) == pytest.approx(4 / 2)
+    assert records.speedup(rows, slowest=True) == 4 / 8
+    row = rows["fused"]
     assert row.times == [pytest.approx(2.0)] * 3  # the geometric mean of four maps
     assert row.maps == {"map 0": 1.0, "map 1": 8.0, "map 2": 1.0, "map 3": 2.0}
     assert row.slowest == 8.0

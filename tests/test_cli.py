@@ -247,6 +247,22 @@ def test_the_demo_paints_these_codes(samples, monkeypatch):
     assert demo.Stage("a", 3.0, 1.5).speedup == 2
 
 
+def test_the_speed_table_keeps_its_sides(monkeypatch):
+    model = _small_model("groupdnet_deepfashion").eval()
+
+    def interleave(calls, *_, **__):
+        for call in [*calls.values()] * 3:
+            call()
+        return {"reference": [2.0, 9.0, 3.0], "auto": [1.0, 1.5, 9.0]}
+
+    monkeypatch.setattr(demo, "interleave", interleave)
+    (scene,) = synthesis.sample_scenes(model.preset, 1)
+    stages = {s.name: s for s in demo.speed(model, scene, codes.draw_code(model, 0), 0.1)}
+    for name in ("class crops (encoder input)", "encoder, crops included", "generator, whole"):
+        assert (stages[name].reference, stages[name].fused) == (3.0, 1.5)  # medians
+    assert list(stages)[-1] == "generator, whole"
+
+
 def test_the_demos_widths_are_a_quarter():
     assert [cli.synthesis._quarter_width(preset) for preset in (DEEPFASHION, CITYSCAPES, ADE20K)
             ] == [{"ngf": 40, "nef": 64}, {"ngf": 70, "nef": 70}, {"ngf": 16, "nef": 151}]

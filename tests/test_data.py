@@ -4,6 +4,7 @@ import re
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,10 +122,32 @@ def test_cityscapes_names_pair_by_scene(tmp_path):
     assert names == ["bonn/bonn_000000_000000", "bonn/bonn_000000_000001"]
 
 
-def test_the_published_test_split_is_val(tmp_path):
-    _write_set(tmp_path, "coco_stuff")
-    test, val = (list_scenes("coco_stuff", tmp_path, split).records for split in ("test", "val"))
+@pytest.mark.parametrize("which", FOLDER_FORMATS)
+def test_the_published_test_split_is_val(tmp_path, which):
+    name, _, _ = _write_set(tmp_path, which, size=(16, 32))
+    train, test, val = (list_scenes(name, tmp_path, split).records
+                        for split in ("train", "test", "val"))
     assert test == val
+    assert not {scene.labels for scene in train} & {scene.labels for scene in val}
+
+
+def test_a_folders_splits_are_their_own_where_they_are_there(tmp_path):
+    def write(*places):
+        for place in places:
+            for kind in ("images", "labels"):
+                images.write_png(tmp_path / place / kind / "a.png", np.zeros((4, 4), np.uint8))
+
+    def found(split):
+        return Path(list_scenes("folder", tmp_path, split).records[0].labels).parents[1].name
+
+    write("test")
+    assert [found(split) for split in ("val", "test")] == ["test", "test"]
+    with pytest.raises(FileNotFoundError, match="no pictures of 'train'"):
+        found("train")
+    write("", "train")
+    assert [found(split) for split in ("train", "val")] == ["train", "test"]
+    write("val")
+    assert [found(split) for split in ("train", "val", "test")] == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize(

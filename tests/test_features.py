@@ -173,6 +173,7 @@ def test_sample_by_index_and_choice(clusters: FeatureClusters) -> None:
     planes = clusters.sample(ids, index=5, chosen={26002: 9})
     for x, (label, pick) in enumerate(((7, 1), (26, 5), (26, 9), (33, 0))):
         np.testing.assert_array_equal(planes[0, :, 0, x].numpy(), clusters.centers[label][pick])
+    assert [clusters.count(i) for i in (7, 26000, 26999, 33001, 999, 11)] == [4, 10, 10, 1, 0, 0]
     # A choice changes its own instance only.
     drawn, changed = clusters.sample(ids, seed=2), clusters.sample(ids, seed=2, chosen={26001: 0})
     assert torch.equal(drawn[..., [0, 2, 3]], changed[..., [0, 2, 3]])

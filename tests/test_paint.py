@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -382,6 +384,15 @@ def test_the_page_is_told_of_the_model(client: TestClient, painter: Painter) -> 
         "name": "groupdnet_scenes", "size": [128, 128], "weights": "random", "random": False,
         "version": smis_kernels.__version__, "parts": 8, "encodes": True, "samples": True,
         "edges": False, "seed": 0}
+
+
+def test_the_page_is_told_how_long_it_took(client: TestClient, painter: Painter,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0, 0.25)
+    monkeypatch.setattr(painting, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    found, _ = answer(client.post("/api/paint", content=packed(
+        head("clock"), scene(painter).tobytes())))
+    assert found["milliseconds"] == 250
 
 
 def test_pictures_of_a_session_are_bounded(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,13 @@ from smis_models.io.checkpoint import CheckpointError, save_checkpoint
 from smis_models.networks import losses
 from smis_models.training import (
     RECIPES,
+    DataConfig,
+    LogConfig,
+    LossConfig,
     NonFiniteLoss,
+    OptimizerConfig,
     Run,
+    ScheduleConfig,
     TrainConfig,
     from_dict,
     load_config,
@@ -249,6 +255,38 @@ def test_bad_options_are_one_line(content: dict[str, object], arguments: list[st
     with pytest.raises(ValueError, match=message) as caught:
         from_dict(content, arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "least", "names"), [
+    (LossConfig, 0, "adversarial discriminator feature_matching perceptual kl code_noise pixel "
+                    "prior latent diversity diversity_bound"),
+    (OptimizerConfig, 0, "generator discriminator ema"), (OptimizerConfig, 1, "accumulate"),
+    (ScheduleConfig, 0, "epochs decay_epochs freeze_global_epochs"),
+    (DataConfig, 1, "batch count"), (DataConfig, 0, "workers"),
+    (LogConfig, 1, "every checkpoint_every rows samples keep best_scenes"),
+    (LogConfig, 0, "grid_every keep_epochs"),
+])
+def test_options_have_a_least_value(kind: Any, least: int, names: str) -> None:
+    needed: dict[str, Any] = {"feature_matching": 0} if kind is LossConfig else (
+        {"epochs": 1, "decay_epochs": 1} if kind is ScheduleConfig else {})
+    for name in names.split():
+        with pytest.raises(ValueError, match=rf"\.{name}: expected at least {least}, got"):
+            kind(**{**needed, name: least - 1})
+        assert getattr(kind(**{**needed, name: least}), name) == least
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seed": 2**63}, "seed: expected 0 to"), ({"seed": -1}, "seed: expected 0 to"),
+    ({"precision": "fp8"}, "precision: expected fp32, bf16 or fp16"),
+    ({"log": LogConfig(best="perceptual"), "losses": LossConfig(perceptual=0)}, "log.best"),
+    ({"schedule": ScheduleConfig(epochs=1, decay_epochs=1, freeze_global_epochs=2)},
+     "schedule.freeze_global_epochs: expected fewer than all epochs"),
+    ({"optimizer": OptimizerConfig(accumulate=3), "data": DataConfig(batch=4)}, "data.batch"),
+])
+def test_options_fit_each_other(changes: dict[str, Any], message: str) -> None:
+    config = RECIPES["pix2pixhd_cityscapes_1024"]()
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
 
 
 def test_options_that_contradict_the_model_or_the_data(tmp_path: Path) -> None:
