@@ -370,6 +370,18 @@ def test_a_model_of_other_classes_cannot_read_the_scenes():
         build_dataset("scenes", None, CITYSCAPES)
 
 
+@pytest.mark.parametrize(("mode", "scaled"), [("crop", False), ("fixed", True)])
+def test_pixels_are_cut_out_of_files_of_one_size(tmp_path, mode, scaled):
+    images.write_png(tmp_path / "images/a.png", np.zeros((16, 16, 3), np.uint8))
+    images.write_indices(tmp_path / "labels/a.png", np.zeros((8, 8), np.int64))
+    dataset = FileScenes(list_scenes("folder", tmp_path).records, 8, Preprocess(mode, (4, 4)))
+    if scaled:
+        assert dataset[0]["image"].shape == (3, 4, 4)
+        return
+    with pytest.raises(ImageError, match=r"a\.png: 16x16 .* labels/a\.png is 8x8"):
+        _ = dataset[0]
+
+
 def test_a_crop_larger_than_a_scene_names_the_file(tmp_path):
     _write_set(tmp_path, "folder", count=1, size=(32, 32))
     records = list_scenes("folder", tmp_path).records
