@@ -326,6 +326,20 @@ def test_a_folder_of_maps_is_read_one_by_one(tmp_path: Path,
     assert [layout.name for layout in layouts[3:]] == ["3", "4"]
 
 
+@pytest.mark.parametrize(("dont_care", "given", "expected"), [
+    (7, None, 7), (7, 2, 2), (None, 2, 2),
+])
+def test_unknown_pixels_become_the_class_that_is_given(
+        tmp_path: Path, dont_care: int | None, given: int | None, expected: int) -> None:
+    images.write_indices(tmp_path / "labels/a.png", np.where(np.eye(8), 255, 3))
+    images.write_png(tmp_path / "images/a.png", np.zeros((8, 8, 3), np.uint8))
+    preset = replace(SMALL, dont_care=dont_care)
+    (picture,) = read_pictures([tmp_path / "images"], [tmp_path / "labels"], preset, given)
+    layout = synthesis.read_scenes(tmp_path / "labels", None, preset, given)[0]
+    for labels in (picture.labels[0].numpy(), layout.labels):
+        assert set(np.unique(labels)) == {3, expected}
+
+
 def test_unknown_pixels_name_an_option_that_the_command_has(tmp_path: Path) -> None:
     images.write_indices(tmp_path / "a.png", np.full((64, 64), 255))
     images.write_png(tmp_path / "i.png", np.zeros((64, 64, 3), np.uint8))

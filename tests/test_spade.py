@@ -148,6 +148,14 @@ def test_the_code_comes_from_the_image() -> None:
     assert mu.shape == logvar.shape == z.shape == (2, 12)
 
 
+@torch.no_grad()
+def test_pictures_are_encoded_at_256_pixels() -> None:
+    encoder = tiny("spade_coco_vae", part="encoder").eval()
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    enlarged = torch.nn.Upsample((256, 256), mode="bilinear", align_corners=False)(picture)
+    torch.testing.assert_close(encoder(picture), encoder(enlarged))
+
+
 def test_encoder_belongs_to_the_vae() -> None:
     assert create_model("spade_cityscapes", vae=True, part="encoder", device="meta")
     model = create_model("spade_coco", device="meta")
