@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -471,17 +472,11 @@ def test_a_damaged_state_names_the_kept_ones(tmp_path: Path) -> None:
         Run(tiny(), tmp_path, resume=True)
 
 
-class _Malicious:
-    def __reduce__(self) -> tuple[object, ...]:
-        return print, ("code was run",)
-
-
-def test_a_state_is_read_without_its_code(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"format": 2, "config": {}, "code": _Malicious()}, tmp_path / "checkpoint.pt")
+def test_a_state_is_read_without_its_code(tmp_path: Path) -> None:
+    state = {"format": 2, "config": {}, "code": partial(print, "run")}
+    torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_state(tmp_path)
-    assert "code was run" not in capsys.readouterr().out
     torch.save({"format": 1, "config": {}}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="is no training state of this version"):
         read_state(tmp_path)
