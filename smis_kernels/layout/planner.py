@@ -227,10 +227,12 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         layout = segmap if isinstance(segmap, LabelLayout) else layout_of(segmap)
         if layout is None:
             problem = "the map's vectors do not repeat (or hold NaN)"
+        elif not layout.countable(size):
+            problem = "a CUDA graph is captured before the host has read how many windows there are"
     if layout is not None and problem is None and not any(norm.reach for norm in norms):
         return plan("one_level" if wanted == "auto" else wanted, layout, "a pixel alone decides",
                     symbols=len(layout.vectors) - 1)
-    if layout is not None:
+    if layout is not None and problem is None:
         # Tables that are kept serve every further sample: they are made even of unique windows.
         kept = layout.tables is not None
         level = layout.level(size, unlimited=kept or wanted != "auto")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_ID = 2**21 - 1  # three ids are one key of the kernels
+
 
 def _first_appearance(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Number the distinct rows of (P, K) from 1 in order of first appearance."""
@@ -66,3 +68,54 @@ def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, 
     device = windows.device
     return (torch.tensor(kinds).int().to(device), ids.to(device), padded.to(device),
             counts.int().to(device))
+
+
+def number_levels(
+    map: Tensor, sizes: list[tuple[int, int]], limits: list[int],
+) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+    """(symbols, index3, windows3, index5, windows5) of each size, and the counts (2, levels)."""
+    levels, counts = [], torch.full((2, len(sizes)), -1)
+    for number, (size, limit) in enumerate(zip(sizes, limits, strict=True)):
+        symbols = F.interpolate(map.double()[:, None], size, mode="nearest")[:, 0].int()
+        rows = max(min(limit, symbols.numel(), MAX_ID), 0)
+        level, index = [symbols], symbols
+        for reach in range(2):
+            windows = symbols.new_zeros((rows + 1, 9))
+            fits = index.numel() == 0 or (int(index.min()) >= 1 and int(index.max()) <= MAX_ID)
+            index, found = number_windows(index, rows)
+            if fits and len(found) > 0:
+                windows[:len(found)] = found
+                counts[reach, number] = len(found) - 1
+            else:
+                index = torch.zeros_like(index)
+            level += [index, windows]
+        levels.append(tuple(level))
+    return levels, counts.to(map.device)
+
+
+def number_labels(labels: Tensor, edges: Tensor | None,
+                  num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Symbols (N, H, W) of the classes or (class, edge) that occur, vectors, what was found."""
+    kinds, channels = num_classes, num_classes
+    flat = labels.long()
+    bad = (flat < 0) | (flat >= num_classes)
+    if edges is not None:
+        flat = 2 * flat + (edges != 0)
+        kinds, channels = 2 * num_classes, num_classes + 1
+    flat = flat.masked_fill(bad, kinds)
+    present = torch.bincount(flat.flatten(), minlength=kinds + 1)[:kinds] > 0
+    rank = F.pad(present.cumsum(0), (0, 1), value=kinds + 1)
+    values = present.nonzero().flatten()
+    vectors = torch.zeros((kinds + 2, channels), dtype=torch.float32, device=labels.device)
+    vectors[-1] = float("nan")
+    rows = torch.arange(1, len(values) + 1, device=labels.device)
+    if edges is None:
+        vectors[rows, values] = 1
+    else:
+        vectors[rows, values // 2] = 1
+        vectors[rows, num_classes] = (values % 2).to(vectors.dtype)
+    least, most = (labels.long().aminmax() if labels.numel() else (rank.new_zeros(()),) * 2)
+    least = least.clamp(min=1 - 2**63)  # which can be negated
+    found = torch.stack([rank.new_tensor(len(values)), (-least).clamp(min=0),
+                         (most.clamp(min=0) - num_classes + 1).clamp(min=0)])
+    return rank[flat].int(), vectors, found
