@@ -109,6 +109,7 @@ def test_layouts_move_pickle_and_report() -> None:
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"labels": torch.full((1, 4, 4), 255)}, "expected labels 0..4, got 255"),
     ({"labels": torch.full((1, 4, 4), -1)}, "expected labels 0..4, got -1"),
+    ({"labels": torch.full((1, 4, 4), 5)}, "expected labels 0..4, got 5"),
     ({"labels": torch.zeros(1, 4, 4)}, "labels: expected dtype"),
     ({"labels": torch.zeros(4, 4, dtype=torch.long)}, "labels: expected (N, H, W)"),
     ({"instances": torch.zeros(1, 4, 5, dtype=torch.long)}, "instances: expected shape (1, 4, 4)"),
@@ -212,6 +213,8 @@ def test_the_choice_is_explained() -> None:
     chosen = choice(segmap)
     assert chosen.path in TABLES
     assert {"V", "U", "pixels", "expected_gain"} <= set(chosen.numbers)
+    both = choice(torch.cat([segmap] * 2), torch.cat([x] * 2))
+    assert (chosen.numbers["pixels"], both.numbers["pixels"]) == (64 * 64, 2 * 64 * 64)
     soft = choice(torch.rand(1, 9, 128, 128))
     assert (soft.path, soft.reason) == ("dense", "the map's vectors do not repeat (or hold NaN)")
     nan = segmap.clone()
@@ -511,6 +514,23 @@ def test_symbols_of_equal_vectors_are_one_to_a_match() -> None:
     turned = LabelLayout.from_labels(torch.tensor([[[2, 1], [1, 2]]]), 3).map_vectors(
         lambda vectors: vectors @ weights)
     assert torch.equal(match_windows(merged[0], turned, (2, 2), reach=1), torch.arange(5))
+
+
+@needs_cpu
+@pytest.mark.parametrize("path", TABLES)
+def test_mapped_vectors_leave_the_outside_zero(path: str) -> None:
+    """As a conv of the mapped planes pads them, whatever the function makes of zero."""
+    norm, weights = SPADE(6, 3, 5).double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    labels = blocky(1, 9, 11, 4)
+    layout = LabelLayout.from_labels(labels, 4)
+    layout.vectors = layout.vectors.double()
+    mapped = layout.map_vectors(lambda vectors: (vectors @ weights).cos())
+    planes = (one_hot(labels, 4).permute(0, 2, 3, 1) @ weights).cos().permute(0, 3, 1, 2)
+    x = torch.randn(1, 6, 9, 11, dtype=torch.float64)
+    with use_backend("reference"):
+        expected = norm(x, planes)
+    with use_path(path):
+        assert max_error(norm(x, mapped), expected) < 1e-12
 
 
 def test_norms_on_vectors_that_differ_otherwise_share_no_match() -> None:

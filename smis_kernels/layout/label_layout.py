@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..ops.instance_edges.op import instance_edges
 from ..ops.label_windows.op import (
     MAX_LEVELS,
+    GroupWindows,
     NumberedLevel,
+    group_windows,
     number_labels,
     number_levels,
     number_vectors,
@@ -183,6 +185,7 @@ class LabelLayout:
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
         self._symbols, self._vectors = symbols, vectors
         self._levels: dict[tuple[int, int], WindowLevel] = {}
+        self._own: dict[Any, tuple[Tensor, GroupWindows]] = {}
         self._prepared: dict[tuple[int, int], _Prepared] = {}
         self._labels: tuple[_Reading, int] | None = None  # not looked at yet, and their classes
         self.tables: TableCache | None = None
@@ -349,6 +352,20 @@ class LabelLayout:
         inner = (3 * (rows - tap_y) + columns - tap_x).flatten().to(level.windows5.device)
         return level.windows3[level.windows5.long()[:, tap], inner]
 
+    def group_windows(self, windows3: Tensor,
+                      ranges: tuple[tuple[int, int], ...]) -> GroupWindows:
+        """The 3x3 windows of this layout's symbols as groups of channels tell them apart, kept.
+
+        ``ranges``: of each group the channels (begin, end) of the vectors that it reads.
+        """
+        key = id(windows3), ranges
+        if key not in self._own:
+            # No inference tensors: later calls may ask for gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                made = group_windows(self.vectors, windows3, ranges, backend="auto")
+            self._own[key] = windows3, made  # held, so that its id stays its own
+        return self._own[key][1]
+
     def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
         """The layout of ``function`` applied to every pixel's vector: (S, K) -> (S, K').
 
@@ -369,7 +386,7 @@ class LabelLayout:
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_labels()
-        return {**self.__dict__, "_prepared": {}, "tables": None}
+        return {**self.__dict__, "_prepared": {}, "tables": None, "_own": {}}
 
     def __repr__(self) -> str:
         n, k, h, w = self.shape
@@ -490,6 +507,10 @@ class TableCache:
     def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
             table: Tensor) -> None:
         self._kept[owner, size] = (layout, table)
+
+    def lacks(self, owner: Any, size: tuple[int, int]) -> bool:
+        """Whether the owner's table at ``size`` is to be made of all windows."""
+        return all((owner, size) not in kept for kept in (self._kept, self._earlier or {}))
 
     def items(self) -> Iterator[tuple[tuple[nn.Module, tuple[int, int]], Tensor]]:
         """((owner, size), table) of all tables kept."""

@@ -41,7 +41,13 @@ from smis_kernels.ops.label_windows.op import (
 )
 from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
 from smis_kernels.runtime.library import raw_ops
-from smis_kernels.testing import MEMORY_FORMATS, gradients, max_error, with_memory_format
+from smis_kernels.testing import (
+    MEMORY_FORMATS,
+    gradients,
+    max_error,
+    poisoned_empty,
+    with_memory_format,
+)
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -121,7 +127,8 @@ def edges(d: Draw) -> None:
 
 def pool(d: Draw) -> None:
     n, h, w = d.random.randint(1, 3), d.size(40), d.size(40)
-    x = d.floats(n, d.random.choice((1, 3, 4, 9, 16, 33)), h, w, dtype=d.random.choice(FLOATS))
+    channels = d.random.choice((1, 2, 3, 4, 5, 9, 15, 16, 17, 33))
+    x = d.floats(n, channels, h, w, dtype=d.random.choice(FLOATS))
     ids = d.map(n, h, w, d.random.choice(INTEGERS))
     close(instance_pool_op("cuda", x, ids), pooled(x, ids), 3)
     table = instance_mean_table(x, ids, backend="cuda")
@@ -151,7 +158,7 @@ def conv(d: Draw) -> None:
 
 
 def crops(d: Draw) -> None:
-    n, k, h, w = d.random.randint(1, 2), d.random.randint(1, 4), d.size(33), d.size(33)
+    n, k, h, w = d.random.randint(1, 2), d.random.randint(1, 9), d.size(33), d.size(33)
     classes = d.random.choice((1, 2, 3, 8, 19))
     many = d.random.random() < 0.1  # more classes than shared memory holds boxes of
     image = d.floats(n, k, h, w, dtype=d.random.choice(FLOATS))
@@ -277,22 +284,61 @@ def test_random_cases(case: Callable[[Draw], None]) -> None:
             raise AssertionError(f"case {seed} of schedule {SEED}: {error}") from error
 
 
-def colliding(count: int, capacity: int) -> Tensor:
-    """Ids whose keys start at one slot of instance_pool's table."""
-    ids = torch.arange(count * capacity * 3)
-    slots = [((int(i) + 1) * 0x9E3779B97F4A7C15 % 2**64 >> 32) % capacity for i in ids]
-    return ids[torch.tensor(slots) == 5][:count]
+def slot(id: int, capacity: int) -> int:
+    """Where the key of an id of the first image begins in instance_pool's table."""
+    hashed = (id + 1) * 0x9E3779B97F4A7C15 % 2**64 >> 32
+    return hashed * capacity >> 32
 
 
 @pytest.mark.parametrize("preempt", [0.0, 0.5, 1.0])
 def test_keys_that_collide_and_a_table_as_full_as_it_gets(preempt: float) -> None:
     DEVICE.set(preempt=preempt, resident=5)
     generator = torch.Generator().manual_seed(0)
-    ids = colliding(60, 1024)[torch.randint(60, (1, 16, 32), generator=generator)]
+    capacity = 512 + 512 // 4 + 1
     x = torch.randn((1, 3, 16, 32), generator=generator)
-    close(instance_pool_op("cuda", x, ids), pooled(x, ids))
+    for wanted in (5, capacity - 1):  # the last slot: the search goes on at the first
+        near = [i for i in range(60 * capacity) if slot(i, capacity) == wanted][:40]
+        ids = torch.tensor(near)[torch.randint(40, (1, 16, 32), generator=generator)]
+        close(instance_pool_op("cuda", x, ids), pooled(x, ids))
     ids = (torch.randperm(512, generator=generator) * 2097143 % 2**31).view(1, 16, 32)
     close(instance_pool_op("cuda", x, ids), x)
+
+
+def checked_pool(shape: tuple[int, int, int, int], count: int, last: bool,
+                 dtype: torch.dtype = torch.float32) -> None:
+    """Means of ``count`` ids in blocks of rows, and of the same ids in another image."""
+    n, c, h, w = shape
+    generator = torch.Generator().manual_seed(h * w + c)
+    x = with_memory_format(torch.randn(shape, generator=generator).to(dtype),
+                           "channels_last" if last else "contiguous")
+    ids = torch.randint(count, (n, -(-h // 3), w), generator=generator).repeat_interleave(3, 1)
+    ids = ids[:, :h].sort(2).values * 1009
+    with poisoned_empty():
+        close(instance_pool_op("cuda", x, ids), pooled(x, ids), 3)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("name", "shapes"), [
+    ("kRun, rows of a thread", [(1, 3, h, 33) for h in (7, 8, 9)]),
+    ("kWarps x kRun, rows of a block", [(1, 4, h, 5) for h in (63, 64, 65)]),
+    ("columns of a warp", [(2, 2, 5, w) for w in (31, 32, 33)]),
+    ("channels of a thread", [(2, c, 5, 9) for c in (1, 2, 3, 4, 5)]),
+    ("channels of a warp", [(1, c, 9, 8) for c in (15, 16, 17, 31, 32, 33, 130, 280, 1041)]),
+    ("kPiece, pixels of a warp", [(1, 17, 1, w) for w in (31, 32, 33)]),
+    ("kWarps x kPiece, pixels of a block", [(1, 20, 1, w) for w in (255, 256, 257)]),
+    ("kPixels, pixels that a block numbers", [(1, 1, 1, w) for w in (2047, 2048, 2049)]),
+])
+def test_pool_beside_its_constants(name: str, shapes: list[tuple[int, int, int, int]],
+                                   last: bool) -> None:
+    for shape in shapes:
+        for count in (1, 4, 300):
+            checked_pool(shape, count, last, torch.float16 if count == 4 else torch.float32)
+
+
+@pytest.mark.skipif(MODE != "plain", reason="65536 pixels of 130 channels")
+@pytest.mark.parametrize(("channels", "last"), [(130, False), (130, True), (136, True)])
+def test_pool_of_several_blocks_of_channels(channels: int, last: bool) -> None:
+    checked_pool((1, channels, 256, 256), 40, last)  # sums of 128 channels are held at a time
 
 
 def test_ids_at_the_ends_of_their_range() -> None:
@@ -443,6 +489,45 @@ def test_strides_beyond_32_bits() -> None:
     y = spatially_varying_conv2d(
         x, far(weight, 27 * (2**28 + 8), 2**28 + 8, 6, 1), backend="cuda")
     close(y, spatially_varying_conv2d(near.double(), weight.double(), backend="reference"), 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_beside_its_constants(stride: int, dtype: torch.dtype) -> None:
+    """Packs beside those of a warp and a block, channels that are no whole packs, both formats."""
+    for channels, width in ((8, 15), (8, 16), (8, 17), (8, 127), (8, 128), (8, 129), (17, 5),
+                            (130, 4), (280, 3), (1041, 2)):
+        generator = torch.Generator().manual_seed(channels + width)
+        x = torch.randn((1, channels, 2, stride * width), generator=generator).to(dtype)
+        weight = torch.randn((1, 9 * channels, 2 // stride, width), generator=generator).to(dtype)
+
+        def results(backend: str, *inputs: Tensor) -> list[Tensor]:
+            def call(a: Tensor, b: Tensor) -> Tensor:
+                return spatially_varying_conv2d(a, b, stride=stride, backend=backend)
+            return [call(*inputs), *gradients(call, inputs)]
+
+        truth = results("reference", x.double(), weight.double())
+        for layout in ("contiguous", "channels_last"):
+            inputs = with_memory_format(x, layout), with_memory_format(weight, layout)
+            with poisoned_empty():
+                found = results("cuda", *inputs)
+            for got, exact in zip(found, truth, strict=True):
+                assert max_error(got, exact) < 5 * BOUND[dtype]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 8, 9])
+def test_crops_of_planes_are_those_of_labels(channels: int) -> None:
+    """The gradient of pixels under no mask is not read, whatever it holds."""
+    generator = torch.Generator().manual_seed(channels)
+    labels = torch.randint(0, 3, (2, 9, 41), generator=generator)
+    planes = torch.nn.functional.one_hot(labels, 5).permute(0, 3, 1, 2).float().contiguous()
+    image = torch.randn((2, channels, 9, 41), generator=generator) + 3
+    for size in ((9, 41), (5, 7), (60, 100)):  # 60 x 100: ranges that a whole warp sums
+        found = [gradients(lambda x, s=s, kind=kind, size=size: class_crops(
+            x, s, 5, size=size, backend=kind), (image,))[0]
+                 for s, kind in ((labels, "cuda"), (planes, "cuda"), (planes, "reference"))]
+        assert torch.equal(found[0], found[1])
+        close(found[1], found[2], 100)
 
 
 def test_host_waits() -> None:

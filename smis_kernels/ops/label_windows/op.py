@@ -82,6 +82,72 @@ def number_windows(map: Tensor, limit: int, *,
     return _number_windows(kind, map, limit)
 
 
+class GroupWindows(NamedTuple):
+    """3x3 windows as groups of channels tell them apart; groups that do so alike share a numbering.
+
+    Attributes:
+        kinds: (G,) int32, the numbering of each group.
+        ids: (K, V + 1) int32, of each numbering the number of every window; 0 of the outside.
+        windows: (K, R + 1, 9) int32, the windows of each numbering, by the first of the symbols
+            that are equal in it; zero beyond its count.
+        counts: (K,) int32, how many there are, at most R.
+    """
+
+    kinds: Tensor
+    ids: Tensor
+    windows: Tensor
+    counts: Tensor
+
+
+def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, int]], *,
+                  backend: str | None = None) -> GroupWindows:
+    """Number the 3x3 windows that each group of channels tells apart, exactly.
+
+    Args:
+        vectors: (S + 1, K) of the symbols; row 0, the outside, is zero. Compared by value.
+        windows: (V + 1, 9) int32 symbols, of :func:`number_windows`, trusted to be in range.
+        ranges: of each group the channels (begin, end) of the vectors that it reads.
+        backend: "auto", "reference" or "cpu".
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or ranges that do not fit; the message names them.
+
+    Example:
+        >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])
+        >>> _, windows = number_windows(torch.randint(1, 5, (1, 8, 8), dtype=torch.int32), 64)
+        >>> own = group_windows(vectors, windows, [(0, 2), (2, 4)])
+        >>> own.ids.shape == (2, len(windows))
+        True
+    """
+    check_tensor("vectors", vectors, 2, "(S, K)", FLOATS)
+    check_tensor("windows", windows, 2, "(V, 9)", (torch.int32,))
+    check_shape("windows", windows, (windows.shape[0], 9), "(nine taps)")
+    check_device("windows", windows, vectors, "vectors")
+    channels = vectors.shape[1]
+    for begin, end in ranges:
+        if not 0 <= begin <= end <= channels:
+            raise ValueError(f"ranges: expected channels 0..{channels} (begin, end), got "
+                             f"({begin}, {end})")
+    if not len(ranges) or not len(windows):
+        raise ValueError(f"ranges: expected at least one group and the outside's window, got "
+                         f"{len(ranges)} groups and {len(windows)} windows")
+    kind = resolve("group_windows", vectors, backend, ("cpu",))
+    if kind == "reference":
+        refuse_trace("group_windows")
+        return GroupWindows(*reference.group_windows(vectors, windows, ranges))
+    pairs = torch.tensor(ranges, dtype=torch.int64)
+    return GroupWindows(*_group_windows(kind, vectors.detach(), windows, pairs))
+
+
+def _group_windows_fake(vectors: Tensor, windows: Tensor, ranges: Tensor
+                        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    numberings, rows = context.new_dynamic_size(), context.new_dynamic_size()
+    return (windows.new_empty((ranges.shape[0],)),
+            windows.new_empty((numberings, windows.shape[0])),
+            windows.new_empty((numberings, rows, 9)), windows.new_empty((numberings,)))
+
+
 class NumberedLevel(NamedTuple):
     """One resolution of :func:`number_levels`; rows beyond those counted are undefined."""
 
@@ -219,6 +285,9 @@ _number_vectors = RawOp("number_vectors(Tensor input, int limit) -> (Tensor, Ten
                         _vectors_fake)
 _number_windows = RawOp("number_windows(Tensor map, int limit) -> (Tensor, Tensor)",
                         _windows_fake)
+_group_windows = RawOp(
+    "group_windows(Tensor vectors, Tensor windows, Tensor ranges) "
+    "-> (Tensor, Tensor, Tensor, Tensor)", _group_windows_fake)
 _number_levels = RawOp(
     "number_levels(Tensor map, int[] sizes, int[] limits) -> (Tensor, Tensor, Tensor)",
     _levels_fake, on_cpu=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +44,30 @@ def number_windows(map: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     if len(windows) - 1 > limit:
         windows = rows.new_empty((0, 9))
     return index.view(n, h, w).to(map.device), windows.to(map.device)
+
+
+def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, int]]
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kinds, ids, windows, counts) of :class:`~.op.GroupWindows`."""
+    partitions: list[list[int]] = []  # of each numbering the first of every symbol's equals
+    kinds = []
+    for begin, end in ranges:
+        part = vectors[:, begin:end]
+        equal = (part[:, None] == part[None]).all(2)
+        equal.fill_diagonal_(True)  # a NaN is itself
+        names = equal.int().argmax(1).tolist()
+        if names not in partitions:
+            partitions.append(names)
+        kinds.append(partitions.index(names))
+    numbered = [_first_appearance(torch.tensor(names, dtype=torch.int32)[windows[1:].long().cpu()])
+                for names in partitions]
+    most = max(len(own) for _, own in numbered)
+    ids = torch.stack([F.pad(index, (1, 0)) for index, _ in numbered])
+    padded = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for _, own in numbered])
+    counts = torch.tensor([len(own) - 1 for _, own in numbered])
+    device = windows.device
+    return (torch.tensor(kinds).int().to(device), ids.to(device), padded.to(device),
+            counts.int().to(device))
 
 
 def number_levels(
