@@ -59,8 +59,8 @@ def calls(nothing: Callable[[Tensor], Tensor]) -> dict[str, Call]:
         for name, features in ((norm, x), (f"{norm}, channels-last", nhwc)):
             add(f"SPADE, {name}, tables kept", SPADE(CHANNELS, CLASSES, 8, norm=norm), features,
                 layout)
-    pair = [SPADE(CHANNELS, CLASSES, 8).eval() for _ in range(2)]
-    found["modulate_pair, tables kept"] = lambda: modulate_pair(*pair, x, layout)
+    first, second = (SPADE(CHANNELS, CLASSES, 8).eval() for _ in range(2))
+    found["modulate_pair, tables kept"] = lambda: modulate_pair(first, second, x, layout)
     add("MultiSPADE of two, tables kept", MultiSPADE(CHANNELS, [(CLASSES, 8), (CLASSES, 0)]), x,
         layout, layout)
     add("ConditionalNorm2d", ConditionalNorm2d(CHANNELS, CLASSES), x, torch.tensor([2]))

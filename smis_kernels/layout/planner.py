@@ -92,7 +92,7 @@ def products_key(dtype: torch.dtype) -> str:
 
 def rates_of(input: Tensor) -> Rates:
     """The rates of the input's device and products: measured on this GPU, else the above."""
-    if input.is_cpu:
+    if input.device.type == "cpu":
         return CPU_RATES
     key = products_key(input.dtype)
     known = (measured("rates", input.device) or {}).get(key)

@@ -105,7 +105,8 @@ def _fixed(kind: str, running: Running, dtype: torch.dtype, eps: float) -> Stati
     assert mean is not None and var is not None
     plain = mean.dtype == var.dtype == dtype and not (mean.requires_grad or var.requires_grad)
     if kind == "cpu" and plain:  # sooner made than a constant is found
-        return Statistics(*fixed_statistics(kind, mean, var, eps), "fixed")
+        center, rstd = fixed_statistics(kind, mean, var, eps)
+        return Statistics(center, rstd, "fixed")
     return constant(("fixed", dtype, eps), partial(_scaled, mean, var, dtype, eps), mean, var)
 
 

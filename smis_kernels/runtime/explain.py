@@ -69,7 +69,7 @@ def recording() -> bool:
 def record(op: str, backend: str, tensor: Tensor, path: str = "", reason: str = "",
            **numbers: Any) -> None:
     """Note a choice when an ``explain`` is running; costs one attribute read otherwise."""
-    if recording():
+    if _recorder.choices is not None and recording():
         shape = tuple(tensor.shape)
         if backend == "cuda" and tensor.device.type == "cpu":
             backend = "cuda (emulated)"
