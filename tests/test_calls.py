@@ -507,6 +507,12 @@ def test_fixed_statistics_are_those_of_torch(dtype: torch.dtype) -> None:
         fixed_statistics("cpu", torch.zeros(5).half(), torch.ones(5).half(), 0.0)
 
 
+def test_fixed_statistics_pass_opcheck() -> None:
+    for dtype in (torch.float32, torch.float64):
+        mean, var = torch.rand(2, 5, dtype=dtype).unbind(0)
+        torch.library.opcheck(fixed_statistics.overload, (mean, var, 1e-5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64],
                          ids=str)
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float64], ids=str)
