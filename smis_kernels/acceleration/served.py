@@ -297,6 +297,10 @@ class ForeignNorm(CGNorm):
         return (self.channels, self.label_channels, self.hidden, self.form.reach,
                 self.form.no_tables, self.form.products)
 
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        return ()
+
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         return {"running_mean" + suffix: getattr(self.norm, "running_mean", None),
                 "running_var" + suffix: getattr(self.norm, "running_var", None)}
