@@ -346,7 +346,6 @@ def test_what_autocast_casts_is_refused_without_it() -> None:
 @pytest.mark.parametrize("name", NORMS)
 def test_gradients_after_calls_without(name: str) -> None:
     module, x, layout = NORMS[name]().eval().double(), features().double(), a_layout()
-    layout.vectors = layout.vectors.double()
 
     def gradients() -> list[Tensor]:
         leaf = x.clone().requires_grad_()
