@@ -393,6 +393,7 @@ def test_labels_on_a_device_are_refused_at_the_first_use(
     assert fine.vectors.shape == (2, 5)
 
 
+@needs_cpu
 def test_a_capture_takes_the_dense_path_where_counts_are_not_read(
         device: list[list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch) -> None:
     norm, x = SPADE(6, 5, 5).eval(), torch.randn(1, 6, 16, 16)

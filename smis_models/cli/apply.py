@@ -290,7 +290,7 @@ def morph(
     seconds: Seconds = 0.2, seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
     unknown: Unknown = None,
 ) -> None:
-    """Style morphing: from one code to another on a line."""
+    """Style morphing: from one code to another on the sphere, so that the variance is kept."""
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
                    animation, seconds, out) as made:
         if images:
