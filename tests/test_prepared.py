@@ -173,7 +173,7 @@ def test_constants_are_made_once(network: Network, enter: str,
             with getattr(prepared, enter)():
                 assert torch.equal(network(*inputs()), plain)
     assert made == first
-    assert any(isinstance(key, tuple) and key[0] == "fixed" for key in made)
+    assert any(isinstance(key, tuple) and key[0] == "wide" for key in made)
     assert "gamma and beta" in made
 
 

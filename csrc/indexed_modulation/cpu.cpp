@@ -5,9 +5,15 @@
 namespace smis {
 namespace {
 
+// The tensor itself where it is contiguous: a call of the dispatcher costs a microsecond.
+Tensor in_order(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // The table as the layout wants it: rows [gamma | beta] of a window, or one row for each channel.
 Tensor table_for(const Tensor& table, bool last) {
-  return torch::stable::contiguous(last ? table : torch::stable::transpose(table, 0, 1));
+  return last ? in_order(table)
+              : torch::stable::contiguous(torch::stable::transpose(table, 0, 1));
 }
 
 std::tuple<Tensor, Tensor> indexed_modulation_apply(
@@ -15,7 +21,7 @@ std::tuple<Tensor, Tensor> indexed_modulation_apply(
     const Tensor& table, std::optional<Tensor> mean_s, std::optional<Tensor> rstd_s,
     std::optional<Tensor> table_s, double slope, double slope_s, bool upsample) {
   const bool last = channels_last(input), pair = table_s.has_value();
-  const Tensor x = laid_out(input, last), ids = torch::stable::contiguous(index);
+  const Tensor x = laid_out(input, last), ids = in_order(index);
   IndexedArgs a{arguments(x, upsample, pair), ids.const_data_ptr<int32_t>(), table.size(0)};
   const int64_t up = upsample ? 2 : 1;
   const Tensor g = table_for(table, last), gs = pair ? table_for(*table_s, last) : g;
@@ -42,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_modulation_backward(
     std::optional<Tensor> output_s, std::optional<Tensor> mean_s, std::optional<Tensor> rstd_s,
     std::optional<Tensor> table_s, double slope, double slope_s, bool upsample, bool sums) {
   const bool last = channels_last(input), pair = table_s.has_value();
-  const Tensor x = laid_out(input, last), ids = torch::stable::contiguous(index);
+  const Tensor x = laid_out(input, last), ids = in_order(index);
   IndexedArgs a{arguments(x, upsample, pair), ids.const_data_ptr<int32_t>(), table.size(0)};
   Tensor dx = empty_nchw(a.N, a.C, a.H, a.W, last, x);
   a.dx = operand(dx);

@@ -1,4 +1,6 @@
 // CPU implementations of the modulation ops: layout, scratch, threads. The loops: cpu_kernel.cpp.
+#include <cmath>
+
 #include "common/modulate_host.h"
 #include "modulation/cpu_kernel.h"
 
@@ -32,6 +34,31 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& input) {
   const auto merge = moments_merge_kernel_best();
   parallel(N * C, grain(chunks * 2), [&](int64_t b, int64_t e) { merge(a, b, e); });
   return {mean, var};
+}
+
+template <class T>
+void fix(const Tensor& mean, const Tensor& var, double eps, Tensor& out_mean, Tensor& out_rstd) {
+  const T *m = mean.const_data_ptr<T>(), *v = var.const_data_ptr<T>();
+  T *to = out_mean.mutable_data_ptr<T>(), *rstd = out_rstd.mutable_data_ptr<T>();
+  const int64_t channels = mean.size(0), step = mean.stride(0), step_v = var.stride(0);
+  for (int64_t c = 0; c < channels; ++c) {
+    to[c] = m[c * step];
+    rstd[c] = T(1) / std::sqrt(v[c * step_v] + T(eps));
+  }
+}
+
+std::tuple<Tensor, Tensor> fixed_statistics(const Tensor& mean, const Tensor& var, double eps) {
+  const ScalarType type = mean.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double)
+    refuse("running_mean: expected dtype float32 or float64; cast it first");
+  if (var.scalar_type() != type || mean.dim() != 1 || var.dim() != 1 || var.size(0) != mean.size(0))
+    refuse("running_var: expected the shape (C,) and dtype of running_mean, got another");
+  Tensor center = empty_of(mean, {1, mean.size(0)}, type), rstd = empty_of(mean, {1, mean.size(0)}, type);
+  if (type == ScalarType::Double)
+    fix<double>(mean, var, eps, center, rstd);
+  else
+    fix<float>(mean, var, eps, center, rstd);
+  return {center, rstd};
 }
 
 std::tuple<Tensor, Tensor> modulation_apply(
@@ -143,6 +170,7 @@ Tensor modulation_center(const Tensor& grad, const Tensor& input, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(smis_kernels, CPU, m) {
   m.impl("channel_moments", TORCH_BOX(&channel_moments));
+  m.impl("fixed_statistics", TORCH_BOX(&fixed_statistics));
   m.impl("modulation_apply", TORCH_BOX(&modulation_apply));
   m.impl("modulation_backward", TORCH_BOX(&modulation_backward));
   m.impl("modulation_center", TORCH_BOX(&modulation_center));

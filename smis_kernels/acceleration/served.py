@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -291,6 +291,11 @@ class ForeignNorm(CGNorm):
     @property
     def products(self) -> tuple[int, int]:
         return self.form.products
+
+    @property
+    def outline(self) -> Hashable:
+        return (self.channels, self.label_channels, self.hidden, self.form.reach,
+                self.form.no_tables, self.form.products)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from ..ops.indexed_modulation import op as indexed
 from ..ops.label_windows.op import GroupWindows
 from ..ops.window_table import op as window_table
 from ..runtime.backend import resolve
+from ..runtime.checked import Checked
 from ..runtime.derivatives import transformed
-from ..runtime.explain import record
+from ..runtime.explain import record, recording
 from ..runtime.path import requested_path
 from ..runtime.tuned import measured
 from .label_layout import LabelLayout, WindowLevel, layout_of
@@ -42,6 +43,10 @@ class ModulationConvs(Protocol):
     @property
     def products(self) -> tuple[int, int]:
         """Multiply-adds at one pixel: of the last convs, and of those before."""
+
+    @property
+    def outline(self) -> Hashable:
+        """What all of these follow from."""
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -103,8 +108,7 @@ def rates_of(input: Tensor) -> Rates:
     return Rates(**known) if known else GPU_RATES.get(key, CPU_RATES)
 
 
-@dataclass(frozen=True)
-class PathChoice:
+class PathChoice(NamedTuple):
     """What was chosen: a layout and a table path, or a dense map (``fused``: not the reference)."""
 
     path: str
@@ -206,10 +210,34 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
     Raises:
         ValueError: the map does not fit, or a forced path cannot run; the message says why.
     """
+    kind = resolve("modulation", input, norms[0].backend, indexed.KINDS)
+    # On a GPU the choice follows what is being captured too.
+    if (kind != "cpu" or not isinstance(segmap, LabelLayout) or torch.compiler.is_compiling()
+            or recording()):
+        return _choose(norms, input, segmap, size, kind)
+    key = (kind, requested_path(), size, input.shape[0], input.dtype, rates_of(input),
+           segmap.tables is None, *[n.outline for n in norms])
+    chosen = _chosen.get(segmap)
+    if chosen is None:
+        chosen = _chosen.setdefault(segmap, Checked())
+    path = chosen.find(key)
+    if path is None:
+        choice = _choose(norms, input, segmap, size, kind)
+        chosen.keep(key, choice.path)
+        return choice
+    return PathChoice(path, kind != "reference", None if path == "dense" else segmap, segmap,
+                      input.dtype)
+
+
+# Paths by what a choice reads beside the layout itself.
+_chosen: WeakKeyDictionary[LabelLayout, Checked[str]] = WeakKeyDictionary()
+
+
+def _choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | LabelLayout,
+            size: tuple[int, int], kind: str) -> PathChoice:
     first = norms[0]
     for norm in norms:
         _check_map(norm, segmap, input)
-    kind = resolve("modulation", input, first.backend, ("cpu", "triton"))
     name = type(first).__name__ + (" pair" if len(norms) > 1 else "")
 
     def plan(path: str, layout: LabelLayout | None, reason: str, **numbers: Any) -> PathChoice:
@@ -274,7 +302,7 @@ def prepare_map(segmap: Tensor | LabelLayout, like: Tensor,
     ``like`` is a feature tensor or weight: its device decides. The map itself is returned where
     only the dense path can run (the reference, a map that requires a gradient, torch.compile).
     """
-    kind = resolve("modulation", like, backend, ("cpu", "triton"))
+    kind = resolve("modulation", like, backend, indexed.KINDS)
     if kind == "reference" or requested_path() == "dense" or isinstance(segmap, LabelLayout):
         return segmap
     if _why_dense((), segmap, kind) is not None:

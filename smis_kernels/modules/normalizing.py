@@ -20,6 +20,17 @@ def _parameter_free_norm(norm: str, channels: int) -> nn.Module:
     raise ValueError(f"norm: expected one of {', '.join(_NORMS)}; got {norm!r}")
 
 
+def child(module: Any, name: str) -> Any:
+    """``getattr(module, name)`` of a submodule or buffer, found where nn.Module looks last.
+
+    Its way there costs a microsecond, and more where it finds nothing.
+    """
+    found = module._modules.get(name)
+    if found is None:
+        found = module._buffers.get(name)
+    return getattr(module, name, None) if found is None else found
+
+
 class Normalizing(nn.Module):
     """A module with a ``param_free_norm`` of ``channels``: the base of :class:`SPADE` and others.
 
@@ -37,15 +48,15 @@ class Normalizing(nn.Module):
 
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         """The running statistics as keyword arguments of the op."""
-        norm = self.param_free_norm
+        norm = child(self, "param_free_norm")
         return {
-            "running_mean" + suffix: getattr(norm, "running_mean", None),
-            "running_var" + suffix: getattr(norm, "running_var", None),
+            "running_mean" + suffix: child(norm, "running_mean"),
+            "running_var" + suffix: child(norm, "running_var"),
         }
 
     def shared_arguments(self) -> dict[str, Any]:
         """Norm, mode, momentum and process group as keyword arguments of the op."""
-        norm = self.param_free_norm
+        norm = child(self, "param_free_norm")
         if isinstance(norm, nn.Identity):
             return {"norm": "none", "training": self.training}
         batch = not isinstance(norm, nn.InstanceNorm2d)
@@ -61,6 +72,8 @@ class Normalizing(nn.Module):
 
     def count_batch(self) -> None:
         """Advance ``num_batches_tracked`` as nn.BatchNorm2d does."""
+        if not self.training:
+            return
         counter = getattr(self.param_free_norm, "num_batches_tracked", None)
-        if self.training and counter is not None:
+        if counter is not None:
             counter.add_(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
 from ..runtime.constants import constant
 from ..runtime.tensors import acc_dtype
-from .normalizing import Normalizing
+from .normalizing import Normalizing, child
 
 _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
 
@@ -173,6 +174,14 @@ class CGNorm(Normalizing):
         """Multiply-adds at one pixel: of gamma and beta's convs, and of the shared one."""
         shared = self.shared_conv
         return 2 * self.mlp_gamma.weight.numel(), 0 if shared is None else shared.weight.numel()
+
+    @property
+    def outline(self) -> Hashable:
+        """What :attr:`no_tables` and :attr:`products` follow from, sooner found than they are."""
+        gamma = child(self, "mlp_gamma")
+        groups = child(child(self, "mlp_shared"), "0").groups if self.hidden else 1
+        return (gamma.out_channels, gamma.in_channels, gamma.groups, gamma.kernel_size, groups,
+                self.label_channels, self.hidden)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypedDict
@@ -99,30 +100,43 @@ def _neutral(channels: int, dtype: torch.dtype, device: torch.device) -> Statist
     return Statistics(zero, torch.ones_like(zero), "fixed")
 
 
-def _fixed(mean: Tensor, var: Tensor, dtype: torch.dtype, eps: float) -> Statistics:
+def _fixed(kind: str, running: Running, dtype: torch.dtype, eps: float) -> Statistics:
+    mean, var = running
+    assert mean is not None and var is not None
+    plain = mean.dtype == var.dtype == dtype and not (mean.requires_grad or var.requires_grad)
+    if kind == "cpu" and plain:  # sooner made than a constant is found
+        center, rstd = fixed_statistics(kind, mean, var, eps)
+        return Statistics(center, rstd, "fixed")
+    return constant(("fixed", dtype, eps), partial(_scaled, mean, var, dtype, eps), mean, var)
+
+
+@torch.no_grad()
+def _scaled(mean: Tensor, var: Tensor, dtype: torch.dtype, eps: float) -> Statistics:
     rstd = torch.rsqrt(var.to(dtype) + eps)
     return Statistics(mean.to(dtype).view(1, -1), rstd.view(1, -1), "fixed")
 
 
-@torch.no_grad()
 def statistics(input: Tensor, kind: str, options: Options, *runnings: Running) -> list[Statistics]:
     """One set of statistics per output; those of the data are computed once.
 
     In training every output's running statistics are updated.
     """
+    if options.norm == "batch" and not options.training and runnings[0][0] is not None:
+        return [_fixed(kind, running, acc_dtype(input), options.eps) for running in runnings]
+    if not torch.is_grad_enabled():  # entering no_grad costs as much as the kernel on a small input
+        return _of_data(input, kind, options, runnings)
+    with torch.no_grad():
+        return _of_data(input, kind, options, runnings)
+
+
+def _of_data(input: Tensor, kind: str, options: Options,
+             runnings: Sequence[Running]) -> list[Statistics]:
     n, c, h, w = input.shape
-    dtype = acc_dtype(input)
     if options.norm == "none":
+        dtype = acc_dtype(input)
         neutral = constant(("neutral", c, dtype, input.device),
                            partial(_neutral, c, dtype, input.device))
         return [neutral] * len(runnings)
-    if options.norm == "batch" and not options.training and runnings[0][0] is not None:
-        fixed = []
-        for mean, var in runnings:
-            assert mean is not None and var is not None
-            fixed.append(constant(("fixed", dtype, options.eps),
-                                  partial(_fixed, mean, var, dtype, options.eps), mean, var))
-        return fixed
     mean, var = channel_moments(kind, input)
     reduction = options.norm
     if reduction == "group" or (reduction == "batch" and n > 1):
@@ -230,6 +244,10 @@ def _moments_fake(input: Tensor) -> tuple[Tensor, Tensor]:
             input.new_empty(shape, dtype=acc_dtype(input)))
 
 
+def _fixed_fake(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return mean.new_empty((1, mean.shape[0])), mean.new_empty((1, mean.shape[0]))
+
+
 def _center_fake(
     grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor
 ) -> Tensor:
@@ -241,6 +259,9 @@ def _center_fake(
 channel_moments = RawOp(
     "channel_moments(Tensor input) -> (Tensor, Tensor)", _moments_fake, _TRITON + "channel_moments"
 )
+# Running mean and variance (C,) of float32 or float64 -> mean and reciprocal deviation (1, C).
+fixed_statistics = RawOp(
+    "fixed_statistics(Tensor mean, Tensor var, float eps) -> (Tensor, Tensor)", _fixed_fake)
 # grad - shift - x_hat * scale: what remains of it once the statistics move with the input.
 modulation_center = RawOp(
     "modulation_center(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor shift, "

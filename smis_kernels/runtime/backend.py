@@ -181,13 +181,13 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
     forward mode); an explicit choice runs or raises :class:`BackendError`.
     """
     choice = requested(backend)
-    device = tensor.device.type
     if choice == "reference" or (choice == "auto" and transformed() is not None):
         return "reference"
     if choice == "auto":
+        on_cpu = tensor.is_cpu
         for kind in kinds:
-            if (kind == "cpu") == (device == "cpu") and device in ("cpu", "cuda"):
-                problem = missing(kind, tensor.device)
+            if (kind == "cpu") == on_cpu and (on_cpu or tensor.is_cuda):
+                problem = missing(kind, None if on_cpu else tensor.device)
                 if problem is None and kind == "cuda" and _native.cuda_emulated():
                     problem = "the cuda library is emulated and takes CPU tensors"
                 if problem is None:
@@ -206,6 +206,7 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
         raise BackendError(
             f"backend: {op} has {', '.join(('reference', *kinds))}; got {choice!r}"
         )
+    device = tensor.device.type
     on_cpu = choice == "cpu" or (choice == "triton" and device == "cpu")
     wanted = "cpu" if on_cpu or (choice == "cuda" and _native.cuda_emulated()) else "cuda"
     if device != wanted:

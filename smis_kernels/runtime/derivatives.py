@@ -23,6 +23,25 @@ def transformed() -> str | None:
     return None
 
 
+class _Unrecorded:
+    """The context of a forward whose backward nobody asks for."""
+
+    def save_for_backward(self, *_: Tensor | None) -> None:
+        """Keep nothing."""
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``; its forward alone, much sooner, where no gradient is required.
+
+    Only for functions whose forward does no more to its context than setting attributes and
+    ``save_for_backward``.
+    """
+    if transformed() is not None or (torch.is_grad_enabled() and any(
+            isinstance(a, Tensor) and a.requires_grad for a in args)):
+        return function.apply(*args)
+    return function.forward(_Unrecorded(), *args)
+
+
 def recorded_gradients(
     function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:

@@ -61,10 +61,15 @@ def _recording() -> Iterator[list[Choice]]:
         _recorder.choices = previous
 
 
+def recording() -> bool:
+    """Whether an ``explain`` is running: what is kept of earlier calls has no reasons to show."""
+    return _recorder.choices is not None and not torch.compiler.is_compiling()
+
+
 def record(op: str, backend: str, tensor: Tensor, path: str = "", reason: str = "",
            **numbers: Any) -> None:
     """Note a choice when an ``explain`` is running; costs one attribute read otherwise."""
-    if _recorder.choices is not None and not torch.compiler.is_compiling():
+    if _recorder.choices is not None and recording():
         shape = tuple(tensor.shape)
         if backend == "cuda" and tensor.device.type == "cpu":
             backend = "cuda (emulated)"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...runtime.backend import BackendError, refuse_trace, requested, resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_range, check_tensor
+from ...runtime.derivatives import applied
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, is_channels_last, memory_format
@@ -112,7 +113,7 @@ def class_crops(image: Tensor, semantics: Tensor, num_classes: int, *,
         crops = reference.class_crops(image, semantics, num_classes, (height, width), box)
         return crops.contiguous(memory_format=memory_format(image))
     boxes = _found_boxes(image, semantics, num_classes, box, kind)
-    out: Tensor = _ClassCrops.apply(image, semantics, boxes, height, width, kind)
+    out: Tensor = applied(_ClassCrops, image, semantics, boxes, height, width, kind)
     return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, check_tensor, like_input
-from ...runtime.derivatives import recorded_gradients
+from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, memory_format
@@ -50,7 +50,7 @@ def conditional_attention(input: Tensor, logits: Tensor, *, negative_slope: floa
     if kind == "reference":
         y = reference.conditional_attention(input, logits, negative_slope)
         return y.contiguous(memory_format=memory_format(input))
-    out: Tensor = _ConditionalAttention.apply(input, logits, negative_slope, kind)
+    out: Tensor = applied(_ConditionalAttention, input, logits, negative_slope, kind)
     return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, autocast_as_conv, check_device, check_shape, check_tensor
-from ...runtime.derivatives import recorded_gradients
+from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, memory_format
@@ -72,7 +72,7 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
     if kind == "reference":
         y = reference.conditional_conv2d(input, condition, weight, bias)
         return y.contiguous(memory_format=memory_format(input))
-    out: Tensor = _ConditionalConv.apply(input, condition, weight, bias, kind)
+    out: Tensor = applied(_ConditionalConv, input, condition, weight, bias, kind)
     return out
 
 

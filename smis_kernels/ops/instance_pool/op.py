@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...runtime.backend import refuse_trace, resolve
 from ...runtime.check import FLOATS, INTEGERS, check_device, check_tensor
+from ...runtime.derivatives import applied
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
@@ -66,7 +67,7 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
     if kind == "reference":
         refuse_trace("instance_avg_pool2d")
         return reference.instance_avg_pool2d(input, _checked_ids(ids))
-    out: Tensor = _InstancePool.apply(input, ids, kind)
+    out: Tensor = applied(_InstancePool, input, ids, kind)
     return out
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
-from ...runtime.derivatives import recorded_gradients, transformed
-from ...runtime.explain import record
+from ...runtime.checked import Checked, alike
+from ...runtime.derivatives import applied, recorded_gradients
+from ...runtime.explain import record, recording
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
 from ..normalization import (
@@ -138,16 +139,11 @@ def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
              branches: Sequence[Branch], negative_slope: float, backend: str | None,
              keywords: Keywords) -> tuple[Tensor, ...]:
     """One or two outputs from one read of the input: what the four public modulations are."""
-    options = Options(**keywords)
-    slopes = [activation_slope(b.activation, negative_slope) for b in branches]
-    check_input(input, options, *(b.running for b in branches))
-    branches = [
-        b._replace(affine=tuple(source.check(n + suffix, t, index, input, options)
-                                for n, t in zip(source.names, b.affine, strict=True)))
-        for b, suffix in zip(branches, SUFFIXES, strict=False)
-    ]
+    options, slopes, branches = _checked_call(source, input, index, branches, negative_slope,
+                                              keywords)
     kind = resolve(name, input, backend, KINDS)
-    record(name, kind, input, **source.record(branches))
+    if recording():
+        record(name, kind, input, **source.record(branches))
     given = () if index is None else (index,)
     if kind == "reference" or input.numel() == 0:
         keywords = {**keywords, "training": options.training and input.numel() > 0}
@@ -160,18 +156,41 @@ def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
     stats, *rest = statistics(input, kind, options, *(b.running for b in branches))
     own = (rest[0].mean, rest[0].rstd) if rest and rest[0] is not stats else (None, None)
     affine = _placed([t for b in branches for t in b.affine], len(source.names))
-    both = (*slopes, 1.0)[:2]
-    outputs: tuple[Tensor, Tensor]
-    differentiated = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, *affine))
-    if differentiated or transformed() is not None:
-        outputs = _Modulation.apply(source.kind, stats.reduction, both, options, kind, input, index,
-                                    stats.mean, stats.rstd, *own, *affine)
-    else:  # without autograd's 30 us a call
-        count = len(source.names)
-        outputs = source.apply(kind, input, stats.mean, stats.rstd, *given, *affine[:2][:count],
-                               *own, *affine[2:][:count], *both, options.upsample)
+    outputs: tuple[Tensor, Tensor] = applied(
+        _Modulation, source.kind, stats.reduction, slopes, options, kind, input, index, stats.mean,
+        stats.rstd, *own, *affine)
     return outputs[: len(branches)]
+
+
+# Of calls whose arguments the kernels take as they are given.
+_checked: Checked[tuple[Options, tuple[float, float]]] = Checked()
+
+
+def _checked_call(
+    source: Source, input: Tensor, index: Tensor | None, branches: Sequence[Branch],
+    negative_slope: float, keywords: Keywords,
+) -> tuple[Options, tuple[float, float], Sequence[Branch]]:
+    """Options, both slopes, and the branches with gamma and beta as the kernels take them."""
+    tensors = [input, index]
+    for b in branches:
+        tensors += (*b.affine, *b.running)
+    called = (source.kind, negative_slope, *(b.activation for b in branches), *keywords.items())
+    key = alike(called, tensors) if keywords.get("process_group") is None else None
+    found = _checked.find(key)
+    if found is not None:
+        return (*found, branches)
+    options = Options(**keywords)
+    slopes = [activation_slope(b.activation, negative_slope) for b in branches]
+    check_input(input, options, *(b.running for b in branches))
+    taken = [
+        b._replace(affine=tuple(source.check(n + suffix, t, index, input, options)
+                                for n, t in zip(source.names, b.affine, strict=True)))
+        for b, suffix in zip(branches, SUFFIXES, strict=False)
+    ]
+    as_given = all(t is a for b, c in zip(branches, taken, strict=True)
+                   for t, a in zip(b.affine, c.affine, strict=True))
+    settled = (options, (slopes[0], slopes[1] if len(slopes) > 1 else 1.0))
+    return (*_checked.keep(key if as_given else None, settled), taken)
 
 
 class _Modulation(torch.autograd.Function):
@@ -253,7 +272,7 @@ def output_shape(input: Tensor, upsample: bool) -> tuple[int, int, int, int]:
     return (n, c, 2 * h, 2 * w) if upsample else (n, c, h, w)
 
 
-def _checked(name: str, tensor: Tensor, index: Tensor | None, input: Tensor,
+def _as_input(name: str, tensor: Tensor, index: Tensor | None, input: Tensor,
              options: Options) -> Tensor:
     """Gamma or beta as the kernels take it."""
     if isinstance(tensor, Tensor) and autocast_enabled(input):
@@ -310,7 +329,7 @@ modulation_backward = RawOp(
 )
 
 DENSE = Source(
-    "dense", ("gamma", "beta"), _checked, lambda branches: {"path": "dense"}, reference.modulation,
+    "dense", ("gamma", "beta"), _as_input, lambda branches: {"path": "dense"}, reference.modulation,
     lambda index, gamma: (gamma, None), modulation_apply, modulation_backward,
 )
 SOURCES = {DENSE.kind: DENSE}

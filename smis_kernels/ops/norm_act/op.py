@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import like_input
-from ...runtime.derivatives import recorded_gradients
+from ...runtime.checked import Checked, alike
+from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
@@ -64,12 +65,19 @@ def norm_act(
         >>> x, skip = torch.randn(2, 1, 8, 16, 16).unbind(0)
         >>> y = norm_act(x, skip, activation="relu")
     """
-    options = Options(norm, num_groups, training, momentum, eps, False, process_group)
-    slope = activation_slope(activation, negative_slope)
     running = (running_mean, running_var)
-    check_input(input, options, running)
-    if residual is not None:
-        residual = like_input("residual", residual, input)
+    called = (norm, num_groups, training, momentum, eps, activation, negative_slope)
+    key = alike(called, (input, residual, *running)) if process_group is None else None
+    found = _checked.find(key)
+    if found is None:
+        slope = activation_slope(activation, negative_slope)
+        options = Options(norm, num_groups, training, momentum, eps, False, process_group)
+        check_input(input, options, running)
+        given = residual
+        if residual is not None:
+            residual = like_input("residual", residual, input)
+        found = _checked.keep(key if residual is given else None, (options, slope))
+    options, slope = found
     kind = resolve("norm_act", input, backend, KINDS)
     record("norm_act", kind, input)
     if kind == "reference" or input.numel() == 0:
@@ -80,9 +88,13 @@ def norm_act(
             process_group=process_group,
         )
     (stats,) = statistics(input, kind, options, running)
-    out: Tensor = _NormAct.apply(input, residual, stats.mean, stats.rstd, stats.reduction, slope,
-                                 options, kind)
+    out: Tensor = applied(_NormAct, input, residual, stats.mean, stats.rstd, stats.reduction, slope,
+                          options, kind)
     return out
+
+
+# Of calls whose residual the kernel takes as it is given.
+_checked: Checked[tuple[Options, float]] = Checked()
 
 
 class _NormAct(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, autocast_as_conv, check_device, check_tensor
-from ...runtime.derivatives import recorded_gradients
+from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, is_channels_last, memory_format
@@ -66,7 +66,7 @@ def spatially_varying_conv2d(
             dilation=dilation,
         )
         return y.contiguous(memory_format=memory_format(input))
-    out: Tensor = _VaryingConv.apply(input, weight.flatten(1, 2), window, kind)
+    out: Tensor = applied(_VaryingConv, input, weight.flatten(1, 2), window, kind)
     return out
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
+from ...runtime.derivatives import applied
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from . import reference
@@ -75,7 +76,7 @@ def spectral_weight(weight: Tensor, u: Tensor, v: Tensor, *, sigma: Tensor | Non
         return reference.spectral_weight(weight, u, v).contiguous(memory_format=memory_format)
     with torch.no_grad():
         known = torch.dot(u, torch.mv(weight.flatten(1), v)) if sigma is None else sigma
-    out: Tensor = _SpectralWeight.apply(weight, u.detach(), v.detach(), known.detach(),
+    out: Tensor = applied(_SpectralWeight, weight, u.detach(), v.detach(), known.detach(),
                                         memory_format == torch.channels_last, kind)
     return out
 

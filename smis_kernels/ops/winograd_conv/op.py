@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
-from ...runtime.derivatives import recorded_gradients
+from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from . import reference
@@ -175,6 +175,6 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     if kind == "reference":
         return reference.winograd_conv2d(input, weight, bias, residual, groups, padding)
     transformed = None if kept is None else kept.of(weight, groups, tile)
-    y: Tensor = _WinogradConv.apply(input, weight, bias, residual, groups, padding, tile,
+    y: Tensor = applied(_WinogradConv, input, weight, bias, residual, groups, padding, tile,
                                     transformed, kind)
     return y
