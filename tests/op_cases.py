@@ -28,6 +28,7 @@ from smis_kernels import (
 from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.level_tables.op import NormConvs, level_tables
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.testing import with_memory_format
 
@@ -57,6 +58,9 @@ PUBLIC: dict[str, Call] = {
     "spectral_weight": lambda **o: spectral_weight(draw(5, 4, 3, 3), draw(5), draw(36), **o),
     "window_table": lambda **o: window_table(*TABLES, WINDOWS, **o),
     "window_embedding": lambda **o: window_embedding(*TABLES[:3], WINDOWS, **o),
+    "level_tables": lambda **o: level_tables(
+        TABLES[0], WINDOWS, WINDOWS % 5, [NormConvs(
+            draw(6, 6, 3, 3), draw(6), *TABLES[1:], shared_groups=1, groups=1)], **o),
     "number_vectors": lambda **o: number_vectors(INDEX[:, None].float(), 100, **o),
     "number_windows": lambda **o: number_windows(INDEX + 1, 100, **o),
     "label_conv": lambda **o: LabelConv2d(
@@ -314,6 +318,21 @@ def _embedding(shape: Shape, random: Random, groups: int, bias: bool, relu: bool
                   *[random.normal(groups * c)] * bias)
 
 
+def _level(shape: Shape, random: Random, groups: int, norms: int) -> Made:
+    n, c, h, w = shape
+    windows3, windows5 = _windows(random, h * w, w + 1), _windows(random, w, h * w + 1)
+
+    def call(vectors: Tensor, *convs: Tensor, backend: str) -> list[Tensor]:
+        each = [NormConvs(*convs[i : i + 6], groups, groups) for i in range(0, len(convs), 6)]
+        # Weights of 16 bits come with vectors of 32.
+        wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+        return level_tables(wide, windows3, windows5, each, backend=backend)
+
+    depth = 2 * groups
+    sizes = [(depth, n, 3, 3), (depth,), *((groups * c, 2, 3, 3), (groups * c,)) * 2] * norms
+    return call, (_outside(random, w + 1, groups * n), *(random.normal(*s) for s in sizes))
+
+
 def _crops(shape: Shape, random: Random, planes: bool, box: str, size: tuple[int, int]) -> Made:
     n, _, h, w = shape
     labels = random.below(3, n, h, w)
@@ -408,6 +427,7 @@ CASES: dict[str, OpCase] = {
     "window_table": OpCase(_table, {"groups": (1, 3), "one_level": (False, True)}, "triton", WIDE),
     "window_embedding": OpCase(_embedding, {"groups": (1, 3), "bias": (True, False),
                                             "relu": (True, False)}, "triton", WIDE),
+    "level_tables": OpCase(_level, {"groups": (1, 3), "norms": (2, 1)}, "triton", leaves=0),
     "class_crops": OpCase(_crops, {**_BOXES, "size": ((5, 7), (12, 3), (1, 1))}, "cuda"),
     "class_boxes": OpCase(_boxes, _BOXES, "cuda", leaves=0),
     "instance_avg_pool2d": OpCase(_pooled(False), {"ids": (6, 1, 200)}, "cuda"),

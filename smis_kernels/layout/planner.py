@@ -16,6 +16,7 @@ from ..runtime.explain import record
 from ..runtime.path import requested_path
 from ..runtime.tuned import measured
 from .label_layout import LabelLayout, WindowLevel, layout_of
+from .shared_tables import shared_convs
 
 
 class ModulationConvs(Protocol):
@@ -92,6 +93,16 @@ def rates_of(input: Tensor) -> Rates:
     key = products_key(input.dtype)
     known = (measured("rates", input.device) or {}).get(key)
     return Rates(**known) if known else GPU_RATES.get(key, CPU_RATES)
+
+
+def shared_rates(rates: Rates, dtype: torch.dtype) -> Rates:
+    """Where all norms of a level make their tables together, without TF32 in 16 bits.
+
+    Two launches serve two norms at least, in place of three each.
+    """
+    faster = 2 if dtype in (torch.float16, torch.bfloat16) else 1
+    return rates._replace(one_level=faster * rates.one_level,
+                          fixed_one_level=rates.fixed_one_level / 3)
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,10 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         return plan(wanted, layout, "asked for", V=v, U=u, pixels=pixels)
     total: dict[str, float] = {}
     for norm in norms:
-        for path, cost in costs(norm, level, pixels, rates_of(input),
+        rates, convs = rates_of(input), shared_convs(norm, layout)
+        if convs is not None:
+            rates = shared_rates(rates, convs.weight.dtype)
+        for path, cost in costs(norm, level, pixels, rates,
                                 symbols=len(layout.vectors) - 1).items():
             total[path] = total.get(path, 0.0) + cost
     dense = total["dense"]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..layout.label_layout import LabelLayout
 from ..layout.planner import choose
+from ..layout.shared_tables import shared_table
 from ..ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from ..ops.level_tables.op import NormConvs
 from ..ops.modulation.op import modulation, modulation_pair
 from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
@@ -109,14 +111,18 @@ class CGNorm(Normalizing):
         """Gamma and beta of every distinct window at ``size``: (U + 1, 2C), rows [gamma | beta]."""
         level = layout.level(size)
         windows = level.windows5 if self.hidden else level.windows3
-        build = partial(self._build_table, layout, path=path)
+        build = partial(self._build_table, layout, size, path=path)
         if layout.tables is None:
             return build(level.windows3, windows)
         return layout.tables.table(self, size, layout, self.reach, build)
 
-    def _build_table(self, layout: LabelLayout, windows3: Tensor, windows: Tensor,
-                     path: str) -> Tensor:
+    def _build_table(self, layout: LabelLayout, size: tuple[int, int], windows3: Tensor,
+                     windows: Tensor, path: str) -> Tensor:
         """Rows for ``windows``: of 3x3-window ids, or of symbols with hidden=0."""
+        if path == "one_level" and windows is layout.level(size).windows5:  # all of the level's
+            shared_rows = shared_table(self, layout, size)
+            if shared_rows is not None:
+                return shared_rows
         gamma, beta = self.mlp_gamma, self.mlp_beta
         dtype = acc_dtype(gamma.weight)
 
@@ -148,6 +154,16 @@ class CGNorm(Normalizing):
         conv = self.mlp_shared[0]
         assert isinstance(conv, nn.Conv2d)
         return conv
+
+    @property
+    def convs(self) -> NormConvs | None:
+        """The convs of a table over 5x5 windows; None where there is none."""
+        shared, gamma, beta = self.shared_conv, self.mlp_gamma, self.mlp_beta
+        if shared is None or self.no_tables:
+            return None
+        assert shared.bias is not None and gamma.bias is not None and beta.bias is not None
+        return NormConvs(shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight,
+                         beta.bias, shared.groups, gamma.groups)
 
     @property
     def reach(self) -> int:
