@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .io import old_names
+
 if TYPE_CHECKING:
     from .families import (
         ModelInfo,
@@ -45,6 +47,7 @@ __all__ = [
     "save_checkpoint",
     "shipped_weights",
 ]
+old_names.install()
 
 
 def __getattr__(name: str) -> Any:

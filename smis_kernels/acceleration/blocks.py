@@ -18,7 +18,7 @@ from .formats import channels_last, gradient_in_format, in_format_of, network_ca
 from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
 from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
 from .norms import FusedNorm, NormPlan, inputs_of, is_small_call, of_another_size
-from .probe import PROBE_SIZE, Trial, agreeing, detached_copy, unit_outputs
+from .probe import Trial, agreeing, detached_copy, probe_size, unit_outputs
 from .sequences import activation_of
 from .served import Evaluation
 from .swap import PLAN, Accelerated, Change, Fused, FusionPlan, arguments_of
@@ -146,11 +146,11 @@ def _widths(norm: nn.Module, plan: NormPlan | None) -> tuple[int, int]:
 def _recorded(twin: nn.Module, norms: Norms, order: Mapping[str, Order],
               ) -> tuple[Graph, bool, int, int]:
     """The block's forward, whether the map comes first, and the channels of both."""
-    weight, problem = next(twin.parameters()), ""
+    weight, size, problem = next(twin.parameters()), probe_size(twin), ""
     widths = dict.fromkeys(_widths(twin.get_submodule(k), p) for k, p in norms.items())
     for swapped in (False, True):
         for channels, labels in widths:
-            x, planes = inputs_of(weight, channels, labels, PROBE_SIZE, _map_scale(norms))
+            x, planes = inputs_of(weight, channels, labels, size, _map_scale(norms))
             graphs = []
             try:
                 for training in (False, True):
@@ -165,7 +165,7 @@ def _recorded(twin: nn.Module, norms: Norms, order: Mapping[str, Order],
                 continue
             if graphs[0] != graphs[1]:
                 raise Mismatch("in training it computes something else than in eval mode")
-            return _with_resizes(graphs[0]), swapped, channels, labels
+            return _with_resizes(graphs[0], size), swapped, channels, labels
     raise Mismatch(f"the probe cannot run it: {problem}")
 
 
@@ -174,8 +174,8 @@ def _map_scale(norms: Norms) -> int:
     return 2 if all(plan is None or plan.form.resized for plan in norms.values()) else 1
 
 
-def _with_resizes(graph: Graph) -> Graph:
-    steps = tuple(resize_of(step, PROBE_SIZE) if step.op == "interpolate" and step.inputs == (MAP,)
+def _with_resizes(graph: Graph, size: tuple[int, int]) -> Graph:
+    steps = tuple(resize_of(step, size) if step.op == "interpolate" and step.inputs == (MAP,)
                   else step for step in graph.steps)
     return Graph(steps, graph.output)
 
@@ -321,7 +321,7 @@ def judge(block: nn.Module, plans: list[BlockPlan], norms: Norms) -> tuple[int |
     for parameter in twin.parameters():  # weights' gradients have been seen norm by norm
         parameter.requires_grad_(parameter.requires_grad and parameter.dim() == 1)
     plan = plans[0]
-    x, planes = inputs_of(next(twin.parameters()), plan.channels, plan.labels, PROBE_SIZE,
+    x, planes = inputs_of(next(twin.parameters()), plan.channels, plan.labels, probe_size(twin),
                           2 if plan.resized else 1)
     other = (of_another_size(x), of_another_size(planes))
     trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False),

@@ -19,7 +19,7 @@ from ..modules.spade import CGNorm
 from ..runtime.path import requested_path
 from .graph import FEATURES, MAP, Graph, Step, Unclear, record
 from .match import PATTERN, Form, Mismatch, match
-from .probe import PROBE_SIZE, SEED, CannotRun, Trial, agreeing, at_scales, detached_copy
+from .probe import SEED, CannotRun, Trial, agreeing, at_scales, detached_copy, probe_size
 from .served import ForeignNorm
 from .swap import PLAN, Change, Fused, FusionPlan, arguments_of, is_small, serves
 from .watch import original_type
@@ -211,12 +211,13 @@ def _recorded(twin: nn.Module) -> Iterator[_Recorded]:
     """What the twin computes, by each order of arguments in which it can be run.
 
     Raises:
-        CannotRun: it runs on nothing that was tried.
+        CannotRun: in one of the orders it runs on nothing that was tried.
     """
-    weight, problem, ran = next(twin.parameters()), "", False
+    weight, size, problems = next(twin.parameters()), probe_size(twin), []
     for swapped in (False, True):
+        problem = ""
         for (channels, labels), scale in product(_shapes(twin), (2, 1)):
-            inputs = inputs_of(weight, channels, labels, PROBE_SIZE, scale)
+            inputs = inputs_of(weight, channels, labels, size, scale)
             order = inputs[::-1] if swapped else inputs
             graphs = []
             try:
@@ -232,12 +233,13 @@ def _recorded(twin: nn.Module) -> Iterator[_Recorded]:
                 continue
             if graphs[0] != graphs[1]:
                 raise Mismatch("in training it computes something else than in eval mode")
-            ran = True
             height, width = inputs[1].shape[2:]
             yield _Recorded(graphs[0], swapped, channels, labels, (height, width))
             break
-    if not ran:
-        raise CannotRun(problem)
+        else:
+            problems.append(problem)
+    if problems:
+        raise CannotRun(problems[0])
 
 
 def normalises(graph: Graph, module: nn.Module) -> bool:
@@ -264,17 +266,22 @@ def _plans(module: nn.Module, arguments: tuple[str, ...]) -> list[NormPlan]:
         Mismatch, CannotRun: it is none; the message says why.
     """
     twin, why = detached_copy(module, keep=(module,)), None
-    for found in _recorded(twin):
-        try:
-            form = match(found.graph, module, PROBE_SIZE, found.map_size, found.labels)
-        except Mismatch as error:
-            listed = normalises(found.graph, module)
-            why = why or (error if listed else None)
-            continue
-        norm = module.get_submodule(form.norm) if form.norm else None
-        known = not isinstance(norm, _BatchNorm) or type(norm) in _COUNTING
-        return [NormPlan(arguments, form, found.channels, found.labels, counts, found.swapped)
-                for counts in ((True,) if known else (False, True))]
+    try:
+        for found in _recorded(twin):
+            try:
+                form = match(found.graph, module, probe_size(twin), found.map_size,
+                             found.labels)
+            except Mismatch as error:
+                listed = normalises(found.graph, module)
+                why = why or (error if listed else None)
+                continue
+            norm = module.get_submodule(form.norm) if form.norm else None
+            known = not isinstance(norm, _BatchNorm) or type(norm) in _COUNTING
+            return [NormPlan(arguments, form, found.channels, found.labels, counts, found.swapped)
+                    for counts in ((True,) if known else (False, True))]
+    except CannotRun:
+        if why is None:
+            raise
     if why is not None:
         raise Mismatch(f"nearest is {PATTERN}, but {why}")
     return []
@@ -321,7 +328,7 @@ def read(module: nn.Module) -> Reading:
 def judge(module: nn.Module, plans: list[NormPlan]) -> tuple[int | None, str]:
     """Which of the plans a norm agrees with; else why it does not with the first."""
     twin = detached_copy(module)
-    x, planes = probe_inputs(plans[0], next(twin.parameters()), PROBE_SIZE, 2)
+    x, planes = probe_inputs(plans[0], next(twin.parameters()), probe_size(twin), 2)
     trials = _trials(x, planes, plans[0].form)
     if plans[0].swapped:
         trials = [t.swapped() for t in trials]

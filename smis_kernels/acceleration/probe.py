@@ -85,6 +85,18 @@ def detached_copy(module: nn.Module, keep: Sequence[nn.Module] = ()) -> nn.Modul
     return twin
 
 
+def probe_size(module: nn.Module) -> tuple[int, int]:
+    """Height and width of features to try a module on, which no padding in it reaches across."""
+    widths = [0]
+    for part in module.modules():
+        if isinstance(part, (nn.ReflectionPad2d, nn.CircularPad2d)):
+            widths += part.padding
+        elif isinstance(part, nn.Conv2d) and part.padding_mode != "zeros":
+            widths += part._reversed_padding_repeated_twice
+    height, width = PROBE_SIZE
+    return max(height, max(widths) + 1), max(width, max(widths) + 2)
+
+
 def unit_outputs(*convs: nn.Module) -> None:
     """Scale the outputs of a copy's convs to one, so that no weight can hide what follows."""
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
