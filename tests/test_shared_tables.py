@@ -184,6 +184,21 @@ def test_vectors_changed_inside_a_call_are_seen(network: Network) -> None:
     handle.remove()
 
 
+def test_another_map_of_the_same_vectors_inside_a_call(network: Network) -> None:
+    """Where the norm's table for the first map has been made and waits."""
+    prepared, (x, layout), (_, other) = Prepared(network), inputs(), inputs(1)
+    other = LabelLayout(other.symbols, layout.vectors)
+    for _ in range(2):
+        with prepared.vouched():
+            network(x, layout)
+    handle = network.second.register_forward_pre_hook(lambda _, given: (given[0], other))
+    with prepared.vouched():
+        y = network(x, layout)
+    with use_backend("reference"), use_path("auto"):
+        assert max_error(y, network(x, layout)) < 1e-10
+    handle.remove()
+
+
 def test_two_maps_in_one_call(network: Network, made: list[Any]) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
