@@ -48,7 +48,7 @@ def dense_rows(generator: torch.Generator, classes: int) -> Tensor:
 
 
 def cast(norms: list[NormConvs], dtype: torch.dtype) -> list[NormConvs]:
-    return [n._make((*(t.to(DEVICE, dtype) for t in n.tensors), n.shared_groups, n.groups))
+    return [NormConvs._make((*(t.to(DEVICE, dtype) for t in n.tensors), n.shared_groups, n.groups))
             for n in norms]
 
 
@@ -154,7 +154,7 @@ def test_convs_that_do_not_fit_are_named(field: str, value: Tensor, message: str
     generator = torch.Generator().manual_seed(6)
     (norm,) = cast([norm_convs(generator, 4, 8, 16)], torch.float32)
     w3, w5 = windows(generator, 6, 5), windows(generator, 8, 7)
-    changed = norm._make(value.to(DEVICE) if name == field else old
+    changed = NormConvs._make(value.to(DEVICE) if name == field else old
                          for name, old in norm._asdict().items())
     given = one_hot(4).float().to(DEVICE), w3.to(DEVICE), w5.to(DEVICE)
     with pytest.raises((ValueError, TypeError), match=message):

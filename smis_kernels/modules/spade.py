@@ -111,18 +111,23 @@ class CGNorm(Normalizing):
         """Gamma and beta of every distinct window at ``size``: (U + 1, 2C), rows [gamma | beta]."""
         level = layout.level(size)
         windows = level.windows5 if self.hidden else level.windows3
-        build = partial(self._build_table, layout, size, path=path)
+        build = partial(self._rows, layout, size, path)
         if layout.tables is None:
             return build(level.windows3, windows)
         return layout.tables.table(self, size, layout, self.reach, build)
 
-    def _build_table(self, layout: LabelLayout, size: tuple[int, int], windows3: Tensor,
-                     windows: Tensor, path: str) -> Tensor:
+    def _rows(self, layout: LabelLayout, size: tuple[int, int], path: str, windows3: Tensor,
+              windows: Tensor) -> Tensor:
+        """Rows for ``windows``, made with those of other norms where they are all of a level."""
+        if path == "one_level" and windows is layout.level(size).windows5:
+            found = shared_table(self, layout, size)
+            if found is not None:
+                return found
+        return self._build_table(layout, windows3, windows, path)
+
+    def _build_table(self, layout: LabelLayout, windows3: Tensor, windows: Tensor,
+                     path: str) -> Tensor:
         """Rows for ``windows``: of 3x3-window ids, or of symbols with hidden=0."""
-        if path == "one_level" and windows is layout.level(size).windows5:  # all of the level's
-            shared_rows = shared_table(self, layout, size)
-            if shared_rows is not None:
-                return shared_rows
         gamma, beta = self.mlp_gamma, self.mlp_beta
         dtype = acc_dtype(gamma.weight)
 
