@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smis_kernels import CGNorm, LabelLayout, use_backend, use_path
 from smis_kernels.acceleration.prepared import Prepared
+from smis_kernels.layout import label_layout
 from smis_kernels.layout.label_layout import TableCache, WindowLevel
+from smis_kernels.ops.instance_edges import op as edges
+from smis_kernels.ops.label_windows import op as label_windows
 from smis_kernels.runtime.library import NAMESPACE, raw_ops
 from smis_models.benchmark.case import Maps, Setting
 from smis_models.benchmark.records import markdown_table
@@ -50,8 +54,10 @@ _VIEWS = {
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }
 _WAITS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select"}
-# Kernels and memory sets of csrc/label_windows/cuda.cu: each call waits for the device once.
-_NATIVE = {"number_vectors": 8, "number_windows": 10}
+# Kernels, memory sets and copies of CUDA C++ (tests/cuda_on_cpu holds them), and who waits.
+NATIVE = {"number_vectors": 7, "number_windows": 9, "number_labels": 5,
+          "number_levels": 15}
+_WAITING = {"number_vectors", "number_windows"}
 
 
 class Count(TorchDispatchMode):
@@ -80,8 +86,8 @@ class Count(TorchDispatchMode):
         # Where a mask or ids decide how many rows there are, the host waits for them.
         picked = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8)
                                          for t in args[1])
-        self.waits += name in _WAITS or name in _NATIVE or name.startswith("_unique") or picked
-        self._note(part, name, _NATIVE.get(name, 1))
+        self.waits += name in _WAITS or name in _WAITING or name.startswith("_unique") or picked
+        self._note(part, name, NATIVE.get(name, 1))
         return func(*args, **(kwargs or {}))
 
     def _note(self, part: str, name: str, count: int = 1) -> None:
@@ -229,15 +235,55 @@ def _sizes(preset: Any) -> list[tuple[int, int]]:
     return [(height << i, width << i) for i in steps]
 
 
+class _Counted(label_layout._Reading):
+    """A reading that counts as a copy to the host, and as a wait once the host asks for it."""
+
+    asked = 0
+
+    def __init__(self, numbers: Tensor) -> None:
+        torch.empty_like(numbers).copy_(numbers)
+        self._shape: tuple[int, ...] | None = tuple(numbers.shape)
+
+    def numbers(self) -> Any:
+        _Counted.asked += self._shape is not None
+        self._read = self._read if self._shape is None else np.zeros(self._shape, int).tolist()
+        self._shape = None
+        return self._read
+
+
 def count_layout(name: str, maps: Maps) -> tuple[LabelLayout, dict[str, int]]:
-    """A layout at all sizes of a generator, and what compiling it takes."""
+    """A layout at all sizes of a generator, and what a GPU takes to compile a later one like it.
+
+    ``waits_to_use``: what the host waits for once norms ask how many windows there are.
+    """
     labels, instances, preset = scene(name, maps)
-    with Count() as count:
-        layout = semantics.compile_layout(labels, preset, instances)
-        for size in _sizes(preset):
-            layout.level(size)
-    return layout, {"operations": count.operations.total(), "launches": count.launches.total(),
-                    "waits": count.waits}
+    layout = semantics.compile_layout(labels, preset, instances)
+    for size in _sizes(preset):
+        layout.level(size)
+    asked = dict.fromkeys(_sizes(preset))
+    patched = (
+        (label_layout, "_device_kernels", lambda map: True),
+        (label_layout, "_sizes_asked", lambda device, shape: asked),
+        (label_layout, "_capturing", lambda map: False),
+        (label_layout, "_Reading", _Counted), (_Counted, "asked", 0),
+        (label_windows, "resolve", lambda *_: "cuda"), (edges, "resolve", lambda *_: "cuda"),
+    )
+    with ExitStack() as stack:
+        for owner, attribute, value in patched:
+            stack.enter_context(mock.patch.object(owner, attribute, value))
+        stack.enter_context(without_a_gpu())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        held, ids = _fake(labels), None if instances is None else _fake(instances)
+        with Count() as count:
+            compiled = semantics.compile_layout(held, preset, ids)
+        counts = {"operations": count.operations.total(), "launches": count.launches.total(),
+                  "waits": count.waits + _Counted.asked}
+        with Count() as using:
+            for size in asked:
+                compiled.level(size)
+        assert not using.launches
+        counts["waits_to_use"] = _Counted.asked
+    return layout, counts
 
 
 def count_forward(name: str, layout: LabelLayout, way: str, *,
@@ -315,7 +361,8 @@ def _table(found: dict[str, Any]) -> str:
     for name, counts in found.items():
         layout = counts["layout"]
         rows.append((name, "layout", str(layout["operations"]), str(layout["launches"]),
-                     f"{layout['waits']} waits for the device"))
+                     f"{layout['waits']} waits for the device, "
+                     f"{layout['waits_to_use']} to use it"))
         for way in WAYS:
             parts = counts[way]["launches"]
             rows.append((name, way, str(counts[way]["operations"]["total"]), str(parts["total"]),

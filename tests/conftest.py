@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,6 +27,24 @@ def fused_at_any_size() -> Iterator[None]:
     """Small inputs take the fused forms of ``accelerate``, too."""
     with at_any_size():
         yield
+
+
+@pytest.fixture
+def totals(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(steps that were told, steps that were taken) of each of the commands' progress bars."""
+    from smis_models import cli
+
+    found: list[tuple[int, int]] = []
+
+    @contextmanager
+    def progress(total: int | None) -> Iterator[cli.common.Steps]:
+        step = cli.common.Steps(total, None)
+        yield step
+        found.append((step._total, step._count))
+
+    for module in (cli.apply, cli.data, cli.evaluate, cli.measure, cli.synthesis):
+        monkeypatch.setattr(module, "progress", progress)
+    return found
 
 
 def pytest_sessionstart() -> None:

@@ -27,7 +27,12 @@ from smis_kernels import (
 )
 from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
-from smis_kernels.ops.label_windows.op import number_vectors, number_windows
+from smis_kernels.ops.label_windows.op import (
+    GroupWindows,
+    group_windows,
+    number_vectors,
+    number_windows,
+)
 from smis_kernels.ops.level_tables.op import NormConvs, level_tables
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.testing import with_memory_format
@@ -63,6 +68,7 @@ PUBLIC: dict[str, Call] = {
             draw(6, 6, 3, 3), draw(6), *TABLES[1:], shared_groups=1, groups=1)], **o),
     "number_vectors": lambda **o: number_vectors(INDEX[:, None].float(), 100, **o),
     "number_windows": lambda **o: number_windows(INDEX + 1, 100, **o),
+    "group_windows": lambda **o: group_windows(draw(4, 6), WINDOWS, [(0, 3), (3, 6)], **o),
     "label_conv": lambda **o: LabelConv2d(
         LabelLayout.from_labels(IDS % 4, 4), draw(3, 4, 3, 3), **o).rows(0, 6),
     "class_boxes": lambda **o: class_boxes(X, IDS % 4, 4, **o),
@@ -333,6 +339,50 @@ def _level(shape: Shape, random: Random, groups: int, norms: int) -> Made:
     return call, (_outside(random, w + 1, groups * n), *(random.normal(*s) for s in sizes))
 
 
+def _own(shape: Shape, random: Random, groups: int) -> tuple[Tensor, Tensor, GroupWindows]:
+    """Vectors of which groups find some equal, windows of them, and those as groups see them."""
+    n, _, h, w = shape
+    vectors = random.below(2, w + 1, groups * n).double()
+    vectors[0] = 0
+    windows = _windows(random, h * w, w + 1)
+    ranges = [(g * n, (g + 1) * n) for g in range(groups)]
+    return vectors, windows, group_windows(vectors, windows, ranges, backend="reference")
+
+
+def _group_windows(shape: Shape, random: Random, groups: int) -> Made:
+    n = shape[0]
+    vectors, windows, _ = _own(shape, random, groups)
+    ranges = [(g * n, (g + 1) * n) for g in range(groups)]
+    return lambda x, backend: group_windows(x, windows, ranges, backend=backend), (vectors,)
+
+
+def _table_of_groups(shape: Shape, random: Random, groups: int, one_level: bool) -> Made:
+    n, c, h, w = shape
+    own = _own(shape, random, groups)[2]
+    windows = _windows(random, h + w, own.ids.shape[1])
+
+    def call(*inputs: Tensor, backend: str) -> Tensor:
+        return window_table(*inputs, windows, own=own, groups=groups, one_level=one_level,
+                            backend=backend)
+
+    weights = (x for _ in "gb" for x in (random.normal(groups * c, n, 3, 3),
+                                         random.normal(groups * c)))
+    return call, (_outside(random, own.windows.shape[1], groups * n), *weights)
+
+
+def _embedding_of_groups(shape: Shape, random: Random, groups: int, bias: bool,
+                         relu: bool) -> Made:
+    n, c, _, _ = shape
+    vectors, _, own = _own(shape, random, groups)
+
+    def call(vectors: Tensor, weight: Tensor, *rest: Tensor, backend: str) -> Tensor:
+        return window_embedding(vectors, weight, *(rest or (None,)), own, groups=groups,
+                                relu=relu, backend=backend)
+
+    return call, (vectors + _outside(random, *vectors.shape), random.normal(groups * c, n, 3, 3),
+                  *[random.normal(groups * c)] * bias)
+
+
 def _crops(shape: Shape, random: Random, planes: bool, box: str, size: tuple[int, int]) -> Made:
     n, _, h, w = shape
     labels = random.below(3, n, h, w)
@@ -428,6 +478,11 @@ CASES: dict[str, OpCase] = {
     "window_embedding": OpCase(_embedding, {"groups": (1, 3), "bias": (True, False),
                                             "relu": (True, False)}, "triton", WIDE),
     "level_tables": OpCase(_level, {"groups": (1, 3), "norms": (2, 1)}, "triton", leaves=0),
+    "window_table of groups": OpCase(
+        _table_of_groups, {"groups": (2, 1, 3), "one_level": (False, True)}, dtypes=WIDE),
+    "window_embedding of groups": OpCase(
+        _embedding_of_groups, {"groups": (2, 1, 3), "bias": (True, False), "relu": (True, False)},
+        dtypes=WIDE),
     "class_crops": OpCase(_crops, {**_BOXES, "size": ((5, 7), (12, 3), (1, 1))}, "cuda"),
     "class_boxes": OpCase(_boxes, _BOXES, "cuda", leaves=0),
     "instance_avg_pool2d": OpCase(_pooled(False), {"ids": (6, 1, 200)}, "cuda"),
@@ -435,5 +490,6 @@ CASES: dict[str, OpCase] = {
     "instance_edges": OpCase(_edges, {}, "cuda", leaves=0),
     "number_vectors": OpCase(_vectors, {"soft": (False, True)}, "cuda", leaves=0),
     "number_windows": OpCase(_symbols, {}, "cuda", leaves=0),
+    "group_windows": OpCase(_group_windows, {"groups": (2, 1, 5)}, leaves=0),
     "label_conv": OpCase(_label_conv, {"kernel_size": (3, 1, 7)}, leaves=0),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import foreign
@@ -111,10 +112,12 @@ def test_look_alikes_are_left_alone(build: Callable[[], nn.Module], kind: str, w
 @pytest.mark.parametrize("options", [
     {"size": 1}, {"size": 5}, {"norm": nn.InstanceNorm2d}, {"norm": foreign.UncountedBatchNorm},
     {"norm": nn.SyncBatchNorm}, {"groups": 2}, {"shared_groups": 1, "hidden_": 4},
+    {"norm": partial(nn.BatchNorm2d, momentum=None)}, {"padding_mode_": "circular"},
 ], ids=str)
 def test_norms_of_other_settings_are_fused(options: dict[str, Any]) -> None:
-    hidden = options.pop("hidden_", 8)
-    norm = lively(foreign.LayoutNorm(6, LABELS, hidden, **options))
+    plain = {k: v for k, v in options.items() if k[-1] != "_"}
+    norm = lively(foreign.LayoutNorm(6, LABELS, options.get("hidden_", 8), **plain))
+    norm.mlp_gamma.padding_mode = norm.mlp_beta.padding_mode = options.get("padding_mode_", "zeros")
     original = copy.deepcopy(norm)
     assert len(accelerate(norm).replaced) == 1
     x, planes = normal(2, 6, 8, 8), label_map(32)

@@ -102,6 +102,34 @@ def test_inference_folds_the_spectral_norm_of_parametrizations() -> None:
         assert conv.weight is not conv.weight
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["conv", "batch norm"])
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+def test_hooks_on_folded_layers_are_obeyed(kind: str, place: int) -> None:
+    network = lively(nn.Sequential(nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6))).eval()
+    original, x = copy.deepcopy(network), normal(2, 5, 8, 8)
+    accelerate(network, inference=True)
+    with torch.no_grad():
+        before = network(x)
+        for m in (network, original):
+            if kind == "hook":
+                m[place].register_forward_hook(lambda _, __, out: 2 * out)
+            else:
+                m[place].register_forward_pre_hook(lambda _, args: (2 * args[0],))
+        assert max_error(original(x), before) > 1e-3
+        assert max_error(network(x), original(x)) < 1e-10
+
+
+def test_a_folded_weight_that_is_written_to_is_computed_anew() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)).double().eval(), normal(1, 3, 6, 6)
+    accelerate(conv, inference=True)
+    with torch.no_grad():
+        expected = conv(x)
+        for _ in range(2):
+            conv.weight.mul_(2)  # what the hook makes, not what it makes it of
+            assert max_error(conv(x), expected) < 1e-12
+
+
 def lively_parametrized() -> nn.Module:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3).double()

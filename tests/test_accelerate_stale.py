@@ -12,6 +12,7 @@ from typing import Any
 
 import foreign
 import foreign_layers
+import numpy as np
 import pytest
 import torch
 from foreign_cases import LABELS, block_of, label_map, lively, norm_of, normal, small_painter
@@ -37,9 +38,11 @@ class Adjustable(foreign.LayoutNorm):
         self.options = types.SimpleNamespace(gain=1.0)
         self.last = nn.Identity()
         self.plain = torch.ones((), dtype=torch.float64)
+        self.array, self.choices = np.ones(2), {1.0}
 
     def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
         y = super().forward(x, segmap) * self.gain * self.gains[0] * self.gains[1]["inner"]
+        y = y * float(self.array[1]) * max(self.choices)
         return self.last(y * self.options.gain * self.strength * self.plain)
 
 
@@ -92,6 +95,8 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
     "dict": (adjustable, lambda m: m.gains[1].update(inner=3.0)),
     "object": (adjustable, lambda m: setattr(m.options, "gain", 3.0)),
     "tensor": (adjustable, lambda m: m.plain.data.fill_(3.0)),
+    "array": (adjustable, lambda m: m.array.__setitem__(1, 3.0)),
+    "set": (adjustable, lambda m: (m.choices.clear(), m.choices.add(3.0))),
     "part": (adjustable, put("last", nn.Tanh())),
     "instance_shadows_class": (adjustable, put("strength", 3.0)),
     "child_forward": (adjustable, lambda m: setattr(m.last, "forward", torch.tanh)),

@@ -281,6 +281,16 @@ def test_ids_of_other_kinds_are_pooled_as_before(ids: str) -> None:
     assert ran == (set() if ids == "float" else {"original"})
 
 
+def test_features_of_another_dtype_are_computed_as_before() -> None:
+    norm = lively(foreign.LayoutNorm(6, 7, 8, norm=nn.InstanceNorm2d)).float().eval()
+    original, x, planes = copy.deepcopy(norm), normal(2, 6, 8, 8), label_map(16).float()
+    assert len(accelerate(norm).replaced) == 1
+    with torch.no_grad():
+        found, expected = norm(x, planes), original(x, planes)
+    assert found.dtype == expected.dtype == torch.float64
+    assert max_error(found, expected) < 1e-12
+
+
 def test_a_hook_on_an_activation_is_called() -> None:
     network = lively(foreign_layers.image_network()).eval()
     accelerate(network)

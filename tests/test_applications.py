@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from smis_kernels import use_backend
 from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes
 from smis_models.io import images
 from smis_models.io.animation import write_animation
 from smis_models.io.checkpoint import save_checkpoint
 from smis_models.synthesis import applications
-from smis_models.synthesis.codes import draw_code, interpolate
+from smis_models.synthesis.codes import draw_code, interpolate, resample_class
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
 from smis_models.synthesis.features import FeatureClusters
 from smis_models.synthesis.scene import (
@@ -63,8 +64,8 @@ def test_the_encoder_serves_at_test_time(model):
     assert torch.equal(applications.encode(model, image, labels), mean)
     drawn = applications.encode(model, image, labels, seed=1)
     assert torch.equal(drawn, applications.encode(model, image, labels, seed=1))
-    noise = (drawn - mean) / torch.exp(0.5 * logvar)
-    assert 0.5 < float(noise.detach().std()) < 1.5
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, mean + noise * logvar.exp().sqrt())
     bare = type(model)(model.name, model.preset, {"generator": model.generator})
     with pytest.raises(ValueError, match="model: expected one with an encoder"):
         applications.encode(bare, image, labels)
@@ -82,7 +83,10 @@ def test_mixture_takes_each_class_from_its_picture(model):
         z[:, channels] = codes[source][:, channels]
     assert _close(frames[-1].picture, _model_paints(model, layout, z))
     every = list(applications.mix(model, layout, codes))
-    assert len(every) == 1 + len(layout.present)
+    area = np.bincount(layout.labels.ravel(), minlength=8)
+    largest = [c for c in np.argsort(-area, kind="stable") if area[c]]
+    assert [frame.caption for frame in every] == ["all from picture 0", *(
+        f"class {c} from picture {1 + k % 2}" for k, c in enumerate(largest))]
     with pytest.raises(ValueError, match=r"take: expected a picture 0\.\.2 for class 1, got 7"):
         list(applications.mix(model, layout, codes, {1: 7}))
 
@@ -116,6 +120,10 @@ def test_one_class_is_drawn_anew(model):
     frames = list(applications.resample(model, layout, index, 3, seed=2))
     assert len(frames) == 4
     assert len({frame.picture.tobytes() for frame in frames}) == 4
+    start = draw_code(model, 2)
+    for k, frame in enumerate(frames):
+        z = resample_class(model, start, index, 2 + k) if k else start
+        assert _close(frame.picture, _model_paints(model, layout, z))
     absent = Scene("flat", np.zeros((64, 64), np.int64), None)
     with pytest.raises(ValueError, match=r"class: expected one of flat, 0; got 5"):
         list(applications.resample(model, absent, 5, 1))
@@ -190,13 +198,68 @@ def test_shape_and_texture_vary(model):
     frames = list(applications.exchange(model, layout, target, library, 3, seed=1))
     assert len(frames) == 4
     assert len({frame.scene.labels.tobytes() for frame in frames}) > 1
+    for k, frame in enumerate(frames[1:], 1):
+        z = resample_class(model, draw_code(model, 1), target, 1 + k)
+        assert _close(frame.picture, _model_paints(model, frame.scene, z))
     held = list(applications.exchange(model, layout, target, library, 1, seed=1, texture=False))
     assert _close(held[1].picture, _model_paints(model, held[1].scene, draw_code(model, 1)))
+
+
+def test_regions_touch_at_corners_and_have_a_least_size():
+    corners = Scene("corners", np.eye(4, dtype=np.int64), None)
+    assert [int(mask.sum()) for mask in regions(corners, 1)] == [4]
+    labels = np.zeros((50, 80), np.int64)  # of which two pixels are the 2000th part
+    labels[10, 10], labels[20, 20:22], labels[49, 3:9] = 1, 1, 1
+    assert [mask.shape for mask in ShapeLibrary.from_scenes([Scene("s", labels, None)]).of(1)] == [
+        (1, 2)]
+
+
+def test_edits_in_words_fill_these_pixels():
+    labels, ids = _boxes()
+    edited = painted(Scene("boxes", labels, ids), "5:2,4,7,10", 8)
+    inside = np.zeros((16, 20), bool)
+    inside[2:7, 4:10] = True
+    np.testing.assert_array_equal(edited.labels, np.where(inside, 5, labels))
+    np.testing.assert_array_equal(edited.instances, np.where(inside, 5, ids))
+    edited = relabelled(Scene("boxes", labels, ids), "1=6", 8)
+    np.testing.assert_array_equal(edited.labels, np.where(labels == 1, 6, labels))
+    np.testing.assert_array_equal(edited.instances, np.where(labels == 1, 6, ids))
+
+
+def test_untrained_weights_get_these_deviations():
+    made = create_model("groupdnet_deepfashion", **TINY).eval()
+    planes, z = semantics(made, _scene(0)), draw_code(made, 0)
+    calibrate(made, planes, z)
+    found = {}
+
+    def look(name):
+        return lambda _, __, out: found.setdefault(name, []).append(float(
+            out.std((0, 2, 3)).median()))
+
+    for name, module in made.generator.named_modules():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("mlp_gamma", "mlp_beta", "conv_img"):
+            module.register_forward_hook(look(leaf))
+    with use_backend("reference"), torch.no_grad():
+        made.generator(planes, z)
+    for leaf, deviation in (("mlp_gamma", 0.4), ("mlp_beta", 0.8), ("conv_img", 0.6)):
+        assert np.median(found[leaf]) == pytest.approx(deviation, rel=0.15), leaf
+    assert all(not module.training for module in made.generator.modules())
 
 
 @pytest.mark.parametrize(("format", "suffix"), [("gif", ".gif"), ("apng", ".png"),
                                                 ("webp", ".webp")])
 def test_animated_files(format, suffix, tmp_path):
+    noise = [np.random.default_rng(k).integers(0, 256, (8, 12, 3), np.uint8) for k in range(3)]
+    with Image.open(write_animation(tmp_path / "noise", noise, format, seconds=0.2)) as image:
+        assert image.info.get("loop") == 0  # without end
+        for k, frame in enumerate(noise):
+            image.seek(k)
+            shown = np.asarray(image.convert("RGB"))
+            assert image.info["duration"] == (400 if k == 2 else 200)
+            if format != "gif":  # without loss
+                np.testing.assert_array_equal(shown, frame)
+    (tmp_path / f"noise{suffix}").unlink()
     frames = [np.full((8, 12, 3), 60 * k, np.uint8) for k in range(3)]
     path = write_animation(tmp_path / "a", frames, format, seconds=0.2)
     assert path.suffix == suffix
@@ -271,15 +334,26 @@ TWO = (*ONE, "--images", "DIR/images/2.png", "--image-labels", "DIR/labels/2.png
         ("resample", ("--class", "0", "--samples", "2", "--animation", "webp"), "resample", 3),
     ],
 )
-def test_commands_write_pictures_and_an_animation(smis, tmp_path, command, arguments, name, frames):
+def test_commands_write_pictures_and_an_animation(smis, tmp_path, totals, command, arguments, name,
+                                                  frames):
     code, out, err = smis(command, *arguments)
     assert code == 0, err
+    assert totals == [(frames, frames)]
     suffix = "webp" if "webp" in arguments else "gif"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *(f"{name}_{k}.png" for k in range(frames)), f"{name}_grid.png", f"{name}.{suffix}"}
     assert f"{frames} frames" in out
     with Image.open(tmp_path / f"out/{name}.{suffix}") as image:
         assert getattr(image, "n_frames", 1) > 1
+
+
+def test_a_morph_leads_from_one_seed_to_the_next(smis, tmp_path, model):
+    code, _, err = smis("morph", "--steps", 2, "--seed", 4)
+    assert code == 0, err
+    scene = Scene("0", images.read_labels(tmp_path / "labels/0.png", 8), None)
+    for k in range(2):
+        found = images.read_picture(tmp_path / f"out/morph_{k}.png")
+        assert _close(found, _model_paints(model, scene, draw_code(model, 4 + k)))
 
 
 @pytest.mark.parametrize(

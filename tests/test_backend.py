@@ -17,10 +17,24 @@ import torch
 from op_cases import PUBLIC
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smis_kernels import BackendError, explain, instance_edges, use_backend
+from smis_kernels import (
+    BackendError,
+    class_boxes,
+    explain,
+    instance_avg_pool2d,
+    instance_edges,
+    layout_scope,
+    norm_act,
+    use_backend,
+    use_path,
+)
+from smis_kernels.acceleration import formats, swap
+from smis_kernels.layout import label_layout
+from smis_kernels.ops.label_windows.op import number_windows
 from smis_kernels.runtime import backend as selector
-from smis_kernels.runtime import native
-from smis_kernels.runtime.backend import missing, requested, resolve
+from smis_kernels.runtime import constants, native, tuned
+from smis_kernels.runtime.backend import missing, no_fallback, requested, resolve
+from smis_kernels.runtime.path import requested_path
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 
@@ -50,7 +64,8 @@ def test_a_missing_library_is_no_silent_fallback(name: str,
 
 
 # These tell explain nothing of their own: the modules that call them do.
-INNER = {"window_table", "window_embedding", "number_vectors", "number_windows", "label_conv"}
+INNER = {"window_table", "window_embedding", "number_vectors", "number_windows", "group_windows",
+         "label_conv"}
 
 
 @needs_cpu
@@ -79,6 +94,61 @@ def test_the_argument_comes_first_then_the_block_then_the_environment(
     monkeypatch.setattr(selector, "_environment", "fast")
     with pytest.raises(ValueError, match="SMIS_BACKEND: expected one of"):
         resolve("op", torch.zeros(1), None, ("cpu",))
+
+
+# A block, and what is to be as it was before it.
+BLOCKS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "use_backend": (lambda: use_backend("reference"), requested),
+    "no_fallback": (no_fallback, lambda: selector._selection.fallback),
+    "use_path": (lambda: use_path("dense"), requested_path),
+    "using": (lambda: constants.using(constants.Store([])), lambda: constants._active.store),
+    "trial": (lambda: tuned.trial("rates", {}), lambda: dict(tuned._trials)),
+    "layout_scope": (layout_scope, lambda: label_layout._known.depth),
+    "network_call": (formats.network_call, lambda: formats._calls.depth),
+    "at_any_size": (swap.at_any_size, lambda: swap._sizes.any),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_that_raises_changes_nothing_behind_it(name: str,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap._sizes, "any", False)
+    block, state = BLOCKS[name]
+    before = state()
+
+    def interrupted() -> None:
+        with block():
+            assert state() != before
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            interrupted()
+        assert state() == before
+
+
+def test_explain_inside_of_explain_takes_nothing_from_it() -> None:
+    x = torch.zeros(1, 2, 3, 4)
+
+    def both() -> None:
+        norm_act(x)
+        assert len(explain(norm_act, x).choices) == 1
+        with pytest.raises(ValueError, match="eps"):
+            explain(norm_act, x, eps=-1.0)
+        norm_act(x)
+
+    assert [choice.op for choice in explain(both).choices] == ["norm_act"] * 2
+
+
+@needs_cpu
+@pytest.mark.parametrize("call", [
+    lambda: class_boxes(torch.zeros(1, 1, 1, 2), torch.tensor([[[0, 3]]]), 3, backend="cpu"),
+    lambda: instance_avg_pool2d(torch.zeros(1, 1, 1, 2), torch.tensor([[[0, -3]]]), backend="cpu"),
+    lambda: number_windows(torch.zeros(1, 1, 2, dtype=torch.int32), 9, backend="cpu"),
+], ids=["labels", "instances", "windows"])
+def test_what_a_kernel_refuses_is_a_value_error(call: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"^\w+: expected .*, got -?\d+; "):
+        call()
 
 
 def test_interpreted_triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from smis_models import cli, create_model
-from smis_models.data import GeneratedScenes, build_dataset
+from smis_models.data import FileScenes, GeneratedScenes, Preprocess, build_dataset
 from smis_models.families import DEEPFASHION
 from smis_models.io.images import write_indices, write_png
 from smis_models.io.seeds import derived_seed
 from smis_models.training import Run, TrainConfig, from_dict
-from smis_models.training.batches import Batches, MicroBatch, dataset
+from smis_models.training.batches import Batches, MicroBatch, Order, Place, dataset
 from smis_models.training.distributed import Processes
 from smis_models.training.trainer import Trainer, _first_pictures
 
@@ -64,6 +65,28 @@ def test_codes_follow_seed_and_step_alone() -> None:
     shares = [drawn(steps(config, 3, Processes(rank, 2))) for rank in range(2)]
     assert all(torch.equal(torch.cat(pair), whole)
                for pair, whole in zip(zip(*shares, strict=True), first, strict=True))
+
+
+def test_a_derived_seed_stays_what_it_was() -> None:
+    """Of runs that go on, and of samples that are painted again."""
+    assert [derived_seed(*numbers) for numbers in ((0,), (0, 1), (1, 0), (3, 1, 4, 1, 5))] == [
+        7896617691693857887, 2918264622725855778, 3717377837946358015, 1287521189320880938]
+    every = {derived_seed(*numbers) for numbers in np.ndindex(6, 6, 6)}
+    assert len(every) == 6**3 and max(every) < 2**63
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    """Permutations of torch's own generator, by seed and epoch."""
+    def indices(place: Place, steps: int) -> list[int]:
+        order = iter(Order(12, 4, 1, 7, place, Processes()))
+        return [draw.index for _ in range(steps) for draw in next(order)]
+
+    orders = [indices(Place(epoch, 0), 3) for epoch in range(3)]
+    assert orders == [
+        torch.randperm(12, generator=torch.Generator().manual_seed(derived_seed(7, k))).tolist()
+        for k in range(3)]
+    assert len(set(map(tuple, orders))) == 3
+    assert indices(Place(0, 0), 9) == [index for order in orders for index in order]
 
 
 def test_every_step_seeds_torch_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +153,21 @@ def test_pictures_on_disk_are_of_their_split(folder: Path, tmp_path: Path) -> No
         assert all(bool((((b.image + 1) * 127.5).round() == grey).all()) for b in batches)
 
 
+def test_options_of_the_data_reach_the_pictures(folder: Path) -> None:
+    here = ("--data.name", "folder", "--data.root", str(folder))
+    config = tiny(*here, "--data.mode", "scale_width_and_crop", "--data.load", "[80,96]",
+                  "--data.flip", "false", "--data.unknown", "3", "--seed", "6")
+    given = Preprocess("scale_width_and_crop", (64, 64), (80, 96), flip=False)
+    for split in ("train", "val"):
+        found = dataset(config, split)
+        assert isinstance(found, FileScenes)
+        assert found.preprocess == replace(given, augment=split == "train")
+        assert (found.unknown, found.seed, found.option) == (3, 6, "--data.unknown")
+    plain = dataset(tiny(*here), "train")
+    assert isinstance(plain, FileScenes) and plain.unknown is None
+    assert plain.preprocess == Preprocess("resize_and_crop", (64, 64), (72, 72))
+
+
 def test_evaluation_takes_the_held_out_split(folder: Path, monkeypatch: pytest.MonkeyPatch,
                                              tmp_path: Path) -> None:
     asked: list[tuple[str, bool | None]] = []
@@ -140,8 +178,9 @@ def test_evaluation_takes_the_held_out_split(folder: Path, monkeypatch: pytest.M
         return build_dataset(name, root, preset, split, **options)
 
     monkeypatch.setattr(evaluating, "build_dataset", asking)
-    monkeypatch.setattr(evaluating, "load_model", lambda *_: create_model(
-        "groupdnet_deepfashion", ngf=8, nef=8, image_size=(64, 64), upsampling="normal").eval())
+    network = create_model("groupdnet_deepfashion", ngf=8, nef=8, image_size=(64, 64),
+                           upsampling="normal").eval()
+    monkeypatch.setattr(cli.common.Chosen, "load", lambda _: network)
     command = ["evaluate", "--model", "groupdnet_deepfashion", "--dataset", "folder", "--root",
                str(folder), "--out", str(tmp_path / "r.json"), "--distance", "pixel"]
     CliRunner().invoke(cli.app, command)

@@ -8,7 +8,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ from smis_models.benchmark.case import (
 from smis_models.benchmark.measure import bind, resident_peak, under_default_allocator
 from smis_models.data.scenes import sample_scene
 from smis_models.io import images
-from smis_models.io.allocator import ENVIRONMENT
+from smis_models.io.allocator import ENVIRONMENT, reuse_freed_memory
 from smis_models.metrics import PixelDistance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +182,27 @@ def test_the_yardstick_is_the_first_provider_of_the_same_dtype():
         "reference": True, "channels_last": True, "fused": True, "fused fp32": False}
 
 
+@pytest.mark.parametrize(("error", "right"), [(2.5e-3, True), (3.5e-3, False)])
+def test_three_times_the_references_error_is_allowed(error, right):
+    def off_by(share):
+        return lambda x, y: x * y * (1 + share * (x.dtype == torch.float32))
+
+    case = _case(providers=providers(off_by(1e-3), off_by(error), loops=True))
+    assert _measured(case, seconds=0.0)["fused"].correct == right
+
+
+@pytest.mark.parametrize("status", [1, 0])
+def test_what_glibc_is_told(status, monkeypatch):
+    """M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1 and M_TOP_PAD -2 in its malloc.h."""
+    told = {}
+    library = SimpleNamespace(mallopt=lambda name, value: told.update({name: value}) or status)
+    monkeypatch.setattr("smis_models.io.allocator.ctypes.CDLL", lambda _: library)
+    assert reuse_freed_memory() == (status == 1)
+    assert told == {-3: 2**30, -1: -1, -2: 64 * 2**20}
+    assert {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": "-1",
+                           "MALLOC_TOP_PAD_": str(64 * 2**20)} == ENVIRONMENT
+
+
 def test_a_sample_of_the_images_is_judged():
     truth_of = []
     given = providers(lambda x: x + 1, lambda x: torch.cat([x[:1] + 1, x[1:] + 7]), loops=True)
@@ -226,6 +249,52 @@ def test_the_bound_is_the_time_at_the_rates_of_the_run():
     record = rows["fused"]
     assert 1e-3 < record.bound < 10  # 1e9 multiply-adds at a slow core's rate
     assert records.floor_share(record) == record.bound / record.median
+
+
+TIMES = {"reference": 4.0, "channels_last": 3.0, "fused": 1.0, "copy": 0.5, "rate": 0.25,
+         "features": 0.125, "map 1": 8.0, "map 2": 1.0, "map 3": 2.0}
+
+
+def test_figures_of_given_times(monkeypatch):
+    monkeypatch.setattr(timing, "interleave", lambda calls, *_, **__: {
+        name: [TIMES[name]] * 3 for name in calls})
+    row = _measured(_case(bound=lambda inputs: Remaining(6000, 700, 64)), tiny=True)["fused"]
+    macs = timing.rate_call(CPU, torch.float32, tiny=True)[1]
+    assert macs == 9 * 16**2 * 8**2
+    assert row.copy_bandwidth == 2 * 24 * 4 / 0.5
+    assert row.bound == pytest.approx(6000 * 0.25 / macs + 700 * 0.125 / (2 * 64))
+    rows = _measured(_case(every_map=True))
+    assert records.speedup(rows) == pytest.approx(4 / 2)
+    assert records.speedup(rows, slowest=True) == 4 / 8
+    row = rows["fused"]
+    assert row.times == [pytest.approx(2.0)] * 3  # the geometric mean of four maps
+    assert row.maps == {"map 0": 1.0, "map 1": 8.0, "map 2": 1.0, "map 3": 2.0}
+    assert row.slowest == 8.0
+
+
+def test_copies_and_turns():
+    order = []
+    call = timing.rotating([lambda k=k: order.append(k) or k for k in range(3)])
+    assert [call() for _ in range(5)] == order == [0, 1, 2, 0, 1]
+    for like in (torch.empty(50), torch.empty(50, dtype=torch.uint8)):
+        copied = timing.copy_call(like)()
+        assert copied.shape == like.shape and copied.dtype == like.dtype
+        assert len(copied.unique()) > 20  # no zeros, which move faster
+
+
+def test_figures_in_words():
+    assert [records.duration(s) for s in (2.0, 1.0, 0.5, 1e-3, 2.5e-6)] == [
+        "2 s", "1 s", "500 ms", "1 ms", "2.5 µs"]
+    assert [records.times_text(x) for x in (None, 2.314, 12.3)] == ["-", "2.31x", "12x"]
+    assert _record("fused", 0.0, times=[4.0, 1.0, 2.0, 3.0]).quartiles == (1.75, 3.25)
+    assert records.scratch_share(_record("fused", 1.0, peak_memory=150)) == 0.5
+    assert records.scratch_share(_record("fused", 1.0, peak_memory=50)) == 0
+
+
+def test_unknown_pixels_of_coco_are_its_last_class(tmp_path):
+    images.write_indices(tmp_path / "a.png", np.array([[3, 255, 181]]))
+    setting = Setting(CPU, maps=harness.Maps(tmp_path))
+    assert setting.labels("indoor", (1, 3), 183).tolist() == [[[3, 182, 181]]]
 
 
 def test_a_report_names_the_machine_that_was_measured():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from smis_kernels import LabelLayout, explain, use_backend
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model
-from smis_models.families.ccfpse import discriminate_pairs, pyramid_matching_loss
+from smis_models.families.ccfpse import _kept, discriminate_pairs, pyramid_matching_loss
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 SMALL = {"ngf": 4, "ndf": 8, "hidden": 16, "image_size": (64, 64), "latent_channels": 8}
@@ -128,3 +130,24 @@ def test_bad_input() -> None:
         small(vae=False).generator(planes, torch.zeros(1, 8))
     with pytest.raises(ValueError, match="image's size, multiples of 32"):
         model.discriminator(torch.zeros(1, 3, 48, 64).double(), planes)
+
+
+def test_only_frozen_networks_keep_what_they_predict() -> None:
+    layout, owner = LabelLayout.from_labels(torch.zeros(1, 8, 8).long(), 3), nn.Identity()
+    keeping = SimpleNamespace(prediction=lambda *given: given)
+
+    def kept(source: object = layout) -> object:
+        return _kept(source, owner.eval(), 7, make)
+
+    def make() -> str:
+        raise AssertionError("made by the layout's tables alone")
+
+    with torch.no_grad():
+        assert kept() is None  # whose layout keeps nothing
+        layout.tables = keeping
+        assert kept() == (owner, 7, make)
+        assert kept(torch.zeros(1, 3, 8, 8)) is None
+        assert _kept(layout, owner.train(), 7, make) is None
+        with use_backend("reference"):
+            assert kept() is None
+    assert kept() is None  # gradients are wanted

@@ -276,6 +276,9 @@ def test_masks_that_require_a_gradient_take_the_reference_path() -> None:
     assert bool((masks.grad != 0).any())
     with pytest.raises(BackendError, match="no gradient for semantics"):
         class_crops(image, masks, 2, backend="cpu")
+    with torch.no_grad():  # none is wanted
+        crops = class_crops(image, masks, 2, backend="auto" if missing("cpu") else "cpu")
+    assert _same(crops, class_crops(image, masks.detach(), 2, backend="reference"))
 
 
 @needs_cpu
@@ -348,6 +351,7 @@ IMAGE, LABELS = torch.zeros((1, 3, 4, 5)), torch.zeros((1, 4, 5), dtype=torch.in
         (IMAGE, LABELS, 2, {"size": (0, 4)}, r"size: expected positive \(height, width\)"),
         (IMAGE, LABELS + 255, 8, {}, r"semantics: expected labels 0\.\.7, got 255; remap"),
         (IMAGE, LABELS - 1, 8, {}, r"semantics: expected labels 0\.\.7, got -1"),
+        (IMAGE, LABELS + 8, 8, {}, r"semantics: expected labels 0\.\.7, got 8;"),
         (IMAGE, LABELS + 2**32, 8, {}, r"semantics: expected labels 0\.\.7, got 4294967296"),
         (IMAGE, LABELS, 2, {"backend": "triton"}, "backend: class_crops has reference, cpu, cuda"),
         (IMAGE, LABELS, 2, {"backend": "cuda"}, "needs a cuda tensor, got one on cpu"),

@@ -10,11 +10,14 @@ from PIL import Image
 
 from smis_kernels.modules.spade import CGNorm
 from smis_models import cli, create_model, shipped_weights
+from smis_models.app import demo
 from smis_models.app.demo import strips
 from smis_models.data.scenes import sample_scene
+from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION
 from smis_models.io import images
 from smis_models.synthesis import codes
 from smis_models.synthesis import scene as synthesis
+from smis_models.training import Progress
 
 SMALL = {
     "groupdnet_deepfashion": {"ngf": 8, "nef": 8, "image_size": (64, 64), "upsampling": "normal"},
@@ -79,10 +82,11 @@ def test_info_reports_the_libraries(smis):
     assert "native libraries" in out
 
 
-def test_synthesize_writes_samples_and_a_grid(smis, small, scene, tmp_path):
+def test_synthesize_writes_samples_and_a_grid(smis, small, scene, totals, tmp_path):
     arguments = ("--model", "groupdnet_deepfashion", "--labels", scene / "person", "--samples", 2)
     code, out, _ = smis("synthesize", *arguments, "--out", tmp_path / "a")
     assert code == 0
+    assert totals == [(4, 4)]
     assert "random" in out.lower()
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "0_0.png", "0_1.png", "1_0.png", "1_1.png", "grid.png"
@@ -196,12 +200,13 @@ def test_unknown_pixels_may_be_given_a_class(smis, small, bad, tmp_path):
     assert (tmp_path / "out/unknown_0.png").exists()
 
 
-def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, tmp_path):
+def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, totals, tmp_path):
     run = functools.partial(cli.synthesis.demonstration.run, seconds=0.1)
     monkeypatch.setattr(cli.synthesis.demonstration, "run", run)
     code, out, _ = smis("demo", "--model", "groupdnet_deepfashion", "--out", tmp_path / "demo",
                         "--samples", 2, "--scenes", 1)
     assert code == 0
+    assert totals == [(7, 7)]  # four pictures and three timings
     assert "random" in out.lower()
     html = (tmp_path / "demo/index.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
@@ -218,6 +223,97 @@ def test_the_demo_is_one_page_with_pictures_and_speed(smis, small, monkeypatch, 
     assert "--model groupdnet_deepfashion --checkpoint FILE" in html
     assert "<strong>random</strong>" in html
     assert _read(tmp_path / "demo/person_0.png").std() > 10
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_the_demo_paints_these_codes(samples, monkeypatch):
+    model = _small_model("groupdnet_deepfashion").eval()
+    painted, told = [], []
+
+    def sample(self, z):
+        painted.append(z)
+        return torch.zeros(1, 3, 64, 64)
+
+    monkeypatch.setattr(demo.Synthesizer, "sample", sample)
+    (scene,) = synthesis.sample_scenes(model.preset, 1)
+    strips(model, scene, samples, 5, told.append)
+    drawn = [codes.draw_code(model, 5 + k) for k in range(max(2, samples))]
+    changed = [codes.resample_class(model, drawn[0], scene.present[1], 105 + k)
+               for k in range(max(1, samples - 1))]
+    ways = [codes.interpolate(*drawn[:2], k / samples, 8) for k in range(1, samples)]
+    expected = [*drawn[:samples], *changed, *([drawn[1]] if samples == 1 else []), *ways]
+    assert len(painted) == len(told) == demo.forwards(1, samples) == demo.forwards(2, samples) / 2
+    assert all(map(torch.equal, painted, expected))
+    assert demo.Stage("a", 3.0, 1.5).speedup == 2
+
+
+def test_the_speed_table_keeps_its_sides(monkeypatch):
+    model = _small_model("groupdnet_deepfashion").eval()
+
+    def interleave(calls, *_, **__):
+        for call in [*calls.values()] * 3:
+            call()
+        return {"reference": [2.0, 9.0, 3.0], "auto": [1.0, 1.5, 9.0]}
+
+    monkeypatch.setattr(demo, "interleave", interleave)
+    (scene,) = synthesis.sample_scenes(model.preset, 1)
+    stages = {s.name: s for s in demo.speed(model, scene, codes.draw_code(model, 0), 0.1)}
+    for name in ("class crops (encoder input)", "encoder, crops included", "generator, whole"):
+        assert (stages[name].reference, stages[name].fused) == (3.0, 1.5)  # medians
+    assert list(stages)[-1] == "generator, whole"
+
+
+def test_the_demos_widths_are_a_quarter():
+    assert [cli.synthesis._quarter_width(preset) for preset in (DEEPFASHION, CITYSCAPES, ADE20K)
+            ] == [{"ngf": 40, "nef": 64}, {"ngf": 70, "nef": 70}, {"ngf": 16, "nef": 151}]
+
+
+def test_sample_scenes_are_of_their_seeds():
+    preset = _small_model("groupdnet_deepfashion", part="generator", device="meta").preset
+    for k, scene in enumerate(synthesis.sample_scenes(preset, 3, 5)):
+        drawn = sample_scene("person", 64, 64, 8, 5 + k)
+        np.testing.assert_array_equal(scene.labels, drawn.labels)
+        assert (scene.name, scene.instances) == (f"person_{5 + k}", None)
+
+
+def test_the_list_tells_sizes(smis):
+    row = next(line for line in smis("list")[1].splitlines() if "groupdnet_deepfashi" in line)
+    assert list(re.findall(r"\d+\.\d", row)) == ["96.3", "12.8", "5.5"]
+
+
+def test_classes_are_listed_with_their_colours(smis):
+    lines = smis("classes", "groupdnet_scenes")[1].splitlines()
+    (sky,) = (line for line in lines if "sky" in line)
+    assert "#73b2f5" in sky and " 0 " in sky
+    assert "255 in a file becomes 150" in smis("classes", "spade_ade20k")[1]
+
+
+@pytest.mark.parametrize(("host", "shown"), [
+    ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost"), ("::", "localhost"), ("::1", "[::1]"),
+    ("my.machine", "my.machine"),
+])
+def test_a_page_is_told_where_it_is(host, shown):
+    assert cli.paint._reachable(host) == shown
+
+
+def test_progress_of_training_in_words():
+    values = {"images_per_second": 12.34, "waiting": 0.126, "memory": 1234.5, "kl": 0.12345,
+              "rate_generator": 1e-4, "rate_discriminator": 4e-4}
+    told = Progress(3, 8, 1, 2, 3661.4, values)
+    assert cli.train._speed(told) == "12.3 images/s, 1234 MB, 13% waiting for data, 1:01:01 left"
+    assert cli.train._losses(values) == "kl 0.123"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_have_32_bits(smis, scene, tmp_path, seed):
+    code, _, err = smis("synthesize", "--model", "groupdnet_scenes", "--labels", scene / "person",
+                        "--out", tmp_path / "out", f"--seed={seed}")
+    assert code == 2 and f"seed: expected 0 to 4294967295, got {seed}" in err
+    assert cli.common._checked_seed(2**32 - 1) == 2**32 - 1
+
+
+def test_labels_in_words():
+    assert cli.data._ranges([11, 0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-11"
 
 
 def test_spade_paints_and_has_no_demo(smis, small, scene, tmp_path):
@@ -325,3 +421,20 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
     code, out, _ = smis("features", "--convert", official, "--out", tmp_path / "converted.npz")
     assert code == 0
     assert "2 clusters of 1 classes" in out
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["synthesize", "--labels", "a", "--out", "b", "--samples", "0"], "samples: "),
+    (["paint", "--port", "99999"], "port: "),
+    (["synthesize", "--labels", "a"], "out: "),
+    (["synthesize", "--smaples", "3"], "No such option: --smaples"),
+    (["paints"], "No such command 'paints'"),
+    (["evaluate", "more", "--out", "b"], "Got unexpected extra argument"),
+])
+def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
+    code, out, error = smis(*words)
+    assert (code, out) == (2, "")
+    command = "smis" if words == ["paints"] else f"smis {words[0]}"
+    assert error.startswith(f"error: {said}")
+    assert error.endswith(f"; `{command} --help` shows what it takes\n")
+    assert error.count("\n") == 1

@@ -179,6 +179,35 @@ def test_unet_depth_follows_the_size() -> None:
         assert len(model.encoder.layers) == layers
 
 
+@torch.no_grad()
+def test_unet_and_encoder_layer_by_layer() -> None:
+    """As U-Net-256 with the code at every layer and resnet_256 are described, in plain torch."""
+    model = tiny("bicyclegan_deepfashion", ngf=4, nef=4).double().eval()
+    g, e, last = model.generator, model.encoder, 5
+    planes, z = model.semantics(scene(2)), code(model, 2)
+    x, kept = planes, []
+    for i in range(last + 1):
+        given = torch.cat([x, z[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1)
+        x = g.get_submodule(f"down{i}")(F.leaky_relu(given, 0.2) if i else given)
+        x = F.instance_norm(x) if 0 < i < last else x
+        kept.append(x)
+    assert x.shape[2:] == (1, 1)
+    for i in range(last, 0, -1):
+        x = F.instance_norm(g.get_submodule(f"up{i}")(F.relu(x)))
+        x = torch.cat([x, kept[i - 1]], 1)
+    torch.testing.assert_close(g(planes, z), g.up0(F.relu(x)).tanh())
+    picture = g(planes, z)
+    first, *blocks = e.layers
+    x = first(picture)
+    for block in blocks:
+        h = x
+        for layer in (block.conv_0, block.conv_1):
+            h = layer(F.leaky_relu(F.instance_norm(h), 0.2))
+        x = F.avg_pool2d(h, 2) + block.shortcut(F.avg_pool2d(x, 2))
+    x = F.leaky_relu(x, 0.2).mean((2, 3))
+    torch.testing.assert_close(e(picture), (e.fc_mu(x), e.fc_var(x)))
+
+
 @pytest.mark.parametrize(("name", "options", "words"), [
     ("mulnet_deepfashion", {"ngf": 12}, ["fusion", "8 classes", "12", "ngf"]),
     ("mulnet_deepfashion", {"fusion": "sum"}, ["fusion", "conv or masks", "'sum'"]),

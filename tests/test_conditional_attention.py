@@ -67,6 +67,23 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu),
+                                     pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_keep_their_digits_far_out(dtype: torch.dtype, backend: str) -> None:
+    """Both a gate that is nearly shut and what an open one lets through of the logits' gradient."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    logits = torch.linspace(-80, 80, 321, dtype=dtype, device=device)
+    logits = logits.view(1, 1, 3, 107).requires_grad_()
+    x = torch.linspace(1, 2, 321, dtype=dtype, device=device).view(1, 1, 3, 107).requires_grad_()
+    y = conditional_attention(x, logits, backend=backend)
+    features, opened, shut = x.double(), logits.double().sigmoid(), (-logits.double()).sigmoid()
+    for found, exact in zip((y, *torch.autograd.grad(y.sum(), (x, logits))),
+                            (features * opened, opened, features * opened * shut), strict=True):
+        error = (found.detach().double() / exact.detach() - 1).abs().max()
+        assert float(error) < 16 * torch.finfo(dtype).eps
+
+
 @needs_cpu
 def test_every_element_is_written() -> None:
     with poisoned_empty():

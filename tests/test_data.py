@@ -4,6 +4,7 @@ import re
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from smis_models.data import (
     modulation_sizes,
     write_scenes,
 )
+from smis_models.data.doctor import LABEL_RULES
 from smis_models.data.preprocess import MODES
+from smis_models.data.scenes import LANDSCAPE, MODE_NAMES
 from smis_models.families import (
     ADE20K,
     CITYSCAPES,
@@ -119,10 +122,32 @@ def test_cityscapes_names_pair_by_scene(tmp_path):
     assert names == ["bonn/bonn_000000_000000", "bonn/bonn_000000_000001"]
 
 
-def test_the_published_test_split_is_val(tmp_path):
-    _write_set(tmp_path, "coco_stuff")
-    test, val = (list_scenes("coco_stuff", tmp_path, split).records for split in ("test", "val"))
+@pytest.mark.parametrize("which", FOLDER_FORMATS)
+def test_the_published_test_split_is_val(tmp_path, which):
+    name, _, _ = _write_set(tmp_path, which, size=(16, 32))
+    train, test, val = (list_scenes(name, tmp_path, split).records
+                        for split in ("train", "test", "val"))
     assert test == val
+    assert not {scene.labels for scene in train} & {scene.labels for scene in val}
+
+
+def test_a_folders_splits_are_their_own_where_they_are_there(tmp_path):
+    def write(*places):
+        for place in places:
+            for kind in ("images", "labels"):
+                images.write_png(tmp_path / place / kind / "a.png", np.zeros((4, 4), np.uint8))
+
+    def found(split):
+        return Path(list_scenes("folder", tmp_path, split).records[0].labels).parents[1].name
+
+    write("test")
+    assert [found(split) for split in ("val", "test")] == ["test", "test"]
+    with pytest.raises(FileNotFoundError, match="no pictures of 'train'"):
+        found("train")
+    write("", "train")
+    assert [found(split) for split in ("train", "val")] == ["train", "test"]
+    write("val")
+    assert [found(split) for split in ("train", "val", "test")] == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize(
@@ -184,8 +209,11 @@ def test_published_load_sizes(tmp_path):
     assert train.preprocess == Preprocess("resize_and_crop", (256, 256), (286, 286))
     assert held_out.preprocess == Preprocess("resize_and_crop", (256, 256), (256, 256),
                                              augment=False)
-    other = build_dataset(name, tmp_path, preset, mode="scale_width_and_crop", load=(300, 600))
-    assert other.preprocess == Preprocess("scale_width_and_crop", (256, 256), (300, 600))
+    other = build_dataset(name, tmp_path, preset, mode="scale_width_and_crop", load=(300, 600),
+                          flip=False, seed=4)
+    assert other.preprocess == Preprocess("scale_width_and_crop", (256, 256), (300, 600),
+                                          flip=False)
+    assert (other.seed, train.seed, train.unknown) == (4, 0, 182)
 
 
 @pytest.mark.parametrize("mode", ["crop", "scale_width_and_crop", "resize_and_crop"])
@@ -256,12 +284,19 @@ def test_doctor_names_each_bad_file_and_value(tmp_path):
 
 
 @pytest.mark.parametrize("which", FOLDER_FORMATS)
-def test_doctor_passes_a_good_set(tmp_path, which):
+def test_doctor_passes_a_good_set(tmp_path, totals, which):
     name, _, _ = _write_set(tmp_path, which, size=(32, 64))
     code, out, _ = _smis("doctor", tmp_path, "--dataset", name, "--jobs", 2)
+    assert totals == [(4, 4)]
     assert code == 0, out
     assert "no problems" in out
     assert "2 train, 2 val" in out
+
+
+@pytest.mark.parametrize("which", LABEL_RULES)
+def test_doctor_knows_what_the_models_read(which):
+    rule, preset = LABEL_RULES[which], FOLDER_FORMATS[which][1]
+    assert (rule.classes, rule.unknown) == (preset.classes, preset.dont_care)
 
 
 def test_doctor_counts_unknown_pixels_only_where_they_have_no_class(tmp_path):
@@ -333,6 +368,18 @@ def test_bad_arguments_are_one_line(tmp_path, monkeypatch, arguments, error, mes
 def test_a_model_of_other_classes_cannot_read_the_scenes():
     with pytest.raises(ValueError, match="8 classes, the model 35"):
         build_dataset("scenes", None, CITYSCAPES)
+
+
+@pytest.mark.parametrize(("mode", "scaled"), [("crop", False), ("fixed", True)])
+def test_pixels_are_cut_out_of_files_of_one_size(tmp_path, mode, scaled):
+    images.write_png(tmp_path / "images/a.png", np.zeros((16, 16, 3), np.uint8))
+    images.write_indices(tmp_path / "labels/a.png", np.zeros((8, 8), np.int64))
+    dataset = FileScenes(list_scenes("folder", tmp_path).records, 8, Preprocess(mode, (4, 4)))
+    if scaled:
+        assert dataset[0]["image"].shape == (3, 4, 4)
+        return
+    with pytest.raises(ImageError, match=r"a\.png: 16x16 .* labels/a\.png is 8x8"):
+        _ = dataset[0]
 
 
 def test_a_crop_larger_than_a_scene_names_the_file(tmp_path):
@@ -440,12 +487,16 @@ def test_written_scenes_read_back_exactly(tmp_path):
                 assert torch.equal(a[key], b[key])
                 assert a[key].dtype == b[key].dtype
         modes = (tmp_path / "set" / split / "modes.csv").read_text().splitlines()
-        assert len(modes) == count + 1 and modes[1].startswith(f"{split}_000000,")
+        assert modes == [",".join(["scene", *LANDSCAPE])] + [",".join([
+            scene["name"], *(names[mode] for names, mode in
+                             zip(MODE_NAMES, scene["modes"].tolist(), strict=True))])
+            for scene in generated]
 
 
-def test_scenes_command(tmp_path):
+def test_scenes_command(tmp_path, totals):
     code, out, _ = _smis("scenes", tmp_path / "set", "--count", 2, "--held-out", 1, "--size", 32)
     assert code == 0, out
+    assert totals == [(3, 3)]
     assert _smis("doctor", tmp_path / "set", "--classes", 8)[0] == 0
     code, _, error = _smis("scenes", tmp_path / "set", "--count", 2)
     assert code == 1 and "expected a new or empty folder" in str(error)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +25,11 @@ from smis_models.data.classes import class_colours, class_index, class_names
 from smis_models.data.doctor import examine, find_splits
 from smis_models.data.write import write_scenes
 from smis_models.families import list_models
-from smis_models.io import animation
+from smis_models.io import animation, provenance
 from smis_models.io.files import (
     LOCK,
     UNFINISHED,
+    file_hash,
     locked,
     remove_partial,
     replacing,
@@ -155,6 +158,42 @@ def test_what_is_half_written_is_known_by_its_name(tmp_path: Path) -> None:
         assert not kept.exists() and ".b" in names
         partial.write_text("{}")
     assert (tmp_path / "new" / "a.json").read_text() == "{}"
+
+
+def test_a_file_is_whole_on_the_disk_and_as_readable_as_others(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, synced, fsync = bytes(range(256)) * 8192 + b"tail", [], os.fsync
+
+    def counting(handle: int) -> None:
+        synced.append(os.fstat(handle).st_size)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", counting)
+    (tmp_path / "plain").touch()
+    for sync in (False, True):
+        with replacing(tmp_path / "made", sync=sync) as partial:
+            partial.write_bytes(content)
+        assert synced == [len(content)] * sync
+    assert (tmp_path / "made").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert file_hash(tmp_path / "made") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_tells_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "smis_models/io/provenance.py"
+    monkeypatch.setattr(provenance, "__file__", str(place))
+    place.parent.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    found = provenance.commit.__wrapped__
+    assert found() == head.stdout[:12]
+    (tmp_path / "pyproject.toml").write_text("changed")
+    assert found() == f"{head.stdout[:12]}-dirty"
+    (tmp_path / "pyproject.toml").unlink()  # an installed copy inside somebody's repository
+    assert found() == "unknown"
 
 
 def test_what_is_read_is_never_written_over(tmp_path: Path, smis: Any, layout: Path) -> None:
@@ -453,7 +492,34 @@ def test_a_fresh_model_says_eval() -> None:
         model(model.semantics(torch.zeros(1, 128, 128).long()))
 
 
-# Names of classes.
+# Names of classes, by the numbers that the data sets' own pages list.
+CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+              19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+              24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
+              32: "motorcycle", 33: "bicycle"}
+# COCO's categories, whose ids are one more.
+COCO = {number - 1: name for number, name in {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train",
+    8: "truck", 9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign",
+    14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep",
+    21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
+    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove",
+    41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass",
+    47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
+    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza",
+    60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
+    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
+    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear",
+    89: "hair drier", 90: "toothbrush", 92: "banner", 157: "sky-other", 182: "wood"}.items()}
+ADE20K = {1: "wall", 2: "building", 3: "sky", 4: "floor", 5: "tree", 6: "ceiling", 7: "road",
+          8: "bed", 9: "windowpane", 10: "grass", 11: "cabinet", 12: "sidewalk", 13: "person",
+          20: "chair", 21: "car", 22: "water", 27: "sea", 61: "river", 62: "bridge",
+          63: "bookcase", 67: "flower", 77: "boat", 81: "bus", 91: "airplane", 110: "swimming pool",
+          115: "tent", 127: "animal", 128: "bicycle", 129: "lake", 137: "traffic light",
+          146: "shower", 149: "clock", 150: "flag"}
+
 
 def test_names_are_of_the_data_sets() -> None:
     for info in list_models():
@@ -461,10 +527,10 @@ def test_names_are_of_the_data_sets() -> None:
         names = class_names(info.name, preset.classes)
         assert len(names) == len(set(names)) == preset.classes
         assert (names[0] == "class 0") == info.name.endswith("deepfashion")
-    assert class_names("spade_coco", 183)[156] == "sky-other"
-    assert class_names("spade_coco", 183)[0] == "person"
-    assert class_names("groupdnet_ade20k", 151)[3] == "sky"
-    assert class_names("pix2pixhd_cityscapes_1024", 35)[26] == "car"
+    for model, count, published in (("spade_coco", 183, COCO), ("groupdnet_ade20k", 151, ADE20K),
+                                    ("pix2pixhd_cityscapes_1024", 35, CITYSCAPES)):
+        names = class_names(model, count)
+        assert {number: names[number] for number in published} == published
     assert class_names("groupdnet_scenes", 7)[0] == "class 0"
 
 
@@ -483,6 +549,10 @@ def test_edits_speak_of_classes() -> None:
     assert (edited.present, edited.class_names, edited.source_size) == ([2, 5], names, (32, 32))
     assert parse_takes(["sky=b", "5=0"], ["a", "b"], names) == {0: 1, 5: 0}
     assert np.array_equal(scene.picture(8)[0, 0], class_colours(names)[0])
+    assert dict(zip(names, class_colours(names).tolist(), strict=True)) == {
+        "sky": [115, 178, 245], "mountain": [110, 102, 107], "water": [20, 64, 128],
+        "ground": [97, 163, 51], "building": [140, 51, 41], "tree": [31, 128, 26],
+        "car": [250, 209, 20], "person": [214, 20, 158]}
 
 
 def test_captions_and_legends_have_their_sizes_and_ink() -> None:
@@ -496,6 +566,12 @@ def test_captions_and_legends_have_their_sizes_and_ink() -> None:
     assert key.shape == (64, 64, 3)
     red = (key == (255, 0, 0)).all(2)
     assert red[:48].any() and not red[48:].any()  # the last line counts those without room
+    apart = [("sky", (0, 0, 255)), ("sea", (0, 255, 0)), ("sand", (255, 255, 0))]
+    key = legend(apart, (64, 64))
+    for row, (_, colour) in enumerate(apart):
+        assert (key[16 * row + 3 : 16 * row + 12, 3:12] == colour).all()
+    many = Scene("s", np.array([[4, 4, 4, 2, 2, 7]]), None)
+    assert many.present == [4, 2, 7]  # largest first
 
 
 def test_a_resized_map_is_told_by_every_command(smis: Any, tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_fit_round_trips(tmp_path: Path) -> None:
     assert fitted.centers[26].tolist() == [[1, 1, 1]]
     nearest = np.abs(fitted.centers[24][:, None] - centers).max(2).min(1)
     assert nearest.max() < 0.1
+    from sklearn.cluster import KMeans
+
+    blurred = (5 * centers[generator.integers(10, size=90)] + 20 * generator.normal(size=(90, 3)))
+    rows = blurred.astype(np.float32)  # without clear clusters, where starts decide
+    published = KMeans(10, n_init=10, random_state=0).fit(rows).cluster_centers_
+    np.testing.assert_array_equal(FeatureClusters.fit({5: rows}).centers[5],
+                                  published.astype(np.float32))
     again = FeatureClusters.fit(features)
     loaded = FeatureClusters.load(fitted.save(tmp_path / "features.npz"))
     for label in (24, 26):
@@ -166,6 +173,7 @@ def test_sample_by_index_and_choice(clusters: FeatureClusters) -> None:
     planes = clusters.sample(ids, index=5, chosen={26002: 9})
     for x, (label, pick) in enumerate(((7, 1), (26, 5), (26, 9), (33, 0))):
         np.testing.assert_array_equal(planes[0, :, 0, x].numpy(), clusters.centers[label][pick])
+    assert [clusters.count(i) for i in (7, 26000, 26999, 33001, 999, 11)] == [4, 10, 10, 1, 0, 0]
     # A choice changes its own instance only.
     drawn, changed = clusters.sample(ids, seed=2), clusters.sample(ids, seed=2, chosen={26001: 0})
     assert torch.equal(drawn[..., [0, 2, 3]], changed[..., [0, 2, 3]])

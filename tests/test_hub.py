@@ -13,7 +13,7 @@ from small_models import NAMES, small_model, small_options
 from torch import nn
 
 from smis_models import CheckpointError, SynthesisModel, create_model, save_checkpoint
-from smis_models.cli.common import load_model, preset_of
+from smis_models.cli.common import chosen
 from smis_models.io import hub
 from smis_models.io.files import file_hash
 
@@ -78,10 +78,10 @@ def test_the_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_the_command_line_reads_the_folder(tmp_path: Path) -> None:
     model = saved(tmp_path)
-    assert preset_of(NAME, tmp_path) == model.preset
-    assert_same(load_model(NAME, tmp_path, torch.device("cpu"), 0), model)
+    assert chosen(NAME, tmp_path).preset == model.preset
+    assert_same(chosen(NAME, tmp_path).load(), model)
     with pytest.raises(CheckpointError, match="is spade_ade20k, not spade_coco"):
-        load_model("spade_coco", tmp_path, torch.device("cpu"), 0)
+        chosen("spade_coco", tmp_path).load()
 
 
 def test_weights_of_others_are_read_with_the_config(tmp_path: Path) -> None:
@@ -136,7 +136,8 @@ def run_folder(folder: Path) -> Any:
     """As ``smis train`` and ``smis evaluate`` leave one."""
     folder.mkdir()
     model = small_model(NAME, seed=1)
-    facts = {"step": 700, "epoch": 3, "losses": ["gan", "pixel"], "ema": 0.99}
+    facts = {"step": 700, "epoch": 3, "losses": ["gan", "pixel"], "ema": 0.99,
+             "precision": "bf16", "changes": [{"step": 300}]}
     save_checkpoint(model, folder / "model.safetensors", {"smis_training": json.dumps(facts)})
     (folder / "config.json").write_text(json.dumps({
         "model": NAME, "network": {}, "data": {"batch": 16}, "optimizer": {"generator": 2e-3}}))
@@ -161,7 +162,11 @@ def test_the_card_tells_the_recipe_and_the_metrics_of_these_weights(tmp_path: Pa
     for words in ("# spade_ade20k", "SPADE for ADE20K", "| image_size | `(64, 64)` |",
                   "| step | `700`",
                   '`["gan", "pixel"]`', '`{"batch": 16}`', "evaluation.json", "n100-m19", "seed 5",
-                  "| mCSD | 0.125 | pixel L1 |", "| mIoU | 62.5% | label rule same |"):
+                  "| mCSD | 0.125 | pixel L1 |", "| mOCD | 0.25 | pixel L1 |",
+                  "| diversity | 0.5 | pixel L1 |", "| mIoU | 62.5% | label rule same |",
+                  "| accuracy | 75.0% | label rule same |", "| epoch | `3` |", "| ema | `0.99` |",
+                  '| precision | `"bf16"` |', '| changed on the way | `[{"step": 300}]` |',
+                  "model.semantics(labels))"):
         assert words in card, words
     assert "99.9%" not in card  # of other weights
     assert_same(SynthesisModel.from_pretrained(tmp_path / "hub"), model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from validation import agree
 
 from smis_models.io.images import as_bytes, to_pictures
+from smis_models.io.seeds import derived_seed
 from smis_models.metrics import (
     LPIPS,
     DiversityProtocol,
@@ -29,7 +31,7 @@ from smis_models.metrics import (
     diversity,
     frechet_distance,
 )
-from smis_models.metrics.diversity import area_distances
+from smis_models.metrics.diversity import area_distances, scene_diversity
 from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.segmentation import FileSegmenter, predict
 from smis_models.synthesis.scene import Scene
@@ -256,7 +258,6 @@ class _Generator(nn.Module):
 
 def test_mcsd_and_mocd_by_hand() -> None:
     """Two layouts, in one of which class 1 is absent: means over the layouts that show a class."""
-    from smis_models.io.seeds import derived_seed
     from smis_models.metrics.sampling import sample_codes
 
     generator = _Generator()
@@ -326,6 +327,28 @@ def test_what_a_segmenter_reads(kind: str, tmp_path: Path) -> None:
     deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     expected = {"symmetric": x, "unit": (x + 1) / 2, "imagenet": ((x + 1) / 2 - mean) / deviation}
     torch.testing.assert_close(found, expected[kind])
+    assert FileSegmenter(tmp_path / "same.pt", kind).facts() == {
+        "segmenter": "same.pt", "input": kind,
+        "sha256": hashlib.sha256((tmp_path / "same.pt").read_bytes()).hexdigest()}
+    torch.jit.save(torch.jit.script(nn.Dropout(0.5).train()), tmp_path / "drops.pt")
+    found = FileSegmenter(tmp_path / "drops.pt", kind)(x)  # in eval mode, however it was saved
+    torch.testing.assert_close(found, expected[kind])
+
+
+def test_random_pairs_are_of_each_scenes_own_seed() -> None:
+    generator = _Generator()
+    model: Any = SimpleNamespace(generator=generator, preset=generator.preset,
+                                 parameters=generator.parameters)
+    made, scene = pictures(8, (2, 4)), Scene("a", np.zeros((2, 4), np.int64), None)
+    options = DiversityProtocol(layouts=1, samples=8, pairs=4, pairing="random")
+    chosen = []
+    for seed in (0, 1):
+        chosen.append(options.indices(derived_seed(seed, 1)))
+        ((_, whole),) = scene_diversity(
+            model, scene, lambda codes: made, [PixelDistance()], options, seed)
+        each = [float((made[i] - made[j]).abs().mean()) / 2 for i, j in chosen[-1]]
+        assert whole == pytest.approx(np.mean(each), rel=1e-5)
+    assert chosen[0] != chosen[1]
 
 
 def test_untrained_trunks_are_those_of_seed_0() -> None:

@@ -200,11 +200,19 @@ def test_gradient(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_deterministic_path_of_the_gpu(layout: str, dtype: torch.dtype) -> None:
     image, ids = with_memory_format(_image(2, 3, 17, 21, dtype), layout), _ids(2, 17, 21)
+    ids[1, 3, 4:7] = MAX_ID
     found = _pooled_by_sorting(image, ids)
     expected = instance_avg_pool2d(image, ids, backend="reference")
     assert found.stride() == image.stride()
     assert_as_accurate(found, expected, instance_avg_pool2d(image.double(), ids,
                                                             backend="reference"))
+
+
+def test_ids_out_of_range_are_nan_on_the_deterministic_path() -> None:
+    ids = torch.tensor([[[0, -1, MAX_ID, MAX_ID + 1, 0]]])
+    found = _pooled_by_sorting(torch.arange(5.0).view(1, 1, 1, 5), ids)
+    assert found.flatten()[[0, 2, 4]].tolist() == [2, 2, 2]
+    assert found.isnan().flatten().tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -184,6 +184,15 @@ def varying(width: int) -> None:
               draw(1, 18, 3, width, last=last))
 
 
+def banded(height: int) -> None:
+    """Rows of 4096 values, whose gradients are summed in bands of 64."""
+    for stride, dilation in ((1, 1), (2, 1), (3, 2)):
+        window = {"stride": stride, "dilation": dilation, "padding": dilation}
+        out = [(size - 1) // stride + 1 for size in (height, 8)]
+        agree(partial(spatially_varying_conv2d, **window), draw(1, 512, height, 8, last=True),
+              draw(1, 9, *out, last=True))
+
+
 def spectral(size: int) -> None:
     for form in (torch.contiguous_format, torch.channels_last):
         weight = draw(3, size, 3, 3)
@@ -285,6 +294,9 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[int], None]]] = [
     ("conditional_conv lanes", (7, 8, 9, 15, 16, 17), lambda c: conditional((1, c, 3, 5, c))),
     # csrc/spatially_varying_conv: vectors of a row
     ("spatially_varying_conv rows", (7, 8, 9, 15, 16, 17, 33, 65), varying),
+    # csrc/spatially_varying_conv/cpu_kernel.h: pixels of a block, values of a band
+    ("varying rows() 2048", (682, 683, 1024, 1025, 2047, 2048, 2049), varying),
+    ("varying band() 2^18", (63, 64, 65, 129), banded),
     # csrc/spectral_weight/cpu_kernel.cpp
     ("spectral_weight kBlock 64", (63, 64, 65, 129), spectral),
     # csrc/winograd_conv: cpu_kernel.cpp kChunk, kSome, kPanelVectors; cpu.cpp kMostTiles, kRows
@@ -332,12 +344,16 @@ def at_zero() -> Iterator[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]]
         vectors, torch.zeros(4, 2, 3, 3, dtype=F64), torch.zeros(4, dtype=F64))
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.triton)])
 @pytest.mark.parametrize(("call", "inputs"), [
     pytest.param(call, inputs, id=f"{i}-{name}") for i, (name, call, inputs) in
     enumerate(at_zero())])
-def test_gradient_at_exactly_zero(call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+def test_gradient_at_exactly_zero(call: Callable[..., Tensor], inputs: tuple[Tensor, ...],
+                                  backend: str) -> None:
     """0 for ReLU, the slope for LeakyReLU, as torch's own."""
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("tests/gpu runs the compiled kernels")
     found, expected = (gradients(partial(call, backend=kind), inputs)
-                       for kind in ("cpu", "reference"))
+                       for kind in (backend, "reference"))
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b) or max_error(a, b) < 1e-14

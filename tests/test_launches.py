@@ -23,6 +23,14 @@ def test_no_count_has_risen_since_the_record(generator: str) -> None:
     assert not launches.risen(found, launches.last_record())
 
 
+@pytest.mark.parametrize("generator", launches.GENERATORS)
+def test_a_layout_is_compiled_without_the_host(generator: str) -> None:
+    counts = launches.count_layout(generator, Maps(None))[1]
+    assert counts["launches"] <= 25
+    assert counts["waits"] == 0
+    assert counts["waits_to_use"] <= 2  # for its labels' range and for all its counts
+
+
 def test_what_rose_is_named() -> None:
     before = {"a": {"layout": {"launches": 9, "waits": 1},
                     "auto": {"launches": {"norms": 2, "total": 5}}}}

@@ -109,6 +109,7 @@ def test_layouts_move_pickle_and_report() -> None:
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"labels": torch.full((1, 4, 4), 255)}, "expected labels 0..4, got 255"),
     ({"labels": torch.full((1, 4, 4), -1)}, "expected labels 0..4, got -1"),
+    ({"labels": torch.full((1, 4, 4), 5)}, "expected labels 0..4, got 5"),
     ({"labels": torch.zeros(1, 4, 4)}, "labels: expected dtype"),
     ({"labels": torch.zeros(4, 4, dtype=torch.long)}, "labels: expected (N, H, W)"),
     ({"instances": torch.zeros(1, 4, 5, dtype=torch.long)}, "instances: expected shape (1, 4, 4)"),
@@ -212,6 +213,8 @@ def test_the_choice_is_explained() -> None:
     chosen = choice(segmap)
     assert chosen.path in TABLES
     assert {"V", "U", "pixels", "expected_gain"} <= set(chosen.numbers)
+    both = choice(torch.cat([segmap] * 2), torch.cat([x] * 2))
+    assert (chosen.numbers["pixels"], both.numbers["pixels"]) == (64 * 64, 2 * 64 * 64)
     soft = choice(torch.rand(1, 9, 128, 128))
     assert (soft.path, soft.reason) == ("dense", "the map's vectors do not repeat (or hold NaN)")
     nan = segmap.clone()
@@ -282,6 +285,135 @@ def test_a_network_compiles_its_map_once_per_forward(counted: list[int]) -> None
             assert len(counted) == 4  # but not the windows
     finally:
         layout_module.number_vectors = original
+
+
+class Late(layout_module._Reading):
+    """Numbers that arrive once the host has asked for them; ``waits`` counts how often it did."""
+
+    waits = 0
+
+    def numbers(self) -> object:
+        Late.waits += not self.done
+        return super().numbers()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
+    """Layouts go a GPU's way, by the definition of its kernels; the sizes numbered in each go."""
+    goes: list[list[tuple[int, int]]] = []
+    original = layout_module.number_levels
+
+    def counting(map: Tensor, sizes: list[tuple[int, int]], limits: list[int],
+                 **options: str) -> object:
+        goes.append(list(sizes))
+        return original(map, sizes, limits, **options)
+
+    monkeypatch.setattr(layout_module, "_device_kernels", lambda map: True)
+    monkeypatch.setattr(layout_module, "_Reading", Late)
+    monkeypatch.setattr(layout_module, "number_levels", counting)
+    monkeypatch.setattr(Late, "waits", 0)
+    layout_module._sizes_asked.cache_clear()
+    return goes
+
+
+@needs_cpu
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("edge", [False, True])
+def test_a_device_compiles_as_the_cpu_does(edge: bool, noise: bool, request: pytest.FixtureRequest,
+                                           ) -> None:
+    sizes = [(128, 128), (1, 1), (31, 45), (200, 64)]
+    labels = torch.randint(5, (2, 128, 128)) if noise else blocky(2, 128, 128, 5) + 2
+    ids = labels // 2 if edge else None
+
+    def compiled() -> tuple[list[Tensor], list[tuple[bool, ...]]]:
+        layout = LabelLayout.from_labels(labels, 9, instances=ids)
+        found, repeat = [layout.symbols, layout.vectors, layout.dense((9, 9))], []
+        for size in sizes:
+            level = layout.level(size)
+            repeat.append((level.repeats, layout.level(size, unlimited=True).repeats))
+            level = layout.level(size)
+            found += [level.symbols, level.windows3, level.index3, level.windows5, level.index5]
+        return found, repeat
+
+    expected, repeat = compiled()
+    goes = request.getfixturevalue("device")
+    for again in range(2):
+        got, repeats = compiled()
+        assert repeats == repeat
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        again_unlimited = [[size] for size, r in zip(sizes, repeat, strict=True) if not r[0]]
+        first = [[size] for size in sizes]
+        if again:  # all in one go, when the labels were
+            assert goes == [sizes, *again_unlimited]
+        else:
+            assert [go for go in goes if go not in again_unlimited] == [
+                go for go in first if go not in again_unlimited]
+        goes.clear()
+
+
+def test_the_host_waits_once_for_all_sizes(device: list[list[tuple[int, int]]]) -> None:
+    labels = blocky(1, 40, 40, 5)
+    sizes = [(40, 40), (20, 20), (10, 10)]
+    LabelLayout.from_labels(labels, 5).level((40, 40))
+    Late.waits = 0
+    layout = LabelLayout.from_labels(labels, 5)
+    layout.prepare([*sizes, *sizes])
+    mapped = layout.map_vectors(lambda vectors: 2 * vectors)
+    assert device[1:] == [[(40, 40)], [(20, 20), (10, 10)]]
+    assert Late.waits == 0  # nothing was asked yet
+    layout = LabelLayout.from_labels(labels, 5)
+    layout.dense((20, 20))
+    assert Late.waits == 1  # the labels' range
+    layout.level((40, 40))
+    assert Late.waits == 2
+    for size in sizes:
+        mapped.level(size)
+    assert Late.waits == 5  # another layout: its labels, and two goes
+    many = [(1, w) for w in range(1, 41)]
+    device.clear()
+    layout.prepare(many)
+    assert [len(go) for go in device] == [16, 16, 8]
+
+
+def test_labels_on_a_device_are_refused_at_the_first_use(
+        device: list[list[tuple[int, int]]]) -> None:
+    for value in (255, 5, -1):
+        labels = torch.zeros((1, 8, 8), dtype=torch.int16)
+        labels[0, 3, 4] = value
+        words = f"labels: expected labels 0..4, got {value}; remap unknown pixels"
+        layout = LabelLayout.from_labels(labels, 5)
+        mapped = layout.map_vectors(torch.clone)
+        for use in (lambda x: x.level((4, 4)), lambda x: x.symbols, lambda x: x.vectors,
+                    lambda x: x.dense(), lambda x: x.dense((2, 2)), lambda x: x.resized((2, 2)),
+                    pickle.dumps, lambda x: x.to("cpu"), repr):
+            for each in (layout, mapped):
+                with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+                    use(each)
+    fine = LabelLayout.from_labels(labels.clamp(min=0), 5)
+    assert fine.vectors.shape == (2, 5)
+
+
+def test_a_capture_takes_the_dense_path_where_counts_are_not_read(
+        device: list[list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = SPADE(6, 5, 5).eval(), torch.randn(1, 6, 16, 16)
+    labels = blocky(1, 16, 16, 5)
+    expected = norm(x, LabelLayout.from_labels(labels, 5))
+    captured = LabelLayout.from_labels(labels, 5)
+    read = LabelLayout.from_labels(labels, 5)
+    read.level((16, 16))
+    Late.waits = 0
+    monkeypatch.setattr(layout_module, "_capturing", lambda map: True)
+    assert captured.countable((16, 16)) is False and read.countable((16, 16)) is True
+    plan = smis_kernels.explain(norm, x, captured)
+    assert [c.path for c in plan.choices if c.op == "SPADE"] == ["dense"]
+    torch.testing.assert_close(norm(x, captured), expected)
+    with use_path("one_level"):
+        norm(x, read)
+        with pytest.raises(ValueError, match="a CUDA graph is captured"):
+            norm(x, captured)
+    assert Late.waits == 0
+    with pytest.raises(RuntimeError, match="make it before the capture"):
+        layout_module._Reading(torch.zeros(1)).numbers()
 
 
 @needs_cpu
@@ -382,6 +514,23 @@ def test_symbols_of_equal_vectors_are_one_to_a_match() -> None:
     turned = LabelLayout.from_labels(torch.tensor([[[2, 1], [1, 2]]]), 3).map_vectors(
         lambda vectors: vectors @ weights)
     assert torch.equal(match_windows(merged[0], turned, (2, 2), reach=1), torch.arange(5))
+
+
+@needs_cpu
+@pytest.mark.parametrize("path", TABLES)
+def test_mapped_vectors_leave_the_outside_zero(path: str) -> None:
+    """As a conv of the mapped planes pads them, whatever the function makes of zero."""
+    norm, weights = SPADE(6, 3, 5).double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    labels = blocky(1, 9, 11, 4)
+    layout = LabelLayout.from_labels(labels, 4)
+    layout.vectors = layout.vectors.double()
+    mapped = layout.map_vectors(lambda vectors: (vectors @ weights).cos())
+    planes = (one_hot(labels, 4).permute(0, 2, 3, 1) @ weights).cos().permute(0, 3, 1, 2)
+    x = torch.randn(1, 6, 9, 11, dtype=torch.float64)
+    with use_backend("reference"):
+        expected = norm(x, planes)
+    with use_path(path):
+        assert max_error(norm(x, mapped), expected) < 1e-12
 
 
 def test_norms_on_vectors_that_differ_otherwise_share_no_match() -> None:

@@ -18,14 +18,14 @@ from PIL import Image
 from smis_models import cli, create_model
 from smis_models.benchmark.case import Maps
 from smis_models.data import FileScenes, Preprocess, detect_layout, list_scenes
-from smis_models.data.celebamask import CLASSES, PARTS, convert_celebamask, label_map
+from smis_models.data.celebamask import CLASSES, HELD_OUT, PARTS, convert_celebamask, label_map
 from smis_models.data.doctor import examine, find_splits
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_CELEBAMASK, SPADE_COCO
 from smis_models.io import images
 from smis_models.io.colours import convert_colours, read_colour_table
 from smis_models.io.images import ImageError, read_instances, read_labels
 from smis_models.io.names import INSTANCES, LABELS, by_scene, files_under, map_files, parse_stem
-from smis_models.io.scene import SceneFiles, read_scene
+from smis_models.io.scene import SceneFiles, one_shape, read_scene, text_size
 from smis_models.metrics import label_rule
 from smis_models.metrics.diversity import DiversityMeter
 from smis_models.synthesis import scene as synthesis
@@ -297,6 +297,17 @@ def test_files_of_a_scene_have_one_shape(tmp_path: Path) -> None:
         _ = layouts[0]
 
 
+def test_scaled_sizes_are_of_one_shape() -> None:
+    """Half a pixel of a side may be rounded off, no more."""
+    for a, b, same in (((10, 20), (20, 40), True), ((10, 20), (20, 20), False),
+                       ((10, 20), (20, 10), False), ((333, 500), (67, 100), True),
+                       ((333, 500), (66, 100), False), ((333, 500), (666, 1000), True),
+                       ((101, 201), (50, 100), True), ((101, 201), (51, 100), False),
+                       ((1, 1), (7, 7), True)):
+        assert one_shape(a, b) == one_shape(b, a) == same, (a, b)
+    assert text_size((10, 20)) == "20x10"
+
+
 def test_a_folder_of_maps_is_read_one_by_one(tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     for k in range(5):
@@ -313,6 +324,20 @@ def test_a_folder_of_maps_is_read_one_by_one(tmp_path: Path,
     assert next(iter(layouts)).name == "0"
     assert read == ["0"]
     assert [layout.name for layout in layouts[3:]] == ["3", "4"]
+
+
+@pytest.mark.parametrize(("dont_care", "given", "expected"), [
+    (7, None, 7), (7, 2, 2), (None, 2, 2),
+])
+def test_unknown_pixels_become_the_class_that_is_given(
+        tmp_path: Path, dont_care: int | None, given: int | None, expected: int) -> None:
+    images.write_indices(tmp_path / "labels/a.png", np.where(np.eye(8), 255, 3))
+    images.write_png(tmp_path / "images/a.png", np.zeros((8, 8, 3), np.uint8))
+    preset = replace(SMALL, dont_care=dont_care)
+    (picture,) = read_pictures([tmp_path / "images"], [tmp_path / "labels"], preset, given)
+    layout = synthesis.read_scenes(tmp_path / "labels", None, preset, given)[0]
+    for labels in (picture.labels[0].numpy(), layout.labels):
+        assert set(np.unique(labels)) == {3, expected}
 
 
 def test_unknown_pixels_name_an_option_that_the_command_has(tmp_path: Path) -> None:
@@ -387,6 +412,9 @@ PUBLISHED = ["skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_e
 
 def test_celebamask_becomes_a_data_set(tmp_path: Path, smis: Any) -> None:
     assert list(CLASSES) == ["background", *PUBLISHED]
+    assert HELD_OUT == 28000  # the published test set: 28000.jpg to 29999.jpg
+    images.write_png(tmp_path / "faint.png", np.array([[0, 1, 255]], np.uint8))
+    assert label_map({"nose": tmp_path / "faint.png"}).tolist() == [[0, 2, 2]]
     assert SPADE_CELEBAMASK.classes == len(CLASSES)
     expected = faces(tmp_path)
     code, out, error = smis("convert-data", "celebamask-hq", tmp_path, tmp_path / "out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -41,6 +42,7 @@ from smis_models.metrics import (
     protocol,
 )
 from smis_models.metrics.diversity import area_distances, scene_diversity
+from smis_models.metrics.fid import fid_of_features
 from smis_models.metrics.lpips import TRUNKS
 from smis_models.metrics.sampling import LayoutSampler, sample_codes
 from smis_models.metrics.segmentation import predict
@@ -142,8 +144,11 @@ def test_nothing_stands_in_for_a_missing_trunk(kind, files, message, lpips_files
 
 def test_pictures_that_cannot_be_compared_are_refused():
     distance = create_distance("random-alex")
-    with pytest.raises(ValueError, match="at least 31"):
-        distance.features(_pictures(1, (16, 16)))
+    for kind, least in (("alex", 31), ("vgg", 16)):
+        layers = create_distance(f"random-{kind}")
+        assert min(layers.features(_pictures(1, (least, least)))[-1].shape) >= 1
+        with pytest.raises(ValueError, match=f"at least {least}"):
+            layers.features(_pictures(1, (40, least - 1)))
     with pytest.raises(ValueError, match="NaN or infinity"):
         distance.features(torch.full((1, 3, 40, 40), math.nan))
     with pytest.raises(ValueError, match="b: expected the shape of a"):
@@ -283,7 +288,11 @@ def test_what_cannot_be_sampled_is_refused(model, layouts):
 def test_several_distances_see_the_same_pictures(model, layouts):
     first, second = diversities(model, layouts, [PixelDistance(), PixelDistance()], QUICK)
     assert first.to_json() == second.to_json()
-    assert json.loads(json.dumps(first.to_json()))["by_class"]
+    written = json.loads(json.dumps(first.to_json()))
+    assert written["by_class"] == {
+        str(c): {"csd": own, "ocd": other} for c, (own, other) in first.by_class.items()}
+    assert [written[key] for key in ("mcsd", "mocd", "diversity", "class_codes", "pictures")] == [
+        first.mcsd, first.mocd, first.diversity, True, first.pictures]
 
 
 def test_frechet_distance_of_known_distributions():
@@ -308,6 +317,10 @@ def test_fid_counts_pictures_and_warns_of_few():
     assert (found["real"], found["fake"]) == (6, 2)
     assert found["fid"] > 0
     assert "biased upwards" in found["note"]
+    for count in (8, 9, 10):  # of nine features
+        features = torch.randn(count, 9), torch.randn(12, 9)
+        assert ("note" in fid_of_features(*features)) == (count <= 9)
+        assert ("note" in fid_of_features(*features[::-1])) == (count <= 9)
     with pytest.raises(ValueError, match="at least 2"):
         fid(real, [], extractor)
 
@@ -397,18 +410,31 @@ def test_a_segmenter_must_give_labels_or_scores():
         predict(lambda x: torch.zeros(2, 8, 8), pictures)
 
 
-def test_evaluate_is_repeatable_and_says_how(model):
+def test_evaluate_is_repeatable_and_says_how(model, tmp_path):
     scenes = Scenes(GeneratedScenes(3, 64, "test"), {"dataset": "scenes"})
     measured = Metrics([PixelDistance()], lambda batch: batch.float().mean((2, 3)),
-                    lambda pictures: torch.zeros(len(pictures), 64, 64, dtype=torch.long))
+                       lambda pictures: torch.zeros(len(pictures), 64, 64, dtype=torch.long),
+                       rule=LabelRule("same", frozenset({0})))
     options = protocol("n100-m19", layouts=2, samples=3, pairs=2)
     found, again = (evaluate(model, scenes, measured, options, seed=4) for _ in range(2))
     for result in (found, again):
         result["results"]["diversity"]["pixel L1"].pop("seconds")
         json.dumps(result)
     assert found["results"] == again["results"]
-    assert found["data"]["labels_sha256"] == again["data"]["labels_sha256"]
+    digest = hashlib.sha256()
+    for i in range(3):
+        scene = scenes.scene(i)[0]
+        digest.update(f"test_{i:06d}(64, 64)".encode() + scene.labels.astype("<i8").tobytes())
+    assert found["data"] == {
+        "dataset": "scenes", "scenes": 3, "labels_sha256": digest.hexdigest()}
+    assert (found["seed"], found["model"]["weights"]) == (4, "random, seed 4")
     assert found["results"]["fid"]["fake"] == 3
+    counted = sum(int((scenes.scene(i)[0].labels != 0).sum()) for i in range(3))
+    assert found["results"]["segmentation"]["pixels"] == counted
+    for i in range(3):
+        images.write_indices(tmp_path / f"{scenes.scene(i)[0].name}.png", np.zeros((64, 64), int))
+    read = Metrics(predictions=tmp_path, rule=measured.rule)
+    assert evaluate(model, scenes, read, options)["results"]["segmentation"]["pixels"] == counted
     assert found["model"]["options"]["ngf"] == 8
     assert found["protocol"]["changed"]
     assert {"torch", "smis_kernels"} <= set(found["versions"])
@@ -455,15 +481,21 @@ def test_the_command_writes_json(smis, tmp_path):
         float((matrix.diagonal()[union > 0] / union[union > 0]).mean()), abs=2e-3)
 
 
-def test_the_command_reads_label_maps_and_predictions(smis, tmp_path):
+def test_the_command_reads_label_maps_and_predictions(smis, tmp_path, monkeypatch):
     scene = GeneratedScenes(1, 64, "test")[0]["labels"].numpy()
     images.write_indices(tmp_path / "labels/a_labelIds.png", scene)
     images.write_indices(tmp_path / "predicted/a.png", scene)
+    asked, rule = [], cli.evaluate.metrics.label_rule
+    monkeypatch.setattr(cli.evaluate.metrics, "label_rule",
+                        lambda *given: asked.append(given) or rule(*given))
     code, _, err = smis("--labels", tmp_path / "labels", "--distance", "none", "--predictions",
-                        tmp_path / "predicted")
+                        tmp_path / "predicted", "--dont-care", "count", "--seed", 6)
     assert code == 0, err
-    found = json.loads((tmp_path / "out/result.json").read_text())["results"]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    found = result["results"]
     assert found["segmentation"]["miou"] == found["segmentation"]["accuracy"] == 1
+    assert [(name, dont_care) for name, _, dont_care in asked] == [("same", "count")]
+    assert (result["seed"], result["protocol"]["dont_care"]) == (6, "count")
 
 
 @pytest.mark.parametrize(

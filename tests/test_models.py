@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from smis_kernels import SPADE, class_crops
 from smis_models import SynthesisModel, create_model, list_models, reparameterize
-from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION
-from smis_models.networks.blocks import SPADEResBlock
+from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, MODELS
+from smis_models.networks.blocks import SPADEResBlock, init_weights
 from smis_models.networks.discriminator import MultiscaleDiscriminator, discriminate
 from smis_models.networks.losses import class_l1_loss, feature_matching_loss, gan_loss, kl_loss
 from smis_models.networks.semantics import prepare_labels, semantics
@@ -46,12 +46,49 @@ def one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
         assert word in message
 
 
+# Classes, (height, width), instance edges, don't-care class, class of unlabelled pixels.
+FACES, PEOPLE = (19, (256, 256), False, None, None), (8, (256, 256), False, None, None)
+ADE, COCO = (151, (256, 256), False, 150, 0), (183, (256, 256), True, 182, None)
+STREETS = (35, (256, 512), True, None, None)
+# Name: what its maps hold, and the parameters of its networks: generator, encoder (where it has
+# one), discriminator; those of the published networks where their code builds them.
+LISTED = {
+    "groupdnet_deepfashion": (PEOPLE, 96_324_451, 12_835_712, 5_544_066),
+    "groupdnet_cityscapes": (STREETS, 76_501_358, 5_768_210, 5_601_410),
+    "groupdnet_ade20k": (ADE, 68_326_847, 4_411_012, 5_836_930),
+    "groupdnet_scenes": ((8, (128, 128), False, None, None), 2_683_475, 1_153_856, 353_826),
+    "groupnet_deepfashion": (PEOPLE, 84_857_667, 12_835_712, 5_544_066),
+    "mulnet_deepfashion": (PEOPLE, 91_645_518, 12_835_712, 5_544_066),
+    "groupenc_deepfashion": (PEOPLE, 92_725_443, 12_835_712, 5_544_066),
+    "groupdec_deepfashion": (PEOPLE, 96_324_451, 15_006_080, 5_544_066),
+    "spade_coco": (COCO, 97_480_899, 5_904_514),
+    "spade_coco_vae": (COCO, 112_626_883, 10_463_424, 5_904_514),
+    "spade_ade20k": (ADE, 96_492_483, 5_836_930),
+    "spade_cityscapes": (STREETS, 93_048_003, 5_601_410),
+    "spade_celebamask": (FACES, 92_538_819, 5_566_594),
+    "vspade_deepfashion": (PEOPLE, 96_345_283, 10_463_424, 5_544_066),
+    "ccfpse_coco": (COCO, 141_939_843, 10_463_424, 5_194_817),
+    "ccfpse_ade20k": (ADE, 140_704_323, 10_463_424, 5_190_593),
+    "ccfpse_cityscapes": (STREETS, 128_055_555, 10_463_424, 5_175_873),
+    "pix2pixhd_cityscapes": ((35, (512, 1024), *STREETS[2:]), 182_546_755, 5_603_202),
+    "pix2pixhd_cityscapes_features": (
+        (35, (512, 1024), *STREETS[2:]), 182_556_163, 788_803, 5_603_202),
+    "pix2pixhd_cityscapes_1024": ((35, (1024, 2048), *STREETS[2:]), 182_857_059, 8_404_803),
+    "bicyclegan_deepfashion": (PEOPLE, 54_799_747, 2_590_032, 5_544_066),
+    "dscgan_deepfashion": (PEOPLE, 54_799_747, 2_590_032, 5_544_066),
+}
+
+
 def test_listed_sizes_are_the_published_ones() -> None:
-    sizes = {info.name: info.parameters for info in list_models()}
-    deepfashion = sizes["groupdnet_deepfashion"]
-    assert deepfashion["generator"] + deepfashion["encoder"] == 109_160_163
-    assert sizes["groupdnet_cityscapes"]["generator"] == 76_501_358
-    assert sizes["groupdnet_ade20k"]["discriminator"] == 5_836_930
+    deepfashion = LISTED["groupdnet_deepfashion"]
+    assert deepfashion[1] + deepfashion[2] == 109_160_163
+    found = {}
+    for info in list_models():
+        preset = MODELS[info.name].preset
+        maps = (preset.classes, preset.image_size, preset.instance_edge, preset.dont_care,
+                preset.unlabelled)
+        found[info.name] = (maps, *info.parameters.values())
+    assert found == LISTED
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -109,7 +146,30 @@ def test_random_weights_are_xavier_with_published_gain() -> None:
     out, fan_in = weight.shape[0], weight[0].numel()
     expected = 0.02 * (2 / (fan_in + 9 * out)) ** 0.5
     assert float(weight.std()) == pytest.approx(expected, rel=0.05)
-    assert not tiny("groupdnet_deepfashion").generator.fc.bias.any()
+    model = tiny("groupdnet_deepfashion")
+    assert not model.generator.fc.bias.any()
+    spectral = [layer for layer in model.modules() if "weight_u" in layer._buffers]
+    assert spectral
+    for layer in spectral:  # one power iteration has been done
+        u, v, weight = layer.weight_u, layer.weight_v, layer.weight_orig.detach().flatten(1)
+        torch.testing.assert_close(u, F.normalize(weight @ v, dim=0))
+        assert float(v.norm()) == pytest.approx(1) == float(u.norm())
+
+
+def test_random_weights_by_the_normal_rule() -> None:
+    net = nn.Sequential(nn.Conv2d(64, 128, 3), nn.BatchNorm2d(4096), nn.Linear(100, 400))
+    conv, norm, linear = init_weights(net, rule="normal", seed=3)
+    for layer, fan_in in ((conv, 64 * 9), (linear, 100)):
+        weight = layer.weight.detach()
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.05)
+        assert abs(float(weight.mean())) < 1e-3
+        bound = fan_in**-0.5
+        assert 0.9 * bound < float(layer.bias.detach().abs().max()) <= bound
+    weight = norm.weight.detach()
+    assert float(weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(weight.mean()) == pytest.approx(1, abs=2e-3)
+    assert not norm.bias.any() and not norm.running_mean.any()
+    assert bool((norm.running_var == 1).all())
 
 
 def test_dtype_and_part() -> None:
@@ -212,6 +272,9 @@ def test_discriminate_is_two_passes_in_one() -> None:
         both = discriminate(net, planes, fake, real)
         apart = [net(torch.cat([planes, image], 1)) for image in (fake, real)]
     torch.testing.assert_close(list(both), apart)
+    halved = nn.AvgPool2d(3, 2, 1, count_include_pad=False)(torch.cat([planes, fake], 1))
+    with torch.no_grad():
+        torch.testing.assert_close(both[0][1], net.discriminator_1(halved))
 
 
 def test_losses_refuse_what_has_no_meaning() -> None:

@@ -154,7 +154,7 @@ def test_statistics_survive_a_large_mean() -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("pixel", [(0, 0), (0, 63), (20, 30)])
+@pytest.mark.parametrize("pixel", [(0, 0), (0, 63), (8, 0), (16, 0), (20, 30)])
 def test_statistics_survive_an_outlier(pixel: tuple[int, int], layout: str) -> None:
     # the variance is that pixel's alone: differences to it would cancel. Planes differ, for one
     # plane has two values, whose rounding is a matter of luck.
@@ -306,7 +306,10 @@ X = torch.randn(2, 4, 6, 6)
     ({"norm": "layer"}, "norm: expected one of batch"),
     ({"norm": "group", "num_groups": 3}, "num_groups: expected a divisor of the 4"),
     ({"activation": "gelu"}, "activation: expected None"),
-    ({"activation": "leaky_relu", "negative_slope": -1}, "negative_slope: expected"),
+    *(({"activation": "leaky_relu", "negative_slope": slope}, "negative_slope: expected")
+      for slope in (-1, 0, 1.0, 2)),
+    ({"norm": "group", "num_groups": 4, "input": X[:1, :, :1, :1], "gamma": X[:1, :, :1, :1],
+      "beta": X[:1, :, :1, :1]}, "more than one value"),
     ({"input": X[:1, :, :1, :1], "gamma": X[:1, :, :1, :1], "beta": X[:1, :, :1, :1]},
      "more than one value"),
 ])
@@ -316,6 +319,13 @@ def test_bad_arguments_name_themselves(change: dict[str, object], words: str) ->
         modulation(**arguments)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_running_statistics_are_given_for_both_outputs_or_neither() -> None:
+    given = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    for running in (given, {f"{name}_s": value for name, value in given.items()}):
+        with pytest.raises(ValueError, match=r"running_mean_s: expected .* for both outputs"):
+            modulation_pair(X, X, X, X, X, **running)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 6, 6), (2, 4, 0, 6), (2, 4, 6, 0)], ids=str)
@@ -347,6 +357,11 @@ def test_modules_match_their_definition_and_keys() -> None:
         CGNorm(8, 6, 12, groups=3)
     with pytest.raises(ValueError, match="norm_s: expected the settings"):
         modulate_pair(plain, SPADE(8, 6, norm="instance"), x.float(), seg.float())
+    with pytest.raises(ValueError, match=r"segmap: expected \(N, 5, H, W\)"):
+        modulate_pair(plain, SPADE(8, 5, norm="syncbatch"), x.float(), seg.float())
+    for few in (seg[:1], torch.cat([seg, seg])):
+        with pytest.raises(ValueError, match="segmap: expected the batch size 2"):
+            norm(x, few)
 
 
 def _process(rank: int, directory: str) -> None:

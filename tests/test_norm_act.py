@@ -94,6 +94,22 @@ def test_triton_gradients(layout: str) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sums_are_rounded_as_torch_rounds(layout: str, dtype: torch.dtype) -> None:
+    """Every number of 16 bits: ties to even, subnormals, overflow, infinity and NaN."""
+    every = torch.arange(1 - 2**15, 2**15).short().view(dtype).view(1, 255, 257, 1)
+    order = torch.randperm(every.numel(), generator=torch.Generator().manual_seed(0))
+    for other in (torch.zeros_like(every), every.flip(1, 2), every.roll(7, 2) / 2,
+                  every.flatten()[order].view_as(every)):
+        x, r = (with_memory_format(t, layout) for t in (every, other))
+        found = norm_act(x, r, norm="none", backend="cpu")
+        expected = (x.float() + r.float()).to(dtype)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
+
+
+@needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_output_is_streamed(layout: str) -> None:
     x, r = (with_memory_format(t, layout) for t in _tensors((1, 33, 260, 261)))

@@ -284,11 +284,13 @@ def test_every_code_of_a_step_is_of_its_own(
     assert sorted(draws) == ([0, 1, 2] if reuse else [0, 1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("name", ["ccfpse_ade20k", "pix2pixhd_cityscapes", "spade_ade20k"])
+@pytest.mark.parametrize("name", ["ccfpse_ade20k", "pix2pixhd_cityscapes",
+                                  "pix2pixhd_cityscapes_features", "spade_ade20k"])
 def test_terms_of_the_other_families(name: str) -> None:
     """Values from each discriminator's own outputs, in the family's own forms."""
     few = {"ngf": 2, "ndf": 4, "image_size": [64, 64], "classes": 8, "dont_care": None}
     more = {"pix2pixhd_cityscapes": {"blocks": 1}, "ccfpse_ade20k": {"hidden": 32},
+            "pix2pixhd_cityscapes_features": {"blocks": 1, "nef": 4},
             "spade_ade20k": {"hidden": 32}}[name]
     made = Trainer(from_dict({
         **TINY, "recipe": name, "losses": {"perceptual": 0.0}, "network": {**few, **more}}))
@@ -296,6 +298,10 @@ def test_terms_of_the_other_families(name: str) -> None:
     (batch,) = Batches(dataset(config, "train"), config, Processes(), torch.device("cpu")).step()
     values, (fake,) = made.objective.generator(batch)
     judged = made.objective.discriminator(batch, [fake.detach()])
+    if name.endswith("features"):
+        features = model.encoder(batch.image, batch.instances)
+        torch.testing.assert_close(fake, model.generator(batch.planes, features))
+        assert not torch.equal(fake, model.generator(batch.planes, features.flip(0)))
     if name.startswith("ccfpse"):
         (of_fake, fakes), (of_real, reals) = (
             model.discriminator(image, batch.planes) for image in (fake, batch.image))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,11 @@ import torch
 from PIL import Image
 from require import lacking
 
+import smis_kernels
 from smis_kernels import use_backend
 from smis_kernels.runtime.backend import missing
 from smis_models import create_model
-from smis_models.io.images import encode_png, to_pictures
+from smis_models.io.images import data_uri, encode_png, to_pictures
 from smis_models.synthesis.codes import draw_code, interpolate
 
 absent = lacking("starlette") or lacking("uvicorn") or lacking("httpx") or missing("cpu")
@@ -33,6 +36,7 @@ if not absent:
 
     from smis_models.app import painter as painting
     from smis_models.app.painter import Look, Painter, Rectangle, StaleError, Stroke
+    from smis_models.app.report import report
     from smis_models.app.server import UPLOAD, create_app, listen
 
 SMALL = {"groupdnet_scenes": {"ngf": 8, "nef": 8},
@@ -371,6 +375,39 @@ def test_pictures_of_huge_size_are_refused(client: TestClient,
     assert response.status_code == 400 and "at most 1000 pixels" in response.json()["error"]
 
 
+def test_the_page_is_told_of_the_model(client: TestClient, painter: Painter,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(painter.scenes) == 8
+    monkeypatch.setattr(painter, "seed", 5)
+    found = client.get("/api/model").json()
+    names = ["sky", "mountain", "water", "ground", "building", "tree", "car", "person"]
+    assert [shown["name"] for shown in found.pop("classes")] == names
+    assert found.pop("scenes") == [f"landscape_{k}" for k in range(8)]
+    assert found == {
+        "name": "groupdnet_scenes", "size": [128, 128], "weights": "random", "random": False,
+        "version": smis_kernels.__version__, "parts": 8, "encodes": True, "samples": True,
+        "edges": False, "seed": 5}
+
+
+def test_the_page_is_told_how_long_it_took(client: TestClient, painter: Painter,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0, 0.25)
+    monkeypatch.setattr(painting, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    found, _ = answer(client.post("/api/paint", content=packed(
+        head("clock"), scene(painter).tobytes())))
+    assert found["milliseconds"] == 250
+
+
+def test_pictures_of_a_session_are_bounded(
+        painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(painting, "PICTURES", 2)
+    for number in range(2):
+        assert painter.add_sample("looks", number)[1].name == f"sample {number + 1}"
+    with pytest.raises(ValueError, match="picture: expected at most 2 in a session"):
+        painter.add_sample("looks", 2)
+    assert len(painter.session("looks").appearances) == 2
+
+
 def test_sessions_and_steps_are_bounded(painter: Painter) -> None:
     labels = scene(painter)
     looks = [Look("seed:0", "seed:1", 0.0)] * 8
@@ -383,6 +420,11 @@ def test_sessions_and_steps_are_bounded(painter: Painter) -> None:
     for k in range(painting.SESSIONS):
         painter.session(f"other {k}")
     assert painter.session("many").labels is None  # forgotten
+    for k in range(painting.SESSIONS):
+        painter.session(f"page {k}")
+    first = painter.session("page 0")  # which speaks again
+    painter.session("new")
+    assert painter.known("page 0") is first and painter.known("page 1") is None
     with pytest.raises(StaleError, match="send the whole map"):
         painter.paint(Stroke("many", 99, 98, [], looks))
 
@@ -400,6 +442,20 @@ def test_the_report_has_no_links(client: TestClient, painter: Painter) -> None:
     for k in range(20):  # as any page's <img src> may ask
         assert client.get(f"/api/save/session.html?session=nobody{k}").status_code == 404
     assert list(painter._sessions) == kept
+
+
+def test_the_report_shows_each_map_beside_its_picture(painter: Painter) -> None:
+    looks, maps = [Look("seed:0", "seed:1", 0.0)] * 8, [scene(painter, k) for k in (0, 1)]
+    for k, labels in enumerate(maps):
+        painter.paint(Stroke("two", k + 1, None, [Rectangle(0, 0, labels)], looks,
+                             (k, f"step {k}")))
+    session = painter.session("two")
+    text = report(painter, session, "weights")
+    assert [step.caption for step in session.steps] == ["step 0", "step 1"]
+    assert text.index("step 1") < text.index("step 0")  # the last step first
+    places = [text.index(data_uri(shown)) for step in reversed(session.steps)
+              for shown in (painter.colours[step.labels], step.picture)]
+    assert places == sorted(places)
 
 
 def test_the_page_asks_for_nothing_elsewhere(client: TestClient) -> None:

@@ -103,5 +103,23 @@ def test_a_fixed_cost_decides_small_maps_only() -> None:
         {"dense": 10e3, "one_level": 90e3})
 
 
+def test_costs_are_those_worked_out_by_hand() -> None:
+    rates = planner.Rates(dense=2.0, two_level=3.0, one_level=5.0, sums=7.0)
+    v, u, pixels, symbols, c, k, hidden = 11, 13, 1000, 4, 6, 3, 8
+    level = Level((v, u))
+    last, first = 2 * c * hidden * 9, hidden * k * 9
+    embedding = symbols * first / 5 + v * 9 * hidden / 7
+    found = planner.costs(SPADE(c, k, hidden), level, pixels, rates,  # type: ignore[arg-type]
+                          symbols=symbols)
+    assert found == pytest.approx({
+        "dense": pixels * (last + first) / 2, "one_level": embedding + u * last / 5,
+        "two_level": embedding + v * last / 3 + u * 18 * c / 7})
+    found = planner.costs(SPADE(c, k, 0), level, pixels, rates,  # type: ignore[arg-type]
+                          symbols=symbols)
+    last = 2 * c * k * 9
+    assert found == pytest.approx({"dense": pixels * last / 2,
+                                   "one_level": symbols * last / 5 + v * 18 * c / 7})
+
+
 def test_the_cpu_s_choice_has_no_fixed_cost() -> None:
     assert tuple(planner.CPU_RATES) == (130.0, 170.0, 175.0, 16.0, 0.0, 0.0, 0.0)

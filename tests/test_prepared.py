@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smis_kernels import SPADE, LabelLayout, use_path
+from smis_kernels import SPADE, LabelLayout, norm_act, use_path
 from smis_kernels.acceleration.prepared import Prepared
 from smis_kernels.runtime import constants
 from smis_kernels.runtime.constants import Store, constant, using
@@ -112,8 +112,12 @@ def _running_mean(network: Network) -> None:
     network.first.param_free_norm.running_mean.data.add_(1)
 
 
+def _eps(network: Network) -> None:
+    network.first.param_free_norm.eps = 0.5
+
+
 CHANGES = (_sgd, _fused_adam, _ema, _numpy, _loaded, _assigned, _double, _replaced, _one_bias,
-           _trained, _running_mean)
+           _trained, _running_mean, _eps)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__[1:])
@@ -132,8 +136,8 @@ def test_a_change_of_the_weights_is_seen(network: Network,
     assert not torch.equal(expected.to(before.dtype), before)
 
 
-@pytest.mark.parametrize("change", [_sgd, _loaded, _assigned, _double, _replaced, _trained],
-                         ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("change", [_sgd, _loaded, _assigned, _double, _replaced, _trained,
+                                    _eps], ids=lambda f: f.__name__[1:])
 def test_what_leaves_a_trace_is_seen_without_a_look_at_the_content(
         network: Network, change: Callable[[Network], None]) -> None:
     prepared = Prepared(network)
@@ -186,10 +190,12 @@ def test_nothing_is_kept_outside_in_training_or_with_gradients(network: Network)
     assert all(p.grad is not None for p in network.parameters())
     kept = [key[0] for key in store._kept]
     assert "gamma and beta" not in kept
-    network.train()
-    with prepared.checked(), torch.no_grad():
-        network(*inputs())
-    assert prepared._store is None
+    for part in (network, network.first.param_free_norm):  # all of it, and one part alone
+        network.eval()
+        part.train()
+        with prepared.checked(), torch.no_grad():
+            network(*inputs())
+        assert prepared._store is None
 
 
 def test_the_gradients_are_those_without(network: Network) -> None:
@@ -215,6 +221,14 @@ def test_tensors_that_nobody_vouches_for_are_no_sources() -> None:
             source.data.add_(1)  # without a trace
         assert constant("twice", lambda: mine * 2, mine).sum() == 6  # vouched for, so kept
         assert constant("twice", lambda: other * 2, other).sum() == 12
+
+
+def test_neutral_statistics_are_of_one_dtype_and_width() -> None:
+    with using(Store([])), torch.no_grad():
+        for channels, dtype in ((3, torch.float32), (3, torch.float64), (5, torch.float64)):
+            x = torch.randn(1, channels, 4, 5, dtype=dtype)
+            for _ in range(2):
+                assert torch.equal(norm_act(x, norm="none", activation="relu"), x.relu())
 
 
 def test_a_constant_that_is_written_to_is_made_anew() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -20,6 +21,7 @@ from smis_models.data.preprocess import LABEL_FILTER, PICTURE_FILTER
 from smis_models.families import DEEPFASHION
 from smis_models.io.files import file_hash
 from smis_models.io.images import write_indices, write_png
+from smis_models.io.seeds import derived_seed
 from smis_models.metrics import (
     LPIPS,
     PROTOCOLS,
@@ -33,7 +35,8 @@ from smis_models.metrics import (
     protocol,
     protocol_title,
 )
-from smis_models.metrics.fid import INCEPTION
+from smis_models.metrics.fid import INCEPTION, fid
+from smis_models.synthesis.codes import drawn_code
 from smis_models.synthesis.scene import Scene
 
 LPIPS_FILE = import_module("smis_models.metrics.lpips")
@@ -54,6 +57,22 @@ def test_a_kept_promise_changes_nothing() -> None:
                     "ade20k-256": ("ade20k", 2000, "held out"),
                     "coco-256": ("coco_stuff", 5000, "held out"),
                     "scenes-quick": ("scenes", None, "held out")}
+
+
+def test_protocols_are_these() -> None:
+    """All fields but those of the data set, spelled out."""
+    plain = {"layouts": 100, "samples": 20, "pairs": 19, "pairing": "consecutive",
+             "mask_mode": "zero"}
+    one = {**plain, "layouts": 1, "samples": 100, "pairing": "random"}
+    quick = {**plain, "layouts": 4, "samples": 5, "pairs": 4}
+    sizes = {"deepfashion-256": (256, 256), "cityscapes-256x512": (256, 512),
+             "ade20k-256": (256, 256), "coco-256": (256, 256)}
+    assert {name: asdict(p.diversity) for name, p in PROTOCOLS.items()} == {
+        "n100-m19": plain, "one-layout-n100-m19": one, **dict.fromkeys(sizes, plain),
+        "scenes-quick": quick}
+    for name, p in PROTOCOLS.items():
+        assert (p.size, p.dont_care) == (sizes.get(name), "ignore")
+        assert p.distance == (None if name == "scenes-quick" else "LPIPS (AlexNet)")
 
 
 @pytest.mark.parametrize(("name", "used"), [
@@ -126,6 +145,14 @@ def test_an_evaluation_tells_what_it_used(
     kept = measured("val")
     assert kept["protocol"]["changed"] == {}
     assert kept["protocol"]["scenes"] == kept["results"]["fid"]["real"] == 6
+    held_out = build_dataset("deepfashion", folder, model.preset, "val", augment=False)
+    scenes = [held_out[i] for i in range(6)]
+    with torch.no_grad():
+        pictures = [model(model.semantics(scene["labels"][None]),
+                          drawn_code(model, derived_seed(0, i))) for i, scene in enumerate(scenes)]
+    photographs = [scene["image"][None] for scene in scenes]
+    assert kept["results"]["fid"]["fid"] == pytest.approx(
+        fid(photographs, pictures, Features(INCEPTION))["fid"], rel=1e-2)
     assert measured("test")["protocol"]["changed"] == {}  # the published evaluation split
     other = measured("train", "weights of x.pth", mode="crop")
     assert other["protocol"]["changed"] == {
@@ -194,6 +221,8 @@ def test_lpips_is_told_by_its_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     digest = file_hash(tmp_path / "trunk.pth")[:8]
     monkeypatch.setitem(LPIPS_FILE.TRUNKS, "alex", LPIPS_FILE.Trunk(**{
         **vars(trunk), "file": f"alexnet-{digest}.pth"}))
+    half = LPIPS("alex", tmp_path / "trunk.pth", tmp_path / "heads.pth").facts()
+    assert half["torchvision_weights"] and not half["published_heads"]
     good = LPIPS("alex", tmp_path / "trunk.pth")
     assert good.name == PROTOCOLS["n100-m19"].distance == "LPIPS (AlexNet)"
     assert good.facts()["published_heads"] and good.facts()["torchvision_weights"]

@@ -40,6 +40,13 @@ CODES = {**HINGE, "adversarial": 0.0, "feature_matching": 0.0, "perceptual": 0.0
          "code_noise": 0.0, "pixel": 10.0, "pixel_mean": "classes"}
 SCENES = {**HINGE, "adversarial": 0.5, "feature_matching": 2.0, "perceptual": 0.0, "kl": 1e-3,
           "pixel": 10.0, "pixel_mean": "classes", "prior": 0.5}
+# What is written, and how often.
+LOG = {"every": 50, "checkpoint_every": 500, "keep": 1, "keep_epochs": 0, "best": None,
+       "best_scenes": 32, "grid_every": 500, "grid_split": "val", "rows": 4, "samples": 3,
+       "tensorboard": True, "wandb": False}
+LOG_OF_SCENES = {**LOG, "every": 20, "checkpoint_every": 100, "grid_every": 100, "samples": 5,
+                 "tensorboard": False}
+COUNTS = {"groupdnet_scenes": 3200, "groupdnet_scenes_codes": 6400}
 # Name: data set, batch, epochs with constant and with falling rates, epochs with the global
 # generator frozen, optimizer, losses.
 PUBLISHED: dict[str, tuple[str, int, int, int, int, dict[str, Any], dict[str, Any]]] = {
@@ -87,6 +94,7 @@ def test_recipes_are_the_published_ones(name: str) -> None:
         "model": name.removesuffix("_codes"), "network": to_dict(network), "losses": losses,
         "optimizer": optimizer, "precision": "fp32", "seed": 0, "init": None,
         "init_gain": 1.0 if "scenes" in name else 0.02, "whiten": False,
+        "log": LOG_OF_SCENES if name in COUNTS else LOG,
         "schedule": {"epochs": epochs, "decay_epochs": decay, "freeze_global_epochs": frozen,
                      "falls": "before" if name in U_NETS else "after"},
     }
@@ -97,6 +105,8 @@ def test_recipes_are_the_published_ones(name: str) -> None:
         assert found == values, group
     found = {key: config["data"][key] for key in ("name", "batch", "mode", "load", "flip")}
     faces = name == "spade_celebamask"  # whose classes tell left from right
+    assert (config["data"]["count"], config["data"]["workers"], config["data"]["unknown"]) == (
+        COUNTS.get(name, 2048), 0 if name in COUNTS else 2, None)
     assert found == {"name": data, "batch": batch, "mode": "fixed" if faces else None,
                      "load": None, "flip": not faces}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,13 +22,18 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from smis_models import cli, create_model
-from smis_models.io.checkpoint import CheckpointError, read_checkpoint, read_metadata
+from smis_models.io.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+    read_metadata,
+    save_checkpoint,
+)
 from smis_models.io.images import write_indices, write_png
 from smis_models.training import NonFiniteLoss, Run, TrainConfig, continued, from_dict, train
 from smis_models.training.batches import Order, Place
-from smis_models.training.checkpoints import TRAINING
+from smis_models.training.checkpoints import TRAINING, load_state, read_state, save_state
 from smis_models.training.distributed import Processes
-from smis_models.training.loggers import Clock, LossTable
+from smis_models.training.loggers import Clock, LossTable, memory
 from smis_models.training.objective import Objective
 from smis_models.training.options import to_dict, to_json
 
@@ -465,7 +472,77 @@ def test_a_damaged_state_names_the_kept_ones(tmp_path: Path) -> None:
         Run(tiny(), tmp_path, resume=True)
 
 
+def test_a_state_is_read_without_its_code(tmp_path: Path) -> None:
+    state = {"format": 2, "config": {}, "code": partial(print, "run")}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_state(tmp_path)
+    torch.save({"format": 1, "config": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="is no training state of this version"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("schedule.freeze_global_epochs", "3"), ("seed", "1"), ("network.ngf", "8"),
+    ("init_gain", "1"),
+])
+def test_what_saved_tensors_depend_on_is_fixed(option: str, value: str, tmp_path: Path) -> None:
+    name = {"recipe": "pix2pixhd_cityscapes_1024"}
+    save_state(tmp_path, {"average": None}, from_dict(name))
+    with pytest.raises(CheckpointError, match=rf"resume: {option} differ"):
+        load_state(tmp_path, from_dict(name, [f"--{option}", value]))
+    free = ["--schedule.epochs", "60", "--data.batch", "2", "--precision", "bf16", "--losses.gan",
+            "hinge", "--log.every", "3", "--init", "w.pth", "--optimizer.generator", "1e-3"]
+    assert load_state(tmp_path, from_dict(name, free))["average"] is None
+
+
+def test_saved_files_are_on_the_disk_before_they_take_their_place(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    save_state(tmp_path, {"average": None}, tiny())
+    save_checkpoint(torch.nn.Linear(2, 2), tmp_path / "w.safetensors")
+    assert synced == [(tmp_path / name).stat().st_size
+                      for name in ("checkpoint.pt", "w.safetensors")]
+
+
+def test_the_record_tells_average_and_precision(tmp_path: Path) -> None:
+    run = Run(tiny("--optimizer.ema", "0.5", "--precision", "bf16"), tmp_path)
+    run.trainer.step_count, run.place = 5, Place(1, 2)
+    run.save()
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert {key: record[key] for key in ("step", "epoch", "ema", "precision")} == {
+        "step": 5, "epoch": 1, "ema": 0.5, "precision": "bf16"}
+
+
 # Progress and logs
+
+
+def test_minutes_are_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, run = [0.0], Run(tiny(), tmp_path)
+    monkeypatch.setattr("smis_models.training.run.time",
+                        SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(*_: Any) -> dict[str, float]:
+        now[0] += 7
+        run.trainer.step_count += 1
+        return {"kl": 0.0}
+
+    monkeypatch.setattr(run.trainer, "step", slow)
+    assert run(minutes=0.5).step == 5  # after 35 seconds
+
+
+def test_half_a_row_of_losses_goes(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text("step,kl\n1,0.5\n2,0.25\n3")
+    LossTable(path, 3).add({"step": 3, "kl": 0.125})
+    assert path.read_text() == "step,kl\n1,0.5\n2,0.25\n3,0.125\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kilobytes there, bytes elsewhere")
+def test_memory_is_in_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3_000_000))
+    assert memory(torch.device("cpu")) == 3000
 
 
 def test_speed_is_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,11 @@ def test_sixteen_bit_ids_do_not_wrap(tmp_path):
     ids = np.array([[0, 26001], [33003, 65535]])
     images.write_indices(tmp_path / "ids.png", ids)
     np.testing.assert_array_equal(images.read_instances(tmp_path / "ids.png"), ids)
+    for high, mode in ((254, "L"), (255, "L"), (256, "I;16"), (257, "I;16")):
+        images.write_indices(tmp_path / "edge.png", np.array([[0, high]]))
+        with Image.open(tmp_path / "edge.png") as written:
+            assert written.mode == mode
+        assert images.read_instances(tmp_path / "edge.png").tolist() == [[0, high]]
     with pytest.raises(ValueError, match="65536"):
         images.write_indices(tmp_path / "large.png", ids + 1)
     assert not (tmp_path / "large.png").exists()

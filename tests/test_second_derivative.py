@@ -138,6 +138,17 @@ def test_second_derivatives_are_those_of_the_definition(name: str, square: bool)
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max() + 1e-30))
 
 
+def test_autocast_rounds_no_second_derivative() -> None:
+    """Where the kernel does not round, neither does the definition that takes its place."""
+    _, call, values = CASES["winograd_conv2d"]
+    narrow = tuple(v.float() for v in values)
+    expected = second(call, narrow, "auto", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = second(call, narrow, "auto", True)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
 def graph_names(output: Tensor) -> set[str]:
     seen, todo = set(), [output.grad_fn]
     while todo:

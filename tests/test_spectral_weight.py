@@ -127,6 +127,15 @@ def _pair(**options: object) -> tuple[nn.Module, nn.Module]:
     return theirs, ours
 
 
+def test_eps_is_the_least_length_as_in_torch() -> None:
+    theirs, ours = (layer.double() for layer in _pair(eps=2.0))
+    x = torch.randn(2, 12, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert all(float(getattr(ours, name).norm()) < 0.9 for name in ("weight_u", "weight_v"))
+    for name in ("weight_u", "weight_v"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_hook_is_torchs_over_steps(layout: str, rounds: int) -> None:

@@ -11,24 +11,32 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_models import SMALL_TRAINING
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from smis_models import create_model
 from smis_models.data import Collate, Draw, GeneratedScenes
 from smis_models.families import GroupDNetPreset, Pix2pixHDPreset, SynthesisModel
-from smis_models.io.checkpoint import CheckpointError
+from smis_models.io.checkpoint import CheckpointError, save_checkpoint
 from smis_models.networks import losses
 from smis_models.training import (
     RECIPES,
+    DataConfig,
+    LogConfig,
+    LossConfig,
     NonFiniteLoss,
+    OptimizerConfig,
     Run,
+    ScheduleConfig,
     TrainConfig,
     from_dict,
     load_config,
@@ -36,7 +44,8 @@ from smis_models.training import (
     train,
 )
 from smis_models.training.batches import Batches, MicroBatch, Order, dataset
-from smis_models.training.distributed import Processes
+from smis_models.training.distributed import Processes, unsynchronized
+from smis_models.training.loggers import TensorBoard
 from smis_models.training.trainer import Trainer
 from smis_models.training.whiten import whiten_codes
 
@@ -174,6 +183,41 @@ def test_whitened_codes_paint_the_same_pictures(tmp_path: Path) -> None:
         torch.testing.assert_close(found.T.cov(), least.diag())
 
 
+def test_weights_start_from_the_seed_or_a_file(tmp_path: Path) -> None:
+    config = tiny("--seed", "5", "--init_gain", "0.7")
+    options = {field.name: getattr(config.network, field.name) for field in fields(config.network)}
+
+    def same(config: TrainConfig, expected: SynthesisModel) -> None:
+        found, wanted = Trainer(config).model.state_dict(), expected.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+    same(config, create_model(config.model, seed=5, init_gain=0.7, **options))
+    other = create_model(config.model, seed=9, init_gain=0.3, **options)
+    save_checkpoint(other, tmp_path / "w.safetensors")
+    same(replace(config, init=str(tmp_path / "w.safetensors")), other)
+
+
+def test_a_run_starts_from_whitened_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model("groupdnet_scenes", ngf=8, nef=8, ndf=4, latent_channels=2, init_gain=1.0)
+    save_checkpoint(model, tmp_path / "w.safetensors")
+    config = from_dict({
+        "recipe": "groupdnet_scenes", "network": {"ngf": 8, "nef": 8, "ndf": 4,
+                                                  "latent_channels": 2},
+        "data": {"batch": 8, "workers": 0, "count": 12}, "whiten": True,
+        "init": str(tmp_path / "w.safetensors")})
+    monkeypatch.setattr("smis_models.training.trainer._WHITENED", 12)
+    trained = Trainer(config).model
+    pictures = GeneratedScenes(12, 128, "train")
+    batch = MicroBatch.of(Collate(model.preset)([pictures[i] for i in range(12)]),
+                          torch.device("cpu"))
+    whiten_codes(model.eval(), [batch])
+    assert all(module.training for module in trained.modules())
+    found = trained.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--whiten", "true"), "one code of 1x1"),
     (("--whiten", "true", "--network.upsampling", "more"), "expected init"),
@@ -211,6 +255,38 @@ def test_bad_options_are_one_line(content: dict[str, object], arguments: list[st
     with pytest.raises(ValueError, match=message) as caught:
         from_dict(content, arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "least", "names"), [
+    (LossConfig, 0, "adversarial discriminator feature_matching perceptual kl code_noise pixel "
+                    "prior latent diversity diversity_bound"),
+    (OptimizerConfig, 0, "generator discriminator ema"), (OptimizerConfig, 1, "accumulate"),
+    (ScheduleConfig, 0, "epochs decay_epochs freeze_global_epochs"),
+    (DataConfig, 1, "batch count"), (DataConfig, 0, "workers"),
+    (LogConfig, 1, "every checkpoint_every rows samples keep best_scenes"),
+    (LogConfig, 0, "grid_every keep_epochs"),
+])
+def test_options_have_a_least_value(kind: Any, least: int, names: str) -> None:
+    needed: dict[str, Any] = {"feature_matching": 0} if kind is LossConfig else (
+        {"epochs": 1, "decay_epochs": 1} if kind is ScheduleConfig else {})
+    for name in names.split():
+        with pytest.raises(ValueError, match=rf"\.{name}: expected at least {least}, got"):
+            kind(**{**needed, name: least - 1})
+        assert getattr(kind(**{**needed, name: least}), name) == least
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seed": 2**63}, "seed: expected 0 to"), ({"seed": -1}, "seed: expected 0 to"),
+    ({"precision": "fp8"}, "precision: expected fp32, bf16 or fp16"),
+    ({"log": LogConfig(best="perceptual"), "losses": LossConfig(perceptual=0)}, "log.best"),
+    ({"schedule": ScheduleConfig(epochs=1, decay_epochs=1, freeze_global_epochs=2)},
+     "schedule.freeze_global_epochs: expected fewer than all epochs"),
+    ({"optimizer": OptimizerConfig(accumulate=3), "data": DataConfig(batch=4)}, "data.batch"),
+])
+def test_options_fit_each_other(changes: dict[str, Any], message: str) -> None:
+    config = RECIPES["pix2pixhd_cityscapes_1024"]()
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
 
 
 def test_options_that_contradict_the_model_or_the_data(tmp_path: Path) -> None:
@@ -439,11 +515,44 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
     assert_same_gradients(grads_2, grads_1)
 
 
+def test_gradients_are_shared_after_the_last_micro_batch(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    run = Run(tiny("--optimizer.accumulate", "2"), tmp_path)
+    monkeypatch.setattr("smis_models.training.trainer.unsynchronized",
+                        lambda module, last: told.append(last) or nullcontext())
+    run.trainer.step(run.batches.step(), 0)
+    assert told == [False, True] * 2
+    wrapped = object.__new__(DistributedDataParallel)
+    wrapped.__dict__["require_backward_grad_sync"] = True
+    for last in (False, True):
+        with unsynchronized(wrapped, last):
+            assert wrapped.require_backward_grad_sync is last
+
+
+def test_the_loss_scale_moves_and_goes_on(tmp_path: Path) -> None:
+    run = Run(tiny("--precision", "fp16"), tmp_path)
+    run.trainer._scaler.load_state_dict({**run.trainer._scaler.state_dict(), "scale": 8.0})
+    run.trainer.step(run.batches.step(), 0)
+    scale = run.trainer._scaler.state_dict()
+    assert (scale["scale"], scale["_growth_tracker"]) == (8.0, 1)
+    run.save()
+    resumed = Run(tiny("--precision", "fp16"), tmp_path, resume=True)
+    assert resumed.trainer._scaler.state_dict() == scale
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision(precision: str, tmp_path: Path) -> None:
     run = Run(tiny("--precision", precision), tmp_path / precision)
     exact = Run(tiny(), tmp_path / "fp32")
+    computed: dict[Run, set[torch.dtype]] = {run: set(), exact: set()}
+    for each, dtypes in computed.items():
+        each.trainer.model.generator.fc.register_forward_hook(
+            lambda _, __, out, dtypes=dtypes: dtypes.add(out.dtype))
     values, truth = (r.trainer.step(r.batches.step(), 0) for r in (run, exact))
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert computed == {run: {low}, exact: {torch.float32}}
+    assert run.trainer._scaler.is_enabled() == (precision == "fp16")
     for name, value in truth.items():
         assert values[name] == pytest.approx(value, rel=0.1, abs=0.02), name
     for name, tensor in run.trainer.model.state_dict().items():
@@ -487,7 +596,7 @@ def test_the_global_generator_thaws_with_a_new_optimizer(tmp_path: Path) -> None
     assert torch.equal(resumed.trainer.model.generator.model[1].weight, weight)
 
 
-def test_grids_and_tensorboard(tmp_path: Path) -> None:
+def test_grids_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     config = tiny("--log.grid_every", "2", "--log.rows", "2", "--log.samples", "2",
                   "--log.tensorboard", "true", "--schedule.decay_epochs", "0")
@@ -498,7 +607,62 @@ def test_grids_and_tensorboard(tmp_path: Path) -> None:
     from PIL import Image
 
     assert Image.open(tmp_path / "grids" / "0000004.png").size == (5 * 68 - 4, 2 * 84 - 4)
-    assert list((tmp_path / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written = EventAccumulator(str(tmp_path / "tensorboard"))
+    written.Reload()
+    names = {name for name in states[0] if not name.startswith("rate_")}
+    speed = {"images_per_second", "waiting", "memory"}
+    assert set(written.Tags()["scalars"]) == {
+        f"run/{name}" if name in speed else f"losses/{name}" for name in names}
+    for name in names - speed:
+        assert [(p.step, p.value) for p in written.Scalars(f"losses/{name}")] == [
+            (step, pytest.approx(values[name])) for step, values in enumerate(states, 1)]
+    assert [(image.step, image.width, image.height) for image in written.Images("samples")] == [
+        (step, 5 * 68 - 4, 2 * 84 - 4) for step in (2, 4)]
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter",
+                        lambda folder, **options: asked.update(options))
+    TensorBoard(tmp_path, 5)  # what a run wrote beyond its checkpoint goes
+    assert asked == {"purge_step": 6}
+
+
+def test_grids_show_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out scenes by the average, in eval mode, of their own code and of seeds."""
+    run = Run(tiny("--optimizer.ema", "0.5", "--log.grid_every", "1", "--log.rows", "2",
+                   "--log.samples", "2", "--init_gain", "1", "--optimizer.generator", "3e-2"),
+              tmp_path)
+    for _ in range(2):
+        run.trainer.step(run.batches.step(), 0)
+    shown: list[list[list[tuple[str, np.ndarray]]]] = []
+    monkeypatch.setattr("smis_models.training.run.captioned_grid",
+                        lambda rows: shown.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    run._draw()
+    run.save()
+    model = create_model(checkpoint=tmp_path / "model.safetensors").eval()
+    held_out = GeneratedScenes(2, 64, "val")
+    batch = Collate(model.preset)([held_out[i] for i in range(2)])
+    with torch.no_grad():
+        mean, _ = model.encoder.encode(batch["image"], batch["labels"])
+        codes = [mean, *(model.generator.sample_latent(2, torch.Generator().manual_seed(seed))
+                         for seed in range(2))]
+        columns = [batch["image"], *(model.generator(batch["layout"], z) for z in codes)]
+    (rows,) = shown
+    assert [caption for caption, _ in rows[1]] == [
+        "layout", "picture", "of its code", "drawn code 0", "drawn code 1"]
+    for i, row in enumerate(rows):
+        for (_, picture), column in zip(row[1:], columns, strict=True):
+            expected = (column[i].permute(1, 2, 0) + 1) * 127.5
+            assert np.abs(picture - expected.numpy()).max() <= 1.5
+        assert np.abs(row[3][1].astype(int) - row[4][1]).max() > 8
+
+
+def test_looking_at_pictures_ends_no_training_mode(tmp_path: Path) -> None:
+    run = Run(tiny("--log.grid_every", "1", "--log.rows", "1", "--log.best", "pixel",
+                   "--log.best_scenes", "2"), tmp_path)
+    for look in (run._draw, run.save):
+        look()
+        assert all(module.training for module in run.trainer.model.modules())
 
 
 def test_the_found_code_moves_the_generator_alone(tmp_path: Path) -> None:

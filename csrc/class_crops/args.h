@@ -1,9 +1,14 @@
 // The operands of class_crops on any device. Strides count elements; a crop has K channels.
 #pragma once
-#include "class_crops/nearest.h"
 #include "common/ids.h"
+#include "common/nearest.h"
 
 namespace smis {
+
+// A class's box, ends exclusive; empty where the class is absent.
+struct Box {
+  int32_t y0, y1, x0, x1;
+};
 
 // A strided (N, C, H, W) operand.
 struct Strided {

@@ -155,7 +155,7 @@ template <class T, int V> __global__ void plane_crops_kernel(ClassCropsArgs a) {
         for (int j = 0; j < V; ++j)
           values.v[j] = empty ? rounded<T>(Acc<T>(0))
                               : rounded<T>(load(*at<T>(a.image, n, k, row, column[j])) * mask[j]);
-        *reinterpret_cast<Pack<T, V>*>(out + k * a.crops.c) = values;
+        store_whole(out + k * a.crops.c, values);
       }
     }
   }
@@ -196,35 +196,42 @@ __device__ Range readers(const ClassCropsArgs& a, const Box& box, int32_t y, int
           across.first(x - box.x0 + 1)};
 }
 
-// Sum of channel `channel` over each lane's range. A range that one lane would take long over (a
-// small box, stretched far) is summed by the whole warp, lane after lane: the order is fixed.
-template <class T>
-__device__ Acc<T> range_sum(const ClassCropsArgs& a, int64_t n, int32_t channel, Range range) {
+// Sums over each lane's range, of `count` channels from `channel` on. A range that one lane would
+// take long over (a small box, stretched far) is summed by the whole warp, lane after lane: the
+// order is fixed.
+template <class T, int CH> __device__ void range_sums(const ClassCropsArgs& a, int64_t n,
+                                                      int32_t channel, int count, Range range,
+                                                      Acc<T> (&sum)[CH]) {
   constexpr int32_t kAlone = 32;
   const int lane = threadIdx.x & kLane;
   const int32_t area = range.area();
-  Acc<T> sum = 0;
+  for (int j = 0; j < CH; ++j) sum[j] = 0;
   if (area <= kAlone)
     for (int32_t y = range.y0; y < range.y1; ++y)
-      for (int32_t x = range.x0; x < range.x1; ++x) sum += load(*at<T>(a.crops, n, channel, y, x));
+      for (int32_t x = range.x0; x < range.x1; ++x)
+        for (int j = 0; j < CH; ++j)
+          if (j < count) sum[j] += load(*at<T>(a.crops, n, channel + j, y, x));
   for (unsigned left = __ballot_sync(kWarp, area > kAlone); left; left &= left - 1) {
     const int owner = __ffs(int(left)) - 1;
     const int32_t c = __shfl_sync(kWarp, channel, owner), y0 = __shfl_sync(kWarp, range.y0, owner);
     const int32_t x0 = __shfl_sync(kWarp, range.x0, owner);
     const int32_t width = __shfl_sync(kWarp, range.x1, owner) - x0;
-    const int32_t count = __shfl_sync(kWarp, area, owner);
-    Acc<T> part = 0;
-    for (int32_t i = lane; i < count; i += 32)
-      part += load(*at<T>(a.crops, n, c, y0 + i / width, x0 + i % width));
-    for (int step = 16; step > 0; step /= 2) part += __shfl_xor_sync(kWarp, part, step);
-    if (lane == owner) sum = part;
+    const int32_t pixels = __shfl_sync(kWarp, area, owner);
+    Acc<T> part[CH] = {};
+    for (int32_t i = lane; i < pixels; i += 32)
+      for (int j = 0; j < CH; ++j)
+        if (j < count) part[j] += load(*at<T>(a.crops, n, c + j, y0 + i / width, x0 + i % width));
+    for (int j = 0; j < CH; ++j) {
+      for (int step = 16; step > 0; step /= 2) part[j] += __shfl_xor_sync(kWarp, part[j], step);
+      if (lane == owner) sum[j] = part[j];
+    }
   }
-  return sum;
 }
 
+// A mask is read once for kTogether channels, and the crops where it is not 0.
 template <class T> __global__ void backward_kernel(ClassCropsArgs a) {
+  constexpr int32_t kTogether = 4;
   const int32_t pixels = int32_t(a.H * a.W), channels = int32_t(a.K);
-  const bool planes = a.planes;
   for (int64_t n = blockIdx.y; n < a.N; n += gridDim.y) {
     const int64_t stride = thread_stride();
     for (int64_t start = thread_index() - (threadIdx.x & kLane); start < pixels; start += stride) {
@@ -232,17 +239,24 @@ template <class T> __global__ void backward_kernel(ClassCropsArgs a) {
       const bool inside = i < pixels;
       const int32_t y = i / int32_t(a.W), x = i - y * int32_t(a.W);
       const int32_t own = inside ? label_at(a, n, y, x) : -1;
-      const int32_t first = planes ? 0 : own, count = planes ? int32_t(a.C) : 1;
-      for (int32_t k = 0; k < channels; ++k) {
-        Acc<T> grad = 0;
-        for (int32_t step = 0; step < count; ++step) {  // the warp stays together for range_sum
+      const int32_t first = a.planes ? 0 : own, count = a.planes ? int32_t(a.C) : 1;
+      for (int32_t k = 0; k < channels; k += kTogether) {
+        Acc<T> grad[kTogether] = {};
+        for (int32_t step = 0; step < count; ++step) {  // the warp stays together for range_sums
           const int32_t c = first + step;
-          const bool reads = inside && c >= 0;
-          const Range range = reads ? readers(a, a.boxes[n * a.C + c], y, x) : Range{0, 0, 0, 0};
-          const Acc<T> sum = range_sum<T>(a, n, c * channels + k, range);
-          if (reads && range.area() > 0) grad += sum * mask_at<T>(a, n, c, y, x);
+          Acc<T> mask = 0;
+          if (inside && c >= 0) mask = a.planes ? load(*at<T>(a.semantics, n, c, y, x)) : Acc<T>(1);
+          const Range range =
+              mask != Acc<T>(0) ? readers(a, a.boxes[n * a.C + c], y, x) : Range{0, 0, 0, 0};
+          if (!__any_sync(kWarp, range.area() > 0)) continue;
+          Acc<T> sum[kTogether];
+          range_sums<T>(a, n, c * channels + k, channels - k, range, sum);
+          for (int j = 0; j < kTogether; ++j)
+            if (range.area() > 0) grad[j] += sum[j] * mask;
         }
-        if (inside) *const_cast<T*>(at<T>(a.image, n, k, y, x)) = rounded<T>(grad);
+        for (int j = 0; j < kTogether; ++j)
+          if (inside && k + j < channels)
+            *const_cast<T*>(at<T>(a.image, n, k + j, y, x)) = rounded<T>(grad[j]);
       }
     }
   }

@@ -118,6 +118,16 @@ template <> __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float v) {
 template <class T, int V> struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
+// One store of 16 bytes: of a struct whose elements come from branches each would be stored apart.
+template <class T, int V> __device__ inline void store_whole(T* p, const Pack<T, V>& pack) {
+  if constexpr (sizeof(pack) == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    __stwb(reinterpret_cast<uint4*>(p), bits);
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(p) = pack;
+  }
+}
 
 // Calls fn(T{}) with the storage type that `e` names.
 template <class F> void with_element(Element e, F&& fn) {

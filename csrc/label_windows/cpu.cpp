@@ -187,11 +187,124 @@ std::tuple<Tensor, Tensor> number_vectors(const Tensor& input, int64_t limit) {
   return {symbols, torch::stable::to(wide, x.scalar_type())};
 }
 
+// Rows that differ, found by hash and comparison: open addressing over their numbers.
+class Distinct {
+ public:
+  Distinct(const Tensor& like, int64_t most) {
+    int64_t capacity = 16;
+    for (shift_ = 60; capacity < 2 * most; --shift_) capacity *= 2;
+    mask_ = uint64_t(capacity - 1);
+    slots_ = empty_of(like, {capacity}, ScalarType::Int);
+    data_ = slots_.mutable_data_ptr<int32_t>();
+    std::fill(data_, data_ + capacity, -1);
+  }
+  // The number of the row that `same` finds equal, or `next`, which is then the row's own.
+  template <class F> int32_t operator()(uint64_t hash, int32_t next, const F& same) {
+    uint64_t i = (hash * kHashFactor) >> shift_;
+    while (data_[i] >= 0 && !same(data_[i])) i = (i + 1) & mask_;
+    if (data_[i] < 0) data_[i] = next;
+    return data_[i];
+  }
+
+ private:
+  Tensor slots_;
+  int32_t* data_;
+  uint64_t mask_;
+  int shift_;
+};
+
+// Vectors (S + 1, K), 3x3 windows (V + 1, 9) of their rows, and the channels [begin, end) that each of G
+// groups reads (G, 2) -> the numbering that each group takes (G), of which there are as many as groups
+// that tell other symbols apart; and of each numbering the number of every window (V + 1), its own
+// windows (R + 1, 9), by the first of equal symbols, zero beyond its count, and that count.
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_windows(const Tensor& vectors, const Tensor& windows,
+                                                         const Tensor& ranges) {
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(vectors, ScalarType::Double)),
+               w = torch::stable::contiguous(windows), r = torch::stable::contiguous(ranges);
+  const int64_t S = wide.size(0), K = wide.size(1), V = w.size(0), G = r.size(0);
+  const double* value = wide.const_data_ptr<double>();
+  const int32_t* in = w.const_data_ptr<int32_t>();
+  const int64_t* range = r.const_data_ptr<int64_t>();
+  Tensor first = empty_of(w, {G, S}, ScalarType::Int);  // of the symbols that a group finds equal
+  int32_t* found = first.mutable_data_ptr<int32_t>();
+  parallel(G, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t from = range[2 * g], to = range[2 * g + 1];
+      Distinct symbols(w, S);
+      for (int64_t s = 0; s < S; ++s) {
+        const double* x = value + s * K;
+        uint64_t hash = kHashSeed;
+        for (int64_t k = from; k < to; ++k) {
+          if (x[k] == 0) continue;  // of either sign
+          uint64_t bits;
+          std::memcpy(&bits, x + k, sizeof(bits));
+          hash = mix(mix(hash, uint64_t(k)), bits);
+        }
+        found[g * S + s] = symbols(hash, int32_t(s), [&](int32_t other) {
+          return std::equal(x + from, x + to, value + other * K + from);
+        });
+      }
+    }
+  });
+  Tensor kinds = empty_of(w, {G}, ScalarType::Int);
+  int32_t* kind = kinds.mutable_data_ptr<int32_t>();
+  std::vector<int64_t> group_of;  // of each numbering its first group
+  Distinct partitions(w, G);
+  for (int64_t g = 0; g < G; ++g) {
+    const int32_t* names = found + g * S;
+    uint64_t hash = kHashSeed;
+    for (int64_t s = 0; s < S; ++s) hash = mix(hash, uint64_t(names[s]));
+    const int32_t next = int32_t(group_of.size());
+    kind[g] = partitions(hash, next, [&](int32_t other) {
+      return std::equal(names, names + S, found + group_of[size_t(other)] * S);
+    });
+    if (kind[g] == next) group_of.push_back(g);
+  }
+  const int64_t numberings = int64_t(group_of.size());
+  Tensor ids = empty_of(w, {numberings, V}, ScalarType::Int);
+  Tensor counts = empty_of(w, {numberings}, ScalarType::Int);
+  Tensor rows = empty_of(w, {numberings, V, 9}, ScalarType::Int);
+  int32_t *id = ids.mutable_data_ptr<int32_t>(), *count = counts.mutable_data_ptr<int32_t>(),
+          *row = rows.mutable_data_ptr<int32_t>();
+  parallel(numberings, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int32_t* names = found + group_of[size_t(n)] * S;
+      int32_t* own = row + n * V * 9;
+      Distinct numbers(w, V);
+      int32_t next = 0;
+      for (int64_t v = 0; v < V; ++v) {
+        int32_t* to = own + int64_t(next) * 9;  // kept if it is new
+        uint64_t hash = kHashSeed;
+        for (int64_t k = 0; k < 9; ++k) {
+          to[k] = names[in[v * 9 + k]];
+          hash = mix(hash, uint64_t(to[k]));
+        }
+        // Row 0 is the outside of the image, which no window equals.
+        const int32_t number = v == 0 ? 0 : numbers(hash, next, [&](int32_t other) {
+          return std::equal(to, to + 9, own + int64_t(other) * 9);
+        });
+        id[n * V + v] = number;
+        if (number == next) ++next;
+      }
+      count[n] = next - 1;
+    }
+  });
+  const int64_t most = numberings == 0 ? 1 : 1 + *std::max_element(count, count + numberings);
+  Tensor own = empty_of(w, {numberings, most, 9}, ScalarType::Int);
+  int32_t* out = own.mutable_data_ptr<int32_t>();
+  for (int64_t n = 0; n < numberings; ++n) {
+    int32_t* end = std::copy_n(row + n * V * 9, (count[n] + 1) * 9, out + n * most * 9);
+    std::fill(end, out + (n + 1) * most * 9, 0);
+  }
+  return {kinds, ids, own, counts};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(smis_kernels, CPU, m) {
   m.impl("number_vectors", TORCH_BOX(&number_vectors));
   m.impl("number_windows", TORCH_BOX(&number_windows));
+  m.impl("group_windows", TORCH_BOX(&group_windows));
 }
 
 }  // namespace smis

@@ -90,7 +90,7 @@ __global__ void grad_weight_kernel(Conv<I> a, Grid<I> places, I each, int64_t to
   }
 }
 
-template <class T, int K, class I>
+template <class T, int K, class I, bool unit>  // unit: of stride 1
 __global__ void grad_input_kernel(Conv<I> a, Grid<I> places, Divider<I> by_group,
                                   Divider<I> by_stride, int64_t total) {
   for (int64_t i = thread_index(); i < total; i += thread_stride()) {
@@ -100,12 +100,19 @@ __global__ void grad_input_kernel(Conv<I> a, Grid<I> places, Divider<I> by_group
     Acc<T> sum = 0;
 #pragma unroll
     for (int tap = 0; tap < K * K; ++tap) {
-      I y = at.y + a.padding - tap / K * a.dilation, x = at.x + a.padding - tap % K * a.dilation;
-      if (y < 0 || x < 0) continue;
-      const I row = split(y, by_stride, a.stride), column = split(x, by_stride, a.stride);
-      if (y != 0 || x != 0 || row >= a.OH || column >= a.OW) continue;
-      const I pixel = row * a.OW + column;
-      sum += load(w[tap * a.w.c + pixel * a.w.p]) * load(dy[pixel * a.y.p]);
+      const I y = at.y + a.padding - tap / K * a.dilation;
+      const I x = at.x + a.padding - tap % K * a.dilation;
+      bool inside = y >= 0 && x >= 0;
+      I row = inside ? y : 0, column = inside ? x : 0;
+      if (!unit) {
+        I below = row, beside = column;
+        row = split(below, by_stride, a.stride), column = split(beside, by_stride, a.stride);
+        inside = inside && below == 0 && beside == 0;
+      }
+      inside = inside && row < a.OH && column < a.OW;
+      const I pixel = inside ? row * a.OW + column : 0;
+      const Acc<T> weight = inside ? load(w[tap * a.w.c + pixel * a.w.p]) : Acc<T>(0);
+      sum += weight * (inside ? load(dy[pixel * a.y.p]) : Acc<T>(0));
     }
     *a.x.template at<T>(at.n, at.c, at.y * a.W + at.x) = rounded<T>(sum);
   }
@@ -165,15 +172,19 @@ __global__ void planes_kernel(Conv<I> a, Grid<I> places, int64_t total) {
   }
 }
 
-// Rows: a thread has neighbouring channels of one pixel, whose weights lie side by side.
+// Rows: a thread has neighbouring channels of one pixel, whose weights lie side by side. Of the
+// gradient, which is dense, a warp writes whole lines: its packs change threads in shared memory.
 template <class T, bool gradient>
 __global__ void rows_kernel(Conv<I> a, Grid<I> places, int64_t total) {
   constexpr int V = kPack<T>;
-  for (int64_t i = thread_index(); i < total; i += thread_stride()) {
-    const auto at = places(I(i));
+  __shared__ Packed<T> staged[gradient ? kThreads * 9 : 1];
+  const int lane = threadIdx.x & kLane;
+  for (int64_t start = thread_index() - lane; start < total; start += thread_stride()) {
+    const int64_t i = start + lane;
+    const auto at = places(I(i < total ? i : total - 1));
     const I c = at.c * V, pixel = at.y * a.OW + at.x;
     const T* x = a.x.template at<const T>(at.n, c, 0);
-    T* weights = a.w.template at<T>(at.n, c * 9, pixel);
+    const T* weights = a.w.template at<const T>(at.n, c * 9, pixel);
     T* out = a.y.template at<T>(at.n, c, pixel);
     Packed<T> w[9], y;  // w[k].v[v] is tap (k * V + v) % 9 of channel (k * V + v) / 9
     if (gradient) {
@@ -197,13 +208,21 @@ __global__ void rows_kernel(Conv<I> a, Grid<I> places, int64_t total) {
       }
     }
     if (gradient) {
+      Packed<T>* own = staged + (threadIdx.x - lane) * 9;
+      T* line = static_cast<T*>(a.w.data) + start * 9 * V;
+      const int packs = int(total - start < 32 ? total - start : 32) * 9;
 #pragma unroll
-      for (int k = 0; k < 9; ++k) store(weights + k * V, w[k]);
-      continue;
+      for (int k = 0; k < 9; ++k) own[lane * 9 + k] = w[k];
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < 9; ++k)
+        if (k * 32 + lane < packs) store(line + (k * 32 + lane) * V, own[k * 32 + lane]);
+      __syncwarp();
+    } else if (i < total) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) y.v[v] = rounded<T>(sums[v]);
+      store(out, y);
     }
-#pragma unroll
-    for (int v = 0; v < V; ++v) y.v[v] = rounded<T>(sums[v]);
-    store(out, y);
   }
 }
 
@@ -422,8 +441,14 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
     if (!rows) {
       const Grid<Offset> places(a.C, a.H, a.W, channels_last(w));
       with_kernel_size(kernel_size, [&](auto k) {
-        grad_input_kernel<T, k(), Offset><<<grid(x.numel()), kThreads, 0, launch.stream>>>(
-            a, places, Divider<Offset>(a.C / a.G), Divider<Offset>(stride), x.numel());
+        const Divider<Offset> by_group(a.C / a.G), by_stride(stride);
+        if (narrow && stride == 1)
+          grad_input_kernel<T, k(), Offset, narrow>
+              <<<grid(x.numel()), kThreads, 0, launch.stream>>>(a, places, by_group, by_stride,
+                                                                x.numel());
+        else
+          grad_input_kernel<T, k(), Offset, false><<<grid(x.numel()), kThreads, 0, launch.stream>>>(
+              a, places, by_group, by_stride, x.numel());
         launch.check();
       });
     }

@@ -16,7 +16,8 @@ Tensor make(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
 
 Tensor window_table(const Tensor& hidden, const Tensor& weight_gamma, const Tensor& bias_gamma,
                     const Tensor& weight_beta, const Tensor& bias_beta, const Tensor& windows,
-                    int64_t groups, bool one_level) {
+                    int64_t groups, bool one_level, std::optional<Tensor> kinds,
+                    std::optional<Tensor> ids) {
   const Tensor h = dense(hidden), wg = dense(weight_gamma), wb = dense(weight_beta),
                bg = dense(bias_gamma), bb = dense(bias_beta), w = dense(windows);
   WindowTableArgs a;
@@ -29,6 +30,11 @@ Tensor window_table(const Tensor& hidden, const Tensor& weight_gamma, const Tens
   a.windows = w.const_data_ptr<int32_t>();
   a.table = table.mutable_data_ptr();
   a.one_level = one_level;
+  const Tensor k = kinds.has_value() ? dense(*kinds) : w, n = ids.has_value() ? dense(*ids) : w;
+  if (kinds.has_value() && ids.has_value()) {
+    a.kinds = k.const_data_ptr<int32_t>(), a.ids = n.const_data_ptr<int32_t>();
+    a.sources = n.size(1);
+  }
   int64_t blocks = 0, bytes = 0;
   window_table_plan_best()(a, &blocks, &bytes);
   const auto kernel = window_table_kernel_best();
@@ -39,13 +45,16 @@ Tensor window_table(const Tensor& hidden, const Tensor& weight_gamma, const Tens
   return table;
 }
 
-Tensor window_sum(const Tensor& rows, const Tensor& windows, std::optional<Tensor> bias,
-                  bool relu) {
+Tensor window_sum(const Tensor& rows, const Tensor& windows, std::optional<Tensor> bias, bool relu,
+                  std::optional<Tensor> kinds, std::optional<Tensor> counts) {
   const Tensor r = dense(rows), w = dense(windows);
   Tensor b = bias.has_value() ? dense(*bias) : r;
   WindowSumArgs a;
   a.wide = wide(r), a.relu = relu;
-  a.V = w.size(0), a.C = r.size(2);
+  a.V = w.size(w.dim() - 2), a.C = r.size(2);
+  const Tensor k = kinds.has_value() ? dense(*kinds) : w, n = counts.has_value() ? dense(*counts) : w;
+  if (kinds.has_value()) a.groups = k.size(0), a.kinds = k.const_data_ptr<int32_t>();
+  if (counts.has_value()) a.counts = n.const_data_ptr<int32_t>();
   Tensor out = make(r, {a.V, a.C}, r.scalar_type());
   a.rows = r.const_data_ptr();
   a.bias = bias.has_value() ? b.const_data_ptr() : nullptr;
@@ -56,11 +65,14 @@ Tensor window_sum(const Tensor& rows, const Tensor& windows, std::optional<Tenso
   return out;
 }
 
-Tensor window_scatter(const Tensor& grad, const Tensor& windows, int64_t rows) {
+Tensor window_scatter(const Tensor& grad, const Tensor& windows, int64_t rows,
+                      std::optional<Tensor> kinds) {
   const Tensor g = dense(grad), w = dense(windows);
   WindowScatterArgs a;
   a.wide = wide(g);
-  a.V = w.size(0), a.C = g.size(1), a.R = rows;
+  a.V = w.size(w.dim() - 2), a.C = g.size(1), a.R = rows;
+  const Tensor k = kinds.has_value() ? dense(*kinds) : w;
+  if (kinds.has_value()) a.groups = k.size(0), a.kinds = k.const_data_ptr<int32_t>();
   Tensor out = make(g, {rows, 9, a.C}, g.scalar_type());
   a.grad = g.const_data_ptr();
   a.windows = w.const_data_ptr<int32_t>();

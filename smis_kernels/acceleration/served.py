@@ -292,6 +292,10 @@ class ForeignNorm(CGNorm):
     def products(self) -> tuple[int, int]:
         return self.form.products
 
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        return ()
+
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         return {"running_mean" + suffix: getattr(self.norm, "running_mean", None),
                 "running_var" + suffix: getattr(self.norm, "running_var", None)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,11 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.instance_edges.op import instance_edges
-from ..ops.label_windows.op import number_vectors, number_windows
-from ..runtime.backend import refuse_trace
-from ..runtime.check import INTEGERS, check_device, check_range, check_shape, check_tensor
+from ..ops.label_windows.op import (
+    MAX_LEVELS,
+    GroupWindows,
+    NumberedLevel,
+    group_windows,
+    number_labels,
+    number_levels,
+    number_vectors,
+    number_windows,
+)
+from ..runtime.backend import refuse_trace, resolve
+from ..runtime.check import (
+    INTEGERS,
+    check_device,
+    check_range,
+    check_shape,
+    check_tensor,
+    refuse_label,
+)
 
 MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
+MOST_ROOM = 2**22  # numbers that vectors may take where there is room for all kinds of pixels
 
 
 @dataclass
@@ -51,9 +69,13 @@ class WindowLevel:
         return len(self.windows3) - 1, len(self.windows5) - 1
 
 
-def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
+def _limit(pixels: int, unlimited: bool) -> int:
     # With more rows than half the pixels dense convs win anyway; small maps are always cheap.
-    limit = symbols.numel() if unlimited else max(symbols.numel() // 2, 4096)
+    return pixels if unlimited else max(pixels // 2, 4096)
+
+
+def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
+    limit = _limit(symbols.numel(), unlimited)
     # Numbering is exact on every implementation: it follows the device, whatever norms run on.
     index3, windows3 = number_windows(symbols, limit, backend="auto")
     if len(windows3) == 0:
@@ -70,12 +92,80 @@ def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
     return index.floor().long().clamp_(max=source - 1)
 
 
+def _device_kernels(map: Tensor) -> bool:
+    """Whether a GPU compiles layouts of this map without the host."""
+    return resolve("number_levels", map, "auto", ("cuda",)) == "cuda"
+
+
+def _capturing(map: Tensor) -> bool:
+    return map.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Reading:
+    """Numbers of the device on their way to the host; it waits for them when they are asked for.
+
+    Raises:
+        RuntimeError: when asked for, where the device's work is captured in a CUDA graph.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._held: Tensor | None = numbers
+        self._sent: torch.cuda.Event | None = None
+        self._read: Any = None
+        if _capturing(numbers):
+            self._held = None
+        elif numbers.device.type == "cuda":
+            self._held = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._held.copy_(numbers, non_blocking=True)
+            self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(numbers.device))
+
+    @property
+    def done(self) -> bool:
+        """Whether they have been asked for before."""
+        return self._read is not None
+
+    def numbers(self) -> Any:
+        """The numbers as (nested) lists."""
+        if self._read is None:
+            if self._held is None:
+                raise RuntimeError("layout: its counts stay in the CUDA graph that was captured "
+                                   "when it was made; make it before the capture")
+            if self._sent is not None:
+                self._sent.synchronize()
+            self._read, self._held = self._held.tolist(), None
+        return self._read
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A resolution that the device numbers; ``counts`` holds those of all that it made with it."""
+
+    level: NumberedLevel
+    counts: _Reading
+    column: int
+
+    def finished(self) -> WindowLevel:
+        v, u = (row[self.column] for row in self.counts.numbers())
+        numbered = self.level
+        return WindowLevel(numbered.symbols, numbered.windows3[:v + 1], numbered.index3,
+                           numbered.windows5[:u + 1], numbered.index5)
+
+
+@lru_cache(maxsize=64)
+def _sizes_asked(device: torch.device, shape: torch.Size) -> dict[tuple[int, int], None]:
+    """The sizes that layouts of maps of this shape were asked for, to be compiled together."""
+    return {}
+
+
 class LabelLayout:
     """A batch of label maps compiled for modulation: gamma and beta depend on windows of it alone.
 
     Make it with :meth:`from_labels` or :meth:`from_tensor`, and pass it to a norm or a generator
     of the zoo in place of the segmentation map. Resolutions are compiled when first asked for and
     kept; the object can be pickled, moved with :meth:`to`, and shared by any number of networks.
+    A GPU compiles all sizes that earlier layouts of this shape were asked for in one go, and the
+    host waits for it once, when a norm asks for the first.
 
     Attributes:
         symbols: (N, H, W) int32, from 1.
@@ -93,9 +183,33 @@ class LabelLayout:
     """
 
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
-        self.symbols, self.vectors = symbols, vectors
+        self._symbols, self._vectors = symbols, vectors
         self._levels: dict[tuple[int, int], WindowLevel] = {}
+        self._own: dict[Any, tuple[Tensor, GroupWindows]] = {}
+        self._prepared: dict[tuple[int, int], _Prepared] = {}
+        self._labels: tuple[_Reading, int] | None = None  # not looked at yet, and their classes
         self.tables: TableCache | None = None
+
+    @property
+    def symbols(self) -> Tensor:
+        self._check_labels()
+        return self._symbols
+
+    @property
+    def vectors(self) -> Tensor:
+        self._check_labels()
+        return self._vectors
+
+    def _check_labels(self) -> None:
+        """Refuse labels out of range, of which the device has told by now."""
+        if self._labels is None or _capturing(self._symbols):
+            return
+        found, classes = self._labels
+        symbols, below, above = found.numbers()
+        if below or above:
+            refuse_label("labels", -below if below else classes - 1 + above, classes)
+        self._vectors = self._vectors[: symbols + 1]  # there was room for all
+        self._labels = None
 
     @classmethod
     def from_labels(cls, labels: Tensor, num_classes: int, *, instances: Tensor | None = None,
@@ -109,36 +223,36 @@ class LabelLayout:
             edges: or the edge map itself, bool or 0/1.
 
         Raises:
-            ValueError, TypeError: a label out of range, another shape; the message names it.
+            ValueError, TypeError: a label out of range, another shape; the message names it. Labels
+                on a GPU are looked at there: the error comes from the first use of the layout.
         """
         check_tensor("labels", labels, (3, 4), "(N, H, W) or (N, 1, H, W)", INTEGERS)
         if instances is not None and edges is not None:
             raise ValueError("edges: expected instances or edges, got both")
         refuse_trace("LabelLayout")
-        check_range("labels", labels, num_classes)
-        flat = labels.reshape(labels.shape[0], *labels.shape[-2:]).long()
+        flat = labels.reshape(labels.shape[0], *labels.shape[-2:])
         if instances is not None:
             check_shape("instances", instances, tuple(labels.shape), "to match labels")
-            edges = instance_edges(instances, dtype=torch.bool)
+            edges = instance_edges(instances, dtype=torch.uint8)
         elif edges is not None:
             check_shape("edges", edges, tuple(labels.shape), "to match labels")
-        channels = num_classes
+            edges = edges.ne(0).view(torch.uint8)
         if edges is not None:
             check_device("edges", edges, labels, "labels")
-            flat = 2 * flat + edges.reshape(flat.shape).long()
-            channels += 1
-        kinds = num_classes * (2 if edges is not None else 1)
-        present = torch.bincount(flat.flatten(), minlength=kinds) > 0
-        rank = present.cumsum(0)  # symbols count from 1 in the order of their labels
-        values = present.nonzero().flatten()
-        vectors = torch.zeros((len(values) + 1, channels), device=labels.device)
-        rows = torch.arange(1, len(values) + 1, device=labels.device)
-        if edges is None:
-            vectors[rows, values] = 1
-        else:
-            vectors[rows, values // 2] = 1
-            vectors[rows, num_classes] = (values % 2).to(vectors.dtype)
-        return cls(rank[flat].int(), vectors)
+            edges = edges.reshape(flat.shape)
+        device = (_device_kernels(flat) and num_classes > 0
+                  and 2 * (num_classes + 1) ** 2 <= MOST_ROOM)
+        if not device:
+            check_range("labels", labels, num_classes)
+        symbols, vectors, found = number_labels(flat, edges, num_classes,
+                                                backend="auto" if device else "reference")
+        dtype = torch.get_default_dtype()
+        if not device:
+            return cls(symbols, vectors[: int(found[0]) + 1].to(dtype, copy=True))
+        layout = cls(symbols, vectors.to(dtype))
+        layout._labels = _Reading(found), num_classes
+        layout.prepare(_sizes_asked(symbols.device, symbols.shape))
+        return layout
 
     @classmethod
     def from_tensor(cls, conditioning: Tensor, *, limit: int = MAX_VECTORS) -> LabelLayout | None:
@@ -153,8 +267,8 @@ class LabelLayout:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, K, H, W) of the conditioning tensor it stands for."""
-        n, h, w = self.symbols.shape
-        return n, self.vectors.shape[1], h, w
+        n, h, w = self._symbols.shape
+        return n, self._vectors.shape[1], h, w
 
     def level(self, size: tuple[int, int], *, unlimited: bool = False) -> WindowLevel:
         """The windows at (h, w), the map resized by nearest as ``F.interpolate`` does.
@@ -163,8 +277,46 @@ class LabelLayout:
         """
         found = self._levels.get(size)
         if found is None or (unlimited and not found.repeats):
-            found = self._levels[size] = _compile_level(self.resized(size), unlimited)
+            found = self._levels[size] = self._compiled(size, unlimited, found is not None)
         return found
+
+    def _compiled(self, size: tuple[int, int], unlimited: bool, again: bool) -> WindowLevel:
+        if not _device_kernels(self.symbols):
+            return _compile_level(self.resized(size), unlimited)
+        asked = _sizes_asked(self._symbols.device, self._symbols.shape)
+        asked[size] = None
+        self.prepare(asked)
+        if not again:
+            found = self._prepared[size].finished()
+            if found.repeats or not unlimited:
+                return found
+        return self._number((size,), unlimited=True)[size].finished()
+
+    def prepare(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Begin to compile these sizes on a GPU, all in one go; nothing waits for it.
+
+        Elsewhere each is compiled when it is asked for, and this does nothing.
+        """
+        if not _device_kernels(self._symbols):
+            return
+        due = [size for size in dict.fromkeys(sizes)
+               if size not in self._levels and size not in self._prepared]
+        for first in range(0, len(due), MAX_LEVELS):
+            self._prepared.update(self._number(due[first : first + MAX_LEVELS]))
+
+    def _number(self, sizes: Sequence[tuple[int, int]], *,
+                unlimited: bool = False) -> dict[tuple[int, int], _Prepared]:
+        limits = [_limit(len(self._symbols) * h * w, unlimited) for h, w in sizes]
+        levels, counts = number_levels(self._symbols, sizes, limits, backend="auto")
+        reading = _Reading(counts)
+        return {size: _Prepared(level, reading, column)
+                for column, (size, level) in enumerate(zip(sizes, levels, strict=True))}
+
+    def countable(self, size: tuple[int, int]) -> bool:
+        """Whether :meth:`level` can be had: its counts cannot be read during a graph's capture."""
+        prepared = self._prepared.get(size)
+        return (size in self._levels or not _capturing(self._symbols)
+                or (prepared is not None and prepared.counts.done and self._labels is None))
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """Symbols (N, h, w) at another size, by nearest."""
@@ -178,11 +330,15 @@ class LabelLayout:
     def dense(self, size: tuple[int, int] | None = None,
               dtype: torch.dtype | None = None) -> Tensor:
         """The conditioning tensor (N, K, h, w) itself, channels-last, for code that needs it."""
-        known = None if size is None else self._levels.get(size)
-        if known is not None:
-            symbols = known.symbols
+        self._check_labels()
+        if size is None:
+            symbols = self._symbols
+        elif size in self._levels:
+            symbols = self._levels[size].symbols
+        elif size in self._prepared:
+            symbols = self._prepared[size].level.symbols
         else:
-            symbols = self.symbols if size is None else self.resized(size)
+            symbols = self.resized(size)
         vectors = self.vectors if dtype is None else self.vectors.to(dtype)
         return F.embedding(symbols, vectors).permute(0, 3, 1, 2)
 
@@ -196,14 +352,29 @@ class LabelLayout:
         inner = (3 * (rows - tap_y) + columns - tap_x).flatten().to(level.windows5.device)
         return level.windows3[level.windows5.long()[:, tap], inner]
 
+    def group_windows(self, windows3: Tensor,
+                      ranges: tuple[tuple[int, int], ...]) -> GroupWindows:
+        """The 3x3 windows of this layout's symbols as groups of channels tell them apart, kept.
+
+        ``ranges``: of each group the channels (begin, end) of the vectors that it reads.
+        """
+        key = id(windows3), ranges
+        if key not in self._own:
+            # No inference tensors: later calls may ask for gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                made = group_windows(self.vectors, windows3, ranges, backend="auto")
+            self._own[key] = windows3, made  # held, so that its id stays its own
+        return self._own[key][1]
+
     def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
         """The layout of ``function`` applied to every pixel's vector: (S, K) -> (S, K').
 
         Windows depend on the symbols alone, so the compiled resolutions are shared.
         """
-        mapped = LabelLayout(self.symbols, function(self.vectors))
-        mapped.vectors[0] = 0
+        mapped = LabelLayout(self._symbols, function(self._vectors))
+        mapped._vectors[0] = 0
         mapped._levels, mapped.tables = self._levels, self.tables
+        mapped._prepared, mapped._labels = self._prepared, self._labels
         return mapped
 
     def to(self, device: torch.device | str) -> LabelLayout:
@@ -214,7 +385,8 @@ class LabelLayout:
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tables": None}
+        self._check_labels()
+        return {**self.__dict__, "_prepared": {}, "tables": None, "_own": {}}
 
     def __repr__(self) -> str:
         n, k, h, w = self.shape
@@ -335,6 +507,10 @@ class TableCache:
     def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
             table: Tensor) -> None:
         self._kept[owner, size] = (layout, table)
+
+    def lacks(self, owner: Any, size: tuple[int, int]) -> bool:
+        """Whether the owner's table at ``size`` is to be made of all windows."""
+        return all((owner, size) not in kept for kept in (self._kept, self._earlier or {}))
 
     def items(self) -> Iterator[tuple[tuple[nn.Module, tuple[int, int]], Tensor]]:
         """((owner, size), table) of all tables kept."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops.indexed_modulation import op as indexed
+from ..ops.label_windows.op import GroupWindows
+from ..ops.window_table import op as window_table
 from ..runtime.backend import resolve
 from ..runtime.derivatives import transformed
 from ..runtime.explain import record
@@ -42,6 +44,10 @@ class ModulationConvs(Protocol):
     def products(self) -> tuple[int, int]:
         """Multiply-adds at one pixel: of the last convs, and of those before."""
 
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Channels (begin, end) of the map that each group of the last convs sees; () of one."""
+
 
 class Rates(NamedTuple):
     """Multiply-adds a nanosecond of dense convs and of tables, and sums of table rows.
@@ -60,6 +66,9 @@ class Rates(NamedTuple):
 
 
 CPU_RATES = Rates(130.0, 170.0, 175.0, 16.0)  # two threads (benchmarks/NOTES.md)
+# How many multiply-adds take as long as numbering for groups, however few windows there are, as
+# numbering one 3x3 window, and as writing a 5x5 window by a group's rows (benchmarks/NOTES.md).
+NUMBERING, NUMBERED, RENAMED = 15e6, 1000.0, 500.0
 LAUNCH = 2000.0  # nanoseconds of one kernel in a CUDA graph, however little it does
 # Kernels of a path in a frozen network, the pass over the features excepted, which all have: planes
 # (cast, gather), two convs and a ReLU; embedding (product, sum) and table (product, and sum).
@@ -123,8 +132,11 @@ class PathChoice:
 
 
 def costs(norm: ModulationConvs, level: WindowLevel, pixels: int, rates: Rates = CPU_RATES, *,
-          symbols: int = 0) -> dict[str, float]:
-    """Nanoseconds of each path's convs or tables for one norm, on a map of so many symbols."""
+          symbols: int = 0, own: GroupWindows | None = None) -> dict[str, float]:
+    """Nanoseconds of each path's convs or tables for one norm, on a map of so many symbols.
+
+    ``own``: the windows of the norm's groups, where they have tables of their own.
+    """
     per_output, embedded = norm.products
     dense = rates.fixed_dense + pixels * (per_output + embedded) / rates.dense
     if not level.repeats:
@@ -139,8 +151,49 @@ def costs(norm: ModulationConvs, level: WindowLevel, pixels: int, rates: Rates =
         "dense": dense,
         "one_level": rates.fixed_one_level + embedding + u * per_output / rates.one_level,
         "two_level": rates.fixed_two_level + embedding + v * per_output / rates.two_level
-        + u * 18 * norm.channels / rates.sums,
+        + u * 18 * norm.channels / rates.sums - (
+            0.0 if own is None else _gain_of_own(norm, own, v, u, rates)),
     }
+
+
+def _products_of_rows(norm: ModulationConvs, rates: Rates) -> float:
+    """Nanoseconds that two-level tables take for each distinct 3x3 window."""
+    return 9 * norm.hidden / rates.sums + norm.products[0] / rates.two_level
+
+
+def _rows_of_a_group(own: GroupWindows) -> float:
+    """The mean number of distinct 3x3 windows of a group."""
+    return own.counts[own.kinds.long()].double().mean().item()
+
+
+def _gain_of_own(norm: ModulationConvs, own: GroupWindows, v: int, u: int, rates: Rates) -> float:
+    """Nanoseconds that groups' own windows save of a table of ``v`` 3x3 and ``u`` 5x5 windows."""
+    rows = _rows_of_a_group(own)
+    found = NUMBERING + len(own.counts) * (v * NUMBERED + u * RENAMED)
+    return (v - rows) * _products_of_rows(norm, rates) - found / rates.two_level
+
+
+def own_windows(norm: ModulationConvs, layout: LabelLayout, windows3: Tensor, count: int,
+                rates: Rates = CPU_RATES) -> GroupWindows | None:
+    """The windows that each group of a norm tells apart, on a CPU, where that is cheaper.
+
+    A group that sees few of a map's classes finds most of its windows equal, and multiplies each
+    once. ``count``: the 5x5 windows of which a two-level table is made of these 3x3 windows. They
+    are numbered where that takes at most a quarter of all that it can save.
+    """
+    ranges = norm.ranges
+    if not ranges or torch.compiler.is_compiling() or transformed() is not None:
+        return None
+    if resolve("window_table", windows3, None, window_table.KINDS) != "cpu":
+        return None
+    v, symbols = len(windows3) - 1, len(layout.vectors) - 1
+    # Groups that see none of a map's symbols share a numbering, and a symbol lies in at most two.
+    numberings = min(len(ranges), 2 * symbols + 1)
+    bound = (NUMBERING + numberings * v * NUMBERED + layout.vectors.numel()) / rates.two_level
+    if 4 * bound > v * _products_of_rows(norm, rates):
+        return None
+    own = layout.group_windows(windows3, ranges)
+    return own if _gain_of_own(norm, own, v, count, rates) > 0 else None
 
 
 def _check_map(norm: ModulationConvs, segmap: Tensor | LabelLayout, input: Tensor) -> None:
@@ -185,10 +238,12 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
         layout = segmap if isinstance(segmap, LabelLayout) else layout_of(segmap)
         if layout is None:
             problem = "the map's vectors do not repeat (or hold NaN)"
+        elif not layout.countable(size):
+            problem = "a CUDA graph is captured before the host has read how many windows there are"
     if layout is not None and problem is None and not any(norm.reach for norm in norms):
         return plan("one_level" if wanted == "auto" else wanted, layout, "a pixel alone decides",
                     symbols=len(layout.vectors) - 1)
-    if layout is not None:
+    if layout is not None and problem is None:
         # Tables that are kept serve every further sample: they are made even of unique windows.
         kept = layout.tables is not None
         level = layout.level(size, unlimited=kept or wanted != "auto")
@@ -203,13 +258,18 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
     if wanted != "auto":
         return plan(wanted, layout, "asked for", V=v, U=u, pixels=pixels)
     total: dict[str, float] = {}
+    numbers: dict[str, Any] = {}
     for norm in norms:
         rates, convs = rates_of(input), shared_convs(norm, layout)
         if convs is not None:
             rates = shared_rates(rates, convs.weight.dtype)
+        made = layout.tables is None or layout.tables.lacks(norm, size)
+        own = own_windows(norm, layout, level.windows3, u) if made else None
         for path, cost in costs(norm, level, pixels, rates,
-                                symbols=len(layout.vectors) - 1).items():
+                                symbols=len(layout.vectors) - 1, own=own).items():
             total[path] = total.get(path, 0.0) + cost
+        if own is not None:
+            numbers["rows_of_a_group"] = round(_rows_of_a_group(own), 1)
     dense = total["dense"]
     if kept:
         del total["dense"]
@@ -217,7 +277,8 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
     gain = round(dense / total[best], 1)
     reason = "tables are kept" if kept else "least expected cost"
     return plan(best, None if best == "dense" else layout, reason,
-                V=v, U=u, pixels=pixels, expected_gain=f"{gain}x")
+                V=v, U=u, pixels=pixels, expected_gain=f"{gain}x",
+                **(numbers if best == "two_level" else {}))
 
 
 def prepare_map(segmap: Tensor | LabelLayout, like: Tensor,

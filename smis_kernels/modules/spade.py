@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout.label_layout import LabelLayout
-from ..layout.planner import choose
+from ..layout.planner import choose, own_windows
 from ..layout.shared_tables import shared_table
 from ..ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from ..ops.level_tables.op import NormConvs
@@ -144,11 +144,14 @@ class CGNorm(Normalizing):
                 window_embedding(vectors, *wide(conv), windows, groups=conv.groups, relu=False)
                 for conv in (gamma, beta)
             ], 1)
-        hidden = window_embedding(vectors, *wide(shared), windows3, groups=shared.groups)
+        one_level = path == "one_level"
+        own = None if one_level else own_windows(self, layout, windows3, len(windows) - 1)
+        hidden = window_embedding(vectors, *wide(shared), windows3 if own is None else own,
+                                  groups=shared.groups)
         assert gamma.bias is not None and beta.bias is not None
         return window_table(
-            hidden, gamma.weight, gamma.bias, beta.weight, beta.bias, windows,
-            groups=gamma.groups, one_level=path == "one_level",
+            hidden, gamma.weight, gamma.bias, beta.weight, beta.bias, windows, own=own,
+            groups=gamma.groups, one_level=one_level,
         )
 
     @property
@@ -191,6 +194,17 @@ class CGNorm(Normalizing):
         """Multiply-adds at one pixel: of gamma and beta's convs, and of the shared one."""
         shared = self.shared_conv
         return 2 * self.mlp_gamma.weight.numel(), 0 if shared is None else shared.weight.numel()
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Channels (begin, end) of the map that each group of gamma and beta sees; () of one."""
+        shared, groups = self.shared_conv, self.mlp_gamma.groups
+        if shared is None or groups == 1:
+            return ()
+        wide, deep = self.hidden // groups, self.hidden // shared.groups  # hidden channels of each
+        planes = self.label_channels // shared.groups
+        return tuple(((g * wide) // deep * planes, -((-(g + 1) * wide) // deep) * planes)
+                     for g in range(groups))
 
     def index(self, layout: LabelLayout, size: tuple[int, int]) -> Tensor:
         """The row of :meth:`table` at each pixel of ``size``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -77,8 +78,12 @@ def check_range(name: str, labels: Tensor, count: int) -> None:
         return
     low, high = (int(v) for v in torch.aminmax(labels))
     if low < 0 or high >= count:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"{name}: expected labels 0..{count - 1}, got {bad}; "
-            "remap unknown pixels (255 in most data sets) to the don't-care class first"
-        )
+        refuse_label(name, low if low < 0 else high, count)
+
+
+def refuse_label(name: str, label: int, count: int) -> NoReturn:
+    """Raise for a label that is not in 0..count-1."""
+    raise ValueError(
+        f"{name}: expected labels 0..{count - 1}, got {label}; "
+        "remap unknown pixels (255 in most data sets) to the don't-care class first"
+    )

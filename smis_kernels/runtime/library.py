@@ -31,7 +31,8 @@ def note_absent_kernels() -> None:
     if _native.STATUS["cpu"].loaded:
         has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
         _native.absent_kernels[:] = [
-            name for name in raw_ops if not has_kernel(f"{NAMESPACE}::{name}", "CPU")
+            name for name, op in raw_ops.items()
+            if op.on_cpu and not has_kernel(f"{NAMESPACE}::{name}", "CPU")
         ]
 
 
@@ -40,18 +41,19 @@ class RawOp:
 
     C++ files register the ``CPU`` (and, where the GPU kernel is CUDA C++, the ``CUDA``)
     implementation of the same name; ``triton`` names a Python launcher ``"module:function"``
-    that is imported at the first call. ``cpu`` is for ops that a CPU computes in torch.
+    that is imported at the first call. ``on_cpu``: the CPU has a kernel. ``cpu`` is for ops that a
+    CPU computes in torch.
     """
 
     def __init__(self, schema: str, fake: Callable[..., Any], triton: str | None = None,
-                 cpu: Callable[..., Any] | None = None) -> None:
+                 cpu: Callable[..., Any] | None = None, *, on_cpu: bool = True) -> None:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=_TAGS)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         self.name = name
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         raw_ops[name] = self
-        self.triton = triton
+        self.triton, self.on_cpu = triton, on_cpu
         if triton is not None:
             _LIBRARY.impl(name, self.launch, "CUDA")
         if cpu is not None:

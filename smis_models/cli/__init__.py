@@ -51,7 +51,12 @@ def main(commands: Any = None) -> None:
         sys.exit(2)
     reuse_freed_memory()
     try:
-        (app if commands is None else commands)()
+        if commands is None:
+            sys.exit(app(prog_name="smis", standalone_mode=False))
+        sys.exit(commands(standalone_mode=False))
+    except common.USAGE_ERROR as error:
+        common.tell_error(common.usage_line(error))
+        sys.exit(2)
     except USER_ERRORS as error:
         if "--debug" in sys.argv[1:]:
             raise

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..data.classes import class_index, class_names
+from ..data.classes import class_index
 from ..io.animation import FORMATS, check_animation, write_animation
 from ..io.files import locked
 from ..io.images import Picture, to_pictures, write_png, written_here
@@ -35,16 +35,12 @@ from .common import (
     Seed,
     Unknown,
     app,
-    chosen_model,
+    chosen,
     console,
-    load_model,
     progress,
     resized_line,
-    resolve_device,
-    say_random,
     say_resized,
     selected,
-    unknown_class,
     unusable,
 )
 
@@ -123,23 +119,18 @@ def _prepared(model: str | None, checkpoint: Path | None, labels: Path, instance
               animation: str, seconds: float, out: Path) -> Iterator[_Application]:
     check_animation(animation, seconds)
     _keep_inputs(out, labels, instances)
-    place = resolve_device(device)
+    which = chosen(model, checkpoint, device, seed)
+    index, names = which.class_of("unknown", unknown), which.classes
     with locked(out), selected(backend):
-        name, weights = chosen_model(model, checkpoint)
-        network = load_model(name, weights, place, seed)
-        preset = network.preset
-        names = class_names(name, preset.classes)
-        scenes = synthesis.read_scenes(labels, instances, preset,
-                                         unknown_class(unknown, name, preset), names)
+        network = which.load()
+        scenes = synthesis.read_scenes(labels, instances, network.preset, index, names)
         if len(scenes) > 1:
             raise ValueError(f"labels: expected one label map, got {len(scenes)} in {labels}; "
                              "give a file")
         scene = scenes[0]
-        say_random(weights)
         if line := resized_line(scene):
             console.print(line, soft_wrap=True, highlight=False)
-        yield _Application(network, scene, place, weights is None, names,
-                     unknown_class(unknown, name, preset))
+        yield _Application(network, scene, which.place, which.checkpoint is None, names, index)
 
 
 def _settle(made: _Application, z: Any) -> None:

@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +40,8 @@ from ..io.scene import one_shape, text_size
 from ..synthesis.scene import Scene
 
 MOST_SEED = 2**32 - 1  # samples add small numbers to it, and torch takes 64 bits
+# Of a command line that cannot be read: typer has click beside it or inside, as its version is.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
 app = typer.Typer(
@@ -65,6 +69,16 @@ def options(
 def tell_error(line: str) -> None:
     """The one line of a mistake."""
     typer.echo(f"error: {' '.join(line.split())}", err=True)
+
+
+def usage_line(error: Any) -> str:
+    """What is said of a command line that cannot be read: the option, what is wrong, the cure."""
+    parameter, context = getattr(error, "param", None), error.ctx
+    text = error.format_message()
+    if isinstance(error, typer.BadParameter) and getattr(parameter, "name", None):
+        text = f"{parameter.opts[0].lstrip('-')}: {text.partition(': ')[2] or text}"
+    command = "smis" if context is None else context.command_path
+    return f"{text.rstrip('.')}; `{command} --help` shows what it takes"
 
 
 def _check_place(path: Path) -> None:
@@ -193,18 +207,62 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str, checkpoint: Path | None, device: torch.device, seed: int,
-           **options: Any) -> Any:
-    model = create_model(name, checkpoint, device=device, seed=seed, init_gain=1.0, **options)
-    return model.eval()
+@dataclass(frozen=True)
+class Chosen:
+    """What a command runs: the model's name, its weights (None: random ones), device and seed."""
+
+    name: str
+    checkpoint: Path | None
+    place: torch.device
+    seed: int
+
+    @cached_property
+    def preset(self) -> Preset:
+        """The options of the model, before its weights take time and memory."""
+        stored = None if self.checkpoint is None else stored_configuration(self.checkpoint)
+        if stored is not None:
+            return stored.preset
+        preset: Preset = create_model(self.name, part="generator", device="meta").preset
+        return preset
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by number."""
+        return class_names(self.name, self.preset.classes)
+
+    def class_of(self, argument: str, text: str | None) -> int | None:
+        """The class that an option means by its name or number; None: it was left out."""
+        return None if text is None else class_index(argument, text, self.classes)
+
+    def load(self, **options: Any) -> Any:
+        """The model in eval mode; told is whether its weights are random."""
+        made = create_model(self.name, self.checkpoint, device=self.place, seed=self.seed,
+                            init_gain=1.0, **options).eval()
+        if self.checkpoint is None:
+            console.print("[yellow]The weights are random[/]: no --checkpoint was given; the "
+                          "pictures show the mechanism, not what a trained network paints.")
+        return made
+
+    @property
+    def weights(self) -> str:
+        """Where the weights are from, for people."""
+        if self.checkpoint is None:
+            return "RANDOM (no --checkpoint)"
+        shipped = self.checkpoint == shipped_weights(self.checkpoint.stem)
+        return (f"{self.checkpoint.name}, trained, of the package" if shipped
+                else str(self.checkpoint))
 
 
-def chosen_model(model: str | None, checkpoint: Path | None) -> tuple[str, Path | None]:
-    """The model's name, and its weights: given, or those that ship, or none.
+def chosen(model: str | None, checkpoint: Path | None, device: str = "cpu", seed: int = 0, *,
+           default: str | None = None) -> Chosen:
+    """What the options choose; ``default``: the model where neither it nor weights are given.
 
     Raises:
-        ValueError: no name, and no checkpoint that tells it; an unknown name.
+        ValueError: no name, and no checkpoint that tells it; an unknown name; no such device.
     """
+    place = resolve_device(device)
+    if model is None and checkpoint is None:
+        model = default
     path = None if checkpoint is None else checkpoint_file(checkpoint)
     if model is None:
         stored = None if path is None else stored_configuration(path)
@@ -212,9 +270,9 @@ def chosen_model(model: str | None, checkpoint: Path | None) -> tuple[str, Path 
             holds = "" if path is None else f"; {path} does not tell its model"
             raise ValueError("model: expected --model NAME (smis list shows them), or a "
                              f"--checkpoint of smis train or smis convert{holds}")
-        return stored.model, path
+        return Chosen(stored.model, path, place, seed)
     entry(model)
-    return model, shipped_weights(model) if path is None else path
+    return Chosen(model, shipped_weights(model) if path is None else path, place, seed)
 
 
 def unusable(context: typer.Context, reason: str, *names: str) -> None:
@@ -227,25 +285,6 @@ def unusable(context: typer.Context, reason: str, *names: str) -> None:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"{parameter.opts[0].lstrip('-')}: {reason}; leave it out")
-
-
-def unknown_class(text: str | None, model: str, preset: Preset) -> int | None:
-    """The class that --unknown names."""
-    names = class_names(model, preset.classes)
-    return None if text is None else class_index("unknown", text, names)
-
-
-def weights_line(checkpoint: Path | None) -> str:
-    if checkpoint is None:
-        return "RANDOM (no --checkpoint)"
-    shipped = checkpoint == shipped_weights(checkpoint.stem)
-    return f"{checkpoint.name}, trained, of the package" if shipped else str(checkpoint)
-
-
-def say_random(checkpoint: Path | None) -> None:
-    if checkpoint is None:
-        console.print("[yellow]The weights are random[/]: no --checkpoint was given; the pictures "
-                      "show the mechanism, not what a trained network paints.")
 
 
 def resized_line(scene: Scene, count: int = 1) -> str | None:
@@ -271,12 +310,3 @@ def say_resized(files: Sequence[tuple[str, tuple[int, int]]], size: tuple[int, i
         name, of = resized[0]
         console.print(_resized(name, of, size, len(resized)), soft_wrap=True, highlight=False,
                       markup=False)
-
-
-def preset_of(model: str, checkpoint: Path | None = None) -> Preset:
-    """The options of a model, before its weights take time and memory."""
-    stored = None if checkpoint is None else stored_configuration(checkpoint)
-    if stored is not None:
-        return stored.preset
-    preset: Preset = create_model(model, part="generator", device="meta").preset
-    return preset

@@ -27,16 +27,12 @@ from .common import (
     Seed,
     Unknown,
     app,
-    chosen_model,
+    chosen,
     console,
     file_to_write,
-    load_model,
     progress,
-    resolve_device,
-    say_random,
     say_resized,
     selected,
-    unknown_class,
     unusable,
 )
 
@@ -104,17 +100,17 @@ def evaluate(
         unusable(context, "it is of a --segmenter from a file", "segmenter_input")
     if segmenter is None and predictions is None:
         unusable(context, "no --segmenter and no --predictions are given", "rule")
-    place = resolve_device(device)
+    which = chosen(model, checkpoint, device, seed)
+    place = which.place
     pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
                               mask_mode=mask_mode, dont_care=dont_care)
     distances = create_distances(distance, lpips_weights, lpips_heads, place)
     extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
     with selected(backend):
-        model, checkpoint = chosen_model(model, checkpoint)
-        network = load_model(model, checkpoint, place, seed)
+        network = which.load()
         preset = network.preset
         clusters = synthesis.read_clusters(preset, features)
-        index = unknown_class(unknown, model, preset)
+        index = which.class_of("unknown", unknown)
         measured = Metrics(
             distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
             metrics.label_rule(rule, preset, pinned.dont_care),
@@ -133,10 +129,10 @@ def evaluate(
         if predictions is not None:
             say_resized([(name, image_size(path)) for name, path in
                          map_files("predictions", predictions).items()], preset.image_size)
-        say_random(checkpoint)
         with progress(None) as step:
-            result = metrics.evaluate(network, scenes, measured, pinned, checkpoint=checkpoint,
-                                      seed=seed, clusters=clusters, step=step, expect=step.expect)
+            result = metrics.evaluate(
+                network, scenes, measured, pinned, checkpoint=which.checkpoint, seed=seed,
+                clusters=clusters, step=step, expect=step.expect)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     console.print(_table(result))
     for what, flag in (("fid", "--inception-weights"), ("segmentation", "--segmenter")):

@@ -15,12 +15,9 @@ from .common import (
     Model,
     Seed,
     app,
-    chosen_model,
+    chosen,
     console,
     file_to_write,
-    load_model,
-    resolve_device,
-    say_random,
     selected,
 )
 
@@ -34,13 +31,11 @@ def export(
     device: Device = "cpu",
 ) -> None:
     """A generator for servers: labels and code in, picture out; checked against the model."""
-    place = resolve_device(device)
+    which = chosen(model, checkpoint, device, seed)
     with selected(backend):
         exports.check_format(format, out)
-        model, checkpoint = chosen_model(model, checkpoint)
-        say_random(checkpoint)
         out.parent.mkdir(parents=True, exist_ok=True)
-        made = exports.export(load_model(model, checkpoint, place, seed), out, format)
+        made = exports.export(which.load(), out, format)
     console.print(f"wrote {made.path}: {made.size / 1e6:.1f} MB, reads {', '.join(made.names)}; "
                   f"largest difference {made.difference:.1e} of the largest value",
                   soft_wrap=True, highlight=False)

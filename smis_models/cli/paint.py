@@ -16,13 +16,9 @@ from .common import (
     Model,
     Seed,
     app,
-    chosen_model,
+    chosen,
     console,
-    load_model,
-    resolve_device,
-    say_random,
     selected,
-    weights_line,
 )
 
 
@@ -42,21 +38,16 @@ def paint(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name}: smis paint needs it; {cure('app')}"
                                   ) from error
-    place = resolve_device(device)
-    if model is None and checkpoint is None:
-        model = "groupdnet_scenes"
-    model, checkpoint = chosen_model(model, checkpoint)
+    which = chosen(model, checkpoint, device, seed, default="groupdnet_scenes")
     with listen(host, port) as bound, selected(backend):
-        network = load_model(model, checkpoint, place, seed)
-        painter = Painter(network, random_weights=checkpoint is None, seed=seed)
-        say_random(checkpoint)
-        weights = weights_line(checkpoint)
+        network = which.load()
+        painter = Painter(network, random_weights=which.checkpoint is None, seed=seed)
         address = f"http://{_reachable(host)}:{bound.getsockname()[1]}/"
         console.print(f"{network.name} paints at {address} (Ctrl-C ends it)", soft_wrap=True,
                       highlight=False)
         if open_browser:
             webbrowser.open(address)
-        serve(create_app(painter, weights=weights, host=host), bound)
+        serve(create_app(painter, weights=which.weights, host=host), bound)
 
 
 def _reachable(host: str) -> str:

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from smis_kernels import info as kernels_info
 
 from ..app import demo as demonstration
-from ..data.classes import class_colours, class_names
+from ..data.classes import class_colours
 from ..families import (
     CodePreset,
     GroupDNetPreset,
@@ -46,20 +46,14 @@ from .common import (
     Seed,
     Unknown,
     app,
-    chosen_model,
+    chosen,
     console,
     file_to_write,
-    load_model,
-    preset_of,
     progress,
     resized_line,
-    resolve_device,
-    say_random,
     say_resized,
     selected,
-    unknown_class,
     unusable,
-    weights_line,
 )
 
 
@@ -85,11 +79,10 @@ def classes(
     if model is None and checkpoint is None:
         raise ValueError("model: expected `smis classes NAME` (smis list shows the names) or a "
                          "--checkpoint")
-    name, weights = chosen_model(model, checkpoint)
-    preset = preset_of(name, weights)
-    names = class_names(name, preset.classes)
+    which = chosen(model, checkpoint)
+    preset = which.preset
     table = Table("class", "name", "colour")
-    for k, (what, rgb) in enumerate(zip(names, class_colours(names), strict=True)):
+    for k, (what, rgb) in enumerate(zip(which.classes, class_colours(which.classes), strict=True)):
         text = "#{:02x}{:02x}{:02x}".format(*map(int, rgb))
         table.add_row(str(k), what, f"[{text}]{'#' * 4}[/] {text}")
     console.print(table)
@@ -137,26 +130,22 @@ def synthesize(
              "without a code)")] = None,
 ) -> None:
     """Label maps to pictures: OUT/<scene>_<sample>.png; the first scenes on OUT/grid.png."""
-    place = resolve_device(device)
+    which = chosen(model, checkpoint, device, seed)
     if labels.is_dir() and labels.resolve() == out.resolve():
         raise ValueError(f"out: {out} is the folder of the label maps, which pictures might be "
                          "written over; give another")
     with locked(out), selected(backend):
-        model, checkpoint = chosen_model(model, checkpoint)
-        preset = preset_of(model, checkpoint)
-        options = _size(size, model, preset)
-        preset = with_options(preset, options, model)
+        options = _size(size, which.name, which.preset)
+        preset = with_options(which.preset, options, which.name)
         clusters = synthesis.read_clusters(preset, features)
         scenes = synthesis.read_scenes(labels, instances, preset,
-                                         unknown_class(unknown, model, preset),
-                                         class_names(model, preset.classes))
+                                       which.class_of("unknown", unknown), which.classes)
         first = scenes[0]
-        network = load_model(model, checkpoint, place, seed, **options)
+        network = which.load(**options)
         if samples > 1 and clusters is None and draw_code(network, seed) is None:
-            raise ValueError(f"samples: {model} reads no code and paints one picture of a map; "
-                             "leave --samples out")
-        say_random(checkpoint)
-        if checkpoint is None:
+            raise ValueError(f"samples: {which.name} reads no code and paints one picture of a "
+                             "map; leave --samples out")
+        if which.checkpoint is None:
             synthesis.calibrate(network, synthesis.semantics(network, first),
                                 synthesis.draw_input(network, first, seed, clusters))
         table = Table("scene", "classes", "pictures", "seconds each")
@@ -193,7 +182,7 @@ def synthesize(
         console.print(f"... and {len(scenes) - _TABLE_ROWS} scenes more")
     if first_resized is not None:
         console.print(resized_line(first_resized, count), soft_wrap=True, highlight=False)
-    console.print(f"weights: {weights_line(checkpoint)}", soft_wrap=True)
+    console.print(f"weights: {which.weights}", soft_wrap=True)
     shown = "all" if len(scenes) <= _GRID_ROWS else f"the first {_GRID_ROWS} scenes"
     console.print(f"{len(scenes) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
 
@@ -232,14 +221,12 @@ def features(
     elif images is None or instances is None:
         raise ValueError("images, instances: expected both (or --convert); give two folders")
     else:
-        if model is None and checkpoint is None:
-            model = "pix2pixhd_cityscapes_features"
-        model, checkpoint = chosen_model(model, checkpoint)
-        place, preset = resolve_device(device), preset_of(model, checkpoint)
+        which = chosen(model, checkpoint, device, seed, default="pix2pixhd_cityscapes_features")
+        place, preset = which.place, which.preset
         if not isinstance(preset, Pix2pixHDPreset) or not preset.features:
-            raise ValueError(f"model: expected one that reads instance features, got {model!r}")
-        encoder = load_model(model, checkpoint, place, seed, part="encoder")
-        say_random(checkpoint)
+            raise ValueError(f"model: expected one that reads instance features, got "
+                             f"{which.name!r}")
+        encoder = which.load(part="encoder")
         scenes = synthesis.read_photographs(images, instances, preset.image_size)
         files = map_files("images", images, PICTURE, PICTURE_SUFFIXES)
         say_resized([(name, image_size(path)) for name, path in files.items()], preset.image_size)
@@ -268,43 +255,39 @@ def demo(
         unusable(context, "no --labels are given", "instances", "unknown")
     else:
         unusable(context, "--labels are given", "scenes")
-    place = resolve_device(device)
-    if model is None and checkpoint is None:
-        model = "groupdnet_scenes"
-    model, checkpoint = chosen_model(model, checkpoint)
-    if checkpoint is not None:
+    which = chosen(model, checkpoint, device, seed, default="groupdnet_scenes")
+    if which.checkpoint is not None:
         unusable(context, "trained weights have one width", "full")
-    published = full or checkpoint is not None
+    published = full or which.checkpoint is not None
     with locked(out), selected(backend):
-        preset = preset_of(model, checkpoint)
+        preset = which.preset
         if not isinstance(preset, GroupDNetPreset):
             raise ValueError(
                 "model: expected a GroupDNet, for the demo draws the code of one class anew; got "
-                f"{model!r}; smis synthesize takes every model"
+                f"{which.name!r}; smis synthesize takes every model"
             )
         shown = (
-            synthesis.sample_scenes(preset, scenes, seed, model) if labels is None
+            synthesis.sample_scenes(preset, scenes, seed, which.name) if labels is None
             else synthesis.read_scenes(labels, instances, preset,
-                                        unknown_class(unknown, model, preset),
-                                        class_names(model, preset.classes))
+                                       which.class_of("unknown", unknown), which.classes)
         )
         if labels is not None:
             say_resized([(x.name, x.source_size) for x in shown if x.source_size is not None],
                         preset.image_size)
         options = {} if published else _quarter_width(preset)
-        network = load_model(model, checkpoint, place, seed, **options)
-        if checkpoint is not None and "encoder" not in dict(network.named_children()):
-            network.add_module("encoder", create_model(model, part="encoder", device=place).eval())
-        say_random(checkpoint)
+        network = which.load(**options)
+        if which.checkpoint is not None and "encoder" not in dict(network.named_children()):
+            network.add_module("encoder", create_model(which.name, part="encoder",
+                                                       device=which.place).eval())
         width = "its whole width" if published else "a quarter of the published width (--full: all)"
         console.print(f"{network.name}, {width}", soft_wrap=True)
-        if checkpoint is None:
+        if which.checkpoint is None:
             planes = synthesis.semantics(network, shown[0])
             synthesis.calibrate(network, planes, draw_code(network, seed))
         with progress(demonstration.forwards(len(shown), samples) + 3) as step:
             made = demonstration.run(
                 network, shown, out, samples=samples, seed=seed, width=width,
-                random_weights=checkpoint is None, step=step,
+                random_weights=which.checkpoint is None, step=step,
             )
     table = Table("stage", "reference, ms", "fused, ms", "speedup")
     for stage in made.stages:
@@ -314,7 +297,7 @@ def demo(
     if made.backend == "reference":
         console.print("[yellow]The fused kernels are not available here[/]: both columns are the "
                       "reference; `smis info` says what is missing.")
-    console.print(f"weights: {weights_line(checkpoint)}", soft_wrap=True)
+    console.print(f"weights: {which.weights}", soft_wrap=True)
     console.print(f"open {made.files[0]}; grids: {', '.join(map(str, made.files[1:]))}",
                   soft_wrap=True)
 

@@ -32,6 +32,11 @@ def as_maps(name: str, labels: Tensor) -> Tensor:
     return labels.long()
 
 
+def _without_unknown(labels: Tensor, dont_care: int | None) -> Tensor:
+    maps = as_maps("labels", labels)
+    return maps if dont_care is None else maps.masked_fill(maps == UNKNOWN, dont_care)
+
+
 def prepare_labels(labels: Tensor, classes: int, *, dont_care: int | None = None,
                    source: str | Path | None = None) -> Tensor:
     """Check a label map and give unknown pixels (255) the don't-care class.
@@ -53,9 +58,7 @@ def prepare_labels(labels: Tensor, classes: int, *, dont_care: int | None = None
         >>> prepare_labels(torch.tensor([[[3, 255]]]), 151, dont_care=150).tolist()
         [[[3, 150]]]
     """
-    maps = as_maps("labels", labels)
-    if dont_care is not None:
-        maps = torch.where(maps == UNKNOWN, dont_care, maps)
+    maps = _without_unknown(labels, dont_care)
     low, high = (int(value) for value in torch.aminmax(maps))
     if low < 0 or high >= classes:
         bad = low if low < 0 else high
@@ -83,13 +86,18 @@ def compile_layout(labels: Tensor, preset: Preset, instances: Tensor | None = No
            source: str | Path | None = None) -> LabelLayout:
     """The compiled form of :func:`semantics`: no plane is built. Arguments and errors as there.
 
+    Labels on a GPU are looked at there: the layout's first use raises what is wrong with them.
+
     Example:
         >>> from smis_models import create_model
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
         >>> labels = torch.zeros(1, 128, 128).long()
         >>> image = model(compile_layout(labels, model.preset))
     """
-    maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care, source=source)
+    if isinstance(labels, Tensor) and labels.device.type == "cuda":  # else the host would wait
+        maps = _without_unknown(labels, preset.dont_care)
+    else:
+        maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care, source=source)
     ids = _instance_ids(instances, maps) if preset.instance_edge else None
     return LabelLayout.from_labels(maps, preset.classes, instances=ids)
 

@@ -163,6 +163,8 @@ EMULATED inline int __syncthreads_and(int p, EMULATED_AT) {
   return ::emulated::barrier(EMULATED_HERE, p == 0) == 0;
 }
 
+inline void __stwb(uint4* p, uint4 v) { *p = v; }  // checked as the kernel's
+
 EMULATED inline int __popc(unsigned v) { return __builtin_popcount(v); }
 EMULATED inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(unsigned(v)); }
 EMULATED inline int __ffs(int v) { return __builtin_ffs(v); }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.gpu.op_cases import CASES, GpuCase
 from smis_kernels import LabelLayout
+from smis_kernels.ops.label_windows.op import number_levels
 from smis_models import Synthesizer, create_model
 from smis_models.synthesis.graphs import WARM_UPS
 from tests.op_cases import Made, cotangents, outputs_of
@@ -139,3 +140,42 @@ def test_a_layout_is_compiled_where_its_labels_are(device: str) -> None:
         assert torch.equal(getattr(expected, name), getattr(cpu, name))
     assert torch.equal(layout.dense((20, 24)).cpu(), LabelLayout.from_labels(
         labels.cpu(), 7).dense((20, 24)))
+
+
+@pytest.mark.cuda_only
+def test_a_later_layout_is_compiled_while_the_device_is_busy() -> None:
+    labels = torch.arange(4096, device="cuda").view(1, 64, 64) // 100 % 7
+    sizes = [(64, 64), (32, 32), (8, 8)]
+    first = LabelLayout.from_labels(labels, 7)
+    expected = [first.level(size) for size in sizes]
+    LabelLayout.from_labels(labels, 7).level((8, 8))  # pinned memory is kept for the next
+    marker = torch.cuda.Event()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    layout = LabelLayout.from_labels(labels, 7)
+    marker.record()
+    assert not marker.query(), "the layout was made after the device had caught up"
+    for size, level in zip(sizes, expected, strict=True):
+        for name, value in vars(level).items():
+            assert torch.equal(getattr(layout.level(size), name), value)
+
+
+@pytest.mark.cuda_only
+def test_windows_are_numbered_in_a_cuda_graph() -> None:
+    labels = torch.arange(4096, device="cuda").view(1, 64, 64) // 100 % 7
+    symbols = LabelLayout.from_labels(labels, 7).symbols.clone()
+    sizes, limits = [(64, 64), (32, 32), (8, 8)], [4096, 1024, 64]
+    number_levels(symbols, sizes, limits, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        levels, counts = number_levels(symbols, sizes, limits, backend="cuda")
+    for shift in (0, 1):
+        symbols.copy_(symbols.flip(-1) % 5 + 1 + shift)
+        graph.replay()
+        truth, expected = number_levels(symbols, sizes, limits, backend="reference")
+        assert torch.equal(counts, expected)
+        for a, b, v, u in zip(levels, truth, *counts.tolist(), strict=True):
+            for name in ("symbols", "index3", "index5"):
+                assert torch.equal(getattr(a, name), getattr(b, name))
+            assert torch.equal(a.windows3[: v + 1], b.windows3[: v + 1])
+            assert torch.equal(a.windows5[: u + 1], b.windows5[: u + 1])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MAX_ID = 2**21 - 1  # three ids are one key of the kernels
 
 
 def _first_appearance(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,3 +44,78 @@ def number_windows(map: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     if len(windows) - 1 > limit:
         windows = rows.new_empty((0, 9))
     return index.view(n, h, w).to(map.device), windows.to(map.device)
+
+
+def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, int]]
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(kinds, ids, windows, counts) of :class:`~.op.GroupWindows`."""
+    partitions: list[list[int]] = []  # of each numbering the first of every symbol's equals
+    kinds = []
+    for begin, end in ranges:
+        part = vectors[:, begin:end]
+        equal = (part[:, None] == part[None]).all(2)
+        equal.fill_diagonal_(True)  # a NaN is itself
+        names = equal.int().argmax(1).tolist()
+        if names not in partitions:
+            partitions.append(names)
+        kinds.append(partitions.index(names))
+    numbered = [_first_appearance(torch.tensor(names, dtype=torch.int32)[windows[1:].long().cpu()])
+                for names in partitions]
+    most = max(len(own) for _, own in numbered)
+    ids = torch.stack([F.pad(index, (1, 0)) for index, _ in numbered])
+    padded = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for _, own in numbered])
+    counts = torch.tensor([len(own) - 1 for _, own in numbered])
+    device = windows.device
+    return (torch.tensor(kinds).int().to(device), ids.to(device), padded.to(device),
+            counts.int().to(device))
+
+
+def number_levels(
+    map: Tensor, sizes: list[tuple[int, int]], limits: list[int],
+) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+    """(symbols, index3, windows3, index5, windows5) of each size, and the counts (2, levels)."""
+    levels, counts = [], torch.full((2, len(sizes)), -1)
+    for number, (size, limit) in enumerate(zip(sizes, limits, strict=True)):
+        symbols = F.interpolate(map.double()[:, None], size, mode="nearest")[:, 0].int()
+        rows = max(min(limit, symbols.numel(), MAX_ID), 0)
+        level, index = [symbols], symbols
+        for reach in range(2):
+            windows = symbols.new_zeros((rows + 1, 9))
+            fits = index.numel() == 0 or (int(index.min()) >= 1 and int(index.max()) <= MAX_ID)
+            index, found = number_windows(index, rows)
+            if fits and len(found) > 0:
+                windows[:len(found)] = found
+                counts[reach, number] = len(found) - 1
+            else:
+                index = torch.zeros_like(index)
+            level += [index, windows]
+        levels.append(tuple(level))
+    return levels, counts.to(map.device)
+
+
+def number_labels(labels: Tensor, edges: Tensor | None,
+                  num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Symbols (N, H, W) of the classes or (class, edge) that occur, vectors, what was found."""
+    kinds, channels = num_classes, num_classes
+    flat = labels.long()
+    bad = (flat < 0) | (flat >= num_classes)
+    if edges is not None:
+        flat = 2 * flat + (edges != 0)
+        kinds, channels = 2 * num_classes, num_classes + 1
+    flat = flat.masked_fill(bad, kinds)
+    present = torch.bincount(flat.flatten(), minlength=kinds + 1)[:kinds] > 0
+    rank = F.pad(present.cumsum(0), (0, 1), value=kinds + 1)
+    values = present.nonzero().flatten()
+    vectors = torch.zeros((kinds + 2, channels), dtype=torch.float32, device=labels.device)
+    vectors[-1] = float("nan")
+    rows = torch.arange(1, len(values) + 1, device=labels.device)
+    if edges is None:
+        vectors[rows, values] = 1
+    else:
+        vectors[rows, values // 2] = 1
+        vectors[rows, num_classes] = (values % 2).to(vectors.dtype)
+    least, most = (labels.long().aminmax() if labels.numel() else (rank.new_zeros(()),) * 2)
+    least = least.clamp(min=1 - 2**63)  # which can be negated
+    found = torch.stack([rank.new_tensor(len(values)), (-least).clamp(min=0),
+                         (most.clamp(min=0) - num_classes + 1).clamp(min=0)])
+    return rank[flat].int(), vectors, found

@@ -13,6 +13,7 @@ from ...runtime.check import check_device, check_shape, check_tensor
 from ...runtime.constants import constant
 from ...runtime.derivatives import recorded_gradients
 from ...runtime.library import RawOp
+from ..label_windows.op import GroupWindows
 from . import reference
 
 KINDS = ("cpu", "triton")
@@ -22,8 +23,8 @@ _LOW = (torch.float16, torch.bfloat16)
 
 
 def window_embedding(
-    vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, *, groups: int = 1,
-    relu: bool = True, backend: str | None = None,
+    vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor | GroupWindows, *,
+    groups: int = 1, relu: bool = True, backend: str | None = None,
 ) -> Tensor:
     r"""A 3x3 conv on label windows: an embedding bag, the one-hot map is never built.
 
@@ -32,12 +33,14 @@ def window_embedding(
     Args:
         vectors: E, (S + 1, K), float32 or float64; row 0 zero.
         weight: (D, K / groups, 3, 3). bias: (D,) or None.
-        windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range.
+        windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range; or, on the CPU, the
+            :class:`GroupWindows` of G groups of D / G outputs, of which each takes its own.
         relu: apply it.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        (V + 1, D); row 0 is zero. Differentiable in vectors, weight and bias.
+        (V + 1, D), or (R + 1, D) for windows of groups, zero beyond a group's count; row 0 is zero.
+        Differentiable in vectors, weight and bias.
 
     Example:
         >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])
@@ -47,11 +50,16 @@ def window_embedding(
         torch.Size([7, 6])
     """
     check_tensor("vectors", vectors, 2, "(S, K)", _WIDE)
-    _check_windows(windows, vectors, "vectors")
+    own = windows if isinstance(windows, GroupWindows) else None
+    if not isinstance(windows, GroupWindows):
+        _check_windows(windows, vectors, "vectors")
+    elif weight.shape[0] % len(windows.kinds):
+        raise ValueError(f"windows: expected those of a divisor of {weight.shape[0]} groups, got "
+                         f"{len(windows.kinds)}")
     _check_groups(groups, vectors.shape[1], weight.shape[0])
     _check_conv("", weight, bias, vectors,
                 (weight.shape[0], vectors.shape[1] // groups, 3, 3))
-    kind = resolve("window_embedding", vectors, backend, KINDS)
+    kind = resolve("window_embedding", vectors, backend, KINDS if own is None else KINDS[:1])
     if kind == "reference":
         return reference.window_embedding(
             vectors, weight, bias, windows, groups=groups, relu=relu
@@ -66,14 +74,15 @@ def window_embedding(
             taps = constant(("taps", groups), partial(_taps, weight, groups), weight)
             rows = torch.bmm(grouped.transpose(0, 1), taps).view(groups, count, 9, -1)
             rows = rows.permute(1, 2, 0, 3).reshape(count, 9, channels)
-    out: Tensor = _WindowSum.apply(rows, windows, bias, relu, kind)
+    taken = windows.windows if isinstance(windows, GroupWindows) else windows
+    out: Tensor = _WindowSum.apply(rows, taken, bias, relu, kind, own)
     return out
 
 
 def window_table(
     hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
-    bias_beta: Tensor, windows: Tensor, *, groups: int = 1, one_level: bool = False,
-    backend: str | None = None,
+    bias_beta: Tensor, windows: Tensor, *, own: GroupWindows | None = None, groups: int = 1,
+    one_level: bool = False, backend: str | None = None,
 ) -> Tensor:
     r"""Gamma and beta of every distinct window: two 3x3 convs as one blocked product.
 
@@ -86,6 +95,9 @@ def window_table(
             exact, and hidden rounds to 10 bits, and the table is of 16 bits too; elsewhere, and
             with gradients, they are cast.
         windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
+        own: on the CPU, of hidden rows that groups have for themselves: group g takes row
+            ``own.ids[own.kinds[g], v]`` for v in ``windows``, so that each multiplies the rows
+            that it tells apart, and no others.
         groups: of the two convs.
         one_level: multiply the nine rows of each window directly, U x 9D; else the products of
             the V rows with every tap are made once (kept in cache a block of channels at a time)
@@ -108,7 +120,9 @@ def window_table(
     shape = (channels, depth // groups, 3, 3)
     _check_conv("_gamma", weight_gamma, bias_gamma, hidden, shape, _LOW)
     _check_conv("_beta", weight_beta, bias_beta, hidden, shape, _LOW)
-    kind = resolve("window_table", hidden, backend, KINDS)
+    if own is not None and len(own.kinds) != groups:
+        raise ValueError(f"own: expected the windows of {groups} groups, got {len(own.kinds)}")
+    kind = resolve("window_table", hidden, backend, KINDS if own is None else KINDS[:1])
     bias_gamma, bias_beta = (
         constant(("wide", hidden.dtype), partial(bias.to, hidden.dtype), bias)
         for bias in (bias_gamma, bias_beta)
@@ -122,10 +136,11 @@ def window_table(
         )
     if kind == "reference":
         return reference.window_table(
-            hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups=groups
+            hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, own, groups=groups
         )
     out: Tensor = _WindowTable.apply(
-        hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups, one_level, kind
+        hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups, one_level, kind,
+        own,
     )
     return out
 
@@ -164,29 +179,34 @@ def _taps(weight: Tensor, groups: int) -> Tensor:
 class _WindowSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
-                kind: str) -> Tensor:
-        out: Tensor = _window_sum(kind, rows, windows, bias, relu)
+                kind: str, own: GroupWindows | None) -> Tensor:
+        groups = () if own is None else (own.kinds, own.counts)
+        out: Tensor = _window_sum(kind, rows, windows, bias, relu, *groups)
         ctx.save_for_backward(windows, out if relu else None)
-        ctx.settings = (rows.shape[0], kind)
+        ctx.settings = (rows.shape[0], kind, own)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         windows, out = ctx.saved_tensors
-        count, kind = ctx.settings
+        count, kind, own = ctx.settings
         if out is not None:
             grad = torch.where(out > 0, grad, 0)
+        if own is not None:
+            kept = reference.used(own.counts, own.kinds, len(grad))
+            grad = torch.where(kept, grad.unflatten(1, (len(own.kinds), -1)), 0).flatten(1)
         if torch.is_grad_enabled():
             def summed(weighted: Tensor) -> Tensor:
-                return reference.window_sum(weighted, windows)
+                return reference.window_sum(weighted, windows, own)
 
             # Linear: the values of the rows do not matter.
             like = grad.new_zeros((count, 9, grad.shape[1])).requires_grad_()
             (rows,) = recorded_gradients(summed, (like,), (grad,))
         else:
-            rows = _window_scatter(kind, grad, windows, count)
+            groups = () if own is None else (own.kinds,)
+            rows = _window_scatter(kind, grad, windows, count, *groups)
         bias = grad[1:].sum(0) if ctx.needs_input_grad[2] else None
-        return rows, None, bias, None, None
+        return rows, None, bias, *(None,) * 3
 
 
 class _WindowTable(torch.autograd.Function):
@@ -194,19 +214,20 @@ class _WindowTable(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
         bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool, kind: str,
+        own: GroupWindows | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight_gamma, weight_beta, windows)
-        ctx.settings = (groups, kind)
+        ctx.settings = (groups, kind, own)
         table: Tensor = _window_table(
             kind, hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups,
-            one_level,
+            one_level, *(() if own is None else (own.kinds, own.ids)),
         )
         return table
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, weight_gamma, weight_beta, windows = ctx.saved_tensors
-        groups, kind = ctx.settings
+        groups, kind, own = ctx.settings
         rows, depth = hidden.shape
         channels = weight_gamma.shape[0]
         bias_gamma, bias_beta = grad[1:].sum(0).split(channels)
@@ -214,15 +235,20 @@ class _WindowTable(torch.autograd.Function):
             zero = torch.zeros_like(bias_gamma, requires_grad=False)
 
             def table(h: Tensor, w_gamma: Tensor, w_beta: Tensor) -> Tensor:
-                return reference.window_table(h, w_gamma, zero, w_beta, zero, windows,
+                return reference.window_table(h, w_gamma, zero, w_beta, zero, windows, own,
                                               groups=groups)
 
             dhidden, dgamma, dbeta = recorded_gradients(
                 table, (hidden, weight_gamma, weight_beta), (grad,))
-            return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
+            return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 5)
         # T[v, j, tsc] = H[v, j, k] W[j, tsc, k]: groups j, taps t, halves s, channels c
         wide, deep = channels // groups, depth // groups
-        scattered = _window_scatter(kind, grad, windows, rows).view(rows, 9, 2, groups, wide)
+        if own is None:
+            scattered = _window_scatter(kind, grad, windows, rows)
+        else:
+            taken = own.ids[:, windows.long()]  # [K, U + 1, 9]
+            scattered = _window_scatter(kind, grad, taken, rows, own.kinds.repeat(2))
+        scattered = scattered.view(rows, 9, 2, groups, wide)
         # One group: a view, so that the large (V, 18C) is never copied.
         scattered = scattered.permute(3, 0, 1, 2, 4).reshape(groups, rows, 18 * wide)
         weight = torch.stack([weight_gamma, weight_beta]).view(2, groups, wide, deep, 9)
@@ -232,36 +258,41 @@ class _WindowTable(torch.autograd.Function):
             dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
             dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
         dgamma, dbeta = dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
-        return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 4)
+        return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 5)
 
 
 def _table_fake(
     hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
     bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool,
+    kinds: Tensor | None = None, ids: Tensor | None = None,
 ) -> Tensor:
     # Weights of 16 bits come to a GPU's kernel alone, which rounds the table as convs would.
     return weight_gamma.new_empty((windows.shape[0], 2 * weight_gamma.shape[0]))
 
 
-def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return rows.new_empty((windows.shape[0], rows.shape[2]))
+def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
+              kinds: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    return rows.new_empty((windows.shape[-2], rows.shape[2]))
 
 
-def _scatter_fake(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
+def _scatter_fake(grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None = None) -> Tensor:
     return grad.new_empty((rows, 9, grad.shape[1]))
 
 
-# Row 0 of every table stands for the outside of the image and is zero.
+# Row 0 of every table stands for the outside of the image and is zero. The optional arguments are
+# of GroupWindows, on the CPU alone: windows are then (K, V, 9), or rows of hidden go through ids.
 _window_table = RawOp(
     "window_table(Tensor hidden, Tensor weight_gamma, Tensor bias_gamma, Tensor weight_beta, "
-    "Tensor bias_beta, Tensor windows, int groups, bool one_level) -> Tensor",
+    "Tensor bias_beta, Tensor windows, int groups, bool one_level, Tensor? kinds=None, "
+    "Tensor? ids=None) -> Tensor",
     _table_fake, _TRITON + "window_table",
 )
 # (R, 9, C) rows -> (V, C): the sum of row windows[v, t] at tap t, plus bias.
 _window_sum = RawOp(
-    "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu) -> Tensor", _sum_fake,
-    _TRITON + "window_sum",
+    "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu, Tensor? kinds=None, "
+    "Tensor? counts=None) -> Tensor", _sum_fake, _TRITON + "window_sum",
 )
 # Its transpose: (V, C) -> (R, 9, C).
-_window_scatter = RawOp("window_scatter(Tensor grad, Tensor windows, int rows) -> Tensor",
-                        _scatter_fake, _TRITON + "window_scatter")
+_window_scatter = RawOp(
+    "window_scatter(Tensor grad, Tensor windows, int rows, Tensor? kinds=None) -> Tensor",
+    _scatter_fake, _TRITON + "window_scatter")

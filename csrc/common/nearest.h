@@ -1,15 +1,9 @@
 // Nearest interpolation as torch.nn.functional.interpolate rounds it, and its inverse.
 // Internal linkage: the file is compiled once per instruction set.
 #pragma once
-#include "common/isa.h"
+#include "isa.h"
 
 namespace smis {
-
-// A class's box, ends exclusive; empty where the class is absent.
-struct Box {
-  int32_t y0, y1, x0, x1;
-};
-
 namespace {
 
 // Stretches `in` pixels over `out`: the scale is rounded to fp32, as interpolate does.
