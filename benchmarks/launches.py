@@ -308,11 +308,10 @@ def count_forward(name: str, layout: LabelLayout, way: str, *,
             semantic.tables = TableCache()
         z = generator.sample_latent(layout.shape[0])
         prepared = Prepared(generator)  # as a Synthesizer's
-        with prepared.vouched():
-            with Count():  # launchers run here alone, and have constants too
-                generator(semantic, z)
-            with Count() as count, count.marking():
-                generator(semantic, z)
+        with Count(), prepared.vouched():  # launchers run here alone, and have constants too
+            generator(semantic, z)
+        with Count() as count, count.marking(), prepared.vouched():
+            generator(semantic, z)
     return count
 
 

@@ -33,6 +33,7 @@ from smis_kernels.ops.label_windows.op import (
     number_vectors,
     number_windows,
 )
+from smis_kernels.ops.level_tables.op import NormConvs, level_tables
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.testing import with_memory_format
 
@@ -62,6 +63,9 @@ PUBLIC: dict[str, Call] = {
     "spectral_weight": lambda **o: spectral_weight(draw(5, 4, 3, 3), draw(5), draw(36), **o),
     "window_table": lambda **o: window_table(*TABLES, WINDOWS, **o),
     "window_embedding": lambda **o: window_embedding(*TABLES[:3], WINDOWS, **o),
+    "level_tables": lambda **o: level_tables(
+        TABLES[0], WINDOWS, WINDOWS % 5, [NormConvs(
+            draw(6, 6, 3, 3), draw(6), *TABLES[1:], shared_groups=1, groups=1)], **o),
     "number_vectors": lambda **o: number_vectors(INDEX[:, None].float(), 100, **o),
     "number_windows": lambda **o: number_windows(INDEX + 1, 100, **o),
     "group_windows": lambda **o: group_windows(draw(4, 6), WINDOWS, [(0, 3), (3, 6)], **o),
@@ -320,6 +324,21 @@ def _embedding(shape: Shape, random: Random, groups: int, bias: bool, relu: bool
                   *[random.normal(groups * c)] * bias)
 
 
+def _level(shape: Shape, random: Random, groups: int, norms: int) -> Made:
+    n, c, h, w = shape
+    windows3, windows5 = _windows(random, h * w, w + 1), _windows(random, w, h * w + 1)
+
+    def call(vectors: Tensor, *convs: Tensor, backend: str) -> list[Tensor]:
+        each = [NormConvs(*convs[i : i + 6], groups, groups) for i in range(0, len(convs), 6)]
+        # Weights of 16 bits come with vectors of 32.
+        wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+        return level_tables(wide, windows3, windows5, each, backend=backend)
+
+    depth = 2 * groups
+    sizes = [(depth, n, 3, 3), (depth,), *((groups * c, 2, 3, 3), (groups * c,)) * 2] * norms
+    return call, (_outside(random, w + 1, groups * n), *(random.normal(*s) for s in sizes))
+
+
 def _own(shape: Shape, random: Random, groups: int) -> tuple[Tensor, Tensor, GroupWindows]:
     """Vectors of which groups find some equal, windows of them, and those as groups see them."""
     n, _, h, w = shape
@@ -458,6 +477,7 @@ CASES: dict[str, OpCase] = {
     "window_table": OpCase(_table, {"groups": (1, 3), "one_level": (False, True)}, "triton", WIDE),
     "window_embedding": OpCase(_embedding, {"groups": (1, 3), "bias": (True, False),
                                             "relu": (True, False)}, "triton", WIDE),
+    "level_tables": OpCase(_level, {"groups": (1, 3), "norms": (2, 1)}, "triton", leaves=0),
     "window_table of groups": OpCase(
         _table_of_groups, {"groups": (2, 1, 3), "one_level": (False, True)}, dtypes=WIDE),
     "window_embedding of groups": OpCase(

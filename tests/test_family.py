@@ -17,6 +17,7 @@ from smis_kernels import (
     use_path,
     winograd_conv2d,
 )
+from smis_kernels.ops.level_tables.op import NormConvs, level_tables
 from smis_kernels.runtime.backend import missing
 from smis_models import create_model
 from smis_models.benchmark import Setting, cases, measure
@@ -87,6 +88,12 @@ def test_ops_are_counted_by_hand() -> None:
     assert effective_macs(lambda: spatially_varying_conv2d(x, varying)) == pixels * 9 * 8
     grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
     assert effective_macs(lambda: grouped(x)) == pixels * 9 * 2 * 12
+    convs = (torch.randn(16, 4, 3, 3), torch.randn(16), *(torch.randn(64, 16, 3, 3),
+                                                          torch.randn(64)) * 2)
+    windows = torch.zeros(8, 9, dtype=torch.int32)
+    assert effective_macs(lambda: level_tables(  # widths and depths that tiles need not pad
+        torch.zeros(5, 4), windows, windows, [NormConvs(*convs, 1, 1)] * 2)
+    ) == 2 * 7 * 9 * 16 * 128  # the embedding only picks
 
 
 TINY = Setting(torch.device("cpu"), compiled=False, seconds=0.0, tiny=True)

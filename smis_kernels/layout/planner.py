@@ -19,6 +19,7 @@ from ..runtime.explain import record, recording
 from ..runtime.path import requested_path
 from ..runtime.tuned import measured
 from .label_layout import LabelLayout, WindowLevel, layout_of
+from .shared_tables import shared_convs
 
 
 class ModulationConvs(Protocol):
@@ -106,6 +107,16 @@ def rates_of(input: Tensor) -> Rates:
     key = products_key(input.dtype)
     known = (measured("rates", input.device) or {}).get(key)
     return Rates(**known) if known else GPU_RATES.get(key, CPU_RATES)
+
+
+def shared_rates(rates: Rates, dtype: torch.dtype) -> Rates:
+    """Where all norms of a level make their tables together, without TF32 in 16 bits.
+
+    Two launches serve two norms at least, in place of three each.
+    """
+    faster = 2 if dtype in (torch.float16, torch.bfloat16) else 1
+    return rates._replace(one_level=faster * rates.one_level,
+                          fixed_one_level=rates.fixed_one_level / 3)
 
 
 class PathChoice(NamedTuple):
@@ -277,9 +288,12 @@ def _choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | La
     total: dict[str, float] = {}
     numbers: dict[str, Any] = {}
     for norm in norms:
+        rates, convs = rates_of(input), shared_convs(norm, layout)
+        if convs is not None:
+            rates = shared_rates(rates, convs.weight.dtype)
         made = layout.tables is None or layout.tables.lacks(norm, size)
         own = own_windows(norm, layout, level.windows3, u) if made else None
-        for path, cost in costs(norm, level, pixels, rates_of(input),
+        for path, cost in costs(norm, level, pixels, rates,
                                 symbols=len(layout.vectors) - 1, own=own).items():
             total[path] = total.get(path, 0.0) + cost
         if own is not None:

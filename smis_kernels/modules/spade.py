@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..layout.label_layout import LabelLayout
 from ..layout.planner import choose, own_windows
+from ..layout.shared_tables import shared_table
 from ..ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from ..ops.level_tables.op import NormConvs
 from ..ops.modulation.op import modulation, modulation_pair
 from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
@@ -110,10 +112,19 @@ class CGNorm(Normalizing):
         """Gamma and beta of every distinct window at ``size``: (U + 1, 2C), rows [gamma | beta]."""
         level = layout.level(size)
         windows = level.windows5 if self.hidden else level.windows3
-        build = partial(self._build_table, layout, path=path)
+        build = partial(self._rows, layout, size, path)
         if layout.tables is None:
             return build(level.windows3, windows)
         return layout.tables.table(self, size, layout, self.reach, build)
+
+    def _rows(self, layout: LabelLayout, size: tuple[int, int], path: str, windows3: Tensor,
+              windows: Tensor) -> Tensor:
+        """Rows for ``windows``, made with those of other norms where they are all of a level."""
+        if path == "one_level" and windows is layout.level(size).windows5:
+            found = shared_table(self, layout, size)
+            if found is not None:
+                return found
+        return self._build_table(layout, windows3, windows, path)
 
     def _build_table(self, layout: LabelLayout, windows3: Tensor, windows: Tensor,
                      path: str) -> Tensor:
@@ -152,6 +163,16 @@ class CGNorm(Normalizing):
         conv = self.mlp_shared[0]
         assert isinstance(conv, nn.Conv2d)
         return conv
+
+    @property
+    def convs(self) -> NormConvs | None:
+        """The convs of a table over 5x5 windows; None where there is none."""
+        shared, gamma, beta = self.shared_conv, self.mlp_gamma, self.mlp_beta
+        if shared is None or self.no_tables:
+            return None
+        assert shared.bias is not None and gamma.bias is not None and beta.bias is not None
+        return NormConvs(shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight,
+                         beta.bias, shared.groups, gamma.groups)
 
     @property
     def reach(self) -> int:

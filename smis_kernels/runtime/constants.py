@@ -15,10 +15,10 @@ from .derivatives import transformed
 T = TypeVar("T")
 
 
-def _state(value: Any) -> Any:
+def state(value: Any) -> Any:
     """What a write, another dtype or other memory shows in, without reading the content."""
     if isinstance(value, tuple):
-        return tuple(map(_state, value))
+        return tuple(map(state, value))
     if not isinstance(value, Tensor):
         return value
     version = 0 if value.is_inference() else value._version
@@ -36,19 +36,24 @@ class Store:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._known = {id(t): t for t in tensors}
         self._kept: dict[Hashable, tuple[Any, Any, Any]] = {}
+        self.learned: dict[str, Any] = {}  # of one call, for the next
+
+    def knows(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these may be sources."""
+        return all(id(t) in self._known for t in tensors)
 
     def find(self, key: Hashable, make: Callable[[], T], sources: tuple[Tensor, ...]) -> T:
         """The constant, made where it is missing or its sources, or it, are not as they were."""
-        if any(id(s) not in self._known for s in sources):
+        if not self.knows(sources):
             return make()
         place = (key, *map(id, sources))
         found = self._kept.get(place)
-        if found is None or found[0] != (_state(sources), _state(found[1])):
+        if found is None or found[0] != (state(sources), state(found[1])):
             with torch.inference_mode(False), torch.no_grad():
                 value: Any = make()
                 # Held, so that no other memory can come to lie where theirs was.
                 detached = [s.detach() for s in sources]
-            found = self._kept[place] = ((_state(sources), _state(value)), value, detached)
+            found = self._kept[place] = ((state(sources), state(value)), value, detached)
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, Tensor):
                     self._known[id(part)] = part
@@ -59,8 +64,24 @@ class Store:
         return len(self._kept)
 
 
+class Scope:
+    """A call inside :func:`using`: what it keeps beside the constants ends with it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.at_end: list[Callable[[], None]] = []  # of a call that has not failed
+        self._kept: dict[str, Any] = {}
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """The call's ``make()`` of this name."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
+
+
 class _Active(threading.local):
-    store: Store | None = None
+    scope: Scope | None = None
 
 
 _active = _Active()
@@ -69,11 +90,18 @@ _active = _Active()
 @contextmanager
 def using(store: Store | None) -> Iterator[None]:
     """Constants inside the block are those of the store."""
-    before, _active.store = _active.store, store
+    before, _active.scope = _active.scope, None if store is None else Scope(store)
     try:
         yield
+        for finish in _active.scope.at_end if _active.scope is not None else ():
+            finish()
     finally:
-        _active.store = before
+        _active.scope = before
+
+
+def scope() -> Scope | None:
+    """The innermost call inside :func:`using`."""
+    return _active.scope
 
 
 def constant(key: Hashable, make: Callable[[], T], *sources: Tensor) -> T:
@@ -81,8 +109,8 @@ def constant(key: Hashable, make: Callable[[], T], *sources: Tensor) -> T:
 
     Made anew where it is to carry gradients, and where the call is traced or transformed.
     """
-    if torch.compiler.is_compiling() or _active.store is None or transformed() is not None:
+    if torch.compiler.is_compiling() or _active.scope is None or transformed() is not None:
         return make()
     if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
         return make()
-    return _active.store.find(key, make, sources)
+    return _active.scope.store.find(key, make, sources)

@@ -41,11 +41,12 @@ class RawOp:
 
     C++ files register the ``CPU`` (and, where the GPU kernel is CUDA C++, the ``CUDA``)
     implementation of the same name; ``triton`` names a Python launcher ``"module:function"``
-    that is imported at the first call. ``on_cpu``: the CPU has a kernel.
+    that is imported at the first call. ``on_cpu``: the CPU has a kernel. ``cpu`` is for ops that a
+    CPU computes in torch.
     """
 
-    def __init__(self, schema: str, fake: Callable[..., Any], triton: str | None = None, *,
-                 on_cpu: bool = True) -> None:
+    def __init__(self, schema: str, fake: Callable[..., Any], triton: str | None = None,
+                 cpu: Callable[..., Any] | None = None, *, on_cpu: bool = True) -> None:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=_TAGS)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -55,6 +56,8 @@ class RawOp:
         self.triton, self.on_cpu = triton, on_cpu
         if triton is not None:
             _LIBRARY.impl(name, self.launch, "CUDA")
+        if cpu is not None:
+            _LIBRARY.impl(name, cpu, "CPU")
 
     def launch(self, *args: Any) -> Any:
         """Call the Triton launcher."""

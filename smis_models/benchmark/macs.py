@@ -36,6 +36,12 @@ def _window_table(hidden: Shape, weight: Shape, *rest: Any, out_shape: Shape, **
     return (rows - 1) * 2 * prod(weight)
 
 
+def _level_product(hidden: Shape, weight: Shape, bias: Any, tiles: Any, windows: Shape,
+                   *_: Any, **__: Any) -> int:
+    """All weights of a level at every 5x5 window, what pads them to tiles included."""
+    return (windows[0] - 1) * weight[0]
+
+
 def _conditional_conv(input: Shape, condition: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     """The conv that predicts the kernels, and their application with nine taps."""
     pixels = prod(input) // input[1]
@@ -56,7 +62,8 @@ def _winograd_conv(input: Shape, weight: Shape, bias: Any, residual: Any, groups
 
 # Ops that multiply; the others only sum, pick or scale.
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "window_table": _window_table, "conditional_conv": _conditional_conv,
+    "window_table": _window_table, "level_product": _level_product,
+    "conditional_conv": _conditional_conv,
     "varying_conv": _varying_conv, "winograd_conv": _winograd_conv,
 }
 
