@@ -524,8 +524,7 @@ def test_mapped_vectors_leave_the_outside_zero(path: str) -> None:
     norm, weights = SPADE(6, 3, 5).double().eval(), torch.randn(4, 3, dtype=torch.float64)
     labels = blocky(1, 9, 11, 4)
     layout = LabelLayout.from_labels(labels, 4)
-    layout.vectors = layout.vectors.double()
-    mapped = layout.map_vectors(lambda vectors: (vectors @ weights).cos())
+    mapped = layout.map_vectors(lambda vectors: (vectors.double() @ weights).cos())
     planes = (one_hot(labels, 4).permute(0, 2, 3, 1) @ weights).cos().permute(0, 3, 1, 2)
     x = torch.randn(1, 6, 9, 11, dtype=torch.float64)
     with use_backend("reference"):
