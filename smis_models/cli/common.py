@@ -75,7 +75,7 @@ def usage_line(error: Any) -> str:
     """What is said of a command line that cannot be read: the option, what is wrong, the cure."""
     parameter, context = getattr(error, "param", None), error.ctx
     text = error.format_message()
-    if isinstance(error, typer.BadParameter) and getattr(parameter, "name", None):
+    if isinstance(error, typer.BadParameter) and parameter is not None:
         text = f"{parameter.opts[0].lstrip('-')}: {text.partition(': ')[2] or text}"
     command = "smis" if context is None else context.command_path
     return f"{text.rstrip('.')}; `{command} --help` shows what it takes"
