@@ -530,3 +530,20 @@ def test_every_call_of_the_benchmark_is_measured() -> None:
     found = calls.measure(rounds=1, each=1)
     assert {"x + x", "SPADE, batch, tables kept", "InstanceNormAct2d"} <= set(found)
     assert all(spent >= 0 for spent in found.values())
+
+
+def test_an_option_that_is_a_tensor_is_read_at_every_call() -> None:
+    x, slope = features(), torch.tensor(0.2)
+    for value in (0.2, 0.7):
+        slope.fill_(value)
+        found = norm_act_op.norm_act(x, activation="leaky_relu", negative_slope=slope)  # type: ignore[arg-type]
+        assert torch.equal(found, norm_act_op.norm_act(x, activation="leaky_relu",
+                                                       negative_slope=value))
+
+
+def test_a_call_that_fails_spoils_no_later_one() -> None:
+    x = features(3)
+    with pytest.raises(TypeError):
+        norm_act_op.norm_act(x, norm="group", num_groups=2.0)  # type: ignore[arg-type]
+    found = norm_act_op.norm_act(x, norm="group", num_groups=2)
+    torch.testing.assert_close(found, torch.nn.functional.group_norm(x, 2))

@@ -287,6 +287,39 @@ def test_numbered_in_inference_and_then_trained(eager: list[GroupWindows]) -> No
     assert x.grad is not None and eager
 
 
+@needs_cpu
+def test_gradients_of_vectors_reach_their_own_symbols(eager: list[GroupWindows]) -> None:
+    """A group finds symbols equal that differ in their gradients."""
+    torch.manual_seed(0)
+    made = CGNorm(12, 8, 16, groups=4).double()
+    layout, x = LabelLayout.from_labels(blocky(1, 20, 24, 8), 8), drawn(1, 12, 20, 24)
+    found = []
+    for backend, path in (("cpu", "two_level"), ("reference", "auto")):
+        delta = torch.zeros(layout.vectors.shape, dtype=torch.float64, requires_grad=True)
+        given = layout.map_vectors(lambda v, d=delta: v.double() + d)  # type: ignore[misc]
+        with use_backend(backend), use_path(path):
+            y = made(x, given)
+        found.append(torch.autograd.grad((y * drawn(*y.shape, seed=3)).sum(), delta)[0][1:])
+    assert max_error(*found) < 1e-10
+
+
+@needs_cpu
+@pytest.mark.parametrize("how", ["in place", "by data"])
+def test_a_numbering_ends_with_the_values_it_was_made_of(how: str,
+                                                         eager: list[GroupWindows]) -> None:
+    torch.manual_seed(0)
+    made = CGNorm(12, 8, 16, groups=4).double()
+    layout, x = LabelLayout.from_labels(blocky(1, 20, 24, 8), 8), drawn(1, 12, 20, 24)
+    layout = layout.map_vectors(torch.Tensor.double)
+    with torch.no_grad(), use_path("two_level"):
+        made(x, layout)
+        (layout.vectors if how == "in place" else layout.vectors.data)[2, :4] += 0.5
+        y = made(x, layout)
+    with torch.no_grad(), use_backend("reference"):
+        assert max_error(y, made(x, layout)) < 1e-10
+    assert len(eager) >= 2
+
+
 class Counted:
     """What the planner reads of a norm, with as many products as GroupDNet's have."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from smis_kernels import LabelLayout, ops
+from smis_kernels import LabelLayout, ops, use_backend
 from smis_kernels.ops.class_crops.op import class_crops
 from smis_kernels.ops.conditional_attention.op import conditional_attention
 from smis_kernels.ops.conditional_conv.op import conditional_conv2d
@@ -228,3 +228,23 @@ def test_one_image_in_channels_last(call: Callable[[Tensor], Tensor]) -> None:
         found.append((first, *torch.autograd.grad(first.pow(3).sum(), x)))
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-10 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: modulation(x, *DENSE[:2], training=True, activation="relu"),
+    lambda x: indexed_modulation(x, INDEX, TABLE, norm="instance"),
+    lambda x: norm_act(x, activation="leaky_relu"),
+], ids=["modulation", "indexed_modulation", "norm_act"])
+def test_compiled_transforms_are_those_of_the_definition(call: Callable[[Tensor], Tensor]) -> None:
+    """A kernel would be a constant to them, whose missing derivative nobody is told of."""
+    transforms: list[Callable[[Tensor], Tensor]] = [
+        torch.func.grad(lambda x: call(x).square().sum()),
+        lambda x: torch.func.jvp(call, (x,), (x.sin(),))[1],
+        call,
+    ]
+    for transform in transforms:
+        torch._dynamo.reset()
+        found = torch.compile(transform, backend="aot_eager")(X)
+        with use_backend("reference"):
+            expected = transform(X)
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-11)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -158,6 +158,14 @@ def _sizes_asked(device: torch.device, shape: torch.Size) -> dict[tuple[int, int
     return {}
 
 
+class _Own(NamedTuple):
+    """A layout's windows as groups tell them apart, and what they were made of."""
+
+    windows3: Tensor  # held, so that its id stays its own
+    vectors: Tensor
+    windows: GroupWindows
+
+
 class LabelLayout:
     """A batch of label maps compiled for modulation: gamma and beta depend on windows of it alone.
 
@@ -185,7 +193,7 @@ class LabelLayout:
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
         self._symbols, self._vectors = symbols, vectors
         self._levels: dict[tuple[int, int], WindowLevel] = {}
-        self._own: dict[Any, tuple[Tensor, GroupWindows]] = {}
+        self._own: dict[Any, _Own] = {}
         self._prepared: dict[tuple[int, int], _Prepared] = {}
         self._labels: tuple[_Reading, int] | None = None  # not looked at yet, and their classes
         self.tables: TableCache | None = None
@@ -356,15 +364,18 @@ class LabelLayout:
                       ranges: tuple[tuple[int, int], ...]) -> GroupWindows:
         """The 3x3 windows of this layout's symbols as groups of channels tell them apart, kept.
 
-        ``ranges``: of each group the channels (begin, end) of the vectors that it reads.
+        ``ranges``: of each group the channels (begin, end) of the vectors that it reads. They are
+        numbered anew where the vectors have been written to.
         """
         key = id(windows3), ranges
-        if key not in self._own:
+        found = self._own.get(key)
+        if found is None or not torch.equal(found.vectors, self.vectors):
             # No inference tensors: later calls may ask for gradients.
             with torch.inference_mode(False), torch.no_grad():
-                made = group_windows(self.vectors, windows3, ranges, backend="auto")
-            self._own[key] = windows3, made  # held, so that its id stays its own
-        return self._own[key][1]
+                vectors = self.vectors.detach().clone()
+                made = group_windows(vectors, windows3, ranges, backend="auto")
+            found = self._own[key] = _Own(windows3, vectors, made)
+        return found.windows
 
     def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
         """The layout of ``function`` applied to every pixel's vector: (S, K) -> (S, K').

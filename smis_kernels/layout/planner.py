@@ -19,7 +19,7 @@ from ..runtime.explain import record, recording
 from ..runtime.path import requested_path
 from ..runtime.tuned import measured
 from .label_layout import LabelLayout, WindowLevel, layout_of
-from .shared_tables import shared_convs
+from .shared_tables import shares
 
 
 class ModulationConvs(Protocol):
@@ -188,6 +188,8 @@ def own_windows(norm: ModulationConvs, layout: LabelLayout, windows3: Tensor, co
     ranges = norm.ranges
     if not ranges or torch.compiler.is_compiling() or transformed() is not None:
         return None
+    if torch.is_grad_enabled() and layout.vectors.requires_grad:
+        return None  # of windows that a group finds equal one is read, and would get all gradients
     if resolve("window_table", windows3, None, window_table.KINDS) != "cpu":
         return None
     v, symbols = len(windows3) - 1, len(layout.vectors) - 1
@@ -288,7 +290,7 @@ def _choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | La
     total: dict[str, float] = {}
     numbers: dict[str, Any] = {}
     for norm in norms:
-        rates, convs = rates_of(input), shared_convs(norm, layout)
+        rates, convs = rates_of(input), shares(norm, layout, size)
         if convs is not None:
             rates = shared_rates(rates, convs.weight.dtype)
         made = layout.tables is None or layout.tables.lacks(norm, size)

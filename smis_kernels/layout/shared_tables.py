@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,7 +17,7 @@ from ..runtime import constants
 from ..runtime.backend import resolve
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import acc_dtype
-from .label_layout import LabelLayout, WindowLevel
+from .label_layout import LabelLayout
 
 SHARING = ("triton",)  # backends that gain: on a CPU a norm makes its own table faster
 Key = tuple[tuple[int, int], int, torch.dtype, torch.device]
@@ -27,8 +27,8 @@ Key = tuple[tuple[int, int], int, torch.dtype, torch.device]
 class _Made:
     """Tables that wait for their norms, each with the state of the weights that it is of."""
 
-    level: WindowLevel
-    vectors: Any
+    windows: Tensor
+    vectors: tuple[Tensor, Any]
     tables: dict[nn.Module, tuple[Any, Tensor]]
 
 
@@ -36,73 +36,92 @@ class _Call:
     """The tables of one call of a network; they end with it."""
 
     def __init__(self, scope: constants.Scope) -> None:
-        self._scope = scope
-        # Norms are called where they were in the last call: which of them share a level.
-        self._mates: dict[Key, dict[nn.Module, tuple[nn.Module, ...]]]
-        self._mates = scope.store.learned.setdefault("mates", {})
-        self._asked: dict[Key, dict[nn.Module, WindowLevel]] = {}
+        # Norms are called where they were in the last call: which of them share their windows.
+        self._mates = _mates_in(scope)
+        self._packed: set[Any] = scope.store.learned.setdefault("packed", set())
+        self._asked: dict[Key, dict[nn.Module, Tensor]] = {}
         self._made: dict[Key, _Made] = {}
-        self._entries: tuple[Tensor, Any, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._entries: tuple[tuple[Tensor, Any], tuple[Tensor, Tensor, Tensor]] | None = None
         scope.at_end.append(self._learn)
 
-    def table(self, norm: nn.Module, own: NormConvs, layout: LabelLayout,
-              size: tuple[int, int]) -> Tensor | None:
-        level = layout.level(size)
+    def table(self, norm: nn.Module, own: NormConvs, layout: LabelLayout, size: tuple[int, int],
+              windows3: Tensor, windows5: Tensor) -> Tensor | None:
         key = _key(own, layout, size)
-        waits = self._waiting(key, level, layout)
+        waits = self._waiting(key, windows5, layout)
         found = waits.pop(norm, None)
         if found is not None and found[0] == constants.state(own.tensors):
-            self._asked[key][norm] = level
+            self._asked[key][norm] = windows5
             return found[1]
         asked = self._asked.setdefault(key, {})
         if norm in asked:
             if waits:  # twice before its mates once: not all of theirs again
                 return None
             self._learn()  # a further forward begins
-        asked[norm] = level
-        mates = self._mates.get(key, {}).get(norm)
-        if mates is None:  # its own table alone, whose packed weights would not be used again
-            return None if _capturing(own) else self._tables([own], pack([own]), layout, level)[0]
-        convs = {mate: c for mate in mates if (c := shared_convs(mate, layout)) is not None
-                 and _key(c, layout, size) == key}
+        asked[norm] = windows5
+        convs = {mate: c for mate in self._mates.get(key, {}).get(norm, ())
+                 if (c := shared_convs(mate, layout)) is not None and _key(c, layout, size) == key}
+        if len(convs) < 2 or norm not in convs:
+            return None
+        packed = self._pack(list(convs.values()))
+        if packed is None:
+            return None
         self._made.pop(key, None)  # before others are made: memory for one level at a time
         states = [constants.state(c.tensors) for c in convs.values()]
-        tables = self._tables(list(convs.values()), _packed(list(convs.values())), layout, level)
+        vectors = layout.vectors.to(acc_dtype(own.weight))
+        tables = level_tables(vectors, windows3, windows5, list(convs.values()), packed=packed,
+                              entries=self._entries_of(vectors, layout))
         made = dict(zip(convs, zip(states, tables, strict=True), strict=True))
         table = made.pop(norm)[1]
-        self._made[key] = _Made(level, constants.state(layout.vectors), made)
+        self._made[key] = _Made(windows5, _marked(layout.vectors), made)
         return table
 
-    def _waiting(self, key: Key, level: WindowLevel,
+    def _waiting(self, key: Key, windows5: Tensor,
                  layout: LabelLayout) -> dict[nn.Module, tuple[Any, Tensor]]:
         made = self._made.get(key)
-        if made is None or made.level is not level:
+        if made is None or made.windows is not windows5:
             return {}
-        return made.tables if made.vectors == constants.state(layout.vectors) else {}
+        return made.tables if _same(made.vectors, layout.vectors) else {}
 
-    def _tables(self, convs: Sequence[NormConvs], packed: Packed, layout: LabelLayout,
-                level: WindowLevel) -> list[Tensor]:
-        vectors = layout.vectors.to(acc_dtype(convs[0].weight))
-        state = constants.state(layout.vectors)
+    def _entries_of(self, vectors: Tensor, layout: LabelLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries of the symbols' vectors, which all levels of a map have."""
         known = self._entries
-        if known is None or known[0] is not layout.vectors or known[1] != state:
-            self._entries = known = layout.vectors, state, symbol_entries(vectors, _kind(layout))
-        return level_tables(vectors, level.windows3, level.windows5, convs, packed=packed,
-                            entries=known[2])
+        if known is None or known[1][0].dtype != vectors.dtype or not _same(
+                known[0], layout.vectors):
+            found = symbol_entries(vectors, _kind(layout))
+            self._entries = known = _marked(layout.vectors), found
+        return known[1]
+
+    def _pack(self, convs: list[NormConvs]) -> Packed | None:
+        """The weights side by side; None in a CUDA graph's capture, where they were not before."""
+        groups = tuple((c.shared_groups, c.groups) for c in convs)
+        sources = tuple(chain.from_iterable(c.tensors for c in convs))
+        place = groups, tuple(map(id, sources))
+        if place not in self._packed and _capturing(convs[0]):
+            return None
+        self._packed.add(place)
+        return constants.constant(("level", groups), partial(pack, convs), *sources)
 
     def _learn(self) -> None:
-        """Note which norms asked for tables of the same level, and pack their weights."""
+        """Note which norms asked for tables of the same windows."""
         for key, asked in self._asked.items():
-            known = self._mates.setdefault(key, {})
-            found = {norm: tuple(m for m, other in asked.items() if other is level)
-                     for norm, level in asked.items()}
-            if found == known:
-                continue
-            self._mates[key] = found
-            for mates in dict.fromkeys(found.values()):
-                convs = [_convs(mate) for mate in mates]
-                if all(convs) and not any(_capturing(c) for c in convs if c is not None):
-                    _packed([c for c in convs if c is not None])
+            self._mates[key] = {
+                norm: tuple(mate for mate, other in asked.items() if other is windows)
+                for norm, windows in asked.items()}
+
+
+def _mates_in(scope: constants.Scope) -> dict[Key, dict[nn.Module, tuple[nn.Module, ...]]]:
+    found: dict[Key, dict[nn.Module, tuple[nn.Module, ...]]]
+    found = scope.store.learned.setdefault("mates", {})
+    return found
+
+
+def _marked(tensor: Tensor) -> tuple[Tensor, Any]:
+    """A tensor, held so that no other comes to lie where it does, and its state."""
+    return tensor, constants.state(tensor)
+
+
+def _same(known: tuple[Tensor, Any], tensor: Tensor) -> bool:
+    return known[0] is tensor and known[1] == constants.state(tensor)
 
 
 def _kind(layout: LabelLayout) -> str:
@@ -117,12 +136,6 @@ def _convs(norm: object) -> NormConvs | None:
 
 def _key(own: NormConvs, layout: LabelLayout, size: tuple[int, int]) -> Key:
     return size, layout.shape[1], own.weight.dtype, own.weight.device
-
-
-def _packed(convs: list[NormConvs]) -> Packed:
-    groups = tuple((c.shared_groups, c.groups) for c in convs)
-    return constants.constant(("level", groups), partial(pack, convs),
-                              *chain.from_iterable(c.tensors for c in convs))
 
 
 def _capturing(own: NormConvs) -> bool:
@@ -150,11 +163,21 @@ def shared_convs(norm: object, layout: LabelLayout) -> NormConvs | None:
     return convs
 
 
-def shared_table(norm: nn.Module, layout: LabelLayout, size: tuple[int, int]) -> Tensor | None:
-    """The norm's table at ``size``, made with those of all norms of the level; None if it cannot.
+def shares(norm: nn.Module, layout: LabelLayout, size: tuple[int, int]) -> NormConvs | None:
+    """The norm's convs where its table is made with others': the last call has shown which."""
+    scope, convs = constants.scope(), shared_convs(norm, layout)
+    if scope is None or convs is None:
+        return None
+    mates = _mates_in(scope).get(_key(convs, layout, size), {}).get(norm, ())
+    return convs if len(mates) > 1 else None
 
-    Inside :func:`constants.using` alone. The first call of a network shows which norms read one
-    level; from the second on the first of them makes the tables of all, which take theirs. A
+
+def shared_table(norm: nn.Module, layout: LabelLayout, size: tuple[int, int], windows3: Tensor,
+                 windows5: Tensor) -> Tensor | None:
+    """The norm's rows for ``windows5``, made with those of all norms that ask for them.
+
+    Inside :func:`constants.using` alone, else None. A call of a network shows which norms read the
+    same windows; from the next on the first of them makes the tables of all, which take theirs. A
     table whose weights or vectors have changed in between is made anew.
     """
     convs = shared_convs(norm, layout)
@@ -163,4 +186,4 @@ def shared_table(norm: nn.Module, layout: LabelLayout, size: tuple[int, int]) ->
     scope = constants.scope()
     assert scope is not None
     make: Callable[[], _Call] = partial(_Call, scope)
-    return scope.kept("tables", make).table(norm, convs, layout, size)
+    return scope.kept("tables", make).table(norm, convs, layout, size, windows3, windows5)

@@ -119,9 +119,9 @@ class CGNorm(Normalizing):
 
     def _rows(self, layout: LabelLayout, size: tuple[int, int], path: str, windows3: Tensor,
               windows: Tensor) -> Tensor:
-        """Rows for ``windows``, made with those of other norms where they are all of a level."""
-        if path == "one_level" and windows is layout.level(size).windows5:
-            found = shared_table(self, layout, size)
+        """Rows for ``windows``, made with those of other norms that are known to read them."""
+        if path == "one_level" and self.hidden:
+            found = shared_table(self, layout, size, windows3, windows)
             if found is not None:
                 return found
         return self._build_table(layout, windows3, windows, path)

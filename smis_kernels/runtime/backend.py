@@ -202,6 +202,9 @@ def resolve(op: str, tensor: Tensor, backend: str | None, kinds: tuple[str, ...]
                    "use_backend('reference') or 'auto'")
         _warn_once(problem)  # the exporter goes on in other ways, and fails with another message
         raise BackendError(problem)
+    if torch.compiler.is_compiling() and transformed() is not None:
+        raise BackendError(f"backend: {choice!r} of {op} has no part in {transformed()} that is "
+                           "compiled; use 'auto' or 'reference'")
     if choice not in kinds:
         raise BackendError(
             f"backend: {op} has {', '.join(('reference', *kinds))}; got {choice!r}"

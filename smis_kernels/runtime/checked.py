@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 _PLAIN = (Tensor, nn.Parameter)
+_COUNTS = (int, type(None))
+_NUMBERS = (float, int, type(None))
 _LIMIT = 1024  # kinds of call that are known at a time
 
 
@@ -38,6 +40,11 @@ class Checked(Generic[T]):
             with suppress(TypeError):
                 self._known[key] = found
         return found
+
+
+def plain(num_groups: Any, *numbers: Any) -> bool:
+    """Whether options are what they are typed as: a tensor's value changes, and 2.0 groups are 2."""
+    return type(num_groups) in _COUNTS and all(type(n) in _NUMBERS for n in numbers)
 
 
 def alike(options: Hashable, tensors: Iterable[Any]) -> Hashable:

@@ -10,17 +10,24 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 
+def _inside_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# A compiler enters the level of a transform while it traces one, and guards the stack.
+_inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def transformed() -> str | None:
     """What is being done to the call that no kernel takes part in; None where nothing is."""
-    if torch.compiler.is_compiling():
-        return "torch.onnx exports it" if torch.onnx.is_in_onnx_export() else None
-    if torch._C._get_tracing_state() is not None:
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.onnx.is_in_onnx_export():
+        return "torch.onnx exports it"
+    if not compiling and torch._C._get_tracing_state() is not None:
         return "torch.jit traces it"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func (vmap, grad, jvp)"
-    return None
+    return "a transform of torch.func (vmap, grad, jvp)" if _inside_transform() else None
 
 
 class _Unrecorded:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
-from ...runtime.checked import Checked, alike
+from ...runtime.checked import Checked, alike, plain
 from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record, recording
 from ...runtime.library import RawOp
@@ -175,7 +175,9 @@ def _checked_call(
     for b in branches:
         tensors += (*b.affine, *b.running)
     called = (source.kind, negative_slope, *(b.activation for b in branches), *keywords.items())
-    key = alike(called, tensors) if keywords.get("process_group") is None else None
+    known = keywords.get("process_group") is None and plain(
+        keywords.get("num_groups"), negative_slope, keywords.get("momentum"), keywords.get("eps"))
+    key = alike(called, tensors) if known else None
     found = _checked.find(key)
     if found is not None:
         return (*found, branches)

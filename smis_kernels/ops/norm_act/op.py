@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import like_input
-from ...runtime.checked import Checked, alike
+from ...runtime.checked import Checked, alike, plain
 from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -67,7 +67,8 @@ def norm_act(
     """
     running = (running_mean, running_var)
     called = (norm, num_groups, training, momentum, eps, activation, negative_slope)
-    key = alike(called, (input, residual, *running)) if process_group is None else None
+    known = process_group is None and plain(num_groups, negative_slope, momentum, eps)
+    key = alike(called, (input, residual, *running)) if known else None
     found = _checked.find(key)
     if found is None:
         slope = activation_slope(activation, negative_slope)

@@ -40,7 +40,8 @@ def window_embedding(
 
     Returns:
         (V + 1, D), or (R + 1, D) for windows of groups, zero beyond a group's count; row 0 is zero.
-        Differentiable in vectors, weight and bias.
+        Differentiable in vectors, weight and bias; of windows of groups, vectors that a group finds
+        equal have their gradient at the first of them.
 
     Example:
         >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])

@@ -39,7 +39,9 @@ def window_sum(rows: Tensor, windows: Tensor, own: GroupWindows | None = None) -
     With ``own`` each group of channels takes ``windows[kind]``, zero beyond its count.
     """
     if own is not None:
-        out = picked([window_sum(rows, w) for w in windows], own.kinds, len(own.kinds))
+        parts = rows.split(rows.shape[2] // len(own.kinds), 2)
+        out = torch.cat([window_sum(part, windows[k])
+                         for k, part in zip(own.kinds.tolist(), parts, strict=True)], 1)
         parts = out.unflatten(1, (len(own.kinds), -1))
         return torch.where(used(own.counts, own.kinds, len(out)), parts, 0).flatten(1)
     taps = torch.arange(9, device=windows.device)
@@ -69,8 +71,9 @@ def window_table(
     def convolved(weight: Tensor, bias: Tensor) -> Tensor:
         if own is None:
             return convolve_windows(hidden, weight, bias, windows, groups)
-        found = [convolve_windows(hidden, weight, bias, ids[windows.long()], groups)
-                 for ids in own.ids]
-        return picked(found, own.kinds, groups)
+        taken = own.ids[:, windows.long()]
+        parts = zip(own.kinds.tolist(), hidden.chunk(groups, 1), weight.chunk(groups),
+                    bias.chunk(groups), strict=True)
+        return torch.cat([convolve_windows(h, w, b, taken[k], 1) for k, h, w, b in parts], 1)
 
     return torch.cat([convolved(weight_gamma, bias_gamma), convolved(weight_beta, bias_beta)], 1)
