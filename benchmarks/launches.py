@@ -308,7 +308,8 @@ def count_forward(name: str, layout: LabelLayout, way: str, *,
             semantic.tables = TableCache()
         z = generator.sample_latent(layout.shape[0])
         prepared = Prepared(generator)  # as a Synthesizer's
-        for _ in range(1 if way == "kept" else 2):  # norms are known to share, weights are packed
+        # Which norms may share is known after a call, which do after two; then weights are packed.
+        for _ in range(1 if way == "kept" else 3):
             with Count(), prepared.vouched():  # launchers run here alone, and have constants too
                 generator(semantic, z)
         with Count() as count, count.marking(), prepared.vouched():

@@ -26,6 +26,7 @@ from ..ops.label_windows.op import (
     number_vectors,
     number_windows,
 )
+from ..ops.label_windows.reference import present_labels
 from ..runtime.backend import refuse_trace, resolve
 from ..runtime.check import (
     INTEGERS,
@@ -37,6 +38,7 @@ from ..runtime.check import (
 )
 
 MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
+MOST_SPARE = 2**24  # bytes of room for windows beyond which those found are copied out of it
 MOST_ROOM = 2**22  # numbers that vectors may take where there is room for all kinds of pixels
 
 
@@ -127,13 +129,15 @@ class _Reading:
 
     def numbers(self) -> Any:
         """The numbers as (nested) lists."""
+        held = self._held  # before the other, which a second thread may set first
         if self._read is None:
-            if self._held is None:
+            if held is None:
                 raise RuntimeError("layout: its counts stay in the CUDA graph that was captured "
                                    "when it was made; make it before the capture")
             if self._sent is not None:
                 self._sent.synchronize()
-            self._read, self._held = self._held.tolist(), None
+            self._read = held.tolist()
+            self._held = None
         return self._read
 
 
@@ -148,8 +152,10 @@ class _Prepared:
     def finished(self) -> WindowLevel:
         v, u = (row[self.column] for row in self.counts.numbers())
         numbered = self.level
-        return WindowLevel(numbered.symbols, numbered.windows3[:v + 1], numbered.index3,
-                           numbered.windows5[:u + 1], numbered.index5)
+        windows3, windows5 = numbered.windows3[:v + 1], numbered.windows5[:u + 1]
+        if windows3.untyped_storage().nbytes() > MOST_SPARE:
+            windows3, windows5 = windows3.clone(), windows5.clone()
+        return WindowLevel(numbered.symbols, windows3, numbered.index3, windows5, numbered.index5)
 
 
 @lru_cache(maxsize=64)
@@ -228,7 +234,7 @@ class LabelLayout:
             labels: (N, H, W) or (N, 1, H, W) integers in 0..num_classes-1.
             num_classes: K; the conditioning vector of class c is the c-th unit vector.
             instances: instance ids of the labels' shape; their edges become channel K.
-            edges: or the edge map itself, bool or 0/1.
+            edges: or the edge map itself, bool or numbers: any but 0 is an edge.
 
         Raises:
             ValueError, TypeError: a label out of range, another shape; the message names it. Labels
@@ -252,11 +258,11 @@ class LabelLayout:
                   and 2 * (num_classes + 1) ** 2 <= MOST_ROOM)
         if not device:
             check_range("labels", labels, num_classes)
-        symbols, vectors, found = number_labels(flat, edges, num_classes,
-                                                backend="auto" if device else "reference")
         dtype = torch.get_default_dtype()
         if not device:
-            return cls(symbols, vectors[: int(found[0]) + 1].to(dtype, copy=True))
+            symbols, vectors = present_labels(flat, edges, num_classes)
+            return cls(symbols, vectors.to(dtype))
+        symbols, vectors, found = number_labels(flat, edges, num_classes, backend="auto")
         layout = cls(symbols, vectors.to(dtype))
         layout._labels = _Reading(found), num_classes
         layout.prepare(_sizes_asked(symbols.device, symbols.shape))
@@ -291,14 +297,30 @@ class LabelLayout:
     def _compiled(self, size: tuple[int, int], unlimited: bool, again: bool) -> WindowLevel:
         if not _device_kernels(self.symbols):
             return _compile_level(self.resized(size), unlimited)
-        asked = _sizes_asked(self._symbols.device, self._symbols.shape)
-        asked[size] = None
-        self.prepare(asked)
+        if _capturing(self._symbols) and (again or not self.countable(size)):
+            raise RuntimeError(f"layout: its windows at {size[0]}x{size[1]} cannot be counted "
+                               "while a CUDA graph is captured; run the network once before")
         if not again:
-            found = self._prepared[size].finished()
+            asked = _sizes_asked(self._symbols.device, self._symbols.shape)
+            asked[size] = None
+            while len(asked) > MAX_LEVELS:
+                asked.pop(next(iter(asked)), None)
+            if size not in self._prepared:
+                self.prepare(asked)
+            found = self._finish(size)
             if found.repeats or not unlimited:
                 return found
         return self._number((size,), unlimited=True)[size].finished()
+
+    def _finish(self, size: tuple[int, int]) -> WindowLevel:
+        """The level at ``size``, with all that were counted together with it."""
+        asked = self._prepared.get(size)
+        counts = None if asked is None else asked.counts
+        for other, prepared in [*self._prepared.items()]:
+            if prepared.counts is counts:
+                self._levels.setdefault(other, prepared.finished())
+                self._prepared.pop(other, None)
+        return self._levels[size]
 
     def prepare(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Begin to compile these sizes on a GPU, all in one go; nothing waits for it.
@@ -397,7 +419,16 @@ class LabelLayout:
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_labels()
-        return {**self.__dict__, "_prepared": {}, "tables": None, "_own": {}}
+        levels = {size: WindowLevel(**{k: v.clone() for k, v in vars(level).items()})
+                  for size, level in self._levels.items()}  # views would take all that they lie in
+        return {**self.__dict__, "_levels": levels, "_prepared": {}, "tables": None, "_own": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "symbols" in state:  # of 0.2
+            state = {**state, "_symbols": state["symbols"], "_vectors": state["vectors"]}
+            del state["symbols"], state["vectors"]
+        self.__dict__.update({"_own": {}, "_prepared": {}, "_labels": None, "tables": None,
+                              **state})
 
     def __repr__(self) -> str:
         n, k, h, w = self.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from ..runtime import constants
 from ..runtime.backend import resolve
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import acc_dtype
-from .label_layout import LabelLayout
+from .label_layout import LabelLayout, WindowLevel
 
 SHARING = ("triton",)  # backends that gain: on a CPU a norm makes its own table faster
 Key = tuple[tuple[int, int], int, torch.dtype, torch.device]
@@ -36,13 +37,21 @@ class _Call:
     """The tables of one call of a network; they end with it."""
 
     def __init__(self, scope: constants.Scope) -> None:
-        # Norms are called where they were in the last call: which of them share their windows.
-        self._mates = _mates_in(scope)
+        # Norms are called where they were in the last call: which of them may share, and which do.
+        self._level_of: dict[Key, dict[Any, int]] = scope.store.learned.setdefault("levels", {})
+        self._mates: dict[Key, dict[nn.Module, tuple[nn.Module, ...]]]
+        self._mates = scope.store.learned.setdefault("mates", {})
+        self._seen: dict[Key, dict[Any, WindowLevel]] = {}
         self._packed: set[Any] = scope.store.learned.setdefault("packed", set())
         self._asked: dict[Key, dict[nn.Module, Tensor]] = {}
         self._made: dict[Key, _Made] = {}
-        self._entries: tuple[tuple[Tensor, Any], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._entries: tuple[Any, torch.dtype, tuple[Tensor, Tensor, Tensor]] | None = None
         scope.at_end.append(self._learn)
+
+    def shares(self, norm: Any, key: Key, level: WindowLevel) -> bool:
+        """Whether others read the windows of this norm; the next call knows of it."""
+        self._seen.setdefault(key, {})[norm] = level
+        return self._level_of.get(key, {}).get(norm, 1) > 1
 
     def table(self, norm: nn.Module, own: NormConvs, layout: LabelLayout, size: tuple[int, int],
               windows3: Tensor, windows5: Tensor) -> Tensor | None:
@@ -85,11 +94,10 @@ class _Call:
     def _entries_of(self, vectors: Tensor, layout: LabelLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Entries of the symbols' vectors, which all levels of a map have."""
         known = self._entries
-        if known is None or known[1][0].dtype != vectors.dtype or not _same(
-                known[0], layout.vectors):
+        if known is None or known[1] != vectors.dtype or not _same(known[0], layout.vectors):
             found = symbol_entries(vectors, _kind(layout))
-            self._entries = known = _marked(layout.vectors), found
-        return known[1]
+            self._entries = known = _marked(layout.vectors), vectors.dtype, found
+        return known[2]
 
     def _pack(self, convs: list[NormConvs]) -> Packed | None:
         """The weights side by side; None in a CUDA graph's capture, where they were not before."""
@@ -102,17 +110,14 @@ class _Call:
         return constants.constant(("level", groups), partial(pack, convs), *sources)
 
     def _learn(self) -> None:
-        """Note which norms asked for tables of the same windows."""
+        """Note which norms read the same windows, and which of them asked for their tables."""
+        for key, seen in self._seen.items():
+            counts = Counter(map(id, seen.values()))
+            self._level_of[key] = {norm: counts[id(level)] for norm, level in seen.items()}
         for key, asked in self._asked.items():
             self._mates[key] = {
                 norm: tuple(mate for mate, other in asked.items() if other is windows)
                 for norm, windows in asked.items()}
-
-
-def _mates_in(scope: constants.Scope) -> dict[Key, dict[nn.Module, tuple[nn.Module, ...]]]:
-    found: dict[Key, dict[nn.Module, tuple[nn.Module, ...]]]
-    found = scope.store.learned.setdefault("mates", {})
-    return found
 
 
 def _marked(tensor: Tensor) -> tuple[Tensor, Any]:
@@ -163,13 +168,20 @@ def shared_convs(norm: object, layout: LabelLayout) -> NormConvs | None:
     return convs
 
 
-def shares(norm: nn.Module, layout: LabelLayout, size: tuple[int, int]) -> NormConvs | None:
-    """The norm's convs where its table is made with others': the last call has shown which."""
-    scope, convs = constants.scope(), shared_convs(norm, layout)
-    if scope is None or convs is None:
+def _call() -> _Call:
+    scope = constants.scope()
+    assert scope is not None
+    make: Callable[[], _Call] = partial(_Call, scope)
+    return scope.kept("tables", make)
+
+
+def shares(norm: Any, layout: LabelLayout, size: tuple[int, int]) -> NormConvs | None:
+    """The norm's convs where its table can be made with others': the last call has shown them."""
+    convs = shared_convs(norm, layout)
+    if convs is None:
         return None
-    mates = _mates_in(scope).get(_key(convs, layout, size), {}).get(norm, ())
-    return convs if len(mates) > 1 else None
+    known = _call().shares(norm, _key(convs, layout, size), layout.level(size))
+    return convs if known else None
 
 
 def shared_table(norm: nn.Module, layout: LabelLayout, size: tuple[int, int], windows3: Tensor,
@@ -183,7 +195,4 @@ def shared_table(norm: nn.Module, layout: LabelLayout, size: tuple[int, int], wi
     convs = shared_convs(norm, layout)
     if convs is None:
         return None
-    scope = constants.scope()
-    assert scope is not None
-    make: Callable[[], _Call] = partial(_Call, scope)
-    return scope.kept("tables", make).table(norm, convs, layout, size, windows3, windows5)
+    return _call().table(norm, convs, layout, size, windows3, windows5)

@@ -43,7 +43,7 @@ class Checked(Generic[T]):
 
 
 def plain(num_groups: Any, *numbers: Any) -> bool:
-    """Whether options are what they are typed as: a tensor's value changes, and 2.0 groups are 2."""
+    """Whether options are of their types: a tensor's value changes, and 2.0 groups equal 2."""
     return type(num_groups) in _COUNTS and all(type(n) in _NUMBERS for n in numbers)
 
 

@@ -190,6 +190,8 @@ def number_levels(map: Tensor, sizes: Sequence[tuple[int, int]], limits: Sequenc
     if len(sizes) != len(limits) or len(sizes) > MAX_LEVELS:
         raise ValueError(f"sizes: expected at most {MAX_LEVELS}, a limit for each, "
                          f"got {len(sizes)} and {len(limits)} limits; take them in turns")
+    if len(map) and 0 in map.shape[1:]:
+        raise ValueError(f"map: expected at least one pixel, got {tuple(map.shape)}")
     if any(h < 1 or w < 1 for h, w in sizes):
         raise ValueError(f"sizes: expected heights and widths from 1, got {list(sizes)}")
     kind = resolve("number_levels", map, backend, ("cuda",))

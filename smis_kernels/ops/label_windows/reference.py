@@ -93,27 +93,47 @@ def number_levels(
     return levels, counts.to(map.device)
 
 
-def number_labels(labels: Tensor, edges: Tensor | None,
-                  num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Symbols (N, H, W) of the classes or (class, edge) that occur, vectors, what was found."""
-    kinds, channels = num_classes, num_classes
+def _kinds(labels: Tensor, edges: Tensor | None, num_classes: int) -> tuple[Tensor, int]:
+    """Classes, or of class and edge, as numbers, and how many there are: one out of range."""
     flat = labels.long()
     bad = (flat < 0) | (flat >= num_classes)
     if edges is not None:
         flat = 2 * flat + (edges != 0)
-        kinds, channels = 2 * num_classes, num_classes + 1
-    flat = flat.masked_fill(bad, kinds)
+    kinds = num_classes if edges is None else 2 * num_classes
+    return flat.masked_fill(bad, kinds), kinds
+
+
+def _fill(vectors: Tensor, values: Tensor, edges: bool, num_classes: int) -> None:
+    """Rows 1.. of ``vectors``, zero before: what the kinds ``values`` stand for."""
+    rows = torch.arange(1, len(values) + 1, device=values.device)
+    vectors[rows, values // 2 if edges else values] = 1
+    if edges:
+        vectors[rows, num_classes] = (values % 2).to(vectors.dtype)
+
+
+def present_labels(labels: Tensor, edges: Tensor | None,
+                   num_classes: int) -> tuple[Tensor, Tensor]:
+    """Symbols (N, H, W) of the kinds that occur, all in range, and their vectors alone."""
+    flat, kinds = _kinds(labels, edges, num_classes)
+    present = torch.bincount(flat.flatten(), minlength=kinds) > 0
+    rank, values = present.cumsum(0), present.nonzero().flatten()
+    vectors = torch.zeros((len(values) + 1, num_classes + (edges is not None)),
+                          dtype=torch.float32, device=labels.device)
+    _fill(vectors, values, edges is not None, num_classes)
+    return rank[flat].int(), vectors
+
+
+def number_labels(labels: Tensor, edges: Tensor | None,
+                  num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Symbols (N, H, W) of the classes or (class, edge) that occur, vectors, what was found."""
+    flat, kinds = _kinds(labels, edges, num_classes)
     present = torch.bincount(flat.flatten(), minlength=kinds + 1)[:kinds] > 0
     rank = F.pad(present.cumsum(0), (0, 1), value=kinds + 1)
     values = present.nonzero().flatten()
-    vectors = torch.zeros((kinds + 2, channels), dtype=torch.float32, device=labels.device)
+    vectors = torch.zeros((kinds + 2, num_classes + (edges is not None)), dtype=torch.float32,
+                          device=labels.device)
     vectors[-1] = float("nan")
-    rows = torch.arange(1, len(values) + 1, device=labels.device)
-    if edges is None:
-        vectors[rows, values] = 1
-    else:
-        vectors[rows, values // 2] = 1
-        vectors[rows, num_classes] = (values % 2).to(vectors.dtype)
+    _fill(vectors, values, edges is not None, num_classes)
     least, most = (labels.long().aminmax() if labels.numel() else (rank.new_zeros(()),) * 2)
     least = least.clamp(min=1 - 2**63)  # which can be negated
     found = torch.stack([rank.new_tensor(len(values)), (-least).clamp(min=0),
