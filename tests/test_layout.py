@@ -418,6 +418,74 @@ def test_a_capture_takes_the_dense_path_where_counts_are_not_read(
 
 
 @needs_cpu
+def test_a_level_is_not_begun_during_a_capture(device: list[list[tuple[int, int]]],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = blocky(1, 16, 16, 5)
+    LabelLayout.from_labels(labels, 5).level((16, 16))
+    layout = LabelLayout.from_labels(labels, 5)
+    assert layout.symbols is not None
+    with monkeypatch.context() as capture:
+        capture.setattr(layout_module, "_capturing", lambda map: True)
+        for size in ((16, 16), (8, 8)):
+            with pytest.raises(RuntimeError, match="cannot be counted while a CUDA graph"):
+                layout.level(size)
+    for size in ((16, 16), (8, 8)):  # and is no worse for it afterwards
+        assert torch.equal(layout.level(size).symbols, layout.resized(size))
+
+
+def test_two_threads_read_numbers_at_once() -> None:
+    """The second is waiting for the device while the first reads them."""
+    reading = layout_module._Reading(torch.tensor([3, 4]))
+
+    class Event:
+        entered = False
+
+        def synchronize(self) -> None:
+            if not Event.entered:
+                Event.entered = True
+                assert reading.numbers() == [3, 4]  # another thread, meanwhile
+
+    reading._sent = Event()  # type: ignore[assignment]
+    assert reading.numbers() == [3, 4]
+
+
+@needs_cpu
+def test_room_for_windows_is_not_kept(device: list[list[tuple[int, int]]],
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LabelLayout.from_labels(blocky(1, 128, 128, 5), 5)
+    tensors = [layout.symbols, layout.vectors, *vars(layout.level((128, 128))).values()]
+    needed = sum(4 * t.numel() for t in tensors)
+    assert sum(t.untyped_storage().nbytes() for t in tensors) > needed + 200_000
+    assert len(pickle.dumps(layout)) < needed + 10_000
+    copy = pickle.loads(pickle.dumps(layout))
+    assert torch.equal(copy.level((128, 128)).windows5, layout.level((128, 128)).windows5)
+    monkeypatch.setattr(layout_module, "MOST_SPARE", 0)
+    layout = LabelLayout.from_labels(blocky(1, 128, 128, 5), 5)
+    level = layout.level((128, 128))
+    assert level.windows3.untyped_storage().nbytes() == level.windows3.numel() * 4
+
+
+def test_layouts_of_0_2_are_read() -> None:
+    layout = LabelLayout.from_labels(blocky(1, 16, 16, 5), 5)
+    state = layout.__getstate__()
+    for name in ("_own", "_prepared", "_labels"):
+        del state[name]
+    state["symbols"], state["vectors"] = state.pop("_symbols"), state.pop("_vectors")
+    old = LabelLayout.__new__(LabelLayout)
+    old.__setstate__(state)
+    assert torch.equal(old.vectors, layout.vectors)
+    assert torch.equal(old.level((8, 8)).symbols, layout.level((8, 8)).symbols)
+
+
+def test_many_classes_take_room_for_those_that_occur() -> None:
+    labels = torch.tensor([[[7, 90_000], [7, 3]]])
+    for edges, rows in ((None, 4), (torch.tensor([[[0, 1], [2, 0]]]), 5)):
+        layout = LabelLayout.from_labels(labels, 100_000, edges=edges)
+        assert layout.vectors.untyped_storage().nbytes() == rows * layout.vectors.shape[1] * 4
+        assert layout.dense().argmax(1).equal(labels)
+
+
+@needs_cpu
 def test_edits_of_any_kind_are_seen() -> None:
     norm, x = SPADE(6, 4, 5).eval(), torch.randn(1, 6, 16, 16)
 
