@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from smis_kernels.modules.spade import CGNorm
@@ -428,6 +429,7 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
     (["paint", "--port", "99999"], "port: "),
     (["synthesize", "--labels", "a"], "out: "),
     (["synthesize", "--smaples", "3"], "No such option: --smaples"),
+    (["synthesize", "--labels"], "Option '--labels'"),
     (["paints"], "No such command 'paints'"),
     (["evaluate", "more", "--out", "b"], "Got unexpected extra argument"),
 ])
@@ -438,3 +440,24 @@ def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
     assert error.startswith(f"error: {said}")
     assert error.endswith(f"; `{command} --help` shows what it takes\n")
     assert error.count("\n") == 1
+
+
+def test_weights_are_those_of_the_model_that_is_named(smis, tmp_path):
+    shipped = shipped_weights("groupdnet_scenes")
+    for command in (["classes", "spade_ade20k"],
+                    ["synthesize", "--model", "spade_ade20k", "--labels", "x", "--out",
+                     tmp_path / "o", "--size", "512x512"]):
+        code, out, error = smis(*command, "--checkpoint", shipped)
+        assert (code, out) == (2, "")
+        assert error == f"error: checkpoint: {shipped} is groupdnet_scenes, not spade_ade20k\n"
+    code, out, error = smis("classes", "spade_ade20k", "--checkpoint", tmp_path / "no.pth")
+    assert (code, out) == (2, "")
+    assert error.startswith(f"error: checkpoint: {tmp_path / 'no.pth'} does not exist; give a .pth")
+
+
+def test_an_interruption_ends_without_a_traceback(smis, monkeypatch):
+    def interrupted(*_, **__):
+        raise typer.Abort
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    assert smis("list") == (130, "", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 import pytest
@@ -111,3 +112,18 @@ synthesizer.frozen_copy zoo.MODELS zoo.ModelInfo
 def test_names_of_0_1(old: str) -> None:
     module, name = old.split(".")
     assert getattr(importlib.import_module(f"smis_models.{module}"), name) is not None
+
+
+def test_a_star_takes_what_a_moved_module_held() -> None:
+    module = importlib.import_module("smis_models.losses")
+    assert {"gan_loss", "kl_loss"} <= {*module.__all__}
+
+
+@pytest.mark.parametrize(("old", "now"), [
+    ("images.Picture", "io.images.Picture"), ("legacy.State", "io.state_dict_keys.State"),
+    ("demo.Step", "app.demo.Step"),
+])
+def test_an_alias_is_of_the_module_that_gives_it(old: str, now: str) -> None:
+    module, name = old.split(".")
+    with pytest.warns(DeprecationWarning, match=rf"is smis_models\.{re.escape(now)} since 0\.2"):
+        getattr(importlib.import_module(f"smis_models.{module}"), name)

@@ -9,6 +9,8 @@ from ..io.extras import cure
 
 _missing: ImportError | None = None
 try:
+    import typer
+
     from ..io.allocator import reuse_freed_memory
     from . import (
         apply,
@@ -54,6 +56,8 @@ def main(commands: Any = None) -> None:
         if commands is None:
             sys.exit(app(prog_name="smis", standalone_mode=False))
         sys.exit(commands(standalone_mode=False))
+    except typer.Abort:  # what some versions make of Ctrl-C
+        sys.exit(130)
     except common.USAGE_ERROR as error:
         common.tell_error(common.usage_line(error))
         sys.exit(2)

@@ -122,12 +122,11 @@ def _prepared(model: str | None, checkpoint: Path | None, labels: Path, instance
     which = chosen(model, checkpoint, device, seed)
     index, names = which.class_of("unknown", unknown), which.classes
     with locked(out), selected(backend):
-        network = which.load()
-        scenes = synthesis.read_scenes(labels, instances, network.preset, index, names)
+        scenes = synthesis.read_scenes(labels, instances, which.preset, index, names)
         if len(scenes) > 1:
             raise ValueError(f"labels: expected one label map, got {len(scenes)} in {labels}; "
                              "give a file")
-        scene = scenes[0]
+        scene, network = scenes[0], which.load()
         if line := resized_line(scene):
             console.print(line, soft_wrap=True, highlight=False)
         yield _Application(network, scene, which.place, which.checkpoint is None, names, index)

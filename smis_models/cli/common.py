@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,8 +31,8 @@ from ..data.classes import class_index, class_names
 from ..families import (
     Preset,
     checkpoint_file,
+    configured_preset,
     create_model,
-    entry,
     shipped_weights,
     stored_configuration,
 )
@@ -77,7 +78,11 @@ def usage_line(error: Any) -> str:
     text = error.format_message()
     if isinstance(error, typer.BadParameter) and parameter is not None:
         text = f"{parameter.opts[0].lstrip('-')}: {text.partition(': ')[2] or text}"
-    command = "smis" if context is None else context.command_path
+    command = "smis"
+    if context is not None:
+        command = context.command_path
+    elif len(sys.argv) > 1 and sys.argv[1][:1] != "-":  # an option lacks its value
+        command += f" {sys.argv[1]}"
     return f"{text.rstrip('.')}; `{command} --help` shows what it takes"
 
 
@@ -258,12 +263,17 @@ def chosen(model: str | None, checkpoint: Path | None, device: str = "cpu", seed
     """What the options choose; ``default``: the model where neither it nor weights are given.
 
     Raises:
-        ValueError: no name, and no checkpoint that tells it; an unknown name; no such device.
+        ValueError: no name, and no checkpoint that tells it; an unknown name; weights of another
+            model; no such device.
+        FileNotFoundError: the checkpoint is not there.
     """
     place = resolve_device(device)
     if model is None and checkpoint is None:
         model = default
     path = None if checkpoint is None else checkpoint_file(checkpoint)
+    if path is not None and not path.exists():
+        raise FileNotFoundError(f"checkpoint: {path} does not exist; give a .pth or "
+                                ".safetensors file, or a folder")
     if model is None:
         stored = None if path is None else stored_configuration(path)
         if stored is None:
@@ -271,7 +281,7 @@ def chosen(model: str | None, checkpoint: Path | None, device: str = "cpu", seed
             raise ValueError("model: expected --model NAME (smis list shows them), or a "
                              f"--checkpoint of smis train or smis convert{holds}")
         return Chosen(stored.model, path, place, seed)
-    entry(model)
+    configured_preset(model, path, {})  # which refuses an unknown name, and weights of another
     return Chosen(model, shipped_weights(model) if path is None else path, place, seed)
 
 

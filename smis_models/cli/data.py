@@ -105,7 +105,7 @@ def convert_labels(
     colours: Annotated[Path | None, typer.Option(
         help="text file of lines CLASS R G B; without it: maps whose channels are equal")] = None,
 ) -> None:
-    """Colour-coded label maps to class indices: every colour must be in the table, exactly."""
+    """Colour-coded label maps to class indices: all colours must be in the table, exactly."""
     table = None if colours is None else read_colour_table(colours)
     single = source.is_file()
     names = [source.name] if single else [

@@ -104,16 +104,17 @@ def evaluate(
     place = which.place
     pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
                               mask_mode=mask_mode, dont_care=dont_care)
+    clusters = synthesis.read_clusters(which.preset, features)
+    index = which.class_of("unknown", unknown)
+    labelled = metrics.label_rule(rule, which.preset, pinned.dont_care)
     distances = create_distances(distance, lpips_weights, lpips_heads, place)
     extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
     with selected(backend):
         network = which.load()
         preset = network.preset
-        clusters = synthesis.read_clusters(preset, features)
-        index = which.class_of("unknown", unknown)
         measured = Metrics(
             distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
-            metrics.label_rule(rule, preset, pinned.dont_care),
+            labelled,
         )
         if dataset is not None:
             facts = {"dataset": dataset, "root": None if root is None else str(root),

@@ -216,7 +216,7 @@ def features(
     """Encode a data set's instances, cluster each class, and write what --features reads."""
     if convert is not None:
         unusable(context, "--convert reads its file alone", "images", "instances", "model",
-                 "checkpoint", "clusters")
+                 "checkpoint", "clusters", "device", "seed")
         found = FeatureClusters.load(convert)
     elif images is None or instances is None:
         raise ValueError("images, instances: expected both (or --convert); give two folders")

@@ -1,4 +1,4 @@
-"""Modules of 0.1 import by their old names, with a warning that says where they stand now."""
+"""Modules at the root of 0.1 import by their old names; a warning says where they stand now."""
 
 from __future__ import annotations
 
@@ -83,12 +83,17 @@ class _Moved(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         homes = MOVED[self.__name__.removeprefix(f"{_PACKAGE}.")]
+        if name == "__all__":
+            return [public for home in homes
+                    for public in vars(import_module(f"{_PACKAGE}.{home}")) if public[0] != "_"]
         if not name.startswith("__"):
             for home in homes:
                 module = import_module(f"{_PACKAGE}.{home}")
                 if hasattr(module, name):
                     value = getattr(module, name)
-                    home = getattr(value, "__module__", module.__name__)
+                    home = str(getattr(value, "__module__", ""))
+                    if getattr(sys.modules.get(home), name, None) is not value:
+                        home = module.__name__  # of a constant, or of another's alias
                     _warn(f"{self.__name__}.{name} is {home}.{name}", 3)
                     return value
         now = ", ".join(f"{_PACKAGE}.{home}" for home in homes)
