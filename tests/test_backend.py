@@ -65,7 +65,7 @@ def test_a_missing_library_is_no_silent_fallback(name: str,
 
 # These tell explain nothing of their own: the modules that call them do.
 INNER = {"window_table", "window_embedding", "number_vectors", "number_windows", "group_windows",
-         "label_conv"}
+         "label_conv", "level_tables"}
 
 
 @needs_cpu
@@ -101,7 +101,7 @@ BLOCKS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "use_backend": (lambda: use_backend("reference"), requested),
     "no_fallback": (no_fallback, lambda: selector._selection.fallback),
     "use_path": (lambda: use_path("dense"), requested_path),
-    "using": (lambda: constants.using(constants.Store([])), lambda: constants._active.store),
+    "using": (lambda: constants.using(constants.Store([])), lambda: constants.scope()),
     "trial": (lambda: tuned.trial("rates", {}), lambda: dict(tuned._trials)),
     "layout_scope": (layout_scope, lambda: label_layout._known.depth),
     "network_call": (formats.network_call, lambda: formats._calls.depth),
