@@ -108,6 +108,8 @@ def _table_cases() -> Iterator[GpuCase]:
             yield GpuCase("window_table", f"window_table {groups} groups, "
                           f"{'one level' if level else 'two levels'}", "window_table", shape,
                           {"groups": groups, "one_level": level})
+        yield GpuCase("level_tables", f"level_tables of two norms, {groups} groups",
+                      "level_tables", shape, {"groups": groups, "norms": 2})
 
 
 def _conv_cases() -> Iterator[GpuCase]:
