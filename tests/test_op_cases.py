@@ -165,10 +165,10 @@ def test_gradcheck(layout: str, order: int, name: str) -> None:
         pytest.skip(f"{name} is not differentiable")
     call, inputs = case.build((2, 2, 3, 4), layout, torch.float64, case.default())
     leaves = [t.requires_grad_() for t in inputs]
-    # The second derivative is the definition's, which "auto" records.
+    # The second derivative is the definition's, which "auto" records. A GPU's sums have no order.
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
     assert check(partial(call, backend="cpu" if order == 1 else "auto"), leaves,
-                 fast_mode=order == 2)
+                 fast_mode=order == 2, nondet_tol=1e-12 if cuda_emulated() else 0.0)
 
 
 class Recorded(TorchDispatchMode):
