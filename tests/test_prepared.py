@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from smis_kernels.runtime import constants
 from smis_kernels.runtime.constants import Store, constant, using
 
 CLASSES, CHANNELS = 5, 12
+M = TypeVar("M", bound=nn.Module)
 
 
 class Network(nn.Module):
@@ -34,15 +36,19 @@ class Network(nn.Module):
             return self.second(x, layout)
 
 
-@pytest.fixture
-def network() -> Network:
-    found = Network()
-    for name, buffer in found.named_buffers():
+def with_statistics(module: M) -> M:
+    """A module in eval mode with running statistics of its own."""
+    for name, buffer in module.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_()
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2)
-    return found.eval()
+    return module.eval()
+
+
+@pytest.fixture
+def network() -> Network:
+    return with_statistics(Network())
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, LabelLayout]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_prepared import CHANGES, CHANNELS, CLASSES
+from test_prepared import CHANGES, CHANNELS, CLASSES, with_statistics
 from test_prepared import inputs as small_inputs
 from torch import Tensor, nn
 
@@ -39,13 +39,7 @@ class Network(nn.Module):
 
 def drawn() -> Network:
     torch.manual_seed(0)
-    found = Network()
-    for name, buffer in found.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_()
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 2)
-    return found.double().eval()
+    return with_statistics(Network()).double()
 
 
 @pytest.fixture
