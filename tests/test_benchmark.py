@@ -267,6 +267,7 @@ def test_figures_of_given_times(monkeypatch):
     assert records.speedup(rows) == pytest.approx(4 / 2)
     assert records.speedup(rows, slowest=True) == 4 / 8
     row = rows["fused"]
+    assert records.floor_share(replace(row, bound=0.25)) == 0.25 / 1.0  # both of the first map
     assert row.times == [pytest.approx(2.0)] * 3  # the geometric mean of four maps
     assert row.maps == {"map 0": 1.0, "map 1": 8.0, "map 2": 1.0, "map 3": 2.0}
     assert row.slowest == 8.0

@@ -17,7 +17,9 @@ from smis_kernels import (
     use_path,
     winograd_conv2d,
 )
+from smis_kernels.ops.label_windows.op import group_windows
 from smis_kernels.ops.level_tables.op import NormConvs, level_tables
+from smis_kernels.ops.window_table.op import window_table
 from smis_kernels.runtime.backend import missing
 from smis_models import create_model
 from smis_models.benchmark import Setting, cases, measure
@@ -73,6 +75,20 @@ def test_tables_are_counted_by_their_windows(path: str) -> None:
     with use_path("dense"):
         dense = effective_macs(lambda: norm(features(16), layout))
     assert dense == 32 * 32 * (9 * 5 * 8 + 2 * 9 * 8 * 16)
+
+
+@needs_cpu
+def test_groups_are_counted_by_windows_of_their_own() -> None:
+    vectors = torch.tensor([[0., 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
+    windows = torch.cat([torch.zeros(1, 9), torch.arange(1, 4)[:, None].expand(3, 9)]).int()
+    own = group_windows(vectors, windows, [(0, 2), (2, 4), (0, 2)])
+    rows = [int(own.counts[kind]) for kind in own.kinds]
+    assert rows == [3, 2, 3]  # of three windows: the second group sees two of them empty
+    weights = torch.randn(12, 4, 3, 3), torch.zeros(12), torch.randn(12, 4, 3, 3), torch.zeros(12)
+    level = torch.zeros(6, 9, dtype=torch.int32)
+    found = effective_macs(
+        lambda: window_table(torch.zeros(4, 12), *weights, level, own=own, groups=3))
+    assert found == sum(rows) * 2 * 9 * 4 * 4  # four channels of four inputs a group
 
 
 @needs_cpu

@@ -234,7 +234,7 @@ def read_and_written(inputs: Inputs, outputs: Any) -> int:
 
 
 class Remaining(NamedTuple):
-    """What no implementation can leave out: the bound is its time at the rates of the run."""
+    """The work that remains: the bound is its time at the rates of the run, on the first map."""
 
     macs: int
     bytes: int

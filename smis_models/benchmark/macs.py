@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from math import prod
 from typing import Any
 
@@ -29,11 +30,19 @@ def conv_macs(inputs: Inputs) -> int:
     return counter.get_total_flops() // 2
 
 
-def _window_table(hidden: Shape, weight: Shape, *rest: Any, out_shape: Shape, **_: Any) -> int:
-    """Gamma's and beta's 3x3 convs: at every 3x3 window, or on one level at every 5x5 window."""
-    one_level = rest[-1]
-    rows = out_shape[0] if one_level else hidden[0]
-    return (rows - 1) * 2 * prod(weight)
+def _window_table(hidden: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **_: Any) -> int:
+    """Gamma's and beta's 3x3 convs: at every 3x3 window, or on one level at every 5x5 window.
+
+    Groups that have windows of their own multiply those alone: their ids are numbered from 1.
+    """
+    groups, one_level, kinds, ids = (*rest[4:], None, None)[:4]
+    if one_level:
+        return (len(out_val) - 1) * 2 * weight.numel()
+    rows = len(hidden) - 1 if ids is None else ids.amax(1)[kinds.long()].sum().item() / groups
+    return round(rows * 2 * weight.numel())
+
+
+_window_table._get_raw = True  # type: ignore[attr-defined]  # values, not shapes alone
 
 
 def _level_product(hidden: Shape, weight: Shape, bias: Any, tiles: Any, windows: Shape,
@@ -69,7 +78,11 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def _flops(formula: Callable[..., int]) -> Callable[..., int]:
-    return lambda *shapes, **options: 2 * formula(*shapes, **options)
+    @wraps(formula)  # with its attributes
+    def doubled(*arguments: Any, **options: Any) -> int:
+        return 2 * formula(*arguments, **options)
+
+    return doubled
 
 
 def dense_macs(inputs: Inputs) -> int:

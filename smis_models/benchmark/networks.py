@@ -130,13 +130,17 @@ def further_case(name: str, against: float, against_best: float) -> Case:
         synthesizer.sample(z)
         return synthesizer, z
 
+    def bound(inputs: Inputs) -> Remaining:
+        synthesizer, z = prepare(inputs)
+        return network_bound(inputs[:3], lambda: synthesizer.sample(z))
+
     return generator_case(
         name, "further_sample", make_inputs=make_inputs, every_map=True,
         providers=(*baselines(lambda *inputs: reference(*inputs[:3])),
                    Provider("fused", lambda s, z: s.sample(z), prepare)),
         macs=lambda inputs: conv_macs(inputs[:3]),
-        bound=lambda inputs: network_bound(inputs[:3]),
-        targets={"reference": against, "best": against_best},
+        bound=bound,
+        targets={"reference": against, "best": against_best, "floor": 0.75},
     )
 
 
@@ -324,18 +328,17 @@ def windows_of(planes: Tensor) -> tuple[int, int, int]:
     return v, u, layout.symbols.numel()
 
 
-def network_bound(inputs: Inputs) -> Remaining:
-    """What remains when modulation is free: multiply-adds of direct convs, passes over features.
+def network_bound(inputs: Inputs, call: Callable[[], Any] | None = None) -> Remaining:
+    """The products that ours (or ``call``) makes on this map, and passes over features.
 
     The main convs are those called as modules; each reads a norm's output, and the norm read as
     much: two passes for every conv input.
     """
     module, *arguments = inputs
-    macs = moved = largest = 0
+    moved = largest = 0
 
     def hook(conv: nn.Conv2d, given: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal macs, moved, largest
-        macs += out[0, 0].numel() * out.shape[0] * conv.weight.numel()
+        nonlocal moved, largest
         size = given[0].numel() * given[0].element_size()
         moved, largest = moved + 2 * size, max(largest, size)
 
@@ -347,14 +350,13 @@ def network_bound(inputs: Inputs) -> Remaining:
     finally:
         for handle in hooks:
             handle.remove()
-    return Remaining(macs, moved, largest)
+    return Remaining(effective_macs(call or (lambda: module(*arguments))), moved, largest)
 
 
-def _algebra(name: str, against: float, best: float, slowest: float | None = None) -> Case:
-    least = {} if slowest is None else {"slowest": slowest}
+def _algebra(name: str, against: float, best: float) -> Case:
     return generator_case(
         name, every_map=True, bound=network_bound, windows=lambda inputs: windows_of(inputs[1]),
-        targets={"reference": against, "best": best, **least, "memory": 0.5})
+        targets={"reference": against, "best": best, "memory": 0.35, "floor": 0.75})
 
 
 def _family(name: str) -> Case:
@@ -404,23 +406,23 @@ ALGEBRA = [
     *(growth_case(size, 1) for size in ((256, 256), (256, 512), (512, 1024), (1024, 2048))),
     *(growth_case((256, 256), batch) for batch in (4, 16)),
     noise_case(),
-    _algebra("spade_coco", 3.2, 2.5, 2.5),
-    _algebra("spade_ade20k", 3.2, 2.5, 2.5),
-    _algebra("groupdnet_ade20k", 5, 4, 3.5),
-    _algebra("groupdnet_deepfashion", 2.3, 1.9),
-    _algebra("spade_cityscapes", 2.8, 2.2),
-    _algebra("groupdnet_cityscapes", 2.4, 1.7),
-    further_case("spade_coco_vae", 4, 3),
-    further_case("groupdnet_ade20k", 8, 6),
-    further_case("groupdnet_deepfashion", 2.6, 2.1),
+    _algebra("spade_coco", 5.5, 4.2),
+    _algebra("spade_ade20k", 5.5, 4.2),
+    _algebra("groupdnet_ade20k", 11, 8),
+    _algebra("groupdnet_deepfashion", 4.8, 3.7),
+    _algebra("spade_cityscapes", 5, 4),
+    _algebra("groupdnet_cityscapes", 8.5, 2.7),
+    further_case("spade_coco_vae", 8, 6),
+    further_case("groupdnet_ade20k", 16, 12),
+    further_case("groupdnet_deepfashion", 5.2, 4.3),
     encoder_case(8),
-    step_case("spade_coco", 2, targets={"reference": 2.2, "best": 1.8}),
+    step_case("spade_coco", 2, targets={"reference": 2.3, "best": 2.2}),
 ]
 CCFPSE = [
     generator_case("ccfpse_coco", seconds=30.0,
-                   targets={"reference": 1.5, "best": 1.2, "memory": 0.25}),
+                   targets={"reference": 3.5, "best": 3, "memory": 0.25}),
     discriminator_case("ccfpse_coco", 1.3),
 ]
 PIX2PIXHD = [generator_case("pix2pixhd_cityscapes", seconds=90.0, truth=reference,
-                            targets={"reference": 1.25, "best": 1.1, "memory": 0.6})]
+                            targets={"reference": 2.4, "best": 2.1, "memory": 0.6})]
 FAMILY = [_family(name) for name in MODELS]

@@ -163,7 +163,7 @@ def copy_share(record: Record) -> float:
 def floor_share(record: Record) -> float | None:
     """The bound's time, or that of a streaming op's bytes, as a share of the time it took."""
     if record.bound is not None:
-        return record.bound / record.median
+        return record.bound / record.maps.get("map 0", record.median)
     return copy_share(record) if record.memory_bound else None
 
 
@@ -268,7 +268,8 @@ def table(records: Sequence[Record]) -> list[tuple[str, ...]]:
         lines.append((
             group + place, *(_cell(rows.get(name)) for name in PROVIDERS),
             duration(fused.slowest) if fused is not None and fused.maps else "-",
-            duration(fused.bound) if fused is not None and fused.bound else "-",
+            f"{duration(fused.bound)} ({floor_share(fused):.0%})"
+            if fused is not None and fused.bound else "-",
             times_text(speedup(rows)), times_text(speedup(rows, "best")), share, peak, error,
             "; ".join(check_text(*check) for check in checks(rows)) or "-",
         ))
