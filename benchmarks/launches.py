@@ -3,7 +3,9 @@
 A bf16 forward in eval mode at batch 1 runs on fake CUDA tensors, layout compiled and weights
 packed beforehand. *Operations* are what torch is asked for, our ops as one each; *launches* are
 kernels and memory sets: one for an operation of torch that is no view, and for ours what their
-launchers, which run too, start. A conv counts once, whatever cuDNN makes of it.
+launchers, which run too, start. A conv counts once, whatever cuDNN makes of it. *Training* is a
+step's forward and backward of the generator, in training mode under autocast as the trainer runs
+it, its layout at hand; *sorts* are operations that sort, several launches each.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ from smis_models.synthesis.synthesizer import frozen_copy
 RESULTS = Path(__file__).parent / "results"
 GENERATORS = ("spade_coco", "groupdnet_ade20k", "groupdnet_deepfashion", "ccfpse_coco")
 WAYS = ("reference", "auto", "two_level", "kept")  # kept: auto, the layout's second sample
-PARTS = ("norms", "conditions", "convs", "tail")
+PARTS = ("norms", "conditions", "convs", "tail", "backward")
+TRAINED = ("spade_coco", "groupdnet_ade20k")
+TRAINING_WAYS = ("reference", "auto")
 
 _VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "device",
@@ -54,6 +58,7 @@ _VIEWS = {
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }
 _WAITS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select"}
+_SORTS = {"sort", "argsort", "embedding_dense_backward"}
 # Kernels, memory sets and copies of CUDA C++ (tests/cuda_on_cpu holds them), and who waits.
 NATIVE = {"number_vectors": 7, "number_windows": 9, "number_labels": 5,
           "number_levels": 15}
@@ -67,7 +72,7 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
-        self.waits = 0
+        self.waits = self.sorts = 0
         self.names: Counter[tuple[str, str]] = Counter()  # of launches, by part
         self.part: str | None = None
         self._inside = False  # one of our launchers
@@ -87,6 +92,8 @@ class Count(TorchDispatchMode):
         picked = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8)
                                          for t in args[1])
         self.waits += name in _WAITS or name in _WAITING or name.startswith("_unique") or picked
+        summed = name.strip("_").startswith("index_put") and len(args) > 3 and args[3]
+        self.sorts += name in _SORTS or bool(summed)
         self._note(part, name, NATIVE.get(name, 1))
         return func(*args, **(kwargs or {}))
 
@@ -193,6 +200,7 @@ def without_a_gpu() -> Iterator[None]:
         "__getitem__": _picked, "contiguous": _contiguous,
         "copy_": lambda t, source: torch.ops.aten.copy_(t, source),
         "long": lambda t: t.to(torch.int64), "int": lambda t: t.to(torch.int32),
+        "float": lambda t: t.to(torch.float32),
     }
     with ExitStack() as stack:
         for name, method in methods.items():
@@ -200,6 +208,10 @@ def without_a_gpu() -> Iterator[None]:
         stack.enter_context(mock.patch.object(
             torch._C, "_conv_determine_backend_memory_format", _conv_format))
         stack.enter_context(mock.patch.object(torch.cuda, "device", nullcontext))
+        # autocast asks whether there is a GPU, and of which kind
+        stack.enter_context(mock.patch.object(
+            torch.cuda.amp.common, "amp_definitely_not_available", return_value=False))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))
         stack.enter_context(mock.patch.dict(os.environ, {"SMIS_TUNED": "none"}))
         yield
 
@@ -209,12 +221,12 @@ def _fake(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=kept, device="cuda")
 
 
-def _move(network: nn.Module, dtype: torch.dtype) -> None:
+def _move(network: nn.Module, dtype: torch.dtype, *, trained: bool = False) -> None:
     """Parameters and buffers become fake ones on a GPU, stored as they were."""
     for module in network.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                module._parameters[name] = nn.Parameter(_fake(p, dtype), requires_grad=False)
+                module._parameters[name] = nn.Parameter(_fake(p, dtype), requires_grad=trained)
         for name, b in list(module._buffers.items()):
             if b is not None:
                 module._buffers[name] = _fake(b, dtype)
@@ -286,6 +298,21 @@ def count_layout(name: str, maps: Maps) -> tuple[LabelLayout, dict[str, int]]:
     return layout, counts
 
 
+def _on_a_gpu(layout: LabelLayout) -> LabelLayout:
+    """The layout in fake tensors, resolutions included."""
+    moved = LabelLayout(_fake(layout.symbols), _fake(layout.vectors))
+    moved._levels = {
+        size: WindowLevel(**{k: _fake(v) for k, v in vars(level).items()})
+        for size, level in layout._levels.items()
+    }
+    return moved
+
+
+def _planes(layout: LabelLayout, dtype: torch.dtype) -> Tensor:
+    """What the reference reads in its place."""
+    return torch.empty(layout.shape, dtype=dtype, device="cuda")
+
+
 def count_forward(name: str, layout: LabelLayout, way: str, *,
                   dtype: torch.dtype = torch.bfloat16) -> Count:
     """One forward of a frozen generator on fake tensors; the one before it, uncounted, prepares."""
@@ -296,14 +323,7 @@ def count_forward(name: str, layout: LabelLayout, way: str, *,
     with without_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), \
             use_backend(backend), use_path(path):
         _move(generator, dtype)
-        semantic: Any = LabelLayout(_fake(layout.symbols), _fake(layout.vectors))
-        semantic._levels = {
-            size: WindowLevel(**{k: _fake(v) for k, v in vars(level).items()})
-            for size, level in layout._levels.items()
-        }
-        if way == "reference":
-            n, channels, h, w = layout.shape
-            semantic = torch.empty((n, channels, h, w), dtype=dtype, device="cuda")
+        semantic: Any = _planes(layout, dtype) if way == "reference" else _on_a_gpu(layout)
         if way == "kept":
             semantic.tables = TableCache()
         z = generator.sample_latent(layout.shape[0])
@@ -317,6 +337,34 @@ def count_forward(name: str, layout: LabelLayout, way: str, *,
     return count
 
 
+def count_training(name: str, layout: LabelLayout, way: str, *,
+                   dtype: torch.dtype = torch.bfloat16) -> tuple[Count, int]:
+    """The generator's forward and backward of a step, and bytes that the layout keeps for it."""
+    generator: Any = create_model(name, part="generator", device="meta").train()
+    with without_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), use_backend(way), \
+            torch.autograd.set_multithreading_enabled(False):  # the fake device has no threads
+        _move(generator, torch.float32, trained=True)
+        planes = way == "reference"
+        semantic: Any = _planes(layout, torch.float32) if planes else _on_a_gpu(layout)
+        z = generator.sample_latent(layout.shape[0])
+        with Count() as count, count.marking():
+            with torch.autocast("cuda", dtype):
+                picture = generator(semantic, z)
+            count.part = "backward"
+            picture.backward(torch.empty_like(picture))
+        assert all(p.grad is not None for p in generator.parameters())
+    kept = () if planes else semantic._orders.values()
+    return count, sum(t.nbytes for found in kept for t in found.order.tensors)
+
+
+def _by_part(count: Count) -> dict[str, Any]:
+    return {
+        kind: {**{part: counter[part] for part in PARTS if counter[part]},
+               "total": counter.total()}
+        for kind, counter in (("operations", count.operations), ("launches", count.launches))
+    }
+
+
 def measure(maps: Maps, generators: tuple[str, ...] = GENERATORS) -> dict[str, Any]:
     """Counts of every generator and way, by part."""
     found: dict[str, Any] = {}
@@ -324,13 +372,11 @@ def measure(maps: Maps, generators: tuple[str, ...] = GENERATORS) -> dict[str, A
         layout, compiled = count_layout(name, maps)
         found[name] = {"layout": compiled}
         for way in WAYS:
-            count = count_forward(name, layout, way)
-            found[name][way] = {
-                kind: {**{part: counter[part] for part in PARTS if counter[part]},
-                       "total": counter.total()}
-                for kind, counter in (("operations", count.operations),
-                                      ("launches", count.launches))
-            }
+            found[name][way] = _by_part(count_forward(name, layout, way))
+        for way in TRAINING_WAYS if name in TRAINED else ():
+            count, kept = count_training(name, layout, way)
+            found[name].setdefault("training", {})[way] = {
+                **_by_part(count), "sorts": count.sorts, "waits": count.waits, "kept_bytes": kept}
     return found
 
 
@@ -344,6 +390,9 @@ def last_record(results: Path = RESULTS) -> dict[str, Any]:
     return counts
 
 
+_COMPARED = ("total", "sorts", "waits", "kept_bytes")
+
+
 def risen(now: dict[str, Any], before: dict[str, Any], prefix: str = "") -> list[str]:
     """Counts that are larger than before, or new; those that are gone count as neither."""
     lines = []
@@ -351,11 +400,15 @@ def risen(now: dict[str, Any], before: dict[str, Any], prefix: str = "") -> list
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             lines += risen(value, before.get(key, {}), f"{name}/")
-        elif key == "total" or prefix.endswith("layout/"):
+        elif key in _COMPARED or prefix.endswith("layout/"):
             was = before.get(key)
             if was is None or value > was:
                 lines.append(f"{name}: {value}, before {'nothing' if was is None else was}")
     return lines
+
+
+def _of_which(parts: dict[str, int]) -> str:
+    return ", ".join(f"{part} {parts[part]}" for part in PARTS if part in parts)
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -368,7 +421,12 @@ def _table(found: dict[str, Any]) -> str:
         for way in WAYS:
             parts = counts[way]["launches"]
             rows.append((name, way, str(counts[way]["operations"]["total"]), str(parts["total"]),
-                         ", ".join(f"{part} {parts[part]}" for part in PARTS if part in parts)))
+                         _of_which(parts)))
+        for way, step in counts.get("training", {}).items():
+            parts = step["launches"]
+            rows.append((name, f"training, {way}", str(step["operations"]["total"]),
+                         str(parts["total"]), f"{_of_which(parts)}; {step['sorts']} sorts, "
+                         f"{step['waits']} waits, {step['kept_bytes']} bytes kept"))
     return markdown_table(("generator", "way", "operations", "launches", "of which"), rows)
 
 
@@ -382,11 +440,15 @@ def main(arguments: list[str] | None = None) -> int:
     maps = Maps(options.maps)
     if options.names:
         name, _, way = options.names.partition("/")
-        if name not in GENERATORS or way not in WAYS:
+        training = way.removeprefix("training-")
+        known = (*WAYS, *(f"training-{way}" for way in TRAINING_WAYS))
+        if name not in GENERATORS or way not in known:
             parser.error(f"--names: expected one of {', '.join(GENERATORS)} and / and one of "
-                         f"{', '.join(WAYS)}; got {options.names!r}")
+                         f"{', '.join(known)}; got {options.names!r}")
         layout, _ = count_layout(name, maps)
-        names = count_forward(name, layout, way).names
+        count = (count_forward(name, layout, way) if training == way
+                 else count_training(name, layout, training)[0])
+        names = count.names
         print(markdown_table(("part", "launch", "times"),
                              [(part, what, str(n)) for (part, what), n in names.most_common()]))
         return 0

@@ -291,3 +291,88 @@ def test_batches_beyond_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     for got, expected in zip(case.run("triton", True, norm="instance"),
                              case.run("reference", True, norm="instance"), strict=True):
         assert max_error(got, expected) < 1e-11
+
+
+def product_inputs(rows: int, channels: int, depth: int, groups: int) -> tuple[Tensor, ...]:
+    weights = (draw(channels, depth // groups, 3, 3, seed=s) for s in (1, 2))
+    return draw(rows, 9, 2 * channels), draw(rows, depth), *weights
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("programs", [1, 40, 10**6])
+@pytest.mark.parametrize(("rows", "channels", "depth", "groups"), [
+    (1, 1, 1, 1), (65, 33, 65, 1), (300, 6, 4, 2), (70, 9, 54, 3), (257, 64, 130, 2)])
+def test_products_of_gradients(rows: int, channels: int, depth: int, groups: int, programs: int,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    from smis_kernels.ops.window_table import op
+    from smis_kernels.ops.window_table import triton as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)  # in how many parts sums are cut
+    inputs = product_inputs(rows, channels, depth, groups)
+    with poisoned_empty():
+        found = kernels.table_products(*inputs, groups, False)
+    expected = op._products_in_torch(*inputs, groups, False)
+    single = tuple(t.float() for t in inputs)
+    narrow = kernels.table_products(*single, groups, False)
+    reference = op._products_in_torch(*single, groups, False)
+    truths = op._products_in_torch(*(t.double() for t in single), groups, False)
+    for a, b, c, d, truth in zip(found, expected, narrow, reference, truths, strict=True):
+        assert a.shape == b.shape and a.is_contiguous() and max_error(a, b) < 1e-12
+        assert c.dtype == torch.float32
+        assert_as_accurate(c, d, truth)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not triton_interpreted(), reason="emulated digits")
+def test_single_products_of_gradients_round_both_operands() -> None:
+    from smis_kernels.ops.window_table import op
+    from smis_kernels.ops.window_table import triton as kernels
+
+    inputs = tuple(1 + t.abs().float() for t in product_inputs(70, 9, 40, 1))
+    bits = [t.view(torch.int32) for t in inputs]
+    cut = [(b & -(1 << 13)).view(torch.float32) for b in bits]
+    rounded = [(b + (1 << 12) & -(1 << 13)).view(torch.float32) for b in bits]
+
+    def products(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return op._products_in_torch(*(t.double() for t in tensors), 1, False)
+
+    results = (kernels.table_products(*inputs, 1, True), products(rounded), products(cut))
+    for got, near, low in zip(*results, strict=True):
+        assert max_error(got, near) < 1e-6
+        assert max_error(got, low) > 1e-4
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not triton_interpreted(), reason="autocast of the CPU")
+def test_gradients_under_autocast_are_as_accurate_as_convs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smis_kernels.ops.window_table import triton as kernels
+
+    asked: list[bool] = []
+    made = kernels.table_products
+
+    def noted(*arguments: object) -> object:
+        asked.append(bool(arguments[-1]))
+        return made(*arguments)
+
+    monkeypatch.setattr(kernels, "table_products", noted)
+    windows = draw_windows(70, 7)
+    inputs = tuple(t.float() for t in table_inputs(1, 40, 9))
+    inputs = torch.cat([inputs[0], draw(2, 40).float()]), *inputs[1:]
+
+    def run(backend: str, dtype: torch.dtype, *, low: bool = False) -> list[Tensor]:
+        def call(*tensors: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                return window_table(*tensors, windows, backend=backend).to(dtype)
+
+        return gradients(call, tuple(t.to(dtype) for t in inputs))
+
+    truth = run("reference", torch.float64)
+    got, reference = (run(kind, torch.float32, low=True) for kind in ("triton", "reference"))
+    exact = run("triton", torch.float32)
+    assert asked == [True, False]
+    for name, a, b, c, t in zip(("hidden", "gamma", "bias", "beta", "bias"), got, reference, exact,
+                                truth, strict=True):
+        assert a.dtype == torch.float32
+        assert_as_accurate(a, b, t, what=name)
+        assert max_error(a, t) < 1e-3  # ten bits
+        assert max_error(c, t) < 1e-5

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("counts launches of compiled kernels", allow_module_level=True)
 
 from benchmarks import launches
-from smis_kernels import modulation
+from smis_kernels import LabelLayout, modulation
 from smis_models.benchmark.case import Maps
 
 
@@ -61,3 +61,35 @@ def test_copies_inside_a_launcher_are_counted() -> None:
         with launches.Count() as count:
             modulation(x, gamma, beta, norm="none", backend="triton")
     assert count.names["tail", "clone"] == 1 and count.names["tail", "modulation_apply_kernel"] == 1
+
+
+def test_sorts_and_sums_that_sort_are_counted() -> None:
+    with launches.without_a_gpu(), FakeTensorMode(), torch.no_grad():
+        x, index = (torch.empty(40, device="cuda", dtype=d) for d in (torch.float32, torch.int64))
+        with launches.Count() as count:
+            x.sort()
+            x.argsort()
+            torch.ops.aten.index_put(x, [index], x, False)
+            assert count.sorts == 2
+            torch.ops.aten.index_put(x, [index], x, True)
+    assert count.sorts == 3
+
+
+@pytest.mark.parametrize("generator", launches.TRAINED)
+def test_a_step_sorts_once_for_each_level(generator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, _ = launches.count_layout(generator, Maps(None))
+    count, kept = launches.count_training(generator, layout, "auto")
+    assert 1 <= count.sorts <= len(layout._levels)
+    assert count.waits == 0
+    stated = sum(4 * level.symbols.numel() + 72 * level.counts[0] + 44 * level.counts[1] + 2000
+                 for level in layout._levels.values() if level.repeats)
+    assert 0 < kept < 1.05 * stated
+    monkeypatch.setattr(LabelLayout, "_place", lambda *_: None)
+    alone, none = launches.count_training(generator, layout, "auto")
+    assert alone.sorts > 3 * count.sorts and none == 0
+
+
+def test_a_step_under_autocast_is_of_its_dtype() -> None:
+    with launches.without_a_gpu(), FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+        x, weight = (torch.empty((4, 4, 3, 3), device="cuda") for _ in range(2))
+        assert torch.nn.functional.conv2d(x, weight).dtype == torch.bfloat16

@@ -196,11 +196,13 @@ class _Rows(Evaluation):
             module = _conv(self.owner, step)
             return self._image(window_embedding(
                 matrix, self._tensor(module.weight), self._tensor(_bias(module)), windows,
-                groups=conv.groups, relu=False))
+                groups=conv.groups, relu=False,
+                order=self._layout.window_order(windows, self.form.reach)))
         gamma, beta = (_conv(self.owner, self.form.graph.steps[j]) for j in pair)
         self.table = window_table(
             matrix, gamma.weight, _bias(gamma), beta.weight, _bias(beta), windows,
-            groups=conv.groups, one_level=self._path == "one_level")
+            groups=conv.groups, one_level=self._path == "one_level",
+            order=self._layout.window_order(windows, self.form.reach))
         for j, half in zip(pair, self.table.split(conv.channels, 1), strict=True):
             self.found[j] = self._image(half)
         out: Tensor = self.found[conv.step]

@@ -27,6 +27,8 @@ from ..ops.label_windows.op import (
     number_windows,
 )
 from ..ops.label_windows.reference import present_labels
+from ..ops.segments import Pieces, Segments, in_pieces, of_windows, sorted_rows, window_index
+from ..runtime import constants
 from ..runtime.backend import refuse_trace, resolve
 from ..runtime.check import (
     INTEGERS,
@@ -100,7 +102,9 @@ def _device_kernels(map: Tensor) -> bool:
 
 
 def _capturing(map: Tensor) -> bool:
-    return map.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether kernels are recorded for a CUDA graph: what they make is there after a replay."""
+    return (map.device.type == "cuda" and torch.cuda.is_available()  # no fake tensor
+            and torch.cuda.is_current_stream_capturing())
 
 
 class _Reading:
@@ -172,6 +176,58 @@ class _Own(NamedTuple):
     windows: GroupWindows
 
 
+class LevelOrder(NamedTuple):
+    """The pixels and windows of a resolution by the row that they read: gradients are summed so.
+
+    Attributes:
+        pixels: by row of a table.
+        windows: that the table is of, by what they hold; of 3x3 windows the same as ``windows3``.
+        windows3: 3x3 windows by symbol.
+    """
+
+    pixels: Pieces
+    windows: Segments
+    windows3: Segments
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds."""
+        return *self.pixels, *self.windows, *self.windows3
+
+
+class _Sorted:
+    """A :class:`LevelOrder`, what it was made of, and when the device has made it."""
+
+    def __init__(self, sources: tuple[Tensor, ...], symbols: int) -> None:
+        index, windows, windows3 = self._sources = sources
+        self._known = constants.state(sources), symbols
+        keys = [(index, len(windows)), window_index(windows3, symbols)]
+        if windows is not windows3:
+            keys.append(window_index(windows, len(windows3)))
+        pixels, *others = sorted_rows(keys)
+        found = [*map(of_windows, others)]
+        self.order = LevelOrder(in_pieces(pixels), found[-1], found[0])
+        self._stream: Any = None
+        if index.is_cuda and torch.cuda.is_available():  # no fake tensor
+            self._stream = torch.cuda.current_stream(index.device)
+            self._made = self._stream.record_event()
+
+    def fits(self, sources: tuple[Tensor, ...], symbols: int) -> bool:
+        """Whether it is of these tensors, and they are as they were."""
+        return (all(a is b for a, b in zip(sources, self._sources, strict=True))
+                and self._known == (constants.state(sources), symbols))
+
+    def taken(self) -> LevelOrder:
+        """The order, on the current stream."""
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self._sources[0].device)
+            if stream != self._stream:
+                stream.wait_event(self._made)
+                for tensor in self.order.tensors:
+                    tensor.record_stream(stream)
+        return self.order
+
+
 class LabelLayout:
     """A batch of label maps compiled for modulation: gamma and beta depend on windows of it alone.
 
@@ -200,6 +256,7 @@ class LabelLayout:
         self._symbols, self._vectors = symbols, vectors
         self._levels: dict[tuple[int, int], WindowLevel] = {}
         self._own: dict[Any, _Own] = {}
+        self._orders: dict[tuple[tuple[int, int], int], _Sorted] = {}
         self._prepared: dict[tuple[int, int], _Prepared] = {}
         self._labels: tuple[_Reading, int] | None = None  # not looked at yet, and their classes
         self.tables: TableCache | None = None
@@ -399,6 +456,62 @@ class LabelLayout:
             found = self._own[key] = _Own(windows3, vectors, made)
         return found.windows
 
+    def pixel_order(self, index: Tensor) -> Callable[[], Pieces] | None:
+        """What sorts the pixels of one of this layout's index maps by row: once, then it is kept.
+
+        A GPU sums gradients of tables in this order. One sort finds it, of the index map and the
+        windows together, for all norms of a resolution; it is found anew where one of them has been
+        replaced or written to (not through ``.data``), and kept with the layout on its device: 4
+        bytes a pixel, 44 a 5x5 and 72 a 3x3 window. Copies and pickles have none.
+
+        None of another map, where gradients are off, and while torch.compile traces or a CUDA graph
+        is captured: there each backward sorts.
+        """
+        found = self._place(index, "index3", "index5")
+        if found is None:
+            return None
+        level, size, reach = found
+        return lambda: self._order(level, size, reach).pixels
+
+    def window_order(self, windows: Tensor, reach: int) -> Callable[[], Segments] | None:
+        """What sorts a resolution's windows by what they hold, as :meth:`pixel_order` its pixels.
+
+        ``reach`` is that of the table which they serve: 1 of 3x3 windows, 2 of 5x5 windows.
+        """
+        found = self._place(windows, "windows3", "windows5")
+        if found is None:
+            return None
+        level, size, own = found
+        if own < reach:
+            return lambda: self._order(level, size, reach).windows3
+        return lambda: self._order(level, size, own).windows
+
+    def _place(self, map: Tensor,
+               *names: str) -> tuple[WindowLevel, tuple[int, int], int] | None:
+        """The resolution whose own the map is, by one of these names, and its size and reach."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        # A graph's memory is no place for what others read, nor may it read theirs, which may go.
+        # Writes to inference tensors leave no trace.
+        if _capturing(map) or map.is_inference():
+            return None
+        for size, level in [*self._levels.items()]:
+            for reach, name in enumerate(names, 1):
+                if getattr(level, name) is map:
+                    return level, size, reach
+        return None
+
+    def _order(self, level: WindowLevel, size: tuple[int, int], reach: int) -> LevelOrder:
+        if reach == 1:
+            sources = level.index3, level.windows3, level.windows3
+        else:
+            sources = level.index5, level.windows5, level.windows3
+        symbols = len(self.vectors)
+        found = self._orders.get((size, reach))
+        if found is None or not found.fits(sources, symbols):
+            found = self._orders[size, reach] = _Sorted(sources, symbols)
+        return found.taken()
+
     def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
         """The layout of ``function`` applied to every pixel's vector: (S, K) -> (S, K').
 
@@ -407,6 +520,7 @@ class LabelLayout:
         mapped = LabelLayout(self._symbols, function(self._vectors))
         mapped._vectors[0] = 0
         mapped._levels, mapped.tables = self._levels, self.tables
+        mapped._orders = self._orders
         mapped._prepared, mapped._labels = self._prepared, self._labels
         return mapped
 
@@ -421,14 +535,15 @@ class LabelLayout:
         self._check_labels()
         levels = {size: WindowLevel(**{k: v.clone() for k, v in vars(level).items()})
                   for size, level in self._levels.items()}  # views would take all that they lie in
-        return {**self.__dict__, "_levels": levels, "_prepared": {}, "tables": None, "_own": {}}
+        return {**self.__dict__, "_levels": levels, "_prepared": {}, "tables": None, "_own": {},
+                "_orders": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "symbols" in state:  # of 0.2
             state = {**state, "_symbols": state["symbols"], "_vectors": state["vectors"]}
             del state["symbols"], state["vectors"]
-        self.__dict__.update({"_own": {}, "_prepared": {}, "_labels": None, "tables": None,
-                              **state})
+        self.__dict__.update({"_own": {}, "_orders": {}, "_prepared": {}, "_labels": None,
+                              "tables": None, **state})
 
     def __repr__(self) -> str:
         n, k, h, w = self.shape

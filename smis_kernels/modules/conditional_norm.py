@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.indexed_modulation.op import indexed_modulation
+from ..ops.segments import Pieces, Segments, in_pieces
 from ..runtime.check import FLOATS, check_tensor
 from ..runtime.tensors import acc_dtype
 from .normalizing import Normalizing
@@ -23,7 +24,12 @@ def _per_image(input: Tensor, gamma: Tensor, beta: Tensor, *, upsample: bool,
     rows = torch.arange(1, n + 1, dtype=torch.int32, device=input.device)
     size = (n, input.shape[2] * scale, input.shape[3] * scale)
     index = rows.view(-1, 1, 1).expand(size).contiguous()
-    return indexed_modulation(input, index, table, upsample=upsample, **options)
+
+    def order() -> Pieces:  # as they lie
+        bounds = F.pad(torch.arange(n + 1, device=index.device) * index[0].numel(), (1, 0))
+        return in_pieces(Segments(torch.arange(index.numel(), device=index.device), bounds))
+
+    return indexed_modulation(input, index, table, order=order, upsample=upsample, **options)
 
 
 class ConditionalNorm2d(Normalizing):

@@ -100,7 +100,10 @@ class MultiSPADE(Normalizing):
         self.count_batch()
         indexed = _indexed(plans, size)
         if indexed is not None:
-            return indexed_modulation(input, *indexed, **options)
+            layout = plans[0][1].layout
+            assert layout is not None
+            return indexed_modulation(input, *indexed, order=layout.pixel_order(indexed[0]),
+                                      **options)
         gamma, beta = compose([_dense(*plan, size) for plan in plans])
         return modulation(input, gamma, beta, **options)
 

@@ -142,17 +142,20 @@ class CGNorm(Normalizing):
         shared = self.shared_conv
         if shared is None:
             return torch.cat([
-                window_embedding(vectors, *wide(conv), windows, groups=conv.groups, relu=False)
+                window_embedding(vectors, *wide(conv), windows, groups=conv.groups, relu=False,
+                                 order=layout.window_order(windows, self.reach))
                 for conv in (gamma, beta)
             ], 1)
         one_level = path == "one_level"
         own = None if one_level else own_windows(self, layout, windows3, len(windows) - 1)
         hidden = window_embedding(vectors, *wide(shared), windows3 if own is None else own,
-                                  groups=shared.groups)
+                                  groups=shared.groups,
+                                  order=layout.window_order(windows3, self.reach))
         assert gamma.bias is not None and beta.bias is not None
         return window_table(
             hidden, gamma.weight, gamma.bias, beta.weight, beta.bias, windows, own=own,
             groups=gamma.groups, one_level=one_level,
+            order=layout.window_order(windows, self.reach),
         )
 
     @property
@@ -244,7 +247,8 @@ class CGNorm(Normalizing):
             gamma, beta = self.gamma_beta(plan.dense(size), size, plan.fused)
             return modulation(input, gamma, beta, **options)
         index, table = self.index(plan.layout, size), self.table(plan.layout, size, plan.path)
-        return indexed_modulation(input, index, table, **options)
+        return indexed_modulation(input, index, table, order=plan.layout.pixel_order(index),
+                                  **options)
 
 
 class SPADE(CGNorm):
@@ -316,4 +320,6 @@ def modulate_pair(
                   *norm_s.gamma_beta(plan.dense(size), size, plan.fused))
         return modulation_pair(input, *affine, **options)
     tables = (norm.table(plan.layout, size, plan.path) for norm in (norm_0, norm_s))
-    return indexed_modulation_pair(input, norm_0.index(plan.layout, size), *tables, **options)
+    index = norm_0.index(plan.layout, size)
+    return indexed_modulation_pair(input, index, *tables, order=plan.layout.pixel_order(index),
+                                   **options)

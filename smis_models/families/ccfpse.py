@@ -115,7 +115,8 @@ class Condition:
         weight = constant(("label parts", labels, dtype), lambda: torch.cat(
             [w[:, :labels] for w in weights]).to(dtype), *weights)
         bias = constant(("biases", dtype), lambda: torch.cat(biases).to(dtype), *biases)
-        table = window_embedding(layout.vectors.to(dtype), weight, bias, windows, relu=False)
+        table = window_embedding(layout.vectors.to(dtype), weight, bias, windows, relu=False,
+                                 order=layout.window_order(windows, 1))
         parts = table.view(len(table), len(self.convs), -1).transpose(0, 1)
         return torch.cat([torch.zeros_like(parts), parts], 2).unbind()
 
@@ -128,7 +129,8 @@ class Condition:
         x = conv3x3(self.features, weight, largest=2 if layer.training else 4)
         # x + table[index], ReLU: a modulation whose gamma is zero.
         table = self.tables[self.convs.index(layer)]
-        return indexed_modulation(x, self.index, table, norm="none", activation="relu")
+        return indexed_modulation(x, self.index, table, norm="none", activation="relu",
+                                  order=self.layout.pixel_order(self.index))
 
 
 def _first(norm: SPADE) -> nn.Conv2d:
@@ -378,7 +380,8 @@ class CCFPSEGenerator(CodeGenerator):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = _weight(layer)
         weight = constant(("wide", wide), partial(weight.to, wide), weight)
-        table = window_embedding(segmap.vectors.to(wide), weight, None, level.windows3, relu=False)
+        table = window_embedding(segmap.vectors.to(wide), weight, None, level.windows3, relu=False,
+                                 order=segmap.window_order(level.windows3, 1))
         rows = F.embedding(level.index3, table.to(dtype))
         out: Tensor = activation(norm(rows.permute(0, 3, 1, 2)))
         return out

@@ -179,3 +179,22 @@ def test_windows_are_numbered_in_a_cuda_graph() -> None:
                 assert torch.equal(getattr(a, name), getattr(b, name))
             assert torch.equal(a.windows3[: v + 1], b.windows3[: v + 1])
             assert torch.equal(a.windows5[: u + 1], b.windows5[: u + 1])
+
+
+@pytest.mark.cuda_only
+def test_an_order_found_on_another_stream_is_waited_for() -> None:
+    labels = torch.arange(4096, device="cuda").view(1, 64, 64) // 100 % 7
+    layout, alone = (LabelLayout.from_labels(labels, 7) for _ in range(2))
+    index, own = (made.level((64, 64)).index5 for made in (layout, alone))
+    expected = alone.pixel_order(own)
+    assert expected is not None
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(CYCLES)  # who does not wait reads memory that nothing wrote
+        order = layout.pixel_order(index)
+        assert order is not None
+        order()
+    found = [t.clone() for t in order()]
+    for got, right in zip(found, expected(), strict=True):
+        assert torch.equal(got, right)

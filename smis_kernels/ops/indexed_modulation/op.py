@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
 from ..modulation.op import KINDS, SOURCES, Branch, Source, modulate, output_shape
 from ..normalization import Keywords, Options
+from ..segments import Pieces
 from . import reference
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ __all__ = ["KINDS", "indexed_modulation", "indexed_modulation_pair"]
 def indexed_modulation(
     input: Tensor, index: Tensor, table: Tensor, *, running_mean: Tensor | None = None,
     running_var: Tensor | None = None, activation: str | None = None, negative_slope: float = 0.2,
-    backend: str | None = None, **options: Unpack[Keywords],
+    order: Callable[[], Pieces] | None = None, backend: str | None = None,
+    **options: Unpack[Keywords],
 ) -> Tensor:
     r"""Modulate with gamma and beta gathered from a table: one read of x, one write of y.
 
@@ -36,6 +39,8 @@ def indexed_modulation(
             in range: :class:`LabelLayout` makes it.
         table: G, (U, 2C), rows [gamma | beta], float32 (float64 for a float64 input), or of the
             input's dtype: half the bytes to gather, rounded as convs would round gamma and beta.
+        order: gives pixels by the row that they pick, in which a GPU sums a table's gradient:
+            :meth:`LabelLayout.pixel_order`. Default: they are sorted in each backward.
         others: as in :func:`modulation`.
 
     Returns:
@@ -48,7 +53,7 @@ def indexed_modulation(
     """
     branches = [Branch((table,), (running_mean, running_var), activation)]
     return modulate(INDEXED, "indexed_modulation", input, index, branches, negative_slope,
-                    backend, options)[0]
+                    backend, options, order)[0]
 
 
 def indexed_modulation_pair(
@@ -56,7 +61,8 @@ def indexed_modulation_pair(
     running_mean: Tensor | None = None, running_var: Tensor | None = None,
     running_mean_s: Tensor | None = None, running_var_s: Tensor | None = None,
     activation: str | None = "leaky_relu", negative_slope: float = 0.2,
-    backend: str | None = None, **options: Unpack[Keywords],
+    order: Callable[[], Pieces] | None = None, backend: str | None = None,
+    **options: Unpack[Keywords],
 ) -> tuple[Tensor, Tensor]:
     """Two indexed modulations from one read of the input, as :func:`modulation_pair`.
 
@@ -71,7 +77,7 @@ def indexed_modulation_pair(
     branches = [Branch((table,), (running_mean, running_var), activation),
                 Branch((table_s,), (running_mean_s, running_var_s), None)]
     y, y_s = modulate(INDEXED, "indexed_modulation_pair", input, index, branches, negative_slope,
-                      backend, options)
+                      backend, options, order)
     return y, y_s
 
 
@@ -106,7 +112,8 @@ def _backward_fake(
     grad: Tensor, output: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, index: Tensor,
     table: Tensor, grad_s: Tensor | None, output_s: Tensor | None, mean_s: Tensor | None,
     rstd_s: Tensor | None, table_s: Tensor | None, slope: float, slope_s: float, upsample: bool,
-    sums: bool,
+    sums: bool, elements: Tensor | None = None, pieces: Tensor | None = None,
+    firsts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
     acc = acc_dtype(input)
@@ -125,11 +132,12 @@ _apply = RawOp(
     _apply_fake, _TRITON + "indexed_modulation_apply",
 )
 # -> input gradient with fixed statistics, gradients of the tables, and the two sums over each
-# plane that batch statistics need.
+# plane that batch statistics need. A GPU sums in the order of ``elements``, sorted where absent.
 _backward = RawOp(
     "indexed_modulation_backward(Tensor grad, Tensor output, Tensor input, Tensor mean, "
     "Tensor rstd, Tensor index, Tensor table, Tensor? grad_s, Tensor? output_s, Tensor? mean_s, "
-    "Tensor? rstd_s, Tensor? table_s, float slope, float slope_s, bool upsample, bool sums) "
+    "Tensor? rstd_s, Tensor? table_s, float slope, float slope_s, bool upsample, bool sums, "
+    "Tensor? elements=None, Tensor? pieces=None, Tensor? firsts=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake, _TRITON + "indexed_modulation_backward",
 )

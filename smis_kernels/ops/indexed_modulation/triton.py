@@ -25,9 +25,8 @@ from ...runtime.triton_support import (
     tile_sizes,
     tiling,
 )
-from ..window_table.triton import segment_sum, sorted_segments
-
-PIECE = 64  # pixels whose gradients one program sums: a sky has thousands in one row
+from ..segments import PIECE, Pieces, in_pieces, sorted_rows
+from ..window_table.triton import segment_sum
 
 
 @triton.jit
@@ -120,7 +119,7 @@ def table_gradient_kernel(
         i = at + tl.arange(0, BLOCK_P)
         mask = (c < C)[:, None] & (i < last)[None, :]
         pixel = tl.load(order + i, mask=i < last, other=0)
-        n, p = (pixel // pixels)[None, :], pixel % pixels
+        n, p = (pixel // pixels).to(tl.int64)[None, :], pixel % pixels
         source = tile.source_pixel(p, W, UPSAMPLE)
         channel = n * C * per_image + c[:, None]  # the pixels may belong to several images
         hat = tile.load(x, n, x_n, c, source, x_s, mask, UNIT, NHWC, ACC)
@@ -164,20 +163,16 @@ def indexed_modulation_apply(
 
 def _table_gradients(
     branches: list[tuple[Tensor, Tensor, Tensor, Tensor, float]], x: Tensor, index: Tensor,
-    count: int, nhwc: bool, upsample: bool,
+    order: Pieces, nhwc: bool, upsample: bool,
 ) -> list[Tensor]:
     """Gradients (U, 2C) of each branch's table; a branch is (grad, output, mean, rstd, slope).
 
-    Pixels are sorted by their row once and summed in two steps, pieces first: the order of sums
-    is fixed, so the result is deterministic, and a row of many pixels has many programs.
+    Pixels are summed in two steps, pieces first, in a fixed order: the result is deterministic.
     """
     channels, pixels, width = x.shape[1], index[0].numel(), index.shape[2]
-    order, bounds = sorted_segments(index.flatten(), count)
-    cuts = torch.arange(0, index.numel(), PIECE, device=index.device)
-    pieces = torch.cat([bounds, cuts]).sort().values
     block_c, block_p = tile_sizes(channels, PIECE, nhwc, tile.APPLY["tile"])
     partial = torch.empty(
-        (pieces.numel() - 1, 2 * channels), dtype=acc_dtype(x), device=x.device
+        (order.pieces.numel() - 1, 2 * channels), dtype=acc_dtype(x), device=x.device
     )
     results = []
     for grad, output, mean, rstd, slope in branches:
@@ -186,10 +181,10 @@ def _table_gradients(
         with on_device(x):
             table_gradient_kernel[(len(partial), triton.cdiv(channels, block_c))](
                 x, *t.strides(x), mean, rstd, tile.per_image(mean), grad, *t.strides(grad),
-                output, *t.strides(output), order, pieces, partial, *t.sizes, width, pixels,
-                SLOPE=slope, UPSAMPLE=upsample, **t.constants,
+                output, *t.strides(output), order.elements, order.pieces, partial, *t.sizes, width,
+                pixels, SLOPE=slope, UPSAMPLE=upsample, **t.constants,
             )
-        results.append(segment_sum(partial, None, torch.searchsorted(pieces, bounds)))
+        results.append(segment_sum(partial, None, order.firsts))
     return results
 
 
@@ -197,7 +192,8 @@ def indexed_modulation_backward(
     grad: Tensor, output: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, index: Tensor,
     table: Tensor, grad_s: Tensor | None, output_s: Tensor | None, mean_s: Tensor | None,
     rstd_s: Tensor | None, table_s: Tensor | None, slope: float, slope_s: float, upsample: bool,
-    sums: bool,
+    sums: bool, elements: Tensor | None = None, pieces: Tensor | None = None,
+    firsts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
     nhwc, pair = is_channels_last(input), table_s is not None
@@ -223,9 +219,13 @@ def indexed_modulation_backward(
                 SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums,
                 **tiles.constants,
             )
+    if elements is None or pieces is None or firsts is None:
+        order = in_pieces(*sorted_rows([(index, table.shape[0])]))
+    else:
+        order = Pieces(elements, pieces, firsts)
     branches = [(dy, y, mean, rstd, slope), (dy2, y2, mean2, rstd2, slope_s)]
     tables = _table_gradients(
-        branches if pair else branches[:1], x, index, table.shape[0], nhwc, upsample
+        branches if pair else branches[:1], x, index, order, nhwc, upsample
     )
     absent = torch.empty(0, dtype=acc_dtype(x), device=x.device)
     return dx, tables[0], tables[1] if pair else absent, tiles.total(partial)

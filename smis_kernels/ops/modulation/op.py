@@ -31,6 +31,7 @@ from ..normalization import (
     normalized,
     statistics,
 )
+from ..segments import Pieces, order_for_gradients
 from . import reference
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Source:
 
 def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
              branches: Sequence[Branch], negative_slope: float, backend: str | None,
-             keywords: Keywords) -> tuple[Tensor, ...]:
+             keywords: Keywords, order: Callable[[], Pieces] | None = None) -> tuple[Tensor, ...]:
     """One or two outputs from one read of the input: what the four public modulations are."""
     options, slopes, branches = _checked_call(source, input, index, branches, negative_slope,
                                               keywords)
@@ -156,9 +157,11 @@ def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
     stats, *rest = statistics(input, kind, options, *(b.running for b in branches))
     own = (rest[0].mean, rest[0].rstd) if rest and rest[0] is not stats else (None, None)
     affine = _placed([t for b in branches for t in b.affine], len(source.names))
+    found = None if index is None else order_for_gradients(
+        order, kind, (index.numel(), branches[0].affine[0].shape[0]), input, *affine)
     outputs: tuple[Tensor, Tensor] = applied(
-        _Modulation, source.kind, stats.reduction, slopes, options, kind, input, index, stats.mean,
-        stats.rstd, *own, *affine)
+        _Modulation, source.kind, stats.reduction, slopes, options, kind, found, input, index,
+        stats.mean, stats.rstd, *own, *affine)
     return outputs[: len(branches)]
 
 
@@ -200,9 +203,9 @@ class _Modulation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, source_kind: str, reduction: str, slopes: tuple[float, float], options: Options,
-        kind: str, input: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor,
-        mean_s: Tensor | None, rstd_s: Tensor | None, first: Tensor, beta: Tensor | None,
-        first_s: Tensor | None, beta_s: Tensor | None,
+        kind: str, order: Pieces | None, input: Tensor, index: Tensor | None, mean: Tensor,
+        rstd: Tensor, mean_s: Tensor | None, rstd_s: Tensor | None, first: Tensor,
+        beta: Tensor | None, first_s: Tensor | None, beta_s: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         source = SOURCES[source_kind]
         count = len(source.names)
@@ -217,17 +220,17 @@ class _Modulation(torch.autograd.Function):
             out if slopes[0] != 1 else None,
             out_s if first_s is not None and slopes[1] != 1 else None,
         )
-        ctx.settings = (source_kind, reduction, slopes, options, kind)
+        ctx.settings = (source_kind, reduction, slopes, options, kind, order)
         return out, out_s
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_s: Tensor) -> tuple[Any, ...]:
         grads = (grad, grad_s)
         input, index, first, second, mean, rstd, mean_s, rstd_s, *outputs = ctx.saved_tensors
-        source_kind, reduction, slopes, options, kind = ctx.settings
+        source_kind, reduction, slopes, options, kind, order = ctx.settings
         source = SOURCES[source_kind]
         firsts = (first,) if second is None else (first, second)
-        unused = (None,) * 5
+        unused = (None,) * 6
         if torch.is_grad_enabled():
             dz = tuple(map(activated, grads, outputs, slopes))[: len(firsts)]
 
@@ -253,6 +256,7 @@ class _Modulation(torch.autograd.Function):
         partial_gradient, *found, sums = source.backward(
             kind, grads[0], signs[0], input, mean, rstd, *given, first, *shortcut, mean_s, rstd_s,
             second, *slopes, options.upsample, reduction != "fixed",
+            *(() if order is None else order),
         )
         if reduction != "fixed":
             partial_gradient = input_gradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import check_device, check_shape, check_tensor
+from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
 from ...runtime.constants import constant
 from ...runtime.derivatives import recorded_gradients
 from ...runtime.library import RawOp
 from ..label_windows.op import GroupWindows
+from ..segments import Segments, order_for_gradients
 from . import reference
 
 KINDS = ("cpu", "triton")
@@ -24,7 +26,8 @@ _LOW = (torch.float16, torch.bfloat16)
 
 def window_embedding(
     vectors: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor | GroupWindows, *,
-    groups: int = 1, relu: bool = True, backend: str | None = None,
+    groups: int = 1, relu: bool = True, order: Callable[[], Segments] | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""A 3x3 conv on label windows: an embedding bag, the one-hot map is never built.
 
@@ -36,6 +39,8 @@ def window_embedding(
         windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range; or, on the CPU, the
             :class:`GroupWindows` of G groups of D / G outputs, of which each takes its own.
         relu: apply it.
+        order: gives windows by the row that they read, in which a GPU sums gradients:
+            :meth:`LabelLayout.window_order`. Default: they are sorted in each backward.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -76,14 +81,16 @@ def window_embedding(
             rows = torch.bmm(grouped.transpose(0, 1), taps).view(groups, count, 9, -1)
             rows = rows.permute(1, 2, 0, 3).reshape(count, 9, channels)
     taken = windows.windows if isinstance(windows, GroupWindows) else windows
-    out: Tensor = _WindowSum.apply(rows, taken, bias, relu, kind, own)
+    found = order_for_gradients(order, kind, (9 * (taken.shape[-2] - 1), 9 * count), rows, bias)
+    out: Tensor = _WindowSum.apply(rows, taken, bias, relu, kind, own, found)
     return out
 
 
 def window_table(
     hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
     bias_beta: Tensor, windows: Tensor, *, own: GroupWindows | None = None, groups: int = 1,
-    one_level: bool = False, backend: str | None = None,
+    one_level: bool = False, order: Callable[[], Segments] | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Gamma and beta of every distinct window: two 3x3 convs as one blocked product.
 
@@ -103,6 +110,7 @@ def window_table(
         one_level: multiply the nine rows of each window directly, U x 9D; else the products of
             the V rows with every tap are made once (kept in cache a block of channels at a time)
             and summed nine at a time, V x D. Same result up to the order of sums.
+        order: as in :func:`window_embedding`.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -139,9 +147,12 @@ def window_table(
         return reference.window_table(
             hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, own, groups=groups
         )
+    tensors = hidden, weight_gamma, bias_gamma, weight_beta, bias_beta
+    found = order_for_gradients(order, kind, (9 * (windows.shape[0] - 1), 9 * hidden.shape[0]),
+                                *tensors)
     out: Tensor = _WindowTable.apply(
-        hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups, one_level, kind,
-        own,
+        *tensors, windows, groups, one_level, kind, own, found,
+        hidden.dtype == torch.float32 and autocast_enabled(hidden),
     )
     return out
 
@@ -180,17 +191,17 @@ def _taps(weight: Tensor, groups: int) -> Tensor:
 class _WindowSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
-                kind: str, own: GroupWindows | None) -> Tensor:
+                kind: str, own: GroupWindows | None, order: Segments | None) -> Tensor:
         groups = () if own is None else (own.kinds, own.counts)
         out: Tensor = _window_sum(kind, rows, windows, bias, relu, *groups)
         ctx.save_for_backward(windows, out if relu else None)
-        ctx.settings = (rows.shape[0], kind, own)
+        ctx.settings = (rows.shape[0], kind, own, order)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         windows, out = ctx.saved_tensors
-        count, kind, own = ctx.settings
+        count, kind, own, order = ctx.settings
         if out is not None:
             grad = torch.where(out > 0, grad, 0)
         if own is not None:
@@ -204,10 +215,10 @@ class _WindowSum(torch.autograd.Function):
             like = grad.new_zeros((count, 9, grad.shape[1])).requires_grad_()
             (rows,) = recorded_gradients(summed, (like,), (grad,))
         else:
-            groups = () if own is None else (own.kinds,)
-            rows = _window_scatter(kind, grad, windows, count, *groups)
+            kinds = None if own is None else own.kinds
+            rows = _scattered(kind, grad, windows, count, kinds, order)
         bias = grad[1:].sum(0) if ctx.needs_input_grad[2] else None
-        return rows, None, bias, *(None,) * 3
+        return rows, None, bias, *(None,) * 4
 
 
 class _WindowTable(torch.autograd.Function):
@@ -215,10 +226,10 @@ class _WindowTable(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight_gamma: Tensor, bias_gamma: Tensor, weight_beta: Tensor,
         bias_beta: Tensor, windows: Tensor, groups: int, one_level: bool, kind: str,
-        own: GroupWindows | None,
+        own: GroupWindows | None, order: Segments | None, low: bool,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight_gamma, weight_beta, windows)
-        ctx.settings = (groups, kind, own)
+        ctx.settings = (groups, kind, own, order, low)
         table: Tensor = _window_table(
             kind, hidden, weight_gamma, bias_gamma, weight_beta, bias_beta, windows, groups,
             one_level, *(() if own is None else (own.kinds, own.ids)),
@@ -228,10 +239,9 @@ class _WindowTable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, weight_gamma, weight_beta, windows = ctx.saved_tensors
-        groups, kind, own = ctx.settings
-        rows, depth = hidden.shape
-        channels = weight_gamma.shape[0]
-        bias_gamma, bias_beta = grad[1:].sum(0).split(channels)
+        groups, kind, own, order, low = ctx.settings
+        rows = hidden.shape[0]
+        bias_gamma, bias_beta = grad[1:].sum(0).split(weight_gamma.shape[0])
         if torch.is_grad_enabled():
             zero = torch.zeros_like(bias_gamma, requires_grad=False)
 
@@ -241,25 +251,40 @@ class _WindowTable(torch.autograd.Function):
 
             dhidden, dgamma, dbeta = recorded_gradients(
                 table, (hidden, weight_gamma, weight_beta), (grad,))
-            return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 5)
-        # T[v, j, tsc] = H[v, j, k] W[j, tsc, k]: groups j, taps t, halves s, channels c
-        wide, deep = channels // groups, depth // groups
+            return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 7)
         if own is None:
-            scattered = _window_scatter(kind, grad, windows, rows)
+            scattered = _scattered(kind, grad, windows, rows, None, order)
         else:
             taken = own.ids[:, windows.long()]  # [K, U + 1, 9]
-            scattered = _window_scatter(kind, grad, taken, rows, own.kinds.repeat(2))
-        scattered = scattered.view(rows, 9, 2, groups, wide)
-        # One group: a view, so that the large (V, 18C) is never copied.
-        scattered = scattered.permute(3, 0, 1, 2, 4).reshape(groups, rows, 18 * wide)
-        weight = torch.stack([weight_gamma, weight_beta]).view(2, groups, wide, deep, 9)
-        weight = weight.permute(1, 4, 0, 2, 3).reshape(groups, 18 * wide, deep)
-        grouped = hidden.view(rows, groups, deep).transpose(0, 1)
-        with torch.autocast(hidden.device.type, enabled=False):  # as forward's products
-            dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
-            dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
-        dgamma, dbeta = dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
-        return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 5)
+            scattered = _scattered(kind, grad, taken, rows, own.kinds.repeat(2), None)
+        dhidden, dweight = _table_products(
+            kind, scattered, hidden, weight_gamma, weight_beta, groups, low)
+        dgamma, dbeta = dweight.unbind()
+        return (dhidden, dgamma, bias_gamma, dbeta, bias_beta, *(None,) * 7)
+
+
+def _scattered(kind: str, grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None,
+               order: Segments | None) -> Tensor:
+    scattered: Tensor = _window_scatter(kind, grad, windows, rows, kinds,
+                                        *((None, None) if order is None else order))
+    return scattered
+
+
+def _products_in_torch(scattered: Tensor, hidden: Tensor, weight_gamma: Tensor,
+                       weight_beta: Tensor, groups: int, single: bool) -> tuple[Tensor, Tensor]:
+    # T[v, j, tsc] = H[v, j, k] W[j, tsc, k]: groups j, taps t, halves s, channels c
+    rows, depth = hidden.shape
+    wide, deep = weight_gamma.shape[0] // groups, depth // groups
+    scattered = scattered.view(rows, 9, 2, groups, wide)
+    # One group: a view, so that the large (V, 18C) is never copied.
+    scattered = scattered.permute(3, 0, 1, 2, 4).reshape(groups, rows, 18 * wide)
+    weight = torch.stack([weight_gamma, weight_beta]).view(2, groups, wide, deep, 9)
+    weight = weight.permute(1, 4, 0, 2, 3).reshape(groups, 18 * wide, deep)
+    grouped = hidden.reshape(rows, groups, deep).transpose(0, 1)
+    with torch.autocast(hidden.device.type, enabled=False):  # as forward's products
+        dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
+        dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
+    return dhidden, dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
 
 
 def _table_fake(
@@ -276,8 +301,14 @@ def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
     return rows.new_empty((windows.shape[-2], rows.shape[2]))
 
 
-def _scatter_fake(grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None = None) -> Tensor:
+def _scatter_fake(grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None = None,
+                  elements: Tensor | None = None, bounds: Tensor | None = None) -> Tensor:
     return grad.new_empty((rows, 9, grad.shape[1]))
+
+
+def _products_fake(scattered: Tensor, hidden: Tensor, weight_gamma: Tensor, weight_beta: Tensor,
+                   groups: int, single: bool) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty((2, *weight_gamma.shape))
 
 
 # Row 0 of every table stands for the outside of the image and is zero. The optional arguments are
@@ -293,7 +324,14 @@ _window_sum = RawOp(
     "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu, Tensor? kinds=None, "
     "Tensor? counts=None) -> Tensor", _sum_fake, _TRITON + "window_sum",
 )
-# Its transpose: (V, C) -> (R, 9, C).
+# Its transpose: (V, C) -> (R, 9, C). A GPU sums in the order of ``elements``, sorted where absent.
 _window_scatter = RawOp(
-    "window_scatter(Tensor grad, Tensor windows, int rows, Tensor? kinds=None) -> Tensor",
+    "window_scatter(Tensor grad, Tensor windows, int rows, Tensor? kinds=None, "
+    "Tensor? elements=None, Tensor? bounds=None) -> Tensor",
     _scatter_fake, _TRITON + "window_scatter")
+# (R, 9, 2C) of it -> gradients of the hidden rows, and of both weights (2, C, D / groups, 3, 3).
+# ``single``: a GPU makes one TF32 product in place of three.
+_table_products = RawOp(
+    "table_products(Tensor scattered, Tensor hidden, Tensor weight_gamma, Tensor weight_beta, "
+    "int groups, bool single) -> (Tensor, Tensor)",
+    _products_fake, _TRITON + "table_products", _products_in_torch)

@@ -1,4 +1,4 @@
-"""GPU kernels of window tables: products with gathered rows, sums of nine rows and segment sums."""
+"""GPU kernels of window tables: products with gathered rows, their gradients, sums of rows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from ...runtime.triton_support import (
     on_device,
     product,
     product_precision,
+    tf32,
 )
 from ...runtime.tuned import setting
+from ..segments import of_windows, sorted_rows, window_index
 
 # Of a product's tile, by how it is made. A weight of 16 bits is exact in TF32.
 PRODUCT = {
@@ -29,6 +31,9 @@ PRODUCT = {
     "ieee": {"rows": 64, "columns": 64, "depth": 16, "warps": 8, "stages": 3},
 }
 TILE = 2048
+# Programs that fill a GPU. Where a gradient's product has fewer tiles its sums are cut in parts, of
+# so many rows at the least, which are added afterwards, in a fixed order.
+PROGRAMS, LEAST_ROWS = 256, 256
 
 
 @triton.jit
@@ -105,6 +110,74 @@ def window_sum_kernel(
              mask=(r < rows)[:, None] & (c < channels)[None, :])
 
 
+@triton.jit(do_not_specialize=(*SIZES, "taps"))
+def hidden_gradient_kernel(
+    scattered, weight, out, rows, depth, width, sections, groups, taps,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Tiles of the sum of T_t W_t^T over ``taps`` taps a program: gradients of hidden rows.
+
+    scattered (V, 9, sections * width); weight (9, sections * width, depth), where section i is of
+    group i % groups; out (parts, V, groups * depth).
+    """
+    blocks = tl.cdiv(depth, BLOCK_C)
+    group = tl.program_id(1) // blocks
+    columns = sections * width
+    r = _wide_offsets(tl.program_id(0), BLOCK_R)
+    c = tl.program_id(1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    halves, steps = sections // groups, tl.cdiv(width, BLOCK_K)
+    for step in range(taps * halves * steps):
+        k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        part = step // steps
+        tap = tl.program_id(2) * taps + part // halves
+        column = (part % halves * groups + group) * width + k
+        a = tl.load(scattered + (r * 9 + tap)[:, None] * columns + column[None, :],
+                    mask=(r < rows)[:, None] & (k < width)[None, :], other=0.0)
+        b = tl.load(weight + (tap * columns + column)[:, None] * depth + c[None, :],
+                    mask=(k < width)[:, None] & (c < depth)[None, :], other=0.0)
+        if PRECISION == "tf32":
+            b = tf32(b)
+        total = product(a, b, total, PRECISION, ACC)
+    at = (tl.program_id(2) * rows + r)[:, None] * (groups * depth) + group * depth + c[None, :]
+    tl.store(out + at, total, mask=(r < rows)[:, None] & (c < depth)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def weight_gradient_kernel(
+    scattered, hidden, out, rows, depth, width, sections, groups, chunk,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Tiles of T_t^T H over ``chunk`` rows a program: gradients of the weights of a tap.
+
+    scattered (V, 9, sections * width); hidden (V, groups * depth), where section i reads group
+    i % groups; out (parts, 9, sections * width, depth).
+    """
+    blocks, columns = tl.cdiv(width, BLOCK_R), sections * width
+    tile = tl.program_id(0)
+    section, tap = tile // blocks % sections, tile // blocks // sections
+    m = tile % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = hidden + section % groups * depth
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    first = tl.program_id(2).to(tl.int64) * chunk
+    last = tl.minimum(first + chunk, rows)
+    for start in range(first, last, BLOCK_K):
+        v = start + tl.arange(0, BLOCK_K)
+        a = tl.load(scattered + (v * 9 + tap)[:, None] * columns + (section * width + m)[None, :],
+                    mask=(v < last)[:, None] & (m < width)[None, :], other=0.0)
+        b = tl.load(base + v[:, None] * (groups * depth) + c[None, :],
+                    mask=(v < last)[:, None] & (c < depth)[None, :], other=0.0)
+        if PRECISION == "tf32":
+            b = tf32(b)
+        total = product(tl.trans(a), b, total, PRECISION, ACC)
+    at = ((tl.program_id(2) * 9 + tap) * columns + section * width + m).to(tl.int64)
+    tl.store(out + at[:, None] * depth + c[None, :], total,
+             mask=(m < width)[:, None] & (c < depth)[None, :])
+
+
 @triton.jit
 def segment_sum_kernel(
     source, order, bounds, out, channels,
@@ -118,7 +191,7 @@ def segment_sum_kernel(
     for start in range(first, last, BLOCK_R):
         i = start + tl.arange(0, BLOCK_R)
         row = tl.load(order + i, mask=i < last, other=0) if GATHER else i
-        total += tl.load(source + row[:, None] * channels + c[None, :],
+        total += tl.load(source + row.to(tl.int64)[:, None] * channels + c[None, :],
                          mask=(i < last)[:, None] & (c < channels)[None, :], other=0.0).to(ACC)
     tl.store(out + segment * channels + c, narrowed(tl.sum(total, 0), out),
              mask=c < channels)
@@ -143,16 +216,6 @@ def segment_sum(source: Tensor, order: Tensor | None, bounds: Tensor) -> Tensor:
             num_warps=4,
         )
     return out
-
-
-def sorted_segments(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Positions of the keys (below ``count``) in order, and the (count + 1,) bounds of each key.
-
-    The sort is stable, so sums over segments have a fixed order: no atomics.
-    """
-    ordered, order = torch.sort(keys, stable=True)
-    every = torch.arange(count + 1, dtype=keys.dtype, device=keys.device)
-    return order, torch.searchsorted(ordered, every)
 
 
 def _product(
@@ -223,11 +286,56 @@ def _summed(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
     return out
 
 
-def window_scatter(grad: Tensor, windows: Tensor, rows: int) -> Tensor:
-    # row 0 of the windows is the outside: it receives no gradient
-    taps = torch.arange(9, dtype=torch.int32, device=windows.device)
-    order, bounds = sorted_segments((windows[1:] * 9 + taps).flatten(), rows * 9)
-    return segment_sum(grad.contiguous(), order // 9 + 1, bounds).view(rows, 9, -1)
+def window_scatter(
+    grad: Tensor, windows: Tensor, rows: int, kinds: None = None, elements: Tensor | None = None,
+    bounds: Tensor | None = None,
+) -> Tensor:
+    if elements is None or bounds is None:
+        elements, bounds = of_windows(*sorted_rows([window_index(windows, rows)]))
+    return segment_sum(grad.contiguous(), elements, bounds).view(rows, 9, -1)
+
+
+def _parts(programs: int, most: int) -> int:
+    """In how many parts a sum is cut, so that its tiles are programs for the whole GPU."""
+    return min(max(PROGRAMS // programs, 1), most)
+
+
+def table_products(
+    scattered: Tensor, hidden: Tensor, weight_gamma: Tensor, weight_beta: Tensor, groups: int,
+    single: bool,
+) -> tuple[Tensor, Tensor]:
+    scattered, hidden = scattered.contiguous(), hidden.contiguous()
+    rows, channels, depth = hidden.shape[0], *weight_gamma.shape[:2]
+    sections = 1 if groups == 1 else 2 * groups
+    width = 2 * channels // sections
+    weight = weight_gamma.new_empty((9, 2, channels, depth))
+    for half, own in enumerate((weight_gamma, weight_beta)):
+        weight[:, half].copy_(own.reshape(channels, depth, 9).permute(2, 0, 1))
+    precision = "tf32" if single else product_precision(hidden)
+    tile = PRODUCT[precision]
+    block_c = min(max(triton.next_power_of_2(depth), 16), tile["columns"])
+    constants = {"PRECISION": precision, "ACC": acc_type(hidden), "BLOCK_R": tile["rows"],
+                 "BLOCK_C": block_c, "BLOCK_K": tile["depth"], "num_warps": tile["warps"],
+                 "num_stages": tile["stages"]}
+    sizes = rows, depth, width, sections, groups
+    blocks = triton.cdiv(depth, block_c)
+    grid = triton.cdiv(rows, tile["rows"]), groups * blocks
+    wanted = _parts(grid[0] * grid[1], 9)
+    parts = next(number for number in (1, 3, 9) if number >= wanted)
+    dhidden = hidden.new_empty((parts, *hidden.shape))
+    tiles = 9 * sections * triton.cdiv(width, tile["rows"])
+    cut = _parts(tiles * blocks, triton.cdiv(rows, LEAST_ROWS))
+    chunk = triton.cdiv(triton.cdiv(rows, cut), tile["depth"]) * tile["depth"]
+    cut = triton.cdiv(rows, chunk)
+    dweight = hidden.new_empty((cut, 9, 2, channels, depth))
+    with on_device(hidden):
+        hidden_gradient_kernel[(*grid, parts)](scattered, weight, dhidden, *sizes, 9 // parts,
+                                               **constants)
+        weight_gradient_kernel[(tiles, blocks, cut)](scattered, hidden, dweight, *sizes, chunk,
+                                                     **constants)
+    dhidden, dweight = (t.sum(0) if len(t) > 1 else t[0] for t in (dhidden, dweight))
+    shape = (2, *weight_gamma.shape)
+    return dhidden, dweight.permute(1, 2, 3, 0).contiguous().view(shape)
 
 
 def _compile_cases() -> list[CompileCase]:
@@ -245,6 +353,11 @@ def _compile_cases() -> list[CompileCase]:
                 cases.append(CompileCase(
                     name, partial(window_table, hidden, weight, bias, weight, bias, windows,
                                   groups, one_level), operands))
+            wide = weight.to(dtype)
+            cases.append(CompileCase(
+                f"{precision} gradients groups={groups}",
+                partial(table_products, meta(777, 9, 2 * c, dtype=dtype), hidden, wide, wide,
+                        groups, precision == "tf32"), operands))
     for dtype in (torch.float32, torch.float64):
         name = str(dtype).removeprefix("torch.")
         rows, bias = meta(777, 9, 256, dtype=dtype), meta(256, dtype=dtype)
