@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from smis_kernels.ops.conditional_conv.triton import conditional_conv
 from smis_kernels.ops.indexed_modulation.triton import indexed_modulation_apply
 from smis_kernels.ops.modulation.triton import channel_moments, modulation_apply
-from smis_kernels.ops.window_table.triton import window_sum, window_table
+from smis_kernels.ops.window_table.triton import table_products, window_sum, window_table
 from smis_kernels.runtime.backend import triton_interpreted
 from smis_kernels.runtime.triton_support import meta
 from tools import kernel_report
@@ -43,19 +43,21 @@ def test_sizes_that_maps_decide_do_not_compile_again() -> None:
         indexed_modulation_apply(x, m, m, index, meta(windows, 32), None, None, None, 0.2, 1.0,
                                  False)
         window_sum(meta(rows, 9, 32), ids, None, True)
+        table_products(meta(rows, 9, 64), meta(rows, 16), weight, weight, 1, False)
         for one_level in (False, True):
             window_table(meta(rows, 16), weight, bias, weight, bias, ids, 1, one_level)
 
     kernels: dict[str, set[int]] = {}
     with kernel_report.compiling(90) as launched:
-        for rows, windows in ((64, 160), (17, 33), (1, 1)):
+        for rows, windows in ((64, 160), (17, 33), (1, 1), (4000, 9000)):
             calls(rows, windows)
     for name, kernel, _ in launched:
         kernels.setdefault(name, set()).add(id(kernel))
     counts = {name: len(found) for name, found in kernels.items()}
     # two levels, one level; sums with and without a bias
     assert counts == {"indexed_apply_kernel": 1, "window_sum_kernel": 2,
-                      "window_product_kernel": 2}
+                      "window_product_kernel": 2, "hidden_gradient_kernel": 1,
+                      "weight_gradient_kernel": 1}
 
 
 @pytest.mark.parametrize("channels", [160, 280, 320])
@@ -102,3 +104,19 @@ def test_bfloat16_products_are_bfloat16(arch: int, instruction: str) -> None:
     weight = meta(9 * 64, 32, 3, 3, dtype=torch.bfloat16)
     (ptx,) = compiled(lambda: conditional_conv(x, h, weight, None), arch).values()
     assert re.search(instruction, ptx)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_gradients_of_tables_are_products_of_tensor_cores(arch: int, single: bool) -> None:
+    weight = meta(64, 32, 3, 3)
+    kernels = compiled(lambda: table_products(meta(300, 9, 128), meta(300, 32), weight, weight, 1,
+                                              single), arch)
+    assert set(kernels) == {"hidden_gradient_kernel", "weight_gradient_kernel"}
+    for name, ptx in kernels.items():
+        assert kernel_report.products(ptx) == ("tf32",), name
+        assert set(re.findall(r"(\d+):", kernel_report.accesses(ptx, "ld"))) == {"16"}, name
+        assert kernel_report.accesses(ptx, "st").startswith("16:"), name
+        # of both operands: the tensor cores cut off what they do not read
+        tile = 2 * 64 * 32 // 128 if single else 0
+        assert ptx.count("cvt.rna.tf32.f32") >= tile, name
