@@ -42,13 +42,11 @@ std::tuple<Tensor, Tensor> indexed_modulation_apply(
   return {out, pair ? out_s : empty_of(x, {0}, x.scalar_type())};
 }
 
-// The last three are the order of a GPU's sums.
 std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_modulation_backward(
     const Tensor& grad, const Tensor& output, const Tensor& input, const Tensor& mean,
     const Tensor& rstd, const Tensor& index, const Tensor& table, std::optional<Tensor> grad_s,
     std::optional<Tensor> output_s, std::optional<Tensor> mean_s, std::optional<Tensor> rstd_s,
-    std::optional<Tensor> table_s, double slope, double slope_s, bool upsample, bool sums,
-    std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>) {
+    std::optional<Tensor> table_s, double slope, double slope_s, bool upsample, bool sums) {
   const bool last = channels_last(input), pair = table_s.has_value();
   const Tensor x = laid_out(input, last), ids = in_order(index);
   IndexedArgs a{arguments(x, upsample, pair), ids.const_data_ptr<int32_t>(), table.size(0)};

@@ -65,9 +65,8 @@ Tensor window_sum(const Tensor& rows, const Tensor& windows, std::optional<Tenso
   return out;
 }
 
-// The last two are the order of a GPU's sums.
 Tensor window_scatter(const Tensor& grad, const Tensor& windows, int64_t rows,
-                      std::optional<Tensor> kinds, std::optional<Tensor>, std::optional<Tensor>) {
+                      std::optional<Tensor> kinds) {
   const Tensor g = dense(grad), w = dense(windows);
   WindowScatterArgs a;
   a.wide = wide(g);

@@ -112,8 +112,7 @@ def _backward_fake(
     grad: Tensor, output: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, index: Tensor,
     table: Tensor, grad_s: Tensor | None, output_s: Tensor | None, mean_s: Tensor | None,
     rstd_s: Tensor | None, table_s: Tensor | None, slope: float, slope_s: float, upsample: bool,
-    sums: bool, elements: Tensor | None = None, pieces: Tensor | None = None,
-    firsts: Tensor | None = None,
+    sums: bool, *order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
     acc = acc_dtype(input)
@@ -132,18 +131,22 @@ _apply = RawOp(
     _apply_fake, _TRITON + "indexed_modulation_apply",
 )
 # -> input gradient with fixed statistics, gradients of the tables, and the two sums over each
-# plane that batch statistics need. A GPU sums in the order of ``elements``, sorted where absent.
-_backward = RawOp(
-    "indexed_modulation_backward(Tensor grad, Tensor output, Tensor input, Tensor mean, "
-    "Tensor rstd, Tensor index, Tensor table, Tensor? grad_s, Tensor? output_s, Tensor? mean_s, "
-    "Tensor? rstd_s, Tensor? table_s, float slope, float slope_s, bool upsample, bool sums, "
-    "Tensor? elements=None, Tensor? pieces=None, Tensor? firsts=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_fake, _TRITON + "indexed_modulation_backward",
-)
+# plane that batch statistics need.
+_GRADIENTS = (
+    "(Tensor grad, Tensor output, Tensor input, Tensor mean, Tensor rstd, Tensor index, "
+    "Tensor table, Tensor? grad_s, Tensor? output_s, Tensor? mean_s, Tensor? rstd_s, "
+    "Tensor? table_s, float slope, float slope_s, bool upsample, bool sums{}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)")
+_backward = RawOp("indexed_modulation_backward" + _GRADIENTS.format(""), _backward_fake,
+                  _TRITON + "indexed_modulation_backward")
+# The same on a GPU that has the order of the sums.
+_ordered_backward = RawOp(
+    "indexed_modulation_ordered_backward"
+    + _GRADIENTS.format(", Tensor elements, Tensor pieces, Tensor firsts"),
+    _backward_fake, _TRITON + "indexed_modulation_backward", on_cpu=False)
 
 INDEXED = Source(
     "indexed", ("table",), _checked, lambda branches: {"rows": branches[0].affine[0].shape[0] - 1},
-    reference.indexed_modulation, _gamma_beta, _apply, _backward,
+    reference.indexed_modulation, _gamma_beta, _apply, _backward, _ordered_backward,
 )
 SOURCES[INDEXED.kind] = INDEXED

@@ -192,8 +192,7 @@ def indexed_modulation_backward(
     grad: Tensor, output: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, index: Tensor,
     table: Tensor, grad_s: Tensor | None, output_s: Tensor | None, mean_s: Tensor | None,
     rstd_s: Tensor | None, table_s: Tensor | None, slope: float, slope_s: float, upsample: bool,
-    sums: bool, elements: Tensor | None = None, pieces: Tensor | None = None,
-    firsts: Tensor | None = None,
+    sums: bool, *order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = input.shape
     nhwc, pair = is_channels_last(input), table_s is not None
@@ -219,13 +218,10 @@ def indexed_modulation_backward(
                 SLOPE=slope, SLOPE2=slope_s, UPSAMPLE=upsample, PAIR=pair, SUMS=sums,
                 **tiles.constants,
             )
-    if elements is None or pieces is None or firsts is None:
-        order = in_pieces(*sorted_rows([(index, table.shape[0])]))
-    else:
-        order = Pieces(elements, pieces, firsts)
+    found = Pieces(*order) if order else in_pieces(*sorted_rows([(index, table.shape[0])]))
     branches = [(dy, y, mean, rstd, slope), (dy2, y2, mean2, rstd2, slope_s)]
     tables = _table_gradients(
-        branches if pair else branches[:1], x, index, order, nhwc, upsample
+        branches if pair else branches[:1], x, index, found, nhwc, upsample
     )
     absent = torch.empty(0, dtype=acc_dtype(x), device=x.device)
     return dx, tables[0], tables[1] if pair else absent, tiles.total(partial)

@@ -134,6 +134,7 @@ class Source:
     spelled: Callable[[Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
     apply: RawOp
     backward: RawOp
+    ordered_backward: RawOp | None = None
 
 
 def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
@@ -253,7 +254,8 @@ class _Modulation(torch.autograd.Function):
         given = () if index is None else (index,)
         signs = [g if out is None else out for g, out in zip(grads, outputs, strict=True)]
         shortcut = (None, None) if second is None else (grads[1], signs[1])
-        partial_gradient, *found, sums = source.backward(
+        ordered = source.ordered_backward if order is not None else None
+        partial_gradient, *found, sums = (ordered or source.backward)(
             kind, grads[0], signs[0], input, mean, rstd, *given, first, *shortcut, mean_s, rstd_s,
             second, *slopes, options.upsample, reduction != "fixed",
             *(() if order is None else order),

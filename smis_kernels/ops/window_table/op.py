@@ -265,8 +265,10 @@ class _WindowTable(torch.autograd.Function):
 
 def _scattered(kind: str, grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None,
                order: Segments | None) -> Tensor:
-    scattered: Tensor = _window_scatter(kind, grad, windows, rows, kinds,
-                                        *((None, None) if order is None else order))
+    if order is None:
+        scattered: Tensor = _window_scatter(kind, grad, windows, rows, kinds)
+    else:
+        scattered = _segment_sums(kind, grad, *order).view(rows, 9, -1)
     return scattered
 
 
@@ -301,9 +303,12 @@ def _sum_fake(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
     return rows.new_empty((windows.shape[-2], rows.shape[2]))
 
 
-def _scatter_fake(grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None = None,
-                  elements: Tensor | None = None, bounds: Tensor | None = None) -> Tensor:
+def _scatter_fake(grad: Tensor, windows: Tensor, rows: int, kinds: Tensor | None = None) -> Tensor:
     return grad.new_empty((rows, 9, grad.shape[1]))
+
+
+def _segments_fake(source: Tensor, elements: Tensor, bounds: Tensor) -> Tensor:
+    return source.new_empty((bounds.shape[0] - 1, source.shape[1]))
 
 
 def _products_fake(scattered: Tensor, hidden: Tensor, weight_gamma: Tensor, weight_beta: Tensor,
@@ -324,11 +329,14 @@ _window_sum = RawOp(
     "window_sum(Tensor rows, Tensor windows, Tensor? bias, bool relu, Tensor? kinds=None, "
     "Tensor? counts=None) -> Tensor", _sum_fake, _TRITON + "window_sum",
 )
-# Its transpose: (V, C) -> (R, 9, C). A GPU sums in the order of ``elements``, sorted where absent.
+# Its transpose: (V, C) -> (R, 9, C).
 _window_scatter = RawOp(
-    "window_scatter(Tensor grad, Tensor windows, int rows, Tensor? kinds=None, "
-    "Tensor? elements=None, Tensor? bounds=None) -> Tensor",
+    "window_scatter(Tensor grad, Tensor windows, int rows, Tensor? kinds=None) -> Tensor",
     _scatter_fake, _TRITON + "window_scatter")
+# The same on a GPU that has the order of the sums: rows of ``source`` by segments.
+_segment_sums = RawOp(
+    "segment_sums(Tensor source, Tensor elements, Tensor bounds) -> Tensor",
+    _segments_fake, _TRITON + "segment_sum", on_cpu=False)
 # (R, 9, 2C) of it -> gradients of the hidden rows, and of both weights (2, C, D / groups, 3, 3).
 # ``single``: a GPU makes one TF32 product in place of three.
 _table_products = RawOp(

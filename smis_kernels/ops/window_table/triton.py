@@ -205,6 +205,7 @@ def _tile(channels: int) -> tuple[int, int]:
 
 def segment_sum(source: Tensor, order: Tensor | None, bounds: Tensor) -> Tensor:
     """Sums of rows of ``source`` (R, C) over segments of ``order`` (of all rows where None)."""
+    source = source.contiguous()
     segments, channels = bounds.numel() - 1, source.shape[1]
     out = source.new_empty((segments, channels))
     # short segments abound: fewer rows at a time than the other kernels
@@ -286,13 +287,9 @@ def _summed(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
     return out
 
 
-def window_scatter(
-    grad: Tensor, windows: Tensor, rows: int, kinds: None = None, elements: Tensor | None = None,
-    bounds: Tensor | None = None,
-) -> Tensor:
-    if elements is None or bounds is None:
-        elements, bounds = of_windows(*sorted_rows([window_index(windows, rows)]))
-    return segment_sum(grad.contiguous(), elements, bounds).view(rows, 9, -1)
+def window_scatter(grad: Tensor, windows: Tensor, rows: int, kinds: None = None) -> Tensor:
+    order = of_windows(*sorted_rows([window_index(windows, rows)]))
+    return segment_sum(grad, *order).view(rows, 9, -1)
 
 
 def _parts(programs: int, most: int) -> int:
