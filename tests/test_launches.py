@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("counts launches of compiled kernels", allow_module_level=True)
 
 from benchmarks import launches
-from smis_kernels import LabelLayout, modulation
+from smis_kernels import CGNorm, LabelLayout, modulation, use_path
 from smis_models.benchmark.case import Maps
 
 
@@ -93,3 +93,19 @@ def test_a_step_under_autocast_is_of_its_dtype() -> None:
     with launches.without_a_gpu(), FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
         x, weight = (torch.empty((4, 4, 3, 3), device="cuda") for _ in range(2))
         assert torch.nn.functional.conv2d(x, weight).dtype == torch.bfloat16
+
+
+def test_gradients_node_by_node_are_those_of_the_engine() -> None:
+    norm = CGNorm(6, 4, 8, groups=2)
+    layer = torch.nn.utils.spectral_norm(torch.nn.Conv2d(6, 3, 3))
+    labels = (torch.arange(64).view(1, 8, 8) // 9) % 4
+    x = torch.randn(1, 6, 4, 4)
+    for path in ("dense", "two_level"):
+        with use_path(path):
+            y = layer(norm(x, LabelLayout.from_labels(labels, 4), upsample=True)).tanh() * 2
+        parameters = [*norm.parameters(), *layer.parameters()]
+        expected = torch.autograd.grad(y, parameters, torch.ones_like(y), retain_graph=True)
+        with torch.no_grad():
+            launches._differentiate(y, torch.ones_like(y))
+        for parameter, grad in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
