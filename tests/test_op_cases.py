@@ -213,7 +213,7 @@ def test_no_operator_is_left_out_of_opcheck() -> None:
               for name in CASES for overload, _ in raw_calls(name, "contiguous")}
     own_file = {"content_digest", "winograd_weight",  # of any tensor; an opaque result
                 "fixed_statistics",  # of running statistics
-                "indexed_modulation_ordered_backward", "segment_sums",  # of a GPU: test_level_order.py
+                "indexed_modulation_ordered_backward", "segment_sums",  # test_level_order.py
                 "number_labels", "number_levels"}  # no kernel on the CPU: cuda_on_cpu checks fakes
     assert set(library.raw_ops) - called == own_file
 
