@@ -414,7 +414,8 @@ def count_training(name: str, layout: LabelLayout, way: str, *,
             count.part = "backward"
             with torch.no_grad():
                 _differentiate(picture, torch.empty_like(picture))
-        assert all(p.grad is not None for p in generator.parameters())
+        unused = {n.partition(".")[0] for n, p in generator.named_parameters() if p.grad is None}
+        assert unused <= {"up_4"}  # which a generator for pictures of 256 pixels has, but not calls
     kept = () if planes else semantic._orders.values()
     return count, sum(t.nbytes for found in kept for t in found.order.tensors)
 
