@@ -504,10 +504,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.names:
         name, _, way = options.names.partition("/")
         training = way.removeprefix("training-")
-        known = (*WAYS, *(f"training-{way}" for way in TRAINING_WAYS))
-        if name not in GENERATORS or way not in known:
+        ways = (*WAYS, *(f"training-{way}" for way in TRAINING_WAYS))
+        if name not in GENERATORS or way not in ways:
             parser.error(f"--names: expected one of {', '.join(GENERATORS)} and / and one of "
-                         f"{', '.join(known)}; got {options.names!r}")
+                         f"{', '.join(ways)}; got {options.names!r}")
         layout, _ = count_layout(name, maps)
         count = (count_forward(name, layout, way) if training == way
                  else count_training(name, layout, training)[0])

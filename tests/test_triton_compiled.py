@@ -115,8 +115,9 @@ def test_gradients_of_tables_are_products_of_tensor_cores(arch: int, single: boo
     assert set(kernels) == {"hidden_gradient_kernel", "weight_gradient_kernel"}
     for name, ptx in kernels.items():
         assert kernel_report.products(ptx) == ("tf32",), name
-        assert set(re.findall(r"(\d+):", kernel_report.accesses(ptx, "ld"))) == {"16"}, name
+        widths = set(re.findall(r"(\d+):", kernel_report.accesses(ptx, "ld")))
+        # an operand that is transposed is read by single floats
+        assert widths == ({"16"} if name.startswith("hidden") else {"16", "4"}), name
         assert kernel_report.accesses(ptx, "st").startswith("16:"), name
-        # of both operands: the tensor cores cut off what they do not read
-        tile = 2 * 64 * 32 // 128 if single else 0
-        assert ptx.count("cvt.rna.tf32.f32") >= tile, name
+        # of both operands, 64 x 32 and 32 x 32: the tensor cores cut off what they do not read
+        assert not single or ptx.count("cvt.rna.tf32.f32") >= (64 + 32) * 32 // 128, name

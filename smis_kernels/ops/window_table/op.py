@@ -286,7 +286,8 @@ def _products_in_torch(scattered: Tensor, hidden: Tensor, weight_gamma: Tensor,
     with torch.autocast(hidden.device.type, enabled=False):  # as forward's products
         dhidden = torch.bmm(scattered, weight).transpose(0, 1).reshape(rows, depth)
         dweight = torch.bmm(scattered.transpose(1, 2), grouped).view(groups, 9, 2, wide, deep)
-    return dhidden, dweight.permute(2, 0, 3, 4, 1).reshape(2, *weight_gamma.shape)
+    dweight = dweight.permute(2, 0, 3, 4, 1).contiguous()  # of one group a view would do
+    return dhidden, dweight.view(2, *weight_gamma.shape)
 
 
 def _table_fake(
