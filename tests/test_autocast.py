@@ -58,7 +58,7 @@ def test_elementwise_ops_follow_their_input(backend: str) -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_training_step_of_every_family(name: str, backend: str) -> None:
-    options = {**small_options(name), "image_size": (GENERATORS[name],) * 2}
+    options = {**small_options(name), "ngf": 4, "image_size": (GENERATORS[name],) * 2}
     generator = create_model(name, part="generator", **options)
     preset = generator.preset
     size = GENERATORS[name] // 8
