@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from smis_models.data import Draw, GeneratedScenes, SceneClassifier
-from smis_models.data.scenes import KINDS, LANDSCAPE, draw_modes, paint, palette, sample_scene
+from smis_models.data.scenes import (
+    KINDS,
+    LANDSCAPE,
+    MODES,
+    draw_modes,
+    paint,
+    palette,
+    sample_scene,
+)
 from smis_models.io import images
 
 
@@ -90,20 +98,23 @@ def test_sixteen_bit_ids_do_not_wrap(tmp_path):
         assert images.read_instances(tmp_path / "edge.png").tolist() == [[0, high]]
     with pytest.raises(ValueError, match="65536"):
         images.write_indices(tmp_path / "large.png", ids + 1)
+    with pytest.raises(ValueError, match="got -1"):
+        images.write_indices(tmp_path / "large.png", ids - 1)
     assert not (tmp_path / "large.png").exists()
 
 
-def test_four_bit_grey_levels_are_indices(tmp_path):
-    # Pillow writes no 4-bit grey PNG: make one by hand.
+@pytest.mark.parametrize(("bits", "byte", "levels"), [(2, 0x1B, [0, 1, 2, 3]), (4, 0x3A, [3, 10])])
+def test_few_bits_of_grey_are_indices(tmp_path, bits, byte, levels):
+    # Pillow writes no grey PNG of 2 or 4 bits: make one by hand.
     def chunk(kind, body):
         crc = zlib.crc32(kind + body)
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
 
-    header = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    png += chunk(b"IDAT", zlib.compress(b"\x00\x3a")) + chunk(b"IEND", b"")
-    (tmp_path / "grey4.png").write_bytes(png)
-    np.testing.assert_array_equal(images.read_labels(tmp_path / "grey4.png", 16), [[3, 10]])
+    png += chunk(b"IDAT", zlib.compress(bytes([0, byte]))) + chunk(b"IEND", b"")
+    (tmp_path / "grey.png").write_bytes(png)
+    np.testing.assert_array_equal(images.read_labels(tmp_path / "grey.png", 16), [levels])
 
 
 def test_resize_takes_pixel_centres(tmp_path):
@@ -225,6 +236,27 @@ def test_a_mode_paints_its_own_class_only(changed):
         differs = (before != after).any(-1)
         assert not differs[scene.labels != changed].any()
         assert differs[scene.labels == changed].mean() > 0.5
+
+
+def test_fades_and_details_run_from_top_to_bottom():
+    """Of the whole picture for stuff, of each instance for things."""
+    sky, building = LANDSCAPE.index("sky"), LANDSCAPE.index("building")
+    names = [[mode.name for mode in MODES[part]] for part in LANDSCAPE]
+    modes = np.zeros(8, np.int64)
+    modes[sky], modes[building] = names[sky].index("sunset"), names[building].index("plaster")
+    labels = np.zeros((100, 64), np.int64)
+    instances = labels.copy()
+    labels[50:, :32], instances[50:, :32] = building, 1000 * building
+    labels[30:80, 40:], instances[30:80, 40:] = building, 1000 * building + 1
+    picture = paint(labels, instances, modes, np.random.default_rng(0)) / 255
+    rows = picture[:50, :32].mean(1)  # of the sky; smoothed, for clouds are in it
+    slope = (rows[40:].mean(0) - rows[:10].mean(0)) / 0.4  # over 40 of 100 rows
+    np.testing.assert_allclose(slope, MODES["sky"][modes[sky]].fade, atol=0.15)
+    roof, rim = (0.25, 0.22, 0.24), (0.93, 0.93, 0.90)
+    for top, column in ((50, 0), (30, 40)):  # both 50 rows high: 7 of the roof, 2 or 3 of its rim
+        for row, colour in ((0, roof), (6, roof), (8, rim)):
+            np.testing.assert_allclose(picture[top + row, column], colour, atol=1 / 255)
+        assert np.abs(picture[top + 12, column] - roof).max() > 0.2
 
 
 def _iou(seen, wanted):

@@ -541,6 +541,18 @@ def test_the_loss_scale_moves_and_goes_on(tmp_path: Path) -> None:
     assert resumed.trainer._scaler.state_dict() == scale
 
 
+def test_a_step_that_overflows_changes_no_weight(tmp_path: Path) -> None:
+    """Of fp16: the scale is halved, both updates are left out, and training goes on."""
+    run = Run(tiny("--precision", "fp16"), tmp_path)
+    trainer = run.trainer
+    trainer._scaler.load_state_dict({**trainer._scaler.state_dict(), "scale": 2.0**127})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step(run.batches.step(), 0)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    scale = trainer._scaler.state_dict()
+    assert (scale["scale"], scale["_growth_tracker"], trainer.step_count) == (2.0**126, 0, 1)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision(precision: str, tmp_path: Path) -> None:
     run = Run(tiny("--precision", precision), tmp_path / precision)
