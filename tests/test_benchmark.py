@@ -96,7 +96,7 @@ def test_interleaving_rotates_the_order():
 
 
 def test_times_are_of_one_call(monkeypatch):
-    """On a clock that the calls turn: the mean of a sample, and as many rounds as were asked for."""
+    """On a clock that the calls turn: the mean of a sample, and as many rounds as asked for."""
     now, cost = [0.0], {"slow": 1.0, "half": 0.5, "fast": 2.0**-12}
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
