@@ -211,7 +211,12 @@ def test_shape_and_texture_vary(model):
     frames = list(applications.exchange(model, layout, target, library, 3, seed=1))
     assert len(frames) == 4
     assert len({frame.scene.labels.tobytes() for frame in frames}) > 1
+    known = library.of(target)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(1)).tolist()
     for k, frame in enumerate(frames[1:], 1):
+        shape = known[order[(k - 1) % len(order)]]
+        np.testing.assert_array_equal(
+            frame.scene.labels, exchange_shape(layout, target, shape).labels)
         z = resample_class(model, draw_code(model, 1), target, 1 + k)
         assert _close(frame.picture, _model_paints(model, frame.scene, z))
     held = list(applications.exchange(model, layout, target, library, 1, seed=1, texture=False))

@@ -84,9 +84,10 @@ def test_records_say_what_was_computed(weights: Path, tmp_path: Path) -> None:
         assert of_weights.items() <= record.items()
         return record
 
-    record = recorded("with", "--losses.perceptual", "3", "--losses.feature_matching", "7")
-    assert record["losses"] == {"kl": 0.0125, "gan": 1.0, "feature_matching": 7.0,
-                                "perceptual": 3.0, "fake": 1.0, "real": 1.0}
+    record = recorded("with", "--losses.perceptual", "3", "--losses.feature_matching", "7",
+                      "--losses.adversarial", "2", "--losses.discriminator", "0.5")
+    assert record["losses"] == {"kl": 0.0125, "gan": 2.0, "feature_matching": 7.0,
+                                "perceptual": 3.0, "fake": 0.5, "real": 0.5}
     assert record["perceptual"] == {"vgg": "vgg.pth", "vgg_sha256": file_hash(weights),
                                     "torchvision_weights": False}
     assert (record["step"], record["pictures"], record["processes"]) == (1, 4, 1)

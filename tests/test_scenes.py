@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from smis_models.data import Draw, GeneratedScenes, SceneClassifier
+from smis_models.data.classes import class_names
 from smis_models.data.scenes import (
     KINDS,
     LANDSCAPE,
@@ -18,6 +19,7 @@ from smis_models.data.scenes import (
     paint,
     palette,
     sample_scene,
+    shapes,
 )
 from smis_models.io import images
 
@@ -56,6 +58,41 @@ def test_a_seed_is_a_scene_at_any_size():
     # The centres of the small map's pixels are centres of the large map's middle pixels.
     np.testing.assert_array_equal(small.labels, large.labels[1::3, 1::3])
     assert not np.array_equal(small.labels, sample_scene("street", 64, 64, 35, seed=6).labels)
+
+
+def test_shapes_by_their_formulas():
+    """Pixels whose centres lie inside."""
+    height, width = 45, 61
+    y = ((np.arange(height) + 0.5) / height)[:, None]
+    x = ((np.arange(width) + 0.5) / width)[None]
+    dy, dx = (y - 0.4) / 0.3, (x - 0.55) / 0.2
+    radius = 1 + 0.1 * np.sin(3 * np.arctan2(dy, dx)) - 0.05 * np.sin(4 * np.arctan2(dy, dx) + 1)
+    ridge = 0.5 + 0.1 * np.sin(2 * np.pi * x + 0.3) + 0.05 * np.sin(4 * np.pi * x + 0.6)
+    for shape, inside in (
+        (shapes.rectangle(0.25, 0.1, 0.75, 0.5), (y >= 0.25) & (y < 0.75) & (x >= 0.1) & (x < 0.5)),
+        (shapes.polygon((0.1, 0.2), (0.1, 0.8), (0.9, 0.2)),
+         (y >= 0.1) & (x >= 0.2) & (x < 0.8 - 0.75 * (y - 0.1))),
+        (shapes.blob(0.4, 0.55, 0.3, 0.2), dy**2 + dx**2 <= 1),
+        (shapes.blob(0.4, 0.55, 0.3, 0.2, (0.1, -0.05)), dy**2 + dx**2 <= radius**2),
+        (shapes.below(0.5, (0.1, 0.05), 0.3), y >= ridge),
+    ):
+        canvas = shapes.Canvas(height, width, {"ground": 0, "thing": 3})
+        canvas.stuff("thing", shape)
+        np.testing.assert_array_equal(canvas.labels, np.where(inside, 3, 0))
+        np.testing.assert_array_equal(canvas.instances, canvas.labels)
+        for number in range(2):  # over one another
+            canvas.thing("thing", shape)
+            np.testing.assert_array_equal(canvas.instances, np.where(inside, 3000 + number, 0))
+        canvas.thing("ground", shape)  # class 0 has no instances
+        assert not canvas.labels.any() and not canvas.instances.any()
+
+
+def test_streets_have_cityscapes_classes():
+    names = class_names("groupdnet_cityscapes", 35)
+    for seed in range(3):
+        scene = sample_scene("street", 128, 256, 35, seed)
+        assert {scene.names[c] for c in scene.present} == {names[c] for c in scene.present}
+        assert {"road", "sky", "car", "building"} <= {names[c] for c in scene.present}
 
 
 @pytest.mark.parametrize(
