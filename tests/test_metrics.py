@@ -495,13 +495,14 @@ def test_instance_features_reach_the_pictures():
         torch.testing.assert_close(picture, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_predictions_come_to_the_maps_size_by_pixel_centres(model, tmp_path):
+def test_predictions_come_to_the_maps_size_by_pixel_centres(tmp_path):
+    model = create_model("groupdnet_deepfashion", **{**TINY, "image_size": (64, 128)}).eval()
     layouts = sample_scenes(model.preset, 2)
     matrix = np.zeros((8, 8))
     for k, layout in enumerate(layouts):
         predicted = np.random.default_rng(k).integers(0, 8, (37 + k, 90)).astype(np.int32)
         images.write_indices(tmp_path / f"{layout.name}.png", predicted)
-        resized = np.asarray(Image.fromarray(predicted).resize((64, 64), Image.Resampling.NEAREST))
+        resized = np.asarray(Image.fromarray(predicted).resize((128, 64), Image.Resampling.NEAREST))
         matrix += confusion_matrix(layout.labels.flatten(), resized.flatten(), labels=range(8))
     read = Metrics(predictions=tmp_path, rule=LabelRule("same", frozenset()))
     found = evaluate(model, Scenes(layouts, {}), read, protocol("n100-m19"))
