@@ -217,7 +217,13 @@ def test_codes_of_one_class_change_alone(model):
     assert (codes[:, held] == codes[:1, held]).all()
     assert all(not torch.equal(codes[0, channels], codes[k, channels]) for k in (1, 2, 3))
     assert torch.equal(codes, sample_codes(model, 4, seed=3, index=2))
+    for k in range(4):  # each draw of a seed of its own
+        drawn = drawn_code(model, derived_seed(3, k, 2 + 1))
+        assert torch.equal(codes[k, channels], drawn[0, channels])
     whole = sample_codes(model, 4, seed=3)
+    for k in range(4):
+        assert torch.equal(whole[k], drawn_code(model, derived_seed(3, k))[0])
+    assert torch.equal(codes[0, held], whole[0, held])
     assert not torch.equal(whole[0, held], whole[1, held])
 
 

@@ -242,6 +242,25 @@ def test_generated_scenes_depend_on_seed_split_and_index_alone(size):
         others[0][3]
 
 
+def test_a_generated_scene_is_drawn_by_these_numbers():
+    """Of sets that weights were trained and measured on: numpy's draws of seed, split and index."""
+    seen = set()
+    for number, split in enumerate(("train", "val", "test")):
+        for index in (0, 2):
+            r = np.random.default_rng((5, number, index))
+            scene = sample_scene("landscape", 48, 96, 8, int(r.integers(2**62)))
+            modes = draw_modes(r)
+            picture = paint(scene.labels, scene.instances, modes, r)
+            sample = GeneratedScenes(3, (48, 96), split, seed=5)[index]
+            np.testing.assert_array_equal(sample["labels"], scene.labels)
+            np.testing.assert_array_equal(sample["instances"], scene.instances)
+            np.testing.assert_array_equal(sample["modes"], modes)
+            np.testing.assert_array_equal(images.to_pictures(sample["image"][None])[0], picture)
+            assert sample["name"] == f"{split}_{index:06d}"
+            seen.add(picture.tobytes())
+    assert len(seen) == 6
+
+
 def test_a_generated_sample():
     sample = GeneratedScenes(1, (40, 56))[0]
     assert sample["image"].shape == (3, 40, 56) and sample["image"].dtype == torch.float32
