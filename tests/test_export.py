@@ -124,7 +124,7 @@ def test_torch_onnx_export_as_users_call_it(tmp_path: Path) -> None:
 
 def test_inputs_of_a_trial_have_the_models_size() -> None:
     """Which is no square here; of a data set with unlabelled pixels some are there."""
-    options = {"ngf": 4, "nef": 4, "blocks": 1, "image_size": (64, 128)}
+    options: dict[str, Any] = {"ngf": 4, "nef": 4, "blocks": 1, "image_size": (64, 128)}
     painter = Painter(create_model("pix2pixhd_cityscapes_features", **options))
     assert painter.names == ("labels", "instances", "features")
     labels, instances, features = painter.example(2, 0)
