@@ -198,6 +198,22 @@ def test_weights_start_from_the_seed_or_a_file(tmp_path: Path) -> None:
     same(replace(config, init=str(tmp_path / "w.safetensors")), other)
 
 
+def test_a_part_that_starts_at_random_is_told(tmp_path: Path) -> None:
+    config = tiny("--seed", "5")
+    options = {field.name: getattr(config.network, field.name) for field in fields(config.network)}
+    own, other = (create_model(config.model, seed=seed, **options) for seed in (5, 9))
+    for part, absent in (("generator", "encoder"), ("encoder", "generator")):
+        torch.save(other.get_submodule(part).state_dict(), tmp_path / f"{part}.pth")
+        with pytest.warns(UserWarning, match=rf"init: .*{part}\.pth holds no {absent}, which") as (
+                told):
+            found = Trainer(replace(config, init=str(tmp_path / f"{part}.pth"))).model
+        assert len(told) == 1
+        for name, expected in ((part, other), (absent, own), ("discriminator", own)):
+            state = found.get_submodule(name).state_dict()
+            for key, value in expected.get_submodule(name).state_dict().items():
+                assert torch.equal(state[key], value), key
+
+
 def test_a_run_starts_from_whitened_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model("groupdnet_scenes", ngf=8, nef=8, ndf=4, latent_channels=2, init_gain=1.0)
     save_checkpoint(model, tmp_path / "w.safetensors")
@@ -539,6 +555,18 @@ def test_the_loss_scale_moves_and_goes_on(tmp_path: Path) -> None:
     run.save()
     resumed = Run(tiny("--precision", "fp16"), tmp_path, resume=True)
     assert resumed.trainer._scaler.state_dict() == scale
+
+
+def test_a_step_that_overflows_changes_no_weight(tmp_path: Path) -> None:
+    """Of fp16: the scale is halved, both updates are left out, and training goes on."""
+    run = Run(tiny("--precision", "fp16"), tmp_path)
+    trainer = run.trainer
+    trainer._scaler.load_state_dict({**trainer._scaler.state_dict(), "scale": 2.0**127})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step(run.batches.step(), 0)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    scale = trainer._scaler.state_dict()
+    assert (scale["scale"], scale["_growth_tracker"], trainer.step_count) == (2.0**126, 0, 1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
