@@ -98,7 +98,7 @@ def test_an_edit_is_loaded_into_the_same_graph(name: str) -> None:
     fast, plain, recorder = graphed(name)
     agree(fast, plain, range(3))
     labels, ids = maps(fast._preset, 0)
-    labels[0, 20:30, 10:40] = int(labels[0, 0, 0])
+    labels[0, 20:30, 10:40] = (int(labels[0, 25, 25]) + 1) % fast._preset.classes
     for made in (fast, plain):
         made.update(labels, ids)
     before = recorder.replays
@@ -334,7 +334,7 @@ def test_an_edit_that_does_not_reach_the_graph_is_seen(monkeypatch: pytest.Monke
     fast, plain, recorder = graphed("spade_coco")
     agree(fast, plain, range(3))
     labels, ids = maps(fast._preset, 0)
-    labels[0, 20:30, 10:40] = int(labels[0, 0, 0])
+    labels[0, 20:30, 10:40] = (int(labels[0, 25, 25]) + 1) % fast._preset.classes
     for made in (fast, plain):
         made.update(labels, ids)
     monkeypatch.setattr(StaticLayout, "load", lambda *_: None)
