@@ -375,7 +375,7 @@ def test_a_residual_of_half_the_size_is_upsampled_in_the_sum(shape, dtype, layou
         found = choice._plus_half(y, other)
         assert torch.equal(found, expected)
         assert found.dtype == dtype and found._is_view()
-        if layout in ("contiguous", "channels_last"):
+        if layout in ("contiguous", "channels_last") and c > 1:
             assert found.stride() == torch.empty_like(y).stride()
     assert torch.equal(choice.plus(y, half), expected)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...runtime.backend import requested, resolve
 from ...runtime.derivatives import transformed
 from ...runtime.explain import record
+from ...runtime.tensors import is_channels_last
 from .grouped import direct_conv3x3
 from .kept import KeptWeight
 from .op import KINDS, TILES, WIDE, winograd_conv2d
@@ -125,9 +126,15 @@ def plus(y: Tensor, residual: Tensor | None) -> Tensor:
 
 def _plus_half(y: Tensor, half: Tensor) -> Tensor:
     """The sum over pixels of y in twos: y comes first, so that the result has its format."""
-    h, w = half.shape[2:]
-    twos = y.unflatten(3, (w, 2)).unflatten(2, (h, 2))  # [N, C, h, 2, w, 2]
-    return (twos + half[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+    last = is_channels_last(y)
+    if last:  # as it lies in memory, else a batch of one would get strides of another format
+        y, half = y.permute(0, 2, 3, 1), half.permute(0, 2, 3, 1)
+    rows = 1 if last else 2
+    h, w = half.shape[rows : rows + 2]
+    twos = y.unflatten(rows + 1, (w, 2)).unflatten(rows, (h, 2))  # [..., h, 2, w, 2, ...]
+    added = twos + half.unsqueeze(rows + 2).unsqueeze(rows + 1)
+    whole = added.flatten(rows + 2, rows + 3).flatten(rows, rows + 1)
+    return whole.permute(0, 3, 1, 2) if last else whole
 
 
 def _is_half(residual: Tensor, size: Sequence[int]) -> bool:
