@@ -4,6 +4,7 @@ from .acceleration.prepared import Prepared
 from .acceleration.watch import Settings
 from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
+from .layout.static_layout import StaticLayout
 from .modules.label_conv import LabelConv2d
 from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
@@ -11,6 +12,7 @@ from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import no_fallback, requested, resolve
 from .runtime.constants import constant
 from .runtime.derivatives import transformed
+from .runtime.graphs import capture, circumstances, difference
 from .runtime.library import NAMESPACE
 
 __all__ = [
@@ -19,11 +21,15 @@ __all__ = [
     "Prepared",
     "Settings",
     "Stamp",
+    "StaticLayout",
     "TableCache",
     "WindowLevel",
+    "capture",
     "channel_moments",
+    "circumstances",
     "constant",
     "conv3x3",
+    "difference",
     "no_fallback",
     "prepare_map",
     "requested",

@@ -31,6 +31,17 @@ def test_a_layout_is_compiled_without_the_host(generator: str) -> None:
     assert counts["waits_to_use"] <= 2  # for its labels' range and for all its counts
 
 
+@pytest.mark.parametrize("generator", ["spade_coco", "groupdnet_ade20k"])
+@pytest.mark.parametrize("way", ["auto", "kept"])
+def test_a_blocks_shortcut_is_upsampled_in_the_sum(generator: str, way: str) -> None:
+    layout, _ = launches.count_layout(generator, Maps(None))
+    names = launches.count_forward(generator, layout, way).names
+    assert names["tail", "add"] == 7  # one a block
+    assert not names["tail", "upsample_nearest2d"]
+    if way == "kept":
+        assert names.total() <= 45
+
+
 def test_what_rose_is_named() -> None:
     before = {"a": {"layout": {"launches": 9, "waits": 1},
                     "auto": {"launches": {"norms": 2, "total": 5}}}}

@@ -392,3 +392,43 @@ def test_a_kept_transform_compiles():
     compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), conv(x))
+
+
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 4), (1, 16, 1, 7), (3, 7, 2, 1)])
+def test_a_residual_of_half_the_size_is_upsampled_in_the_sum(shape, dtype, layout):
+    """As a GPU does it; bit for bit, in the conv's format, and without a copy of the sum."""
+    n, c, h, w = shape
+    half, y = torch.randn(shape).to(dtype), torch.randn(n, c, 2 * h, 2 * w).to(dtype)
+    y = with_memory_format(y, layout)
+    expected = nn.functional.interpolate(half, scale_factor=2, mode="nearest") + y
+    for other in (half, half.contiguous(memory_format=torch.channels_last)):
+        found = choice._plus_half(y, other)
+        assert torch.equal(found, expected)
+        assert found.dtype == dtype and found._is_view()
+        if layout in ("contiguous", "channels_last") and c > 1:
+            assert found.stride() == torch.empty_like(y).stride()
+    assert torch.equal(choice.plus(y, half), expected)
+
+
+def test_gradients_of_a_sum_with_half_the_size():
+    g = torch.Generator().manual_seed(0)
+    y, half = (torch.randn(2, 3, h, w, generator=g, dtype=torch.float64, requires_grad=True)
+               for h, w in ((4, 6), (2, 3)))
+
+    def squared(y, half):
+        return choice._plus_half(y, half).square()
+
+    torch.autograd.gradcheck(squared, (y, half))
+    torch.autograd.gradgradcheck(squared, (y, half))
+
+
+@pytest.mark.parametrize(("width", "size", "kernel"), [(64, 64, 3), (8, 8, 3), (8, 8, 5)])
+def test_every_conv_takes_a_residual_of_half_the_size(width, size, kernel):
+    conv = WinogradConv2d(width, width, kernel, padding=kernel // 2).double()
+    x, half = (torch.randn(1, width, n, n, dtype=torch.float64) for n in (size, size // 2))
+    whole = nn.functional.interpolate(half, scale_factor=2, mode="nearest")
+    assert torch.equal(conv(x, half), conv(x, whole))
+    with use_backend("reference"):
+        torch.testing.assert_close(conv(x, half), nn.Conv2d.forward(conv, x) + whole)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import folding
+from .formats import Network
+from .graphed import GraphedNetwork
 from .recognise import BLOCK, KINDS, NORM, SPECTRAL_NORM, Finding, Recognition, networks
 from .report import Difference, Report, Row
 from .swap import CALLS, PLAN, SETTINGS, Accelerated, Change, Step
@@ -21,8 +23,8 @@ from .watch import original_type
 
 
 def accelerate(
-    model: nn.Module, *, inference: bool = False, modules: Iterable[str] | None = None,
-    dry_run: bool = False, verify: Any = None,
+    model: nn.Module, *, inference: bool = False, cuda_graph: bool = True,
+    modules: Iterable[str] | None = None, dry_run: bool = False, verify: Any = None,
 ) -> Report:
     r"""Put fused forwards into a model that was written elsewhere; nothing else about it changes.
 
@@ -65,6 +67,12 @@ def accelerate(
         inference: in eval mode, where no weight asks for a gradient, treat weights as constants:
             spectral norm is computed once, batch norms become part of the conv before. Whatever
             is written to them is seen. On the CPU: elsewhere checking would mean waiting.
+        cuda_graph: with ``inference``, on a GPU: a call without gradients or autocast, of a kind
+            that has been seen twice, is one launch: a replay of a CUDA graph, which reads the
+            weights where they lie, and inputs and compiled maps from copies. Each capture is
+            compared with calls; where it fails, a warning says so, and calls run as without it.
+            Calls of another kind, or with hooks inside, run so too. It holds the memory of a call.
+            Not yet run on a GPU.
         modules: kinds ("norm", "block", "conv", "pixel_conv", "norm_act", "instance_pool",
             "spectral_norm"), or modules' names or patterns such as ``"up_*"``, to which it is
             confined; None: all.
@@ -98,7 +106,7 @@ def accelerate(
         before, slow = (None, 0.0) if verify is None else _timed(model, verify)
         findings = Recognition(inference).findings(model)
         chosen = _chosen(model, findings, modules)
-        steps = _steps(model, chosen)
+        steps = _steps(model, chosen, GraphedNetwork if inference and cuda_graph else Network)
         for step in steps:
             step.apply()
         difference = gain = None
@@ -190,11 +198,11 @@ def _fits(name: str, entry: str) -> bool:
     return any(fnmatchcase(parent, entry) for parent in parents)
 
 
-def _steps(model: nn.Module, chosen: Sequence[Finding]) -> list[Step]:
+def _steps(model: nn.Module, chosen: Sequence[Finding], outermost: type[Network]) -> list[Step]:
     steps = [f.change for f in chosen if f.change is not None]
     inside = {f.module for f in chosen if f.kind in (NORM, BLOCK)}
     taken = {f.module for f in chosen if f.kind != SPECTRAL_NORM}
-    return [*steps, *networks(model, inside, taken)]
+    return [*steps, *networks(model, inside, taken, outermost)]
 
 
 def _outputs(model: nn.Module, arguments: Any) -> list[Tensor]:

@@ -232,16 +232,20 @@ def _spectral_norm(name: str, module: nn.Module, inference: bool) -> Finding | N
     return None
 
 
-def networks(model: nn.Module, inside: Collection[nn.Module],
-             taken: Collection[nn.Module]) -> list[Change]:
-    """The modules around those ``inside``, but for ``taken`` ones: their calls are a network's."""
+def networks(model: nn.Module, inside: Collection[nn.Module], taken: Collection[nn.Module],
+             outermost: type[Network] = Network) -> list[Change]:
+    """The modules around those ``inside``, but for ``taken`` ones: their calls are a network's.
+
+    The model's own become ``outermost``.
+    """
     named = dict(model.named_modules())
     around: dict[nn.Module, None] = {}
     for name, module in named.items():
         if module in inside:
             parents = accumulate(name.split(".")[:-1], "{}.{}".format)
             around.update(dict.fromkeys(named[parent] for parent in ("", *parents)))
-    return [Change(m, Network) for m in around if m not in taken and _is_called(m)]
+    return [Change(m, outermost if m is model else Network) for m in around
+            if m not in taken and _is_called(m)]
 
 
 def _is_called(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ PLAN = "_smis_plan"
 SETTINGS = "_smis_settings"  # what the module was like when its plan was made
 CALLS = "_smis_calls"  # reasons for which calls were left to the original, counted
 FOLDED = "_smis_folded"  # constants made from weights: neither saved nor copied
+REPLAYS = "_smis_replays"  # CUDA graphs of a network's calls, of which a copy makes its own
 
 
 class Accelerated(nn.Module):
@@ -154,7 +155,7 @@ class Change:
 
 def unswap(module: nn.Module) -> bool:
     """Give a module its own class again; whether it had another."""
-    for key in (PLAN, SETTINGS, CALLS, FOLDED):
+    for key in (PLAN, SETTINGS, CALLS, FOLDED, REPLAYS):
         vars(module).pop(key, None)
     if not isinstance(module, Accelerated):
         return False

@@ -38,6 +38,7 @@ from ..runtime.check import (
     check_tensor,
     refuse_label,
 )
+from ..runtime.tensors import capturing as _capturing
 
 MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
 MOST_SPARE = 2**24  # bytes of room for windows beyond which those found are copied out of it
@@ -99,12 +100,6 @@ def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
 def _device_kernels(map: Tensor) -> bool:
     """Whether a GPU compiles layouts of this map without the host."""
     return resolve("number_levels", map, "auto", ("cuda",)) == "cuda"
-
-
-def _capturing(map: Tensor) -> bool:
-    """Whether kernels are recorded for a CUDA graph: what they make is there after a replay."""
-    return (map.device.type == "cuda" and torch.cuda.is_available()  # no fake tensor
-            and torch.cuda.is_current_stream_capturing())
 
 
 class _Reading:
@@ -706,6 +701,11 @@ class TableCache:
         self.put(owner, size, layout, table)
         return table
 
+    @property
+    def predicts(self) -> bool:
+        """Whether a network keeps predictions of its own, or is about to."""
+        return bool(self._predictions)
+
     def prediction(self, owner: nn.Module, size: int, make: Callable[[], T]) -> T | None:
         """What a frozen ``owner`` makes of the layout alone, kept from the second request on.
 
@@ -761,6 +761,23 @@ def layout_scope() -> Iterator[None]:
         _known.depth -= 1
         if _known.depth == 0:
             _known.scope.clear()
+
+
+def scoped_layouts() -> list[tuple[Tensor | None, LabelLayout | None]]:
+    """The tensors that this layout scope has met, None for those gone, and their layouts."""
+    return [(reference(), layout) for reference, _, layout in _known.scope]
+
+
+@contextmanager
+def given_layouts(layouts: Iterable[tuple[Tensor, LabelLayout | None]]) -> Iterator[None]:
+    """A layout scope of its own, in which these tensors have been met already."""
+    before, _known.scope = _known.scope, []
+    try:
+        with layout_scope():
+            _known.scope += [(weakref.ref(t), t._version, layout) for t, layout in layouts]
+            yield
+    finally:
+        _known.scope = before
 
 
 def _same(a: LabelLayout, b: LabelLayout) -> bool:

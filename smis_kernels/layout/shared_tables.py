@@ -17,7 +17,7 @@ from ..ops.level_tables.packing import TILES
 from ..runtime import constants
 from ..runtime.backend import resolve
 from ..runtime.derivatives import transformed
-from ..runtime.tensors import acc_dtype
+from ..runtime.tensors import acc_dtype, capturing
 from .label_layout import LabelLayout, WindowLevel
 
 SHARING = ("triton",)  # backends that gain: on a CPU a norm makes its own table faster
@@ -42,7 +42,6 @@ class _Call:
         self._mates: dict[Key, dict[nn.Module, tuple[nn.Module, ...]]]
         self._mates = scope.store.learned.setdefault("mates", {})
         self._seen: dict[Key, dict[Any, WindowLevel]] = {}
-        self._packed: set[Any] = scope.store.learned.setdefault("packed", set())
         self._asked: dict[Key, dict[nn.Module, Tensor]] = {}
         self._made: dict[Key, _Made] = {}
         self._entries: tuple[Any, torch.dtype, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -100,14 +99,16 @@ class _Call:
         return known[2]
 
     def _pack(self, convs: list[NormConvs]) -> Packed | None:
-        """The weights side by side; None in a CUDA graph's capture, where they were not before."""
+        """The weights side by side; None in a CUDA graph's capture, where they are not at hand.
+
+        Packing writes numbers of the host, which no graph may hold.
+        """
         groups = tuple((c.shared_groups, c.groups) for c in convs)
         sources = tuple(chain.from_iterable(c.tensors for c in convs))
-        place = groups, tuple(map(id, sources))
-        if place not in self._packed and _capturing(convs[0]):
+        key = "level", groups
+        if capturing(convs[0].weight) and not constants.kept(key, *sources):
             return None
-        self._packed.add(place)
-        return constants.constant(("level", groups), partial(pack, convs), *sources)
+        return constants.constant(key, partial(pack, convs), *sources)
 
     def _learn(self) -> None:
         """Note which norms read the same windows, and which of them asked for their tables."""
@@ -141,12 +142,6 @@ def _convs(norm: object) -> NormConvs | None:
 
 def _key(own: NormConvs, layout: LabelLayout, size: tuple[int, int]) -> Key:
     return size, layout.shape[1], own.weight.dtype, own.weight.device
-
-
-def _capturing(own: NormConvs) -> bool:
-    """Whether kernels are recorded for a CUDA graph: what they make is there after a replay."""
-    return (own.weight.is_cuda and torch.cuda.is_available()
-            and torch.cuda.is_current_stream_capturing())
 
 
 def shared_convs(norm: object, layout: LabelLayout) -> NormConvs | None:

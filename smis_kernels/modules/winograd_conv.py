@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.winograd_conv.choice import conv3x3, takes_winograd
+from ..ops.winograd_conv.choice import conv3x3, plus, takes_winograd
 from ..ops.winograd_conv.kept import KeptWeight
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ class WinogradConv2d(nn.Conv2d):
     With ``keep_transform`` set the weight's transform is kept in eval mode, 4 times the weight's
     size with 4x4 tiles, until the weight changes or training begins.
 
-    Shapes: x (N, C, H, W), residual as the output -> (N, C', H', W').
+    A residual half as high and wide as the output is upsampled x2 by nearest: on a GPU in the sum.
+
+    Shapes: x (N, C, H, W), residual as the output or half as high and wide -> (N, C', H', W').
 
     Paper: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
 
@@ -86,5 +88,4 @@ class WinogradConv2d(nn.Conv2d):
             return conv3x3(input, self.weight, self.bias, residual=residual,
                            padding=int(self.padding[0]), groups=self.groups,
                            **self._options())
-        y = super().forward(input)
-        return y if residual is None else residual + y
+        return plus(super().forward(input), residual)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import transformed
+from .tensors import capturing
 
 T = TypeVar("T")
 
@@ -42,13 +43,24 @@ class Store:
         """Whether these may be sources."""
         return all(id(t) in self._known for t in tensors)
 
+    def holds(self, key: Hashable, sources: tuple[Tensor, ...]) -> bool:
+        """Whether the constant is kept, and it and its sources are as they were."""
+        found = self._kept.get((key, *map(id, sources)))
+        return found is not None and found[0] == (state(sources), state(found[1]))
+
     def find(self, key: Hashable, make: Callable[[], T], sources: tuple[Tensor, ...]) -> T:
-        """The constant, made where it is missing or its sources, or it, are not as they were."""
+        """The constant, made where it is missing or its sources, or it, are not as they were.
+
+        While a CUDA graph is captured it is made in the graph, which has its value after a replay:
+        nothing is kept of it.
+        """
         if not self.knows(sources):
             return make()
         place = (key, *map(id, sources))
         found = self._kept.get(place)
-        if found is None or found[0] != (state(sources), state(found[1])):
+        if found is None or not self.holds(key, sources):
+            if any(map(capturing, sources)):
+                return make()
             with torch.inference_mode(False), torch.no_grad():
                 value: Any = make()
                 # Held, so that no other memory can come to lie where theirs was.
@@ -114,3 +126,8 @@ def constant(key: Hashable, make: Callable[[], T], *sources: Tensor) -> T:
     if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
         return make()
     return _active.scope.store.find(key, make, sources)
+
+
+def kept(key: Hashable, *sources: Tensor) -> bool:
+    """Whether :func:`constant` has this one at hand."""
+    return _active.scope is not None and _active.scope.store.holds(key, sources)

@@ -1,4 +1,4 @@
-"""Memory formats: the rule that the fakes share with ``csrc/common/tensor.h``."""
+"""Memory formats (the rule is ``csrc/common/tensor.h``'s too), dtypes, and captures."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def empty_nchw(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
     )
+
+
+def capturing(where: Tensor | torch.device) -> bool:
+    """Whether a CUDA graph is being captured: work is done in each replay, and not now."""
+    device = where.device if isinstance(where, Tensor) else where
+    return (device.type == "cuda" and torch.cuda.is_available()
+            and torch.cuda.is_current_stream_capturing())
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

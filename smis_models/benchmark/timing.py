@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ..synthesis.graphs import capture
+from smis_kernels.interface import capture
 
 Call = Callable[[], Any]
 

@@ -99,7 +99,7 @@ class SPADEResBlock(nn.Module):
             shortcut = self.conv_s(shortcut)
         else:
             h = self.norm_0(x, segmap, activation="leaky_relu", upsample=upsample)
-            shortcut = F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
+            shortcut = x  # which conv_1 upsamples as it adds it
         h = self.norm_1(self.conv_0(h), segmap, activation="leaky_relu")
         out: Tensor = self.conv_1(h, shortcut)
         return out

@@ -2,132 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smis_kernels import LabelLayout
-from smis_kernels.interface import TableCache, WindowLevel
+from smis_kernels.interface import StaticLayout, capture, circumstances, difference
 
 Call = Callable[[], Tensor]
-WARM_UPS = 3  # cuDNN's choice of algorithms and Triton's compilation cannot be captured
-
-
-def capacity(rows: int) -> int:
-    """Rows that a buffer for ``rows`` gets: half as many more, for edits."""
-    return -(-3 * rows // 2) // 64 * 64 + 64
-
-
-def _buffer(rows: Tensor) -> Tensor:
-    """A buffer that holds ``rows`` and zeros up to its capacity: row 0 is the outside."""
-    buffer = rows.new_zeros((capacity(len(rows)), *rows.shape[1:]))
-    buffer[: len(rows)] = rows
-    return buffer
-
-
-def _refill(buffer: Tensor, rows: Tensor) -> None:
-    buffer[: len(rows)] = rows
-    buffer[len(rows):] = 0
-
-
-@dataclass
-class _StaticLevel(WindowLevel):
-    """A resolution in buffers; ``counts`` stays that of the map, so that paths stay as chosen."""
-
-    known: tuple[int, int] = (0, 0)
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        return self.known
-
-
-_INDEX_MAPS = ("symbols", "index3", "index5")
-_ROWS = ("windows3", "windows5")
-
-
-def _static_level(level: WindowLevel) -> WindowLevel:
-    maps = {name: getattr(level, name).clone() for name in _INDEX_MAPS}
-    if not level.repeats:
-        return WindowLevel(windows3=level.windows3, windows5=level.windows5, **maps)
-    rows = {name: _buffer(getattr(level, name)) for name in _ROWS}
-    return _StaticLevel(**maps, **rows, known=level.counts)
-
-
-class StaticLayout:
-    """A used layout in buffers of fixed capacity, tables included.
-
-    What reads :attr:`layout` may be captured: :meth:`load` brings an edited layout into the same
-    memory.
-
-    Args:
-        used: a layout whose tables and resolutions a forward pass has made.
-    """
-
-    def __init__(self, used: LabelLayout) -> None:
-        assert used.tables is not None
-        self.layout = LabelLayout(used.symbols.clone(), _buffer(used.vectors))
-        self.layout._levels = {size: _static_level(level) for size, level in used._levels.items()}
-        self.layout.tables = TableCache()
-        self._tables = {key: _buffer(table) for key, table in used.tables.items()}
-        for (owner, size), table in self._tables.items():
-            self.layout.tables.put(owner, size, self.layout, table)
-
-    def fits(self, used: LabelLayout) -> bool:
-        """Whether an edited layout, used as this was, takes the same paths in the same memory."""
-        assert used.tables is not None
-        levels, tables = used._levels, dict(used.tables.items())
-        if levels.keys() != self.layout._levels.keys() or tables.keys() != self._tables.keys():
-            return False
-        pairs = [(self.layout.vectors, used.vectors)]
-        for size, static in self.layout._levels.items():
-            if static.repeats != levels[size].repeats:
-                return False
-            if static.repeats:
-                pairs += [(getattr(static, name), getattr(levels[size], name)) for name in _ROWS]
-        pairs += [(buffer, tables[key]) for key, buffer in self._tables.items()]
-        return used.symbols.shape == self.layout.symbols.shape and all(
-            len(rows) <= len(buffer) for buffer, rows in pairs
-        )
-
-    def load(self, used: LabelLayout) -> None:
-        """Copy a layout that :meth:`fits` into the buffers."""
-        assert used.tables is not None
-        self.layout.symbols.copy_(used.symbols)
-        _refill(self.layout.vectors, used.vectors)
-        for size, static in self.layout._levels.items():
-            level = used._levels[size]
-            for name in _INDEX_MAPS:
-                getattr(static, name).copy_(getattr(level, name))
-            if static.repeats:
-                for name in _ROWS:
-                    _refill(getattr(static, name), getattr(level, name))
-        for key, table in used.tables.items():
-            _refill(self._tables[key], table)
-
-
-def capture(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """A replay of ``call`` from a CUDA graph; its result lies in memory that each replay reuses."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                call()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: allocations of other threads (a data loader's) do not break the capture
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = call()
-
-    def replay() -> Any:
-        with torch.cuda.device(device):
-            graph.replay()
-        return out
-
-    return replay
+Record = Callable[[Call, torch.device], Call]
+Paint = Callable[[LabelLayout, Tensor | None], Tensor]
 
 
 class GraphedGenerator:
@@ -145,11 +34,11 @@ class GraphedGenerator:
     """
 
     def __init__(self, generator: Any, used: LabelLayout, z: Tensor | None,
-                 record: Callable[[Call, torch.device], Call] = capture) -> None:
+                 record: Record = capture) -> None:
         self._static = StaticLayout(used)
         self._z = None if z is None else z.clone()
-        self._replay = record(lambda: generator(self._static.layout, self._z),
-                              used.symbols.device)
+        self._call: Call = lambda: generator(self._static.layout, self._z)
+        self._replay = record(self._call, used.symbols.device)
 
     def fits(self, used: LabelLayout) -> bool:
         """Whether an edited layout can be loaded; else a new graph is due."""
@@ -159,6 +48,22 @@ class GraphedGenerator:
         """Go on with an edited layout, after a forward pass has made its tables."""
         self._static.load(used)
 
+    def check(self, z: Tensor | None, picture: Tensor, again: Call, *, codes: bool) -> None:
+        """See that a replay is the picture of ``z``; with ``codes``, that it follows another too.
+
+        Args:
+            again: paints the picture a second time, to see how near two of them are.
+
+        Raises:
+            RuntimeError: it is not; the message says by how much.
+        """
+        found = difference([self(z)], [picture], lambda: [again()])
+        if found is None and codes and z is not None:
+            replayed = self(z.flip(1))  # the call reads the same buffer
+            found = difference([replayed], [self._call()], lambda: [self._call()])
+        if found is not None:
+            raise RuntimeError(found)
+
     def __call__(self, z: Tensor | None) -> Tensor:
         """The picture (N, 3, H, W) of a code, in memory of its own."""
         if self._z is not None:
@@ -167,3 +72,72 @@ class GraphedGenerator:
                 raise ValueError(f"z: expected {tuple(self._z.shape)}, got {got}")
             self._z.copy_(z)
         return self._replay().clone()
+
+
+class Replays:
+    """Pictures from a graph where a replay is what painting would give; else they are painted.
+
+    A layout's first picture is painted, the second too, beside the capture or the loading of the
+    graph, whose replay is compared with it; further ones are replays. Another layout, another kind
+    of code or other circumstances (stream, backend, flags) begin anew. Where the capture fails or a
+    replay differs, a warning says so once, and everything is painted from then on. A copy has no
+    graph, and makes its own.
+
+    Args:
+        record: makes a replay of a call: :func:`capture`.
+    """
+
+    def __init__(self, record: Record = capture) -> None:
+        self._record = record
+        self._lock = threading.Lock()  # buffers serve one call at a time
+        self._graphed: GraphedGenerator | None = None
+        self._made: tuple[Any, ...] | None = None  # what the graph is of
+        self._last: tuple[Any, ...] | None = None  # what was painted last
+        self.failed: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Replays, (self._record,)
+
+    def picture(self, paint: Paint, layout: LabelLayout, z: Tensor | None) -> Tensor:
+        """The picture (N, 3, H, W) of a code on a layout, as ``paint`` gives it."""
+        device = layout.symbols.device
+        around = None if self.failed is not None else circumstances(device)
+        if around is None or (z is not None and z.device != device) or not self._lock.acquire(
+                blocking=False):
+            return paint(layout, z)
+        try:
+            kind = () if z is None else (z.shape, z.dtype)
+            return self._picture(paint, layout, z, (layout, around, kind))
+        finally:
+            self._lock.release()
+
+    def _picture(self, paint: Paint, layout: LabelLayout, z: Tensor | None,
+                 what: tuple[Any, ...]) -> Tensor:
+        if self._graphed is not None and self._made == what:
+            return self._graphed(z)
+        picture = paint(layout, z)
+        before, self._last = self._last, what
+        # What is predicted from a map alone is kept in place of a graph.
+        if before != what or layout.tables is None or layout.tables.predicts:
+            return picture
+        try:
+            self._prepare(paint, layout, z, what, picture)
+        except Exception as error:  # a driver's, torch's, or the comparison's
+            self._graphed, self.failed = None, str(error).partition("\n")[0]
+            warnings.warn(f"Synthesizer: no CUDA graph from now on: {self.failed}", stacklevel=5)
+        return picture
+
+    def _prepare(self, paint: Paint, layout: LabelLayout, z: Tensor | None,
+                 what: tuple[Any, ...], picture: Tensor) -> None:
+        """Bring the layout into the graph, and see that its replay is the picture."""
+        graphed, made = self._graphed, self._made
+        if graphed is not None and made is not None and made[1:] == what[1:] and graphed.fits(
+                layout):
+            self._made = None  # until it is seen to be right
+            graphed.load(layout)
+            graphed.check(z, picture, partial(paint, layout, z), codes=False)
+        else:
+            self._graphed = self._made = graphed = None  # its memory is free for the next
+            graphed = GraphedGenerator(paint, layout, z, self._record)
+            graphed.check(z, picture, partial(paint, layout, z), codes=True)
+        self._graphed, self._made = graphed, what

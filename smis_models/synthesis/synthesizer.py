@@ -14,7 +14,7 @@ from smis_kernels.interface import Prepared, Settings, Stamp, TableCache
 from ..io.seeds import derived_seed
 from ..networks import semantics as label_maps
 from .codes import code_parts, interpolate
-from .graphs import GraphedGenerator, capture
+from .graphs import Replays
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
@@ -51,12 +51,16 @@ class Synthesizer:
         model: a :class:`SynthesisModel` of the zoo (a generator with ``preset`` serves too).
         labels: (N, H, W) integers, or a :class:`smis_kernels.LabelLayout`.
         instances: ids of the labels' shape where the model reads edges.
-        cuda_graph: run each picture as one CUDA graph, captured at the first sample of a layout.
-            Edits stay in the graph's memory while their tables fit its capacity, and have it
-            captured anew where they do not. For a model on a GPU, from one stream at a time.
+        cuda_graph: on a GPU, by default (None), pictures are replays of one CUDA graph from a
+            layout's third on, the second having been compared with a replay; True refuses a model
+            elsewhere, False never makes one. Edits stay in the graph's memory while their tables
+            fit its capacity, and have it captured anew where they do not. A sample with another
+            stream, backend or flags, or of a second thread meanwhile, is painted without it. It
+            holds the memory of a forward pass.
         prediction_bytes: memory that what CC-FPSE predicts from the map alone (kernels, gates,
             gamma and beta) may take from the second picture of a layout on, which by rounding is
-            another than the first of the same code; 0 keeps none. A ``cuda_graph`` keeps none.
+            another than the first of the same code; 0 keeps none. Where predictions are kept there
+            is no graph; with ``cuda_graph=True`` none are kept.
 
     Raises:
         ValueError: labels out of range or of another shape, or ``cuda_graph`` for a model that is
@@ -74,7 +78,7 @@ class Synthesizer:
     """
 
     def __init__(self, model: Any, labels: Tensor | LabelLayout,
-                 instances: Tensor | None = None, *, cuda_graph: bool = False,
+                 instances: Tensor | None = None, *, cuda_graph: bool | None = None,
                  prediction_bytes: int = 2 * 2**30) -> None:
         self._source: nn.Module = getattr(model, "generator", model)
         self._preset = model.preset
@@ -85,17 +89,14 @@ class Synthesizer:
         self._layout = self._compile(labels, instances)
         self._budget = 0 if cuda_graph else prediction_bytes  # a graph's buffers hold tables alone
         self._layout.tables = TableCache(budget=self._budget)
-        self._graphed: GraphedGenerator | None = None
-        self._record: Any = None
-        if cuda_graph:
-            device = next(self._source.parameters()).device
-            if device.type != "cuda":
-                raise ValueError(
-                    f"cuda_graph: expected a model on a GPU, got one on {device}; move it with "
-                    ".to('cuda') or leave cuda_graph out"
-                )
-            self._record = capture
-        self._loaded: LabelLayout | None = None  # the layout whose tables the graph holds
+        device = next(self._source.parameters()).device
+        if cuda_graph and device.type != "cuda":
+            raise ValueError(
+                f"cuda_graph: expected a model on a GPU, got one on {device}; move it with "
+                ".to('cuda') or leave cuda_graph out"
+            )
+        on_gpu = device.type == "cuda" and cuda_graph is not False
+        self._replays = Replays() if on_gpu else None
         self.z: Tensor | None = None
 
     def _tensors(self) -> list[Tensor]:
@@ -140,8 +141,8 @@ class Synthesizer:
         """The picture (N, 3, H, W) of code ``z``, or of a fresh one; kept as the current code."""
         self._check_source()
         self.z = self.code(seed) if z is None else z
-        if self._record is not None:
-            return self._replayed(self.z)
+        if self._replays is not None:
+            return self._replays.picture(self._picture, self._layout, self.z)
         return self._picture(self._layout, self.z)
 
     def _picture(self, layout: LabelLayout, z: Tensor | None) -> Tensor:
@@ -149,19 +150,6 @@ class Synthesizer:
         # its own.
         with self._prepared.vouched():
             image: Tensor = self._generator(layout, z)
-        return image
-
-    def _replayed(self, z: Tensor | None) -> Tensor:
-        """The picture from the graph; a layout's first one is made eagerly, and its tables."""
-        if self._loaded is self._layout:
-            assert self._graphed is not None
-            return self._graphed(z)
-        image = self._picture(self._layout, z)
-        if self._graphed is not None and self._graphed.fits(self._layout):
-            self._graphed.load(self._layout)
-        else:
-            self._graphed = GraphedGenerator(self._picture, self._layout, z, self._record)
-        self._loaded = self._layout
         return image
 
     def resample(self, index: int, *, seed: int = 1, z: Tensor | None = None) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.op_cases import CASES, GpuCase
-from smis_kernels import LabelLayout
+from smis_kernels import LabelLayout, accelerate
+from smis_kernels.acceleration.swap import REPLAYS
 from smis_kernels.ops.label_windows.op import number_levels
+from smis_kernels.runtime.graphs import WARM_UPS
 from smis_models import Synthesizer, create_model
-from smis_models.synthesis.graphs import WARM_UPS
+from tests.foreign_cases import label_map, small_painter
 from tests.op_cases import Made, cotangents, outputs_of
 
 # The size of what these return depends on the data, so they wait for the device once.
@@ -99,17 +103,35 @@ def test_a_synthesizer_as_one_graph(name: str, dtype: torch.dtype) -> None:
     labels = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
     ids = labels * 3 if preset.instance_edge else None
     fast = Synthesizer(generator, labels, ids, cuda_graph=True)
-    plain = Synthesizer(generator, labels, ids)
+    plain = Synthesizer(generator, labels, ids, cuda_graph=False)
     tolerance = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 0.05}
-    for seed in (0, 1, 2):
+    for seed in range(5):
         torch.testing.assert_close(fast.sample(seed=seed), plain.sample(seed=seed), **tolerance)
     labels = labels.clone()
     labels[0, :20, :20] = labels[0, 40, 40]
     ids = labels * 3 if preset.instance_edge else None
     for made in (fast, plain):
         made.update(labels, ids)
-    for seed in (0, 1):
+    for seed in range(4):
         torch.testing.assert_close(fast.sample(seed=seed), plain.sample(seed=seed), **tolerance)
+    assert fast._replays is not None and fast._replays.failed is None
+    assert fast._replays._graphed is not None
+
+
+@pytest.mark.cuda_only
+@torch.no_grad()
+def test_an_accelerated_network_as_one_graph() -> None:
+    network = small_painter().float().eval().cuda()
+    original = copy.deepcopy(network)
+    accelerate(network, inference=True)
+    for seed in range(6):
+        planes = label_map(64, seed=seed).float().cuda()
+        torch.testing.assert_close(network(planes), original(planes), rtol=0, atol=2e-2)
+        if seed == 3:
+            for m in (network, original):
+                m.conv_img.bias.data.add_(0.5)
+    replays = vars(network)[REPLAYS]
+    assert replays.failed is None and len(replays._graphs) == 1
 
 
 @pytest.mark.cuda_only

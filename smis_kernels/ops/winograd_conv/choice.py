@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime.backend import requested, resolve
 from ...runtime.derivatives import transformed
 from ...runtime.explain import record
+from ...runtime.tensors import is_channels_last
 from .grouped import direct_conv3x3
 from .kept import KeptWeight
 from .op import KINDS, TILES, WIDE, winograd_conv2d
@@ -87,7 +90,8 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     Everything but wide convs in float32 and float64 on the CPU is ``F.conv2d``; grouped ones on a
     GPU take the form of it that measured fastest for their shape.
 
-    Shapes: input (N, C, H, W), weight (C', C / groups, 3, 3) -> (N, C', H', W').
+    Shapes: input (N, C, H, W), weight (C', C / groups, 3, 3), residual as the output or half as
+        high and wide (:func:`plus`) -> (N, C', H', W').
 
     Args:
         largest: the largest Winograd tile that may be taken: 2, or 4 outside of training.
@@ -101,8 +105,49 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
         tile = form(input, weight.shape[0], groups, padding, largest=largest,
                     kept=kept is not None)
         if tile:
+            if residual is not None:
+                size = [n + 2 * padding - 2 for n in input.shape[2:]]
+                residual = _at_size(residual, size)
             return winograd_conv2d(input, weight, bias, residual=residual, padding=padding,
                                    groups=groups, tile=tile, kept=kept)
         record("conv2d", "torch", input, reason="a direct conv is expected to be faster")
-    y = direct_conv3x3(input, weight, bias, padding, groups)
-    return y if residual is None else residual + y
+    return plus(direct_conv3x3(input, weight, bias, padding, groups), residual)
+
+
+def plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    """``residual + y``; a residual half as high and wide is upsampled x2 by nearest.
+
+    On a GPU both are one pass: the upsampled tensor is never written.
+
+    Shapes: y (N, C, H, W), residual (N, C, H, W) or (N, C, H / 2, W / 2), or None.
+    """
+    if residual is None:
+        return y
+    size = y.shape[2:]
+    if y.is_cpu or requested() == "reference" or not _is_half(residual, size):
+        return _at_size(residual, size) + y
+    return _plus_half(y, residual)
+
+
+def _plus_half(y: Tensor, half: Tensor) -> Tensor:
+    """The sum over pixels of y in twos: y comes first, so that the result has its format."""
+    last = is_channels_last(y)
+    if last:  # as it lies in memory, else a batch of one would get strides of another format
+        y, half = y.permute(0, 2, 3, 1), half.permute(0, 2, 3, 1)
+    rows = 1 if last else 2
+    h, w = half.shape[rows : rows + 2]
+    twos = y.unflatten(rows + 1, (w, 2)).unflatten(rows, (h, 2))  # [..., h, 2, w, 2, ...]
+    added = twos + half.unsqueeze(rows + 2).unsqueeze(rows + 1)
+    whole = added.flatten(rows + 2, rows + 3).flatten(rows, rows + 1)
+    return whole.permute(0, 3, 1, 2) if last else whole
+
+
+def _is_half(residual: Tensor, size: Sequence[int]) -> bool:
+    h, w = size
+    return residual.dim() == 4 and h > 0 and w > 0 and (
+        2 * residual.shape[2], 2 * residual.shape[3]) == (h, w)
+
+
+def _at_size(residual: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(residual, scale_factor=2, mode="nearest") if _is_half(
+        residual, size) else residual
