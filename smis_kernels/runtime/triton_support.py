@@ -66,16 +66,21 @@ def narrowed(value, base):
 
 
 @triton.jit
+def tf32(x):
+    """float32 rounded to TF32: tensor cores cut off the bits that they do not read."""
+    if INTERPRETED:
+        near = _rounded(x, 13, False)
+    else:
+        near = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    return near
+
+
+@triton.jit
 def product(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """``total + a b``. "tf32" rounds ``a``, as the tensor cores cut off what they do not read;
-    ``b`` must be exact in it.
-    """
+    """``total + a b``. "tf32" rounds ``a``; ``b`` must be exact in it."""
     if PRECISION == "tf32":
-        if INTERPRETED:
-            a = _rounded(a, 13, False)
-        else:
-            a = tl.inline_asm_elementwise(
-                "cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], tl.float32, is_pure=True, pack=1)
+        a = tf32(a)
     if INTERPRETED:  # it multiplies the bits of bfloat16 as integers
         a, b = a.to(ACC), b.to(ACC)
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)

@@ -26,7 +26,8 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
     .. math:: y_c(p) = \sum_k w_{c,k}(p)\, x_c(p + k), \quad
               w = \mathrm{conv2d}(\mathrm{condition}, \mathrm{weight}, \mathrm{bias})
 
-    The predicted kernels (N, 9C, H, W) never exist in memory, forward or backward.
+    The predicted kernels (N, 9C, H, W) never exist in memory; their gradient does on a GPU, 20 MB
+    at a time.
 
     Args:
         input: x, (N, C, H, W); float32, float64, float16 or bfloat16. Zeros lie outside. Under
@@ -37,8 +38,10 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
 
     Returns:
         (N, C, H, W) in the input's dtype and memory format; differentiable twice in all four.
-        The native kernels predict with F(2x2, 3x3) Winograd sums, as accurate in fp32 as direct
-        ones; 16-bit inputs are summed in fp32.
+        Kernels are predicted by F(2x2, 3x3) Winograd sums on the CPU and by three TF32 products on
+        a GPU, as accurate in fp32 as direct sums; 16-bit inputs are summed in fp32. On a GPU the
+        gradients of condition, weight and bias are torch's convolution's: in TF32 where
+        torch.backends.cudnn allows it, deterministic where it asks for that.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.
