@@ -146,7 +146,8 @@ def conditional_conv_kernel(
                          mask=near if WHOLE else near & some, other=0.0)
         total += kernels * source.to(ACC)
         WEIGHT += 9 * PARTS * depth * channels
-    tl.store(at_y + ((y * yy + x * yx) * UNIT)[:, None] + in_y[None, :], narrowed(total, Y), mask=_is_inside(bits, 0, 0)[:, None] & some)
+    tl.store(at_y + ((y * yy + x * yx) * UNIT)[:, None] + in_y[None, :], narrowed(total, Y),
+             mask=_is_inside(bits, 0, 0)[:, None] & some)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -265,7 +266,8 @@ def _apply(x: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None, li
                 *strides, *(step // unit_d for step in _steps(condition)), UNIT=unit,
                 UNIT_D=unit_d, PARTS=packed.shape[3],
                 WHOLE=c % settings["BLOCK_C"] == 0 and depth % settings["BLOCK_D"] == 0,
-                ROWS=strides[1] == strides[5] == 1, BIASED=bias is not None, TRANSPOSED=transposed, ACC=acc_type(x), **settings)
+                ROWS=strides[1] == strides[5] == 1, BIASED=bias is not None,
+                TRANSPOSED=transposed, ACC=acc_type(x), **settings)
     return out
 
 
