@@ -46,7 +46,7 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
         On the CPU kernels are predicted with F(m x m, 3x3) Winograd sums, for m = 2 as accurate in
         fp32 as direct ones; on a GPU with three TF32 products, as accurate too; 16-bit inputs are
         summed in fp32. On a GPU the gradients of condition, weight and bias are torch's
-        convolution's: in TF32 where torch.backends.cudnn allows it, deterministic where it is asked.
+        convolution's: torch.backends.cudnn says whether in TF32, and whether deterministic.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.
