@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from smis_kernels import ConditionalConv2d, conditional_conv2d, explain
 from smis_kernels.runtime.backend import missing, triton_interpreted
+from smis_kernels.runtime.tuned import trial
 from smis_kernels.testing import (
     MEMORY_FORMATS,
     assert_as_accurate,
@@ -180,29 +183,147 @@ def test_the_predicted_kernels_are_never_in_memory() -> None:
     assert max(abs(event.cpu_memory_usage) for event in profile.events()) < kernels
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_triton_equals_reference(layout: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Strides are read alike at every size: beyond a tile, the format whose strides tell no other.
-    large = ((1, 70, 3, 30, 40),) if layout == "sliced" or device == "cuda" else ()
-    for case in ((2, 5, 6, 7, 9), *large):
-        inputs = tuple(t.to(device) for t in make(case, layout, dtype=torch.float32))
-        found, expected = results(inputs, "triton"), results(inputs, "reference")
-        truth = results(tuple(t.double() for t in inputs), "reference")
-        for a, b, t in zip(found, expected, truth, strict=True):
-            assert_as_accurate(a, b, t)
+# N, C, H, W, D: one pixel, rows and columns of one, less than a tile
+SMALL = [(3, 4, 1, 1, 3), (2, 3, 1, 5, 1), (1, 1, 7, 1, 17), (2, 5, 6, 7, 9)]
+# tiles that are full; one element more than tiles of pixels, channels and depth
+FULL, MORE = (1, 32, 8, 8, 64), (1, 33, 5, 13, 65)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels() -> Any:
+    """The module of the launchers."""
+    pytest.importorskip("triton")
+    return importlib.import_module("smis_kernels.ops.conditional_conv.triton")
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_triton_in_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = tuple(t.to(device, dtype) for t in make((1, 9, 5, 5, 6), "channels_last"))
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_triton_equals_reference(case: tuple[int, ...], layout: str) -> None:
+    other = {"contiguous": "channels_last", "channels_last": "sliced"}.get(layout, layout)
+    inputs = tuple(t.to(DEVICE) for t in make(case, layout, other))
+    for a, b in zip(results(inputs, "triton"), results(inputs, "reference"), strict=True):
+        assert a.shape == b.shape
+        assert max_error(a, b) < 1e-12
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("case", [SMALL[3], FULL, MORE], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_is_as_accurate_as_the_reference(dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    inputs = tuple(t.to(DEVICE, dtype) for t in make(case, "channels_last"))
     truth = results(tuple(t.double() for t in inputs), "reference")
     found, expected = results(inputs, "triton"), results(inputs, "reference")
     for a, b, t in zip(found, expected, truth, strict=True):
-        assert_as_accurate(a, b, t, floor=2 * torch.finfo(dtype).eps)
+        assert a.dtype == dtype
+        assert_as_accurate(a, b, t)
+
+
+def test_float32_in_two_parts(kernels: Any) -> None:
+    weight = torch.cat((torch.randn(4096), torch.tensor([0.0, -0.0, 1e-30, 3e38])))
+    high, low = kernels._in_parts(weight)
+    assert not torch.any(torch.stack((high, low)).view(torch.int32) & 0x1FFF)
+    assert torch.all((high.double() + low.double() - weight).abs() <= weight.abs() * 2.0**-23)
+    infinite, none = kernels._in_parts(torch.tensor([float("inf"), float("nan")]))[0]
+    assert infinite.isinf() and none.isnan()
+
+
+@pytest.mark.triton
+def test_triton_without_a_bias() -> None:
+    inputs = tuple(t.to(DEVICE) for t in make(SMALL[3], "channels_last"))[:3]
+    for a, b in zip(results(inputs, "triton"), results(inputs, "reference"), strict=True):
+        assert max_error(a, b) < 1e-12
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_triton_writes_every_element(layout: str) -> None:
+    with poisoned_empty():
+        for case in SMALL:
+            inputs = tuple(t.to(DEVICE) for t in make(case, layout))
+            for found, like in zip(results(inputs, "triton"), (inputs[0], *inputs), strict=True):
+                assert found.shape == like.shape
+                assert torch.isfinite(found).all()
+
+
+def predictor_gradients(kernels: Any, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], ...]:
+    """Of condition, weight and bias, by the launcher and by the definition."""
+    x, *leaves = (t.to(DEVICE) for t in inputs)
+    grad = torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=DEVICE).view(x.shape)
+    grad = grad.to(memory_format=torch.channels_last)
+    found = kernels.conditional_conv_backward(grad, x, *leaves, False, True, True)
+    assert found[0].numel() == 0
+    leaves = [t.requires_grad_() for t in leaves]
+    y = conditional_conv2d(x, *leaves, backend="reference")
+    return list(found[1:]), list(torch.autograd.grad((y * grad).sum(), leaves))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("rows", [1, 3, 4, 6, 7, 13, 14, 28])
+def test_triton_gradients_in_slabs(monkeypatch: pytest.MonkeyPatch, kernels: Any,
+                                   rows: int) -> None:
+    """Of one row and its neighbours, of several, of one image of seven rows, of two."""
+    monkeypatch.setattr(kernels, "SCRATCH", rows * 9 * 4 * 5 * 8 + 1)
+    for layout in ("contiguous", "channels_last"):
+        with poisoned_empty():
+            found, expected = predictor_gradients(kernels, make((3, 4, 7, 5, 6), layout))
+        for a, b in zip(found, expected, strict=True):
+            assert max_error(a, b) < 1e-12
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_gradients_of_many_slabs_are_as_accurate(
+    monkeypatch: pytest.MonkeyPatch, kernels: Any, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(kernels, "SCRATCH", 4 * 9 * 24 * 40 * dtype.itemsize)  # two rows each
+    inputs = make((1, 24, 40, 40, 16), "channels_last", dtype=dtype)
+    found, expected = predictor_gradients(kernels, inputs)
+    _, truth = predictor_gradients(kernels, tuple(t.double() for t in inputs))
+    for a, b, t in zip(found, expected, truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_accurate(a, b, t)
+
+
+@pytest.mark.triton
+def test_triton_keeps_nan_where_it_belongs(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
+    """The rows of a slab that are another's are zero, whatever lies there."""
+    monkeypatch.setattr(kernels, "SCRATCH", 3 * 9 * 4 * 5 * 8)
+    inputs = make((1, 4, 7, 5, 6), "channels_last")
+    inputs[0][0, 1, 3, 2] = float("nan")
+    for a, b in zip(*predictor_gradients(kernels, inputs), strict=True):
+        assert b.isnan().any()
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("height", [1, 2, 7, 20])
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 5, 9, 20, 41])
+def test_slabs_own_every_row_once(monkeypatch: pytest.MonkeyPatch, kernels: Any, images: int,
+                                  height: int, room: int) -> None:
+    monkeypatch.setattr(kernels, "SCRATCH", 10 * room)
+    owned = torch.zeros(images, height)
+    for which, (start, stop), (begin, end) in kernels._slabs(images, height, 10):
+        owned[which, begin:end] += 1
+        assert (start, stop) == (max(begin - 1, 0), min(end + 1, height))
+        assert (stop - start) * len(owned[which]) <= max(room, 3)
+    assert torch.all(owned == 1)
+
+
+@pytest.mark.triton
+def test_triton_makes_only_the_gradients_that_are_needed() -> None:
+    inputs = tuple(t.to(DEVICE) for t in make((1, 3, 3, 4, 2), "channels_last"))
+    expected = results(inputs, "reference")[1:]
+    for needed in itertools.product((False, True), repeat=4):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
+        if any(needed):
+            y = conditional_conv2d(*leaves, backend="triton")
+            cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+            (y * cotangent.to(y)).sum().backward()
+        for leaf, need, wanted in zip(leaves, needed, expected, strict=True):
+            assert (leaf.grad is not None) == need
+            assert leaf.grad is None or max_error(leaf.grad, wanted) < 1e-12
 
 
 @pytest.mark.triton
@@ -211,7 +332,45 @@ def test_triton_batches_beyond_the_grid(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("smis_kernels.runtime.triton_support.GRID_LIMIT", 1)
     inputs = make((3, 4, 2, 3, 3), "channels_last")
     for a, b in zip(results(inputs, "triton"), results(inputs, "reference"), strict=True):
-        assert max_error(a, b) < 1e-11
+        assert max_error(a, b) < 1e-12
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("tile", [(128, 128, 64, 8, 3), (32, 16, 16, 4, 2)])
+def test_triton_tiles_as_a_gpu_may_prefer(monkeypatch: pytest.MonkeyPatch, kernels: Any,
+                                          tile: tuple[int, ...]) -> None:
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    inputs = tuple(t.to(DEVICE) for t in make((1, 20, 5, 27, 20), "channels_last",
+                                              dtype=torch.float32))
+    truth = results(tuple(t.double() for t in inputs), "reference")
+    names = ("pixels", "channels", "depth", "warps", "stages")
+    with trial("conditional_conv", dict(zip(names, tile, strict=True))):
+        found = results(inputs, "triton")
+    for a, b, t in zip(found, results(inputs, "reference"), truth, strict=True):
+        assert_as_accurate(a, b, t)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "tile"), [
+    ((1, 128, 256, 256), torch.bfloat16, (128, 128, 32, 8)),
+    ((1, 64, 256, 256), torch.bfloat16, (128, 64, 64, 8)),
+    ((1, 1024, 32, 32), torch.bfloat16, (128, 64, 64, 8)),
+    ((1, 1024, 16, 16), torch.bfloat16, (64, 64, 64, 4)),
+    ((4, 1024, 16, 16), torch.bfloat16, (128, 64, 64, 8)),
+    ((1, 1, 1, 1), torch.float32, (64, 16, 64, 4)),
+    ((1, 8, 64, 64), torch.float64, (32, 16, 32, 8)),
+])
+def test_tiles_shrink_until_every_processor_has_work(
+    kernels: Any, shape: tuple[int, ...], dtype: torch.dtype, tile: tuple[int, ...]
+) -> None:
+    found = kernels._settings(torch.empty(shape, dtype=dtype, device="meta"), 128)
+    names = ("BLOCK_P", "BLOCK_C", "BLOCK_D", "num_warps")
+    assert tuple(found[name] for name in names) == tile
+
+
+def test_rows_beyond_32_bits_are_refused(kernels: Any) -> None:
+    x = torch.empty((1, 4, 2, 2**28), device="meta").to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"input: expected rows of an image closer than 2\^31"):
+        kernels._check_rows(64, x)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

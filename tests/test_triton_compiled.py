@@ -121,3 +121,23 @@ def test_gradients_of_tables_are_products_of_tensor_cores(arch: int, single: boo
         assert kernel_report.accesses(ptx, "st").startswith("16:"), name
         # of both operands, 64 x 32 and 32 x 32: the tensor cores cut off what they do not read
         assert not single or ptx.count("cvt.rna.tf32.f32") >= (64 + 32) * 32 // 128, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("channels", "size"), [(128, 256), (64, 256), (1024, 16)])
+def test_predicted_kernels_are_bound_by_their_products(channels: int, size: int,
+                                                       dtype: torch.dtype, tmp_path: Path) -> None:
+    """What CC-FPSE calls: the loop issues in less time than its tensor-core products take."""
+    x, h = (meta(1, c, size, size, dtype=dtype, nhwc=True) for c in (channels, 128))
+    weight = meta(9 * channels, 128, 3, 3, dtype=dtype)
+    with kernel_report.compiling(90) as launched:
+        conditional_conv(x, h, weight, None)
+    ((_, kernel, _),) = launched
+    share = kernel_report.issue_share(
+        kernel_report._disassembled(kernel.asm["cubin"], str(tmp_path)))
+    assert 0 < share <= 1
+    ptx = kernel.asm["ptx"]
+    for word in ("ld", "st"):
+        assert set(re.findall(r"(\d+):", kernel_report.accesses(ptx, word))) == {"16"}
+    (usage,) = kernel_report.parse_ptxas("", kernel_report._assembled(ptx, str(tmp_path)))
+    assert usage.spills == 0

@@ -4,7 +4,8 @@
 them (and taken from its cache); Triton's for sm_80, sm_90 and sm_100 by making the calls of
 ``COMPILE_CASES`` of ``smis_kernels/ops/<op>/triton.py`` on meta tensors, so that each kernel is
 specialised as in a call. Both are read from ``ptxas -v``; of Triton's PTX are shown the bytes of
-the accesses to global memory with their number, barriers, and the products of tensor cores. A
+the accesses to global memory with their number, barriers, and the products of tensor cores; for
+sm_90 the cycles that their loop takes to issue, by the cycles of its products (read from SASS). A
 spill is an error unless ``tools/allowed_spills.json`` gives a reason, {"<op>/<kernel>/<arch>":
 "why"} with shell wildcards; a product of other operands than the case declares is one always.
 """
@@ -15,6 +16,7 @@ import argparse
 import fnmatch
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -57,6 +59,7 @@ class Usage:
     stores: str = ""
     barriers: int = 0
     products: tuple[str, ...] = ()
+    issue: float = 0.0
 
     @property
     def key(self) -> str:
@@ -181,6 +184,30 @@ def products(ptx: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def issue_share(sass: str) -> float:
+    """Cycles to issue the innermost loop with products, by the cycles of its products; else 0.
+
+    Of sm_90: a processor issues one instruction of a warp a cycle on each of its four parts, which
+    multiply 512 16-bit, 256 TF32 or 32 float64 pairs meanwhile.
+    """
+    code = [(int(at, 16), text) for at, text in
+            re.findall(r"/\*([\da-f]{4,})\*/\s+([^;]*?)\s*;", sass)]
+    shares: list[tuple[int, float]] = []
+    for last, text in code:
+        jump = re.search(r"\bBRA\b.*?\b0x([\da-f]+)", text)
+        if jump is None or int(jump.group(1), 16) > last:
+            continue
+        body = [text for at, text in code if int(jump.group(1), 16) <= at <= last]
+        cycles = 0.0
+        for kind, *sizes, rest in re.findall(
+                r"\b([HD])G?MMA\.(\d+)x(\d+)x(\d+)(\S*)", "\n".join(body)):
+            pairs = math.prod(map(int, sizes)) / (4 if kind == "H" else 1)  # of a warp
+            cycles += pairs / (32 if kind == "D" else 256 if "TF32" in rest else 512)
+        if cycles:
+            shares.append((len(body), len(body) / cycles))
+    return min(shares)[1] if shares else 0.0
+
+
 def _triton_cases(op: str) -> list[Any]:
     return list(importlib.import_module(f"smis_kernels.ops.{op}.triton").COMPILE_CASES)
 
@@ -195,6 +222,13 @@ def _assembled(ptx: str, folder: str) -> str:
         (_ptxas(), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", os.devnull),
         capture_output=True, text=True, check=True,
     ).stderr
+
+
+def _disassembled(cubin: bytes, folder: str) -> str:
+    path = Path(folder, "kernel.cubin")
+    path.write_bytes(cubin)
+    return subprocess.run((str(Path(_ptxas()).with_name("cuobjdump")), "-sass", str(path)),
+                          capture_output=True, text=True, check=True).stdout
 
 
 def triton_usage() -> list[Usage]:
@@ -232,6 +266,8 @@ def _usage_of(op: str) -> list[Usage]:
                     usage.loads, usage.stores = accesses(ptx, "ld"), accesses(ptx, "st")
                     usage.barriers = len(re.findall(r"\bbar(?:rier)?\.sync", ptx))
                     usage.products = products(ptx)
+                    if arch == 90 and usage.products:
+                        usage.issue = issue_share(_disassembled(kernel.asm["cubin"], folder))
                     found[name, usage.arch] = usage
     return list(found.values())
 
@@ -249,11 +285,11 @@ def check_products(case: str, declared: str, kernels: list[str]) -> None:
 def table(found: list[Usage]) -> str:
     """One row a kernel and architecture."""
     head = ("kernel", "arch", "registers", "shared", "stack", "spills", "barriers", "loads",
-            "stores", "products")
+            "stores", "products", "issue")
     rows = [head] + [
         (f"{u.op}/{u.kernel}", u.arch,
          *map(str, (u.registers, u.shared, u.stack, u.spills, u.barriers)), u.loads, u.stores,
-         " ".join(u.products))
+         " ".join(u.products), f"{u.issue:.2f}" if u.issue else "")
         for u in found
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

@@ -155,11 +155,10 @@ def _products(place: Place) -> Iterator[Job]:
         weight = place.draw(9 * c, depth, 3, 3) / (9 * depth) ** 0.5
         return partial(conditional_conv2d, x, h, weight, backend=backend)
 
-    shapes = ((64, 64, 64, 4, 3), (64, 64, 64, 8, 3), (128, 64, 64, 8, 3), (128, 64, 32, 8, 4),
-              (128, 128, 32, 8, 3), (64, 128, 64, 8, 3), (128, 128, 64, 16, 3))
+    shapes = ((128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 5),
+              (256, 64, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4))
     yield ("conditional_conv", str(place.dtype).removeprefix("torch."), "conditional_conv",
-           blocks(CONDITIONAL["conditional_conv"][place.pick(2, 4)],
-                  *place.pick(shapes, shapes[:1])), conv)
+           blocks(CONDITIONAL[place.pick(2, 4)], *place.pick(shapes, shapes[:1])), conv)
 
     def table(one_level: bool, low: bool) -> Call:
         v, u, depth, channels = place.pick((6000, 12000, 128, 512), (5, 7, 6, 8))
