@@ -1,7 +1,9 @@
 """What networks are built with beside the public modules: the one door to the rooms behind them."""
 
 from .acceleration.prepared import Prepared
-from .acceleration.watch import Settings
+from .acceleration.sequences import with_norm
+from .acceleration.watch import Settings, hooked
+from .layout.conditioned import conditioned_convs, label_rows
 from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
 from .modules.label_conv import LabelConv2d
@@ -9,7 +11,7 @@ from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import no_fallback, requested, resolve
-from .runtime.constants import constant
+from .runtime.constants import constant, keeps
 from .runtime.derivatives import transformed
 from .runtime.library import NAMESPACE
 
@@ -22,11 +24,16 @@ __all__ = [
     "TableCache",
     "WindowLevel",
     "channel_moments",
+    "conditioned_convs",
     "constant",
     "conv3x3",
+    "hooked",
+    "keeps",
+    "label_rows",
     "no_fallback",
     "prepare_map",
     "requested",
     "resolve",
     "transformed",
+    "with_norm",
 ]
