@@ -98,7 +98,8 @@ class NormalizedConv(nn.Sequential):
     def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]:
         """Conv, norm and activation."""
         normalized, activation = self
-        layer, norm = normalized  # type: ignore[misc]
+        assert isinstance(normalized, nn.Sequential)
+        layer, norm = normalized
         return layer, norm, activation  # type: ignore[return-value]
 
     def folded(self) -> tuple[Tensor, Tensor] | None:
