@@ -1,7 +1,9 @@
 """What networks are built with beside the public modules: the one door to the rooms behind them."""
 
 from .acceleration.prepared import Prepared
-from .acceleration.watch import Settings
+from .acceleration.sequences import with_norm
+from .acceleration.watch import Settings, hooked
+from .layout.conditioned import conditioned_convs, label_rows
 from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
 from .layout.static_layout import StaticLayout
@@ -10,7 +12,7 @@ from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import no_fallback, requested, resolve
-from .runtime.constants import constant
+from .runtime.constants import constant, keeps
 from .runtime.derivatives import transformed
 from .runtime.graphs import capture, circumstances, difference
 from .runtime.library import NAMESPACE
@@ -27,12 +29,17 @@ __all__ = [
     "capture",
     "channel_moments",
     "circumstances",
+    "conditioned_convs",
     "constant",
     "conv3x3",
     "difference",
+    "hooked",
+    "keeps",
+    "label_rows",
     "no_fallback",
     "prepare_map",
     "requested",
     "resolve",
     "transformed",
+    "with_norm",
 ]

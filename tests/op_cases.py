@@ -27,6 +27,7 @@ from smis_kernels import (
 )
 from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from smis_kernels.ops.indexed_relu.op import indexed_relu
 from smis_kernels.ops.label_windows.op import (
     GroupWindows,
     group_windows,
@@ -56,6 +57,7 @@ PUBLIC: dict[str, Call] = {
     "indexed_modulation": lambda **o: indexed_modulation(X, INDEX, draw(3, 8), **o),
     "indexed_modulation_pair": lambda **o: indexed_modulation_pair(
         X, INDEX, draw(3, 8), draw(3, 8), **o),
+    "indexed_relu": lambda **o: indexed_relu(X, INDEX, draw(3, 4), 2, **o),
     "conditional_attention": lambda **o: conditional_attention(X, X, **o),
     "conditional_conv2d": lambda **o: conditional_conv2d(X, X, draw(36, 4, 3, 3), **o),
     "spatially_varying_conv2d": lambda **o: spatially_varying_conv2d(X, draw(2, 36, 6, 5), **o),
@@ -220,6 +222,16 @@ def _indexed(pair: bool) -> Callable[..., Made]:
         return call, (random.normal(*shape) + 1,
                       *(random.normal(rows, 2 * c) for _ in range(2 if pair else 1)))
     return make
+
+
+def _parts(shape: Shape, random: Random, parts: int, rows: int) -> Made:
+    n, c, h, w = shape
+    index = random.below(rows, n, h, w).int()
+
+    def call(x: Tensor, table: Tensor, backend: str) -> list[Tensor]:
+        return indexed_relu(x, index, table, parts, backend=backend)
+
+    return call, (random.normal(n, parts * c, h, w), random.normal(rows, parts * c))
 
 
 def _norm_act(shape: Shape, random: Random, norm: str, training: bool, activation: str | None,
@@ -464,6 +476,7 @@ CASES: dict[str, OpCase] = {
     "norm_act": OpCase(_norm_act, {**_NORMS, "residual": (True, False)}, "triton"),
     "indexed_modulation": OpCase(_indexed(False), {**_ENLARGED, "rows": (5, 1, 12)}, "triton"),
     "indexed_modulation_pair": OpCase(_indexed(True), {**_ENLARGED, "rows": (5, 1, 12)}, "triton"),
+    "indexed_relu": OpCase(_parts, {"parts": (3, 1, 4), "rows": (5, 1, 12)}, "triton", leaves=0),
     "conditional_attention": OpCase(_attention, {}, "triton"),
     "conditional_conv2d": OpCase(_conditional, {"depth": (4, 1, 17), "bias": (True, False)},
                                  "triton"),

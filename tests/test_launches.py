@@ -23,6 +23,18 @@ def test_no_count_has_risen_since_the_record(generator: str) -> None:
     assert not launches.risen(found, launches.last_record())
 
 
+def test_ccfpse_asks_for_half_of_its_reference() -> None:
+    layout, _ = launches.count_layout("ccfpse_coco", Maps(None))
+    reference, ours = (launches.count_forward("ccfpse_coco", layout, way)
+                       for way in ("reference", "auto"))
+    assert 2 * ours.launches.total() <= reference.launches.total()
+    # of seven blocks one conv, one embedding and one pass each
+    assert ours.names["conditions", "indexed_relu_kernel"] == 7
+    assert ours.names["conditions", "level_embedding_kernel"] == 8  # and the pyramid's first
+    assert ours.names["conditions", "convolution"] == 7 + 15
+    assert not any("batch_norm" in name for part, name in ours.names if part == "conditions")
+
+
 @pytest.mark.parametrize("generator", launches.GENERATORS)
 def test_a_layout_is_compiled_without_the_host(generator: str) -> None:
     counts = launches.count_layout(generator, Maps(None))[1]

@@ -24,7 +24,7 @@ from .machine import find_tool
 from .op_cases import CASES
 from .results import ROOT, Journal, Lacking, Row, Settings
 
-SHARDS = ("indexed_modulation", "modulation and not indexed", "conditional", "norm_act",
+SHARDS = ("indexed_", "modulation and not indexed", "conditional", "norm_act",
           "window_ or level_", "spatially or class_crops or instance_ or number_")
 DTYPES = ("torch.bfloat16", "torch.float32", "torch.float16", "torch.float64")
 QUICK = ("norm_act or instance_edges or class_crops or window_embedding or test_paths_agree or "

@@ -101,6 +101,7 @@ def _norm_cases() -> Iterator[GpuCase]:
 
 
 def _table_cases() -> Iterator[GpuCase]:
+    yield GpuCase("indexed_relu", "indexed_relu", "indexed_relu", SHAPE, {"parts": 5, "rows": 11})
     yield GpuCase("window_table", "window_embedding", "window_embedding", (3, 4, 8, 5),
                   {"groups": 2})
     for groups, shape in ((1, (20, 72, 10, 7)), (2, (3, 2, 10, 7))):

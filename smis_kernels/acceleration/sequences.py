@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..ops.norm_act.op import norm_act
+from ..runtime.tensors import acc_dtype
 from .folding import Folded, constant
 from .formats import channels_last, gradient_in_format
 from .graph import is_plain_conv
@@ -129,20 +130,25 @@ class FusedSequence(Fused):
                    norm.bias)
         kept: dict[int, Folded] = vars(self).setdefault(FOLDED, {})
         if i not in kept or not kept[i].holds(sources, norm.eps):
-            kept[i] = Folded(sources, lambda: _with_norm(conv, norm), norm.eps)
+            kept[i] = Folded(sources, lambda: tuple(
+                t.to(conv.weight.dtype) for t in with_norm(conv, norm)), norm.eps)
         weight, bias = kept[i].value
         out: Tensor = conv._conv_forward(x, weight, bias)
         return out
 
 
-def _with_norm(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """The conv's weight and bias with the norm's scale and shift in them."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
+def with_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The conv's weight and bias with the norm's scale and shift in them, in the dtype of sums."""
+    dtype = acc_dtype(conv.weight)
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-    bias = shift * scale if norm.bias is None else shift * scale + norm.bias
-    return conv.weight * scale.view(-1, 1, 1, 1), bias
+        scale = scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype)
+    if conv.bias is not None:
+        shift = shift + conv.bias.to(dtype)
+    bias = shift * scale if norm.bias is None else shift * scale + norm.bias.to(dtype)
+    return conv.weight.to(dtype) * scale.view(-1, 1, 1, 1), bias
 
 
 def judge(sequence: nn.Module, inference: bool) -> Verdict | None:

@@ -191,3 +191,8 @@ def shared_table(norm: nn.Module, layout: LabelLayout, size: tuple[int, int], wi
     if convs is None:
         return None
     return _call().table(norm, convs, layout, size, windows3, windows5)
+
+
+def entries_of(layout: LabelLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of the symbols' vectors, listed once a call; inside :func:`constants.using` alone."""
+    return _call()._entries_of(layout.vectors.to(dtype), layout)

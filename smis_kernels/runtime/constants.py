@@ -51,11 +51,9 @@ class Store:
     def find(self, key: Hashable, make: Callable[[], T], sources: tuple[Tensor, ...]) -> T:
         """The constant, made where it is missing or its sources, or it, are not as they were.
 
-        While a CUDA graph is captured it is made in the graph, which has its value after a replay:
-        nothing is kept of it.
+        Of sources that it knows. While a CUDA graph is captured it is made in the graph, which has
+        its value after a replay: nothing is kept of it.
         """
-        if not self.knows(sources):
-            return make()
         place = (key, *map(id, sources))
         found = self._kept.get(place)
         if found is None or not self.holds(key, sources):
@@ -116,15 +114,23 @@ def scope() -> Scope | None:
     return _active.scope
 
 
+def keeps(*sources: Tensor) -> bool:
+    """Whether :func:`constant` keeps what follows from these sources."""
+    if torch.compiler.is_compiling() or _active.scope is None or transformed() is not None:
+        return False
+    if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
+        return False
+    return _active.scope.store.knows(sources)
+
+
 def constant(key: Hashable, make: Callable[[], T], *sources: Tensor) -> T:
     """``make()``, which depends on the sources and the key alone: kept inside :func:`using`.
 
     Made anew where it is to carry gradients, and where the call is traced or transformed.
     """
-    if torch.compiler.is_compiling() or _active.scope is None or transformed() is not None:
+    if not keeps(*sources):
         return make()
-    if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
-        return make()
+    assert _active.scope is not None
     return _active.scope.store.find(key, make, sources)
 
 

@@ -19,10 +19,19 @@ from smis_kernels import (
     conditional_attention,
     indexed_modulation,
     modulation,
+    norm_act,
     spatially_varying_conv2d,
-    window_embedding,
 )
-from smis_kernels.interface import constant, conv3x3, requested
+from smis_kernels.interface import (
+    conditioned_convs,
+    constant,
+    conv3x3,
+    hooked,
+    keeps,
+    label_rows,
+    requested,
+    with_norm,
+)
 
 from ..networks.blocks import check_maps, conv, fast_format
 from ..networks.generator import WIDTHS, CodeGenerator
@@ -78,9 +87,53 @@ def _weight(layer: nn.Conv2d) -> Tensor:
     return layer.weight
 
 
-def _normalized_conv(channels: int, out_channels: int, **options: Any) -> nn.Sequential:
-    layer = conv(channels, out_channels, bias=False, spectral=True, **options)
-    return nn.Sequential(nn.Sequential(layer, nn.BatchNorm2d(out_channels)), nn.LeakyReLU(0.2))
+class NormalizedConv(nn.Sequential):
+    """Conv without bias, batch norm and LeakyReLU under the keys that they have as published."""
+
+    def __init__(self, channels: int, out_channels: int, **options: Any) -> None:
+        layer = conv(channels, out_channels, bias=False, spectral=True, **options)
+        super().__init__(nn.Sequential(layer, nn.BatchNorm2d(out_channels)), nn.LeakyReLU(0.2))
+
+    @property
+    def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]:
+        """Conv, norm and activation."""
+        normalized, activation = self
+        assert isinstance(normalized, nn.Sequential)
+        layer, norm = normalized
+        return layer, norm, activation  # type: ignore[return-value]
+
+    def folded(self) -> tuple[Tensor, Tensor] | None:
+        """The conv's weight with the norm's scale in it, and the norm's shift (C,), where both are
+        kept as constants and no hook waits for a call; else None.
+        """
+        layer, norm, _ = self.parts
+        sources = (layer.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        if requested() == "reference" or norm.training or any(s is None for s in sources):
+            return None
+        if not keeps(*sources) or hooked(*self.modules()):  # type: ignore[arg-type]
+            return None
+
+        def fold() -> tuple[Tensor, Tensor]:
+            weight, shift = with_norm(layer, norm)
+            return weight.to(layer.weight.dtype), shift
+
+        return constant(("folded", norm.eps), fold, *sources)  # type: ignore[arg-type]
+
+    def plus(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """All three, plus a residual of the output's shape; of constants in two steps."""
+        folded = self.folded()
+        if folded is None:
+            y: Tensor = self(x)
+            return y if residual is None else y + residual
+        layer, _, activation = self.parts
+        weight, shift = folded
+        if (layer.kernel_size, layer.stride) == ((3, 3), (1, 1)):
+            x = conv3x3(x, weight, largest=4)
+        else:
+            x = layer._conv_forward(x, weight, None)
+        mean, var = constant("shift", lambda: (-shift, torch.ones_like(shift)), shift)
+        return norm_act(x, residual, norm="batch", running_mean=mean, running_var=var, eps=0.0,
+                        activation="leaky_relu", negative_slope=activation.negative_slope)
 
 
 class Condition:
@@ -88,7 +141,7 @@ class Condition:
 
     Called with 3x3 convs that read both, concatenated, it gives each one's ReLU. Where the map is
     compiled, its part comes from a table over label windows: one embedding bag for all the convs
-    of a block. The features' part is a dense conv.
+    of a block. The features' part is a dense conv, on a GPU with constants one for all of them.
     """
 
     def __init__(self, segmap: Tensor | LabelLayout, features: Tensor, convs: list[nn.Conv2d],
@@ -100,36 +153,38 @@ class Condition:
             level = segmap.level(size)
             if level.repeats:
                 self.layout, self.index = segmap, level.index3
-                self.tables = self._tables(segmap, level.windows3)
+                self.hidden = conditioned_convs(segmap, features, convs)
+                if self.hidden is None:
+                    self.tables = self._tables(segmap, size)
                 return
             segmap = segmap.dense(size, features.dtype)
         resized = F.interpolate(segmap, size=size, mode="nearest")
         self.both = torch.cat([fast_format(resized), features], 1)
 
-    def _tables(self, layout: LabelLayout, windows: Tensor) -> tuple[Tensor, ...]:
+    def _tables(self, layout: LabelLayout, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """The label part of every conv for each distinct window, rows [0 | part]: (V + 1, 2D)."""
         labels = layout.shape[1]
-        dtype = torch.float64 if self.features.dtype == torch.float64 else torch.float32
         weights = tuple(c.weight for c in self.convs)
         biases = tuple(c.bias for c in self.convs if c.bias is not None)
-        weight = constant(("label parts", labels, dtype), lambda: torch.cat(
-            [w[:, :labels] for w in weights]).to(dtype), *weights)
-        bias = constant(("biases", dtype), lambda: torch.cat(biases).to(dtype), *biases)
-        table = window_embedding(layout.vectors.to(dtype), weight, bias, windows, relu=False,
-                                 order=layout.window_order(windows, 1))
-        parts = table.view(len(table), len(self.convs), -1).transpose(0, 1)
+        weight = constant(("label parts", labels), lambda: torch.cat(
+            [w[:, :labels] for w in weights]), *weights)
+        bias = constant("biases", partial(torch.cat, biases), *biases)
+        table = label_rows(layout, size, weight, bias)
+        parts = table.reshape(len(table), len(self.convs), -1).transpose(0, 1)
         return torch.cat([torch.zeros_like(parts), parts], 2).unbind()
 
     def __call__(self, layer: nn.Conv2d) -> Tensor:
         if self.layout is None:
             return F.relu(layer(self.both))
+        at = self.convs.index(layer)
+        if self.hidden is not None:
+            return self.hidden[at]
         labels = self.layout.shape[1]
         weight = constant(("features' part", labels), lambda: layer.weight[:, labels:].clone(),
                           layer.weight)
         x = conv3x3(self.features, weight, largest=2 if layer.training else 4)
         # x + table[index], ReLU: a modulation whose gamma is zero.
-        table = self.tables[self.convs.index(layer)]
-        return indexed_modulation(x, self.index, table, norm="none", activation="relu",
+        return indexed_modulation(x, self.index, self.tables[at], norm="none", activation="relu",
                                   order=self.layout.pixel_order(self.index))
 
 
@@ -322,11 +377,11 @@ class CCFPSEGenerator(CodeGenerator):
         channels = WIDTHS["head_0"] * ngf
         self.levels = preset.upsamplings[preset.upsampling]
         for i in range(1, self.levels + 2):
-            layer = _normalized_conv(labels if i == 1 else ngf, ngf, stride=1 if i == 1 else 2)
+            layer = NormalizedConv(labels if i == 1 else ngf, ngf, stride=1 if i == 1 else 2)
             self.add_module(f"labelenc{i}", layer)
         for i in range(1, self.levels + 1):
-            self.add_module(f"labellat{i}", _normalized_conv(ngf, ngf, kernel_size=1))
-            self.add_module(f"labeldec{i}", _normalized_conv(ngf, ngf))
+            self.add_module(f"labellat{i}", NormalizedConv(ngf, ngf, kernel_size=1))
+            self.add_module(f"labeldec{i}", NormalizedConv(ngf, ngf))
         for name, factor in WIDTHS.items():
             block = ConditionalBlock(channels, factor * ngf, labels, ngf, preset.hidden)
             self.add_module(name, block)
@@ -358,32 +413,36 @@ class CCFPSEGenerator(CodeGenerator):
         x = self._first_features(segmap)
         encoded = [x]
         for i in range(2, self.levels + 2):
-            x = self.get_submodule(f"labelenc{i}")(x)
+            x = self._layer(f"labelenc{i}").plus(x)
             encoded.append(x)
         pyramid = [encoded.pop()]
         for i in range(1, self.levels + 1):
-            lateral = self.get_submodule(f"labellat{i}")(encoded.pop())
-            lateral = lateral + F.interpolate(pyramid[-1], scale_factor=2, mode="nearest")
-            pyramid.append(self.get_submodule(f"labeldec{i}")(lateral))
+            above = F.interpolate(pyramid[-1], scale_factor=2, mode="nearest")
+            lateral = self._layer(f"labellat{i}").plus(encoded.pop(), above)
+            pyramid.append(self._layer(f"labeldec{i}").plus(lateral))
         return pyramid
 
+    def _layer(self, name: str) -> NormalizedConv:
+        layer = self.get_submodule(name)
+        assert isinstance(layer, NormalizedConv)
+        return layer
+
     def _first_features(self, segmap: Tensor | LabelLayout) -> Tensor:
-        first = self.get_submodule("labelenc1")
+        first = self._layer("labelenc1")
         if not isinstance(segmap, LabelLayout):
-            features: Tensor = first(fast_format(segmap))
-            return features
+            return first.plus(fast_format(segmap))
         dtype, size = self.conv_img.weight.dtype, (segmap.shape[2], segmap.shape[3])
         level = segmap.level(size)
         if not level.repeats:
             return self._first_features(segmap.dense(size, dtype))
-        (layer, norm), activation = first[0], first[1]  # type: ignore[index]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight = _weight(layer)
-        weight = constant(("wide", wide), partial(weight.to, wide), weight)
-        table = window_embedding(segmap.vectors.to(wide), weight, None, level.windows3, relu=False,
-                                 order=segmap.window_order(level.windows3, 1))
-        rows = F.embedding(level.index3, table.to(dtype))
-        out: Tensor = activation(norm(rows.permute(0, 3, 1, 2)))
+        layer, norm, activation = first.parts
+        folded = first.folded()
+        if folded is not None:  # norm and activation on the windows' rows, not on every pixel
+            table = F.leaky_relu(label_rows(segmap, size, *folded), activation.negative_slope)
+        else:
+            table = label_rows(segmap, size, _weight(layer), None)
+        rows = F.embedding(level.index3, table.to(dtype)).permute(0, 3, 1, 2)
+        out: Tensor = rows if folded is not None else activation(norm(rows))
         return out
 
 

@@ -11,11 +11,12 @@ from ...runtime.backend import resolve
 from ...runtime.check import check_device, check_shape, check_tensor
 from ...runtime.library import RawOp
 from . import reference, spelled
-from .packing import TILES, NormConvs, Packed, pack
+from .packing import TILES, NormConvs, Packed, pack, pack_conv
 
 KINDS = ("cpu", "triton")
 _TRITON = "smis_kernels.ops.level_tables.triton:"
-__all__ = ["NormConvs", "Packed", "level_tables", "pack", "symbol_entries"]
+__all__ = ["NormConvs", "Packed", "embedded_rows", "level_tables", "pack", "pack_conv",
+           "symbol_entries"]
 
 
 def level_tables(
@@ -66,7 +67,7 @@ def level_tables(
     packed = pack(norms) if packed is None else packed
     channels, values, counts = symbol_entries(vectors, kind) if entries is None else entries
     hidden = _level_embedding(kind, channels, values, counts, packed.embedding,
-                              packed.embedding_bias, windows3)
+                              packed.embedding_bias, windows3, True)
     rows = windows5.shape[0]
     flat: Tensor = _level_product(kind, hidden, packed.weight, packed.bias, packed.tiles, windows5,
                                   packed.columns, packed.block_c, packed.block_k, packed.unit)
@@ -78,6 +79,16 @@ def symbol_entries(vectors: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """The entries of each vector that are not zero, first: channels, values (S + 1, K), counts."""
     channels, values, counts = _symbol_entries(kind, vectors)
     return channels, values, counts
+
+
+def embedded_rows(entries: tuple[Tensor, Tensor, Tensor], weight: Tensor, bias: Tensor,
+                  windows3: Tensor, kind: str) -> Tensor:
+    """A conv on each window, (V + 1, H) in the dtype of the weight: what :func:`pack_conv` gave.
+
+    ``entries`` are those of :func:`symbol_entries`. Row 0 is zero. Not differentiable.
+    """
+    rows: Tensor = _level_embedding(kind, *entries, weight, bias, windows3, False)
+    return rows
 
 
 def _check_norms(norms: Sequence[NormConvs], vectors: Tensor) -> None:
@@ -102,7 +113,7 @@ def _entries_fake(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _embedding_fake(channels: Tensor, values: Tensor, counts: Tensor, weight: Tensor,
-                    bias: Tensor, windows: Tensor) -> Tensor:
+                    bias: Tensor, windows: Tensor, relu: bool) -> Tensor:
     return weight.new_empty((windows.shape[0], weight.shape[2]))
 
 
@@ -113,10 +124,10 @@ def _product_fake(hidden: Tensor, weight: Tensor, bias: Tensor, tiles: Tensor, w
 
 _symbol_entries = RawOp("symbol_entries(Tensor vectors) -> (Tensor, Tensor, Tensor)",
                         _entries_fake, _TRITON + "symbol_entries", spelled.symbol_entries)
-# (K, 9, H) weight -> (V, H): the ReLU of the sum of the rows that each window's entries pick.
+# (K, 9, H) weight -> (V, H): the sum of the rows that each window's entries pick, or its ReLU.
 _level_embedding = RawOp(
     "level_embedding(Tensor channels, Tensor values, Tensor counts, Tensor weight, Tensor bias, "
-    "Tensor windows) -> Tensor",
+    "Tensor windows, bool relu) -> Tensor",
     _embedding_fake, _TRITON + "level_embedding", spelled.level_embedding)
 # (V, H) hidden rows -> the tables (U, 2C) of all norms, one after another.
 _level_product = RawOp(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime.tensors import acc_dtype
@@ -115,6 +116,12 @@ def _embedding(norms: Sequence[NormConvs], block_k: int) -> tuple[Tensor, Tensor
                 start += count
             base += _up(depth, block_k)
     return weight, bias
+
+
+def pack_conv(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A conv (D, K, 3, 3) and its bias as the embedding reads them: (K, 9, H), (H,), padded."""
+    padding = (0, _up(len(bias), LEAST) - len(bias))
+    return F.pad(weight.flatten(2).permute(1, 2, 0), padding).contiguous(), F.pad(bias, padding)
 
 
 def pack(norms: Sequence[NormConvs]) -> Packed:

@@ -18,13 +18,14 @@ def symbol_entries(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def level_embedding(channels: Tensor, values: Tensor, counts: Tensor, weight: Tensor,
-                    bias: Tensor, windows: Tensor) -> Tensor:
+                    bias: Tensor, windows: Tensor, relu: bool) -> Tensor:
     acc, columns = acc_dtype(weight), weight.shape[2]
     used = torch.arange(channels.shape[1]) < counts[:, None]
     vectors = torch.zeros_like(values).scatter_add_(
         1, channels.long().where(used, 0), values.where(used, 0))
     rows = (vectors.to(acc) @ weight.to(acc).flatten(1)).view(-1, 9, columns)
-    hidden = F.relu(window_sum(rows, windows) + bias.to(acc))
+    sums = window_sum(rows, windows) + bias.to(acc)
+    hidden = F.relu(sums) if relu else sums
     hidden[0] = 0
     return hidden.to(weight.dtype)
 

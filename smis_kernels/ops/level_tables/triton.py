@@ -57,7 +57,8 @@ def _picked(channels, values, weight, entry, some, tap, c, columns, within, ACC:
 @triton.jit(do_not_specialize=SIZES)
 def level_embedding_kernel(
     channels, values, counts, weight, bias, windows, out, rows, K, steps,
-    UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    RELU: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     columns = steps * UNIT
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -77,7 +78,8 @@ def level_embedding_kernel(
             symbol = tl.load(windows + last + at).to(tl.int64)
             total += _picked(channels, values, weight, symbol * K + entry,
                              entry < tl.load(counts + symbol), at, c, columns, within, ACC)
-    total = tl.where(total < 0, 0.0, total)  # NaN passes
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)  # NaN passes
     total = tl.where((r > 0)[:, None], total, 0.0)
     tl.store(out + r[:, None] * columns + c[None, :], narrowed(total, out),
              mask=(r < rows)[:, None] & within[None, :])
@@ -125,7 +127,7 @@ def symbol_entries(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def level_embedding(channels: Tensor, values: Tensor, counts: Tensor, weight: Tensor,
-                    bias: Tensor, windows: Tensor) -> Tensor:
+                    bias: Tensor, windows: Tensor, relu: bool) -> Tensor:
     windows = windows.contiguous()
     rows, columns = windows.shape[0], weight.shape[2]
     out = weight.new_empty((rows, columns))
@@ -133,7 +135,7 @@ def level_embedding(channels: Tensor, values: Tensor, counts: Tensor, weight: Te
     with on_device(weight):
         level_embedding_kernel[grid](
             channels, values, counts, weight, bias, windows, out, rows, channels.shape[1],
-            columns // LEAST, UNIT=LEAST, ACC=acc_type(weight), BLOCK_R=EMBEDDED_ROWS,
+            columns // LEAST, RELU=relu, UNIT=LEAST, ACC=acc_type(weight), BLOCK_R=EMBEDDED_ROWS,
             BLOCK_C=EMBEDDED_COLUMNS, num_warps=4,
         )
     return out
@@ -172,7 +174,7 @@ def _compile_cases() -> list[CompileCase]:
             name = f"{str(dtype).removeprefix('torch.')} groups={groups}"
             cases += [
                 CompileCase(name, partial(level_embedding, channels, vectors, counts,
-                                          packed.embedding, packed.embedding_bias, windows3)),
+                                          packed.embedding, packed.embedding_bias, windows3, True)),
                 CompileCase(name, partial(
                     level_product, hidden, packed.weight, packed.bias, packed.tiles, windows5,
                     packed.columns, packed.block_c, packed.block_k, packed.unit), operands),
