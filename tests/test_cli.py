@@ -424,22 +424,62 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
     assert "2 clusters of 1 classes" in out
 
 
+_SYNTHESIZE = ["synthesize", "--labels", "a", "--out", "b"]
+
+
 @pytest.mark.parametrize(("words", "said"), [
-    (["synthesize", "--labels", "a", "--out", "b", "--samples", "0"], "samples: "),
-    (["paint", "--port", "99999"], "port: "),
-    (["synthesize", "--labels", "a"], "out: "),
-    (["synthesize", "--smaples", "3"], "No such option: --smaples"),
-    (["synthesize", "--labels"], "Option '--labels'"),
-    (["paints"], "No such command 'paints'"),
-    (["evaluate", "more", "--out", "b"], "Got unexpected extra argument"),
+    # A number that is none, or out of its range.
+    ([*_SYNTHESIZE, "--samples", "x"], "samples: expected a whole number of at least 1, got 'x'"),
+    ([*_SYNTHESIZE, "--samples="], "samples: expected a whole number of at least 1, got ''"),
+    ([*_SYNTHESIZE, "--samples", "0"], "samples: expected a whole number of at least 1, got '0'"),
+    ([*_SYNTHESIZE, "--samples", "2", "--samples", "1e3"],
+     "samples: expected a whole number of at least 1, got '1e3'"),
+    ([*_SYNTHESIZE, "--seed", "1.5"], "seed: expected a whole number, got '1.5'"),
+    (["features", "--convert", "a.npy", "--out", "b.npz", "--clusters", "many"],
+     "clusters: expected a whole number of at least 1, got 'many'"),
+    (["paint", "--port", "99999"], "port: expected a whole number from 0 to 65535, got '99999'"),
+    (["morph", "--labels", "a", "--out", "b", "--seconds", "soon"],
+     "seconds: expected a number, got 'soon'"),
+    (["train", "x", "--out", "b", "--minutes", "-1"],
+     "minutes: expected a number of at least 0, got '-1'"),
+    (["doctor", "a", "--unknown", "sky"],
+     "unknown: expected a whole number of at least 0, got 'sky'"),
+    # Nothing where there should be something, and something where there should be nothing.
+    (["synthesize", "--labels", "a"], "out: expected a path, got nothing; give --out PATH"),
+    (["convert", "a.pth"], "out: expected a path, got nothing; give OUT"),
+    (["synthesize", "--labels"], "labels: expected a path, got nothing; give --labels PATH"),
+    (["resample", "--samples"],
+     "samples: expected a whole number of at least 1, got nothing; give --samples NUMBER"),
+    (["synthesize", "--labels", "--out", "b"],
+     "labels: expected a path behind --labels, got the option --out; give the value first"),
+    (["demo", "--out", "--help"],
+     "out: expected a path behind --out, got the option --help; give the value first"),
+    (["paint", "--open=yes"], "open: expected --open alone, got the value 'yes'"),
+    (["evaluate", "more", "--out", "b"], "arguments: expected options alone, got 'more' besides; "),
+    (["doctor", "a", "b", "c"], "arguments: expected DATA and options, got 'b c' besides; "),
+    # Names that there are not.
+    (["synthesize", "--smaples", "3"], "option: expected one that `smis synthesize` takes, got "
+                                        "'--smaples'; did you mean --samples?"),
+    (["synthesize", "-x"], "option: expected one that `smis synthesize` takes, got '-x'"),
+    (["synthesize", "--debug"], "option: expected one that `smis synthesize` takes, got '--debug'; "
+                                "give it first: `smis --debug synthesize ...`"),
+    (["--verson"], "option: expected one that `smis` takes, got '--verson'; "
+                   "did you mean --version?"),
+    (["paints"], "command: expected one of list, classes, info, "),
 ])
 def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
     code, out, error = smis(*words)
     assert (code, out) == (2, "")
-    command = "smis" if words == ["paints"] else f"smis {words[0]}"
-    assert error.startswith(f"error: {said}")
+    command = "smis" if words[0] in ("paints", "--verson") else f"smis {words[0]}"
+    assert error.startswith(f"error: {said}"), error
     assert error.endswith(f"; `{command} --help` shows what it takes\n")
     assert error.count("\n") == 1
+    assert words[0] != "paints" or "; got 'paints'; did you mean 'paint'?" in error
+
+
+def test_a_number_below_zero_is_a_value_of_its_option(smis):
+    assert smis(*_SYNTHESIZE, "--seed", "-1") == (
+        2, "", "error: seed: expected 0 to 4294967295, got -1\n")
 
 
 def test_weights_are_those_of_the_model_that_is_named(smis, tmp_path):

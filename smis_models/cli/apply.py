@@ -34,8 +34,8 @@ from .common import (
     Out,
     Seed,
     Unknown,
-    app,
     chosen,
+    command,
     console,
     progress,
     resized_line,
@@ -172,7 +172,7 @@ def _write(name: str, frames: Iterator[Frame], total: int, made: _Application, o
     console.print(f"{len(drawn)} frames in {out}, animated in {path}", soft_wrap=True)
 
 
-@app.command()
+@command()
 def mix(
     labels: LabelMap, images: Pictures, image_labels: PictureLabels, out: Out,
     model: Model = None,
@@ -194,7 +194,7 @@ def mix(
         _write("mix", frames, count, made, out, animation, seconds)
 
 
-@app.command()
+@command()
 def edit(
     context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     relabel: Annotated[list[str] | None, typer.Option(
@@ -274,7 +274,7 @@ def _paired(maps: Sequence[Path], ids: Sequence[Path]) -> list[tuple[Path, Path 
     return list(zip(maps, ids or (None,) * len(maps), strict=True))
 
 
-@app.command()
+@command()
 def morph(
     context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     images: Annotated[list[Path] | None, typer.Option(
@@ -306,7 +306,7 @@ def morph(
         _write("morph", frames, steps, made, out, animation, seconds)
 
 
-@app.command()
+@command()
 def resample(
     context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     index: Annotated[str | None, typer.Option(

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ..families import PARTS, Preset, configured_preset, create_model, stored_configuration
 from ..io.checkpoint import save_checkpoint
-from .common import app, console, file_to_write
+from .common import command, console, file_to_write
 
 
-@app.command()
+@command()
 def convert(
     source: Annotated[Path, typer.Argument(
         help=".pth or .safetensors file, or a folder with latest_net_G.pth (and _E, _D)")],

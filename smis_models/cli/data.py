@@ -19,7 +19,7 @@ from ..io.colours import convert_colours, read_colour_table
 from ..io.files import locked, unfinished
 from ..io.images import write_indices
 from ..io.names import LOSSY_SUFFIXES, SUFFIXES, files_under
-from .common import Seed, app, console, folder_to_write, progress
+from .common import Seed, command, console, folder_to_write, progress
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -58,7 +58,7 @@ def _tell(problems: list[Problem], style: str, shown: int) -> None:
         console.print(f"... and {len(problems) - shown} more (--show {len(problems)})")
 
 
-@app.command()
+@command()
 def doctor(
     data: Annotated[Path, typer.Argument(help="the root folder of the data set")],
     dataset: Annotated[str | None, typer.Option(
@@ -97,7 +97,7 @@ def doctor(
     console.print("[green]no problems[/]")
 
 
-@app.command("convert-labels")
+@command("convert-labels")
 def convert_labels(
     source: Annotated[Path, typer.Argument(help="colour-coded label map, or a folder of them")],
     out: Annotated[Path, typer.Argument(
@@ -131,7 +131,7 @@ def convert_labels(
     console.print(f"{len(targets)} index maps in {out}, labels {_ranges(found)}", soft_wrap=True)
 
 
-@app.command("convert-data")
+@command("convert-data")
 def convert_data(
     kind: Annotated[str, typer.Argument(help="celebamask-hq")],
     root: Annotated[Path, typer.Argument(
@@ -151,7 +151,7 @@ def convert_data(
                   f"smis train spade_celebamask --data.root {out} trains on them", soft_wrap=True)
 
 
-@app.command()
+@command()
 def scenes(
     out: Annotated[Path, typer.Argument(
         help="folder to write to, new or empty; or one where this was stopped",

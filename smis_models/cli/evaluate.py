@@ -26,8 +26,8 @@ from .common import (
     Model,
     Seed,
     Unknown,
-    app,
     chosen,
+    command,
     console,
     file_to_write,
     progress,
@@ -49,7 +49,7 @@ SegmenterFile = Annotated[str | None, typer.Option(
          "is measured")]
 
 
-@app.command()
+@command()
 def evaluate(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="JSON file to write", callback=file_to_write(""))],

@@ -45,8 +45,8 @@ from .common import (
     Samples,
     Seed,
     Unknown,
-    app,
     chosen,
+    command,
     console,
     file_to_write,
     progress,
@@ -57,7 +57,7 @@ from .common import (
 )
 
 
-@app.command("list")
+@command("list")
 def list_command() -> None:
     """Every model with its size: parameters in millions."""
     table = Table(Column("model", no_wrap=True), Column("what it is", ratio=1), "G", "E", "D")
@@ -70,7 +70,7 @@ def list_command() -> None:
                   highlight=False)
 
 
-@app.command()
+@command()
 def classes(
     model: Annotated[str | None, typer.Argument(help="a name that `smis list` shows")] = None,
     checkpoint: Checkpoint = None,
@@ -90,7 +90,7 @@ def classes(
         console.print(f"255 in a file becomes {preset.dont_care}", highlight=False)
 
 
-@app.command()
+@command()
 def info() -> None:
     """What is built, loaded and missing, and the command that changes it."""
     typer.echo(kernels_info.report(kernels_info.info()))
@@ -116,7 +116,7 @@ def _size(text: str | None, model: str, preset: Preset) -> dict[str, tuple[int, 
     return {"image_size": size}
 
 
-@app.command()
+@command()
 def synthesize(
     labels: Annotated[Path, typer.Option(help="label map (PNG) or a folder of them")], out: Out,
     model: Model = None, checkpoint: Checkpoint = None, instances: Instances = None,
@@ -199,7 +199,7 @@ def _remove_older(out: Path, scene: str, samples: int) -> None:
                 os.unlink(entry.path)
 
 
-@app.command()
+@command()
 def features(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="file to write, .npz",
@@ -239,7 +239,7 @@ def features(
     console.print(f"{total} clusters of {len(found.centers)} classes in {path}", soft_wrap=True)
 
 
-@app.command()
+@command()
 def demo(
     context: typer.Context,
     out: Out = Path("demo"), model: Model = None, checkpoint: Checkpoint = None,

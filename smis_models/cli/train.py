@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from typer.core import TyperCommand
 
 from .. import training
 from ..training.checkpoints import STATE, differences
 from ..training.options import to_dict
-from .common import Backend, Device, app, console, folder_to_write, resolve_device, selected
+from .common import Backend, Device, command, console, folder_to_write, resolve_device, selected
+from .usage import Command
 
 _SHOWN = ("images_per_second", "waiting", "memory", "rate_generator", "rate_discriminator")
 
@@ -52,7 +52,7 @@ def _stopping(first: bool) -> Iterator[_Asked]:
             signal.signal(number, handler)
 
 
-class _ResumeCommand(TyperCommand):
+class _ResumeCommand(Command):
     """``--resume`` alone, or ``--resume auto``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -109,8 +109,8 @@ def run_folder(path: Path | None) -> Path | None:
     return None if path is None else folder_to_write(path)
 
 
-@app.command("train", cls=_ResumeCommand,
-             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command("train", cls=_ResumeCommand,
+         context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train_command(
     context: typer.Context,
     config: Annotated[str, typer.Argument(
