@@ -287,6 +287,8 @@ def test_classes_are_listed_with_their_colours(smis):
     (sky,) = (line for line in lines if "sky" in line)
     assert "#73b2f5" in sky and " 0 " in sky
     assert "255 in a file becomes 150" in smis("classes", "spade_ade20k")[1]
+    out = smis("classes", "groupdnet_deepfashion")[1]
+    assert "class 7" in out and "no list tells which number is which" in out
 
 
 @pytest.mark.parametrize(("host", "shown"), [

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from smis_kernels import info as kernels_info
 
 from ..app import demo as demonstration
-from ..data.classes import class_colours
+from ..data.classes import class_colours, class_note
 from ..families import (
     CodePreset,
     GroupDNetPreset,
@@ -86,6 +86,8 @@ def classes(
         text = "#{:02x}{:02x}{:02x}".format(*map(int, rgb))
         table.add_row(str(k), what, f"[{text}]{'#' * 4}[/] {text}")
     console.print(table)
+    if note := class_note(which.name, preset.classes):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if preset.dont_care is not None:
         console.print(f"255 in a file becomes {preset.dont_care}", highlight=False)
 
