@@ -479,6 +479,20 @@ def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
     assert words[0] != "paints" or "; got 'paints'; did you mean 'paint'?" in error
 
 
+@pytest.mark.parametrize(("wrong", "meant"), [
+    (("--data.bacth", "4"), "--data.batch"), (("--schedule.epoch=3",), "--schedule.epochs"),
+    (("--devise", "cpu"), "--device"), (("--qqq", "1"), None)])
+def test_an_option_of_a_run_that_there_is_not(smis, tmp_path, wrong, meant):
+    pytest.importorskip("jsonargparse")
+    for more in (("--options",), ("--out", tmp_path / "run")):
+        code, out, error = smis("train", "groupdnet_scenes_codes", *wrong, *more)
+        assert (code, out, error.count("\n")) == (2, "", 1), error
+        assert re.match(rf"error: config: .*{wrong[0].partition('=')[0]}", error), error
+        assert ("did you mean" in error) == (meant is not None)
+        assert meant is None or error.endswith(f"; did you mean {meant}?\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_number_below_zero_is_a_value_of_its_option(smis):
     assert smis(*_SYNTHESIZE, "--seed", "-1") == (
         2, "", "error: seed: expected 0 to 4294967295, got -1\n")
