@@ -86,7 +86,7 @@ def _expected(command: Any, parameter: Any) -> tuple[str, str]:
 def _given(context: Any, parameter: Any) -> str | None:
     """The value that the command line gives an option last."""
     words, found = context.meta.get(_WORDS, ()), None
-    for word, after in zip(words, (*words[1:], None), strict=True):
+    for word, after in zip(words, [*words[1:], None], strict=False):
         name, equals, value = word.partition("=")
         if name in parameter.opts:
             found = value if equals else after
