@@ -467,7 +467,7 @@ _SYNTHESIZE = ["synthesize", "--labels", "a", "--out", "b"]
                                 "give it first: `smis --debug synthesize ...`"),
     (["--verson"], "option: expected one that `smis` takes, got '--verson'; "
                    "did you mean --version?"),
-    (["paints"], "command: expected one of list, classes, info, "),
+    (["paints"], "command: expected one of mix, edit, "),
 ])
 def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
     code, out, error = smis(*words)
@@ -480,7 +480,7 @@ def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [
-    (("--data.bacth", "4"), "--data.batch"), (("--schedule.epoch=3",), "--schedule.epochs"),
+    (("--data.bacth", "4"), "--data.batch"), (("--schedule.epcohs=3",), "--schedule.epochs"),
     (("--devise", "cpu"), "--device"), (("--qqq", "1"), None)])
 def test_an_option_of_a_run_that_there_is_not(smis, tmp_path, wrong, meant):
     pytest.importorskip("jsonargparse")
