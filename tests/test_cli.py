@@ -493,6 +493,37 @@ def test_an_option_of_a_run_that_there_is_not(smis, tmp_path, wrong, meant):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    ("classes spade_cooc", "model: expected one of .*; did you mean 'spade_coco'"),
+    ("convert no.pth o.safetensors --model spade_cooc", "model: expected one of "),
+    ("doctor d --dataset foo", "dataset: expected .*, got 'foo'|dataset: expected .*; got 'foo'"),
+    ("doctor no", "data: no does not exist; give "),
+    ("convert no.pth o.safetensors", r"source: no\.pth does not exist; give "),
+    ("convert-labels no o", "source: no does not exist; give "),
+    ("convert-labels m.png o --colours no", "colours: no does not exist; give "),
+    ("convert-data celebamask-hq no o", "root: no does not exist; give "),
+    ("features --convert no.npy --out o.npz", r"convert: no\.npy does not exist; give "),
+    ("evaluate --model groupdnet_scenes --out o --distance pixel --dataset folder --root no",
+     "root: no does not exist; give "),
+    ("evaluate {} --distance lpips-alex --lpips-weights no.pth",
+     r"lpips-weights: no\.pth does not exist; give "),
+    ("edit {} --to no.png", r"to: no\.png does not exist; give "),
+    ("edit {} --exchange sky --library no", "library: no does not exist; give "),
+    ("evaluate {} --distance pixel --mask-mode foo", "mask-mode: expected zero or spatial; got"),
+    ("evaluate {} --distance pixel --dont-care foo", "dont-care: expected ignore or count; got"),
+    ("evaluate --model groupdnet_scenes --out o --distance pixel --dataset foo",
+     "dataset: expected one of .*; got 'foo'"),
+])
+def test_an_error_names_the_option_that_was_given(smis, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    images.write_indices(tmp_path / "m.png", np.zeros((128, 128), np.int64))
+    given = words.format("--model groupdnet_scenes --labels m.png --out o").split()
+    code, _, error = smis(*given)
+    assert (code, error.count("\n")) == (2, 1), error
+    assert re.match(f"error: (?:{said})", error), error
+
+
 def test_a_number_below_zero_is_a_value_of_its_option(smis):
     assert smis(*_SYNTHESIZE, "--seed", "-1") == (
         2, "", "error: seed: expected 0 to 4294967295, got -1\n")

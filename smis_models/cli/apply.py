@@ -34,6 +34,7 @@ from .common import (
     Out,
     Seed,
     Unknown,
+    called,
     chosen,
     command,
     console,
@@ -91,10 +92,11 @@ class _Application:
             raise ValueError(f"images: expected one picture, got {len(names)}")
         return codes[0]
 
-    def scenes(self, labels: Path, instances: Path | None) -> Sequence[Scene]:
-        """Label maps, or one, at the model's size; what is resized is told."""
-        found = list(synthesis.read_scenes(labels, instances, self.model.preset, self.unknown,
-                                            self.names))
+    def scenes(self, option: str, labels: Path, instances: Path | None) -> Sequence[Scene]:
+        """Label maps, or one, of an option, at the model's size; what is resized is told."""
+        with called(labels=option, instances=f"{option}-instances"):
+            found = list(synthesis.read_scenes(labels, instances, self.model.preset, self.unknown,
+                                                self.names))
         say_resized([(x.name, x.source_size) for x in found if x.source_size is not None],
                     self.model.preset.image_size)
         return found
@@ -236,7 +238,7 @@ def edit(
         for text in paint or ():
             scenes.append(painted(scenes[-1], text, preset.classes))
         for path, ids in _paired(to or (), to_instances or ()):
-            scenes += made.scenes(path, ids)
+            scenes += made.scenes("to", path, ids)
         if (exchange is None) == (len(scenes) == 1):
             raise ValueError("edit: expected --relabel, --paint or --to; or --exchange with "
                              "--library")
@@ -261,7 +263,7 @@ def edit(
         if clusters is not None:
             raise ValueError("exchange: expected a model with codes, got one that reads instance "
                              "features; use --to with the exchanged map")
-        shelf = ShapeLibrary.from_scenes(made.scenes(library, library_instances))
+        shelf = ShapeLibrary.from_scenes(made.scenes("library", library, library_instances))
         target = int(exchange) if exchange.isdecimal() else made.class_of("exchange", exchange)
         frames = applications.exchange(made.model, made.scene, target, shelf, shapes, seed, z,
                                        texture)

@@ -266,8 +266,27 @@ def chosen(model: str | None, checkpoint: Path | None, device: str = "cpu", seed
             raise ValueError("model: expected --model NAME (smis list shows them), or a "
                              f"--checkpoint of smis train or smis convert{holds}")
         return Chosen(stored.model, path, place, seed)
-    configured_preset(model, path, {})  # which refuses an unknown name, and weights of another
+    with called(name="model"):  # which refuses an unknown one, and weights of another
+        configured_preset(model, path, {})
     return Chosen(model, shipped_weights(model) if path is None else path, place, seed)
+
+
+@contextmanager
+def called(**options: str) -> Iterator[None]:
+    """Errors that name an argument of the library name the option that it comes from."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        argument, colon, rest = str(error).partition(": ")
+        if argument not in options:
+            raise
+        raise type(error)(f"{options[argument]}{colon}{rest}") from error
+
+
+def existing(option: str, path: Path | None, what: str) -> None:
+    """Refuse a path that is given and not there; ``what`` is to be given instead."""
+    if path is not None and not path.exists():
+        raise FileNotFoundError(f"{option}: {path} does not exist; give {what}")
 
 
 def unusable(context: typer.Context, reason: str, *names: str) -> None:

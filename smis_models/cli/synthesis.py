@@ -48,6 +48,7 @@ from .common import (
     chosen,
     command,
     console,
+    existing,
     file_to_write,
     progress,
     resized_line,
@@ -219,6 +220,7 @@ def features(
     if convert is not None:
         unusable(context, "--convert reads its file alone", "images", "instances", "model",
                  "checkpoint", "clusters", "device", "seed")
+        existing("convert", convert, "an official .npy of clusters")
         found = FeatureClusters.load(convert)
     elif images is None or instances is None:
         raise ValueError("images, instances: expected both (or --convert); give two folders")
