@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smis_kernels import ConditionalConv2d, conditional_conv2d
+from smis_kernels import ConditionalConv2d, conditional_conv2d, explain
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.testing import (
     MEMORY_FORMATS,
@@ -54,6 +54,65 @@ def test_cpu_equals_reference(case: tuple[int, ...], layout: str) -> None:
         for a, b in zip(results(inputs, "cpu"), results(inputs, "reference"), strict=True):
             assert a.shape == b.shape
             assert max_error(a, b) < 1e-12
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize("case", [*CASES, (1, 9, 24, 24, 7), (2, 5, 9, 131, 4), (1, 3, 4, 257, 6)],
+                         ids=str)
+def test_tiles_of_4x4_equal_reference(case: tuple[int, ...], layout: str) -> None:
+    inputs = make(case, layout, "channels_last")
+    expected = conditional_conv2d(*inputs, backend="reference")
+    with poisoned_empty():
+        found = conditional_conv2d(*inputs, tile=4, backend="cpu")
+    assert max_error(found, expected) < 1e-12
+    assert found.stride() == conditional_conv2d(*inputs, backend="cpu").stride()
+
+
+@needs_cpu
+def test_tiles_of_4x4_over_more_regions_than_fit_at_once() -> None:
+    inputs = make((2, 3, 40, 260, 120))
+    found = conditional_conv2d(*inputs, tile=4, backend="cpu")
+    assert max_error(found, conditional_conv2d(*inputs, backend="reference")) < 1e-12
+
+
+@needs_cpu
+def test_gradients_behind_4x4_tiles() -> None:
+    def results_of(tile: int, backend: str) -> list[Tensor]:
+        return gradients(lambda *t: conditional_conv2d(*t, tile=tile, backend=backend), inputs)
+
+    inputs = make((2, 6, 9, 7, 5))
+    for a, b in zip(results_of(4, "cpu"), results_of(2, "reference"), strict=True):
+        assert max_error(a, b) < 1e-12
+    small = tuple(t.requires_grad_() for t in make((1, 2, 5, 3, 2)))
+    assert torch.autograd.gradgradcheck(lambda *t: conditional_conv2d(*t, tile=4, backend="cpu"),
+                                        small)
+
+
+@needs_cpu
+def test_error_of_tiles_in_float32() -> None:
+    inputs = make((1, 32, 64, 64, 128))
+    exact = conditional_conv2d(*inputs, backend="reference")
+    narrow = tuple(t.float() for t in inputs)
+    direct = max_error(conditional_conv2d(*narrow, backend="reference"), exact)
+    for tile in (2, 4):
+        error = max_error(conditional_conv2d(*narrow, tile=tile, backend="cpu"), exact)
+        assert error < 4 * direct + 2e-7, (tile, error, direct)
+
+
+@needs_cpu
+def test_the_module_takes_large_tiles_in_eval_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = ConditionalConv2d(4, 6)
+
+    def takes(tile: int, side: int) -> bool:
+        found = str(explain(conv, torch.randn(1, 4, side, side), torch.randn(1, 6, side, side)))
+        return f"tile={tile}" in found
+
+    assert takes(2, 24) and takes(2, 64)
+    conv.eval()
+    assert takes(2, 23) and takes(4, 24) and takes(4, 64)
+    monkeypatch.setenv("SMIS_WINOGRAD", "2")
+    assert takes(2, 64)
 
 
 @needs_cpu

@@ -98,8 +98,9 @@ def test_ops_are_counted_by_hand() -> None:
     assert effective_macs(lambda: winograd_conv2d(x, weight)) == pixels * 4 * 8 * 12
     assert effective_macs(lambda: winograd_conv2d(x, weight, tile=4)) == pixels * 36 // 16 * 8 * 12
     kernels = torch.randn(9 * 8, 6, 3, 3)
-    assert effective_macs(lambda: conditional_conv2d(x, features(6), kernels)) == (
-        pixels * (9 * 8 * 6 * 9 + 9 * 8))
+    for tile in (2, 4):
+        found = effective_macs(lambda t=tile: conditional_conv2d(x, features(6), kernels, tile=t))
+        assert found == pixels // tile**2 * (tile + 2) ** 2 * 9 * 8 * 6 + pixels * 9 * 8
     varying = torch.randn(1, 9 * 8, *SIZE)
     assert effective_macs(lambda: spatially_varying_conv2d(x, varying)) == pixels * 9 * 8
     grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)

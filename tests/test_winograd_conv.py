@@ -78,6 +78,37 @@ def test_tiles_compute_the_conv(tile):
                                rtol=1e-12, atol=1e-12)
 
 
+# Kernels that outgrow a core's cache and at most 64 tiles: transformed where they are multiplied.
+# Channels below, at and beyond a chunk's 160; outputs that end in a part of a vector, and of a panel.
+@pytest.mark.parametrize("size", [(1, 2, 2), (1, 9, 11), (3, 13, 5), (1, 32, 32), (1, 32, 36), (2, 8, 7)])
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [
+    (159, 99, 1), (160, 96, 1), (161, 75, 1), (330, 90, 1), (2 * 165, 2 * 90, 2)])
+def test_few_tiles_of_many_kernels(size, channels, outputs, groups):
+    n, height, width = size
+    x, w, b, r = _tensors((n, channels, height, width), outputs, groups, torch.float64)
+    expected = reference.winograd_conv2d(x, w, b, r, groups, 1)
+    for tile, weight in ((2, w), (4, w), (4, w.contiguous(memory_format=torch.channels_last))):
+        with poisoned_empty():
+            found = winograd_conv2d(x, weight, b, residual=r, groups=groups, tile=tile,
+                                    backend="cpu")
+            plain = winograd_conv2d(x, weight, groups=groups, padding=0, tile=tile, backend="cpu"
+                                    ) if min(height, width) > 2 else None
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        if plain is not None:
+            torch.testing.assert_close(
+                plain, reference.winograd_conv2d(x, w, None, None, groups, 0), rtol=1e-11,
+                atol=1e-11)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_streamed_kernels_multiply_as_kept_ones_do(tile):
+    for side in (4 * tile, 8 * tile, 8 * tile + 1):  # 64 tiles, and more
+        x, w, b, r = _tensors((1, 170, side, side), 190, 1, torch.float32)
+        found = winograd_conv2d(x, w, b, residual=r, tile=tile, backend="cpu")
+        kept = winograd_conv2d(x, w, b, residual=r, tile=tile, kept=KeptWeight(), backend="cpu")
+        torch.testing.assert_close(found, kept, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("height", range(1, 10))
 def test_every_rest_of_a_large_tile(height):
     for width in range(1, 10):

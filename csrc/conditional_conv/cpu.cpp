@@ -20,12 +20,12 @@ struct Problem {
   int64_t lanes = 0, blocks = 0, most = 0;
 
   Problem(const Tensor& input, const Tensor& condition, const Tensor& w,
-          const std::optional<Tensor>& b)
+          const std::optional<Tensor>& b, int64_t tile = 2)
       : x(dense(input)), h(dense(condition)), weight(torch::stable::contiguous(w)),
         bias(b.has_value() ? torch::stable::contiguous(*b) : w) {
     a.element = element_of(x, "conditional_conv");
     a.C = x.size(1), a.D = h.size(1);
-    a.tiling = Tiling(x.size(0), x.size(2), x.size(3));
+    a.tiling = Tiling(x.size(0), x.size(2), x.size(3), tile);
     a.x = operand(x), a.h = operand(h);
     a.weight = weight.const_data_ptr();
     a.bias = b.has_value() ? bias.const_data_ptr() : nullptr;
@@ -55,11 +55,11 @@ struct Problem {
 };
 
 Tensor conditional_conv(const Tensor& input, const Tensor& condition, const Tensor& weight,
-                        std::optional<Tensor> bias) {
+                        std::optional<Tensor> bias, int64_t tile) {
   Tensor y = empty_nchw(input.size(0), input.size(1), input.size(2), input.size(3),
                         channels_last(input), input);
   if (y.numel() == 0) return y;
-  Problem p(input, condition, weight, bias);
+  Problem p(input, condition, weight, bias, tile);
   p.a.y = operand(y);
   p.over_regions([&] {
     p.run(conditional_conv_kernel_best(), p.blocks * p.a.count, block_scratch(p.a, p.lanes));

@@ -17,7 +17,7 @@ struct Region {
 };
 Region region_at(const Tiling& t, int64_t i) {
   const int64_t n = i / (t.across * t.down), j = i % (t.across * t.down);
-  return {n, j / t.across * t.rows * 2 - 1, j % t.across * t.cols * 2 - 1};
+  return {n, j / t.across * t.rows * t.side - 1, j % t.across * t.cols * t.side - 1};
 }
 
 // Channels [c0, c0 + count) of the patch of a region as (pixels, width), zeros outside.
@@ -63,9 +63,11 @@ void add_patch(const Tiling& t, const Operand& o, const Region& r, int64_t c0, i
   }
 }
 
-template <class T> void transform_condition(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+template <class T, int m>
+void transform_condition(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
   using A = Acc<T>;
   using V = Vec<A>;
+  constexpr int side = m + 2, frequencies = side * side;
   constexpr int64_t L = Lanes<A>::n;
   const Tiling& t = a.tiling;
   const int64_t depth = a.depth(), PW = t.patch_width(), plane = a.v_plane();
@@ -75,13 +77,16 @@ template <class T> void transform_condition(const ConditionalConvArgs& a, int64_
     A* v = static_cast<A*>(a.v) + i * a.transformed();
     for (int64_t tile = 0; tile < t.tiles; ++tile)
       for (int64_t k = 0; k < depth; k += L) {
-        V d[16] = {}, out[16];
+        V d[frequencies] = {}, out[frequencies];
         if (tile < t.rows * t.cols) {
-          const A* corner = patch + (tile / t.cols * 2 * PW + tile % t.cols * 2) * depth + k;
-          for (int f = 0; f < 16; ++f) d[f] = get(corner + (f / 4 * PW + f % 4) * depth);
+          const A* corner = patch + (tile / t.cols * m * PW + tile % t.cols * m) * depth + k;
+#pragma GCC unroll 36
+          for (int f = 0; f < frequencies; ++f)
+            d[f] = get(corner + (f / side * PW + f % side) * depth);
         }
-        Winograd<V>::input(d, out);
-        for (int f = 0; f < 16; ++f) put(v + f * plane + tile * depth + k, out[f]);
+        Winograd<V, m>::input(d, out);
+#pragma GCC unroll 36
+        for (int f = 0; f < frequencies; ++f) put(v + f * plane + tile * depth + k, out[f]);
       }
   }
 }
@@ -106,10 +111,11 @@ const Acc<T>* some_kernels(const ConditionalConvArgs& a, int64_t row, int64_t k,
 }
 
 // The block's weights as u[row][f][k][tap][lane]; row and tap are those of the predicted kernel.
-template <class T> void transform_weights(const ConditionalConvArgs& a, const Block<T>& b, Acc<T>* u) {
+template <class T, int m = 2>
+void transform_weights(const ConditionalConvArgs& a, const Block<T>& b, Acc<T>* u) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t L = Lanes<A>::n;
+  constexpr int64_t L = Lanes<A>::n, frequencies = (m + 2) * (m + 2);
   const int64_t depth = a.depth(), plane = a.u_plane(L);
   alignas(kVectorBytes) A buffer[L][9 * L];
   V g[9 * L];
@@ -129,10 +135,11 @@ template <class T> void transform_weights(const ConditionalConvArgs& a, const Bl
         transpose<A>(g + i);
       }
       for (int64_t j = 0; j < L; ++j) {
-        V out[16];
-        Winograd<V>::weight(g + 9 * j, out);
-        for (int64_t f = 0; f < 16; ++f)
-          put(u + (kk / 3 * 16 + f) * plane + ((k + j) * kTaps + kk % 3) * L, out[f]);
+        V out[frequencies];
+        Winograd<V, m>::weight(g + 9 * j, out);
+#pragma GCC unroll 36
+        for (int64_t f = 0; f < frequencies; ++f)
+          put(u + (kk / 3 * frequencies + f) * plane + ((k + j) * kTaps + kk % 3) * L, out[f]);
       }
     }
 }
@@ -165,24 +172,25 @@ template <class A>
 void predict(const ConditionalConvArgs& a, const A* v, const A* u, A* m) {
   constexpr int64_t L = Lanes<A>::n;
   const int64_t depth = a.depth(), tiles = a.tiling.tiles;
-  for (int64_t f = 0; f < kFrequencies; ++f)
+  for (int64_t f = 0; f < a.tiling.frequencies(); ++f)
     for (int64_t tile = 0; tile < tiles; tile += kTileRows)
       product_tile<A, int(kTaps), false>(v + f * a.v_plane() + tile * depth, depth, 1,
                                          u + f * a.u_plane(L), kTaps * L, depth,
                                          m + f * a.m_plane(L) + tile * kTaps * L, kTaps * L);
 }
 
-// The predicted kernels of a tile's 2x2 pixels at one tap.
-template <class A>
-inline void kernels_of(const ConditionalConvArgs& a, const A* m, int64_t tile, int64_t tap,
+// The predicted kernels of a tile's m x m pixels at one tap.
+template <class A, int m = 2>
+inline void kernels_of(const ConditionalConvArgs& a, const A* products, int64_t tile, int64_t tap,
                        Vec<A> bias, Vec<A>* w) {
-  constexpr int64_t L = Lanes<A>::n;
-  Vec<A> in[16];
+  constexpr int64_t L = Lanes<A>::n, frequencies = (m + 2) * (m + 2);
+  Vec<A> in[frequencies];
+#pragma GCC unroll 36
+  for (int f = 0; f < frequencies; ++f)
+    in[f] = get(products + f * a.m_plane(L) + (tile * kTaps + tap) * L);
+  Winograd<Vec<A>, m>::output(in, w);
 #pragma GCC unroll 16
-  for (int f = 0; f < 16; ++f) in[f] = get(m + f * a.m_plane(L) + (tile * kTaps + tap) * L);
-  Winograd<Vec<A>>::output(in, w);
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) w[q] += bias;
+  for (int q = 0; q < m * m; ++q) w[q] += bias;
 }
 
 template <class T> Vec<Acc<T>> bias_of(const ConditionalConvArgs& a, const Block<T>& b, int64_t kk) {
@@ -194,66 +202,82 @@ template <class T> Vec<Acc<T>> bias_of(const ConditionalConvArgs& a, const Block
   return get(bias);
 }
 
-template <class T>
+template <class T, int m>
 void write_output(const ConditionalConvArgs& a, const Block<T>& b, const Region& r, const Acc<T>* sums) {
   constexpr int64_t L = Block<T>::L;
   const Tiling& t = a.tiling;
-  for (int64_t y = 0; y < std::min(2 * t.rows, t.H - r.y0 - 1); ++y) {
+  for (int64_t y = 0; y < std::min(m * t.rows, t.H - r.y0 - 1); ++y) {
     T* row = at<T>(a.y, r.n, b.channel, (r.y0 + 1 + y) * t.W + r.x0 + 1);
-    const Acc<T>* in = sums + (y / 2 * t.cols * 4 + y % 2 * 2) * L;
-    const int64_t width = std::min(2 * t.cols, t.W - r.x0 - 1);
+    const Acc<T>* in = sums + (y / m * t.cols * m * m + y % m * m) * L;
+    const auto value = [&](int64_t x, int64_t l) { return in[(x / m * m * m + x % m) * L + l]; };
+    const int64_t width = std::min(m * t.cols, t.W - r.x0 - 1);
     if (a.y.c == 1) {
       for (int64_t x = 0; x < width; ++x)
-        for (int64_t l = 0; l < b.lanes; ++l) store(row[x * a.y.p + l], in[(x / 2 * 4 + x % 2) * L + l]);
+        for (int64_t l = 0; l < b.lanes; ++l) store(row[x * a.y.p + l], value(x, l));
     } else {
       for (int64_t l = 0; l < b.lanes; ++l)
-        for (int64_t x = 0; x < width; ++x)
-          store(row[x * a.y.p + l * a.y.c], in[(x / 2 * 4 + x % 2) * L + l]);
+        for (int64_t x = 0; x < width; ++x) store(row[x * a.y.p + l * a.y.c], value(x, l));
     }
   }
 }
 
-template <class T> void forward(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+template <class T, int m>
+void forward(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t L = Lanes<A>::n;
+  constexpr int pixels = m * m;
   const Tiling& t = a.tiling;
-  const int64_t PW = t.patch_width();
+  const int64_t PW = t.patch_width(), row = t.frequencies() * a.u_plane(L);
   A* u = static_cast<A*>(scratch);
-  A* m = u + block_weights(a, L);
-  A* patch = m + products(a, L);
+  A* kernels = u + block_weights(a, L);
+  A* patch = kernels + products(a, L);
   A* sums = patch + block_patch(a, L);
   int64_t made = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t index = item / a.count, i = item % a.count;
     const Block<T> b(a, index);
-    if (made != index) transform_weights<T>(a, b, u);
+    if (made != index) transform_weights<T, m>(a, b, u);
     made = index;
     const Region r = region_at(t, a.first + i);
     stage_patch<T>(t, a.x, r, b.channel, b.lanes, L, patch);
     std::fill(sums, sums + block_output(a, L), A(0));
     for (int64_t ky = 0; ky < 3; ++ky) {
-      predict(a, static_cast<const A*>(a.v) + i * a.transformed(),
-              u + ky * kFrequencies * a.u_plane(L), m);
+      predict(a, static_cast<const A*>(a.v) + i * a.transformed(), u + ky * row, kernels);
       V bias[kTaps];
       for (int kx = 0; kx < kTaps; ++kx) bias[kx] = bias_of<T>(a, b, ky * 3 + kx);
       for (int64_t tile = 0; tile < t.rows * t.cols; ++tile) {
-        const A* x = patch + ((tile / t.cols * 2 + ky) * PW + tile % t.cols * 2) * L;
-        V sum[4];
-        for (int q = 0; q < 4; ++q) sum[q] = get(sums + (tile * 4 + q) * L);
+        const A* x = patch + ((tile / t.cols * m + ky) * PW + tile % t.cols * m) * L;
+        A* to = sums + tile * pixels * L;
+        V sum[pixels];
+        for (int q = 0; q < pixels; ++q) sum[q] = get(to + q * L);
 #pragma GCC unroll 3
         for (int kx = 0; kx < kTaps; ++kx) {
-          V w[4];
-          kernels_of(a, m, tile, kx, bias[kx], w);
-#pragma GCC unroll 4
-          for (int q = 0; q < 4; ++q) sum[q] += w[q] * get(x + (q / 2 * PW + q % 2 + kx) * L);
+          V w[pixels];
+          kernels_of<A, m>(a, kernels, tile, kx, bias[kx], w);
+#pragma GCC unroll 16
+          for (int q = 0; q < pixels; ++q) sum[q] += w[q] * get(x + (q / m * PW + q % m + kx) * L);
         }
-        for (int q = 0; q < 4; ++q) put(sums + (tile * 4 + q) * L, sum[q]);
+        for (int q = 0; q < pixels; ++q) put(to + q * L, sum[q]);
       }
     }
-    write_output<T>(a, b, r, sums);
+    write_output<T, m>(a, b, r, sums);
   }
 }
+
+// The tile's side as a constant.
+template <class T>
+void transform_condition_by(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+  if (a.tiling.side == 4) transform_condition<T, 4>(a, begin, end, scratch);
+  else transform_condition<T, 2>(a, begin, end, scratch);
+}
+template <class T>
+void forward_by(const ConditionalConvArgs& a, int64_t begin, int64_t end, void* scratch) {
+  if (a.tiling.side == 4) forward<T, 4>(a, begin, end, scratch);
+  else forward<T, 2>(a, begin, end, scratch);
+}
+
+constexpr int64_t kFrequencies = 16;  // of the gradients' tiles of 2x2 pixels
 
 // Gradients of a region's transformed kernels in one kernel row: dm[f][tile][tap][lane].
 template <class A>
@@ -417,8 +441,8 @@ void finish_condition_gradient(const ConditionalConvArgs& a, int64_t begin, int6
 
 }  // namespace
 
-SMIS_BY_ELEMENT_WITH_SCRATCH(transform_condition_kernel, ConditionalConvArgs, transform_condition<T>)
-SMIS_BY_ELEMENT_WITH_SCRATCH(conditional_conv_kernel, ConditionalConvArgs, forward<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(transform_condition_kernel, ConditionalConvArgs, transform_condition_by<T>)
+SMIS_BY_ELEMENT_WITH_SCRATCH(conditional_conv_kernel, ConditionalConvArgs, forward_by<T>)
 SMIS_BY_ELEMENT_WITH_SCRATCH(conditional_conv_backward_kernel, ConditionalConvArgs, backward<T>)
 SMIS_BY_ELEMENT_WITH_SCRATCH(condition_gradient_kernel, ConditionalConvArgs, condition_gradient<T>)
 SMIS_BY_ELEMENT_WITH_SCRATCH(finish_condition_gradient_kernel, ConditionalConvArgs, finish_condition_gradient<T>)

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kMostTiles = 128, kRows = 8;
 constexpr int64_t kCache = 1800 << 10;  // bytes that stay in a core's second cache
+constexpr int64_t kMostStreamed = 64;   // tiles; each panel reads them again
 
 // Tiles of a block, in blocks that the threads share evenly: where the kernels fit the cache, as many
 // as fit beside them; else as many as pay for reading the kernels from further away.
@@ -44,14 +45,38 @@ WinogradArgs of_weight(const Tensor& weight, int64_t groups, int64_t tile, Tenso
   return a;
 }
 
+WinogradPlan plan_of(const WinogradArgs& a) {
+  WinogradPlan plan;
+  winograd_plan_best()(a, &plan);
+  return plan;
+}
+
 Tensor transform(const WinogradArgs& a, const Tensor& like) {
   Tensor u = scratch_like(like, a.groups * a.transformed());
-  int64_t scratch = 0, panels = 0;
-  winograd_plan_best()(a, &scratch, &panels);
   void* to = u.mutable_data_ptr();
   const auto kernel = winograd_weight_kernel_best();
-  parallel(a.groups * panels, 1, [&](int64_t begin, int64_t end) { kernel(a, to, begin, end); });
+  parallel(a.groups * plan_of(a).panels, 1, [&](int64_t begin, int64_t end) { kernel(a, to, begin, end); });
   return u;
+}
+
+// Whether transformed kernels would leave the cache before they are read, and all tiles stay there.
+bool streams(const WinogradArgs& a) {
+  return a.frequencies() * a.K * a.M * (a.wide ? 8 : 4) > kCache && a.all_tiles() <= kMostStreamed;
+}
+
+void conv_streamed(WinogradArgs a, const Tensor& like) {
+  a.tiles = (a.all_tiles() + kRows - 1) / kRows * kRows;
+  const WinogradPlan plan = plan_of(a);
+  Tensor v = scratch_like(like, a.groups * plan.group_tiles);
+  void* tiles = v.mutable_data_ptr();
+  const auto transform_tiles = winograd_tiles_kernel_best();
+  parallel(a.groups * a.tiles, 1,
+           [&](int64_t begin, int64_t end) { transform_tiles(a, tiles, begin, end); });
+  const auto multiply = winograd_streamed_kernel_best();
+  parallel(a.groups * plan.panels, 1, [&](int64_t begin, int64_t end) {
+    Tensor each = scratch_like(like, plan.panel_scratch);
+    multiply(a, tiles, begin, end, each.mutable_data_ptr());
+  });
 }
 
 Tensor winograd_weight(const Tensor& weight, int64_t groups, int64_t tile) {
@@ -76,14 +101,17 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Te
   a.bias = bias.has_value() ? b.const_data_ptr() : nullptr;
   a.residual = residual.has_value() ? r.const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
+  if (!transformed.has_value() && streams(a)) {
+    conv_streamed(a, x);
+    return y;
+  }
   const Tensor u = transformed.has_value() ? *transformed : transform(a, x);
   a.u = u.const_data_ptr();
   a.tiles = tiles_of_block(a);
-  int64_t scratch = 0, panels = 0;
-  winograd_plan_best()(a, &scratch, &panels);
+  const WinogradPlan plan = plan_of(a);
   const auto conv = winograd_conv_kernel_best();
   parallel(groups * a.blocks(), 1, [&](int64_t begin, int64_t end) {
-    Tensor each = scratch_like(x, scratch);
+    Tensor each = scratch_like(x, plan.scratch);
     conv(a, begin, end, each.mutable_data_ptr());
   });
   return y;

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 #include "common/element.h"
 #include "common/lanes.h"
@@ -34,15 +36,16 @@ template <class A> struct Shape {
   int64_t panel_offset(int64_t vector) const { return vector * L * frequencies * u_depth; }
 };
 
-// One panel of one group: `some` kernels of every output at a time are transposed to lanes.
+// Channels [begin, end) of one panel of one group as u[f][k][column], `depth` rows a frequency:
+// `some` kernels of every output at a time are transposed to lanes.
 template <class A, int m, int vecs>
-void panel_weights(const WinogradArgs& a, const Shape<A>& s, int64_t group, int64_t first, A* taps,
-                   A* u) {
+void panel_weights(const WinogradArgs& a, int64_t group, int64_t first, int64_t begin, int64_t end,
+                   int64_t depth, A* u) {
   constexpr int64_t L = Lanes<A>::n, frequencies = (m + 2) * (m + 2);
+  alignas(kVectorBytes) A taps[kSome * 9 * vecs * L];
   const A* w = static_cast<const A*>(a.weight) + (group * a.M + first * L) * a.K * 9;
-  u += group * a.transformed() + s.panel_offset(first);
-  for (int64_t k = 0; k < a.K; k += kSome) {
-    const int64_t some = std::min(kSome, a.K - k);
+  for (int64_t k = begin; k < end; k += kSome) {
+    const int64_t some = std::min(kSome, end - k);
     // taps[j][i][l] of kernel j, tap i; or taps[i][j][l] where taps are apart in memory too.
     const bool apart = a.tap_step != 1;
     for (int v = 0; v < vecs; ++v) {
@@ -65,23 +68,28 @@ void panel_weights(const WinogradArgs& a, const Shape<A>& s, int64_t group, int6
         Winograd<Vec<A>, m>::weight(g, out);
 #pragma GCC unroll 36
         for (int64_t f = 0; f < frequencies; ++f)
-          put(u + ((f * s.u_depth + k + j) * vecs + v) * L, out[f]);
+          put(u + ((f * depth + k - begin + j) * vecs + v) * L, out[f]);
       }
   }
 }
 
+// fn(vecs as a constant), the vectors of the panel that begins with vector `first`.
+template <class A, class F> void with_panel(const Shape<A>& s, int64_t first, const F& fn) {
+  const int64_t vecs = std::min(kPanelVectors, s.vectors - first);
+  if (vecs == 3) fn(std::integral_constant<int, 3>());
+  else if (vecs == 2) fn(std::integral_constant<int, 2>());
+  else fn(std::integral_constant<int, 1>());
+}
+
 template <class A, int m>
 void weights(const WinogradArgs& a, void* u, int64_t begin, int64_t end) {
-  constexpr int64_t L = Lanes<A>::n;
   const Shape<A> s(a);
-  alignas(kVectorBytes) A taps[kSome * 9 * kPanelVectors * L];
-  A* to = static_cast<A*>(u);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / s.panels(), first = item % s.panels() * kPanelVectors;
-    const int64_t vecs = std::min(kPanelVectors, s.vectors - first);
-    if (vecs == 3) panel_weights<A, m, 3>(a, s, group, first, taps, to);
-    else if (vecs == 2) panel_weights<A, m, 2>(a, s, group, first, taps, to);
-    else panel_weights<A, m, 1>(a, s, group, first, taps, to);
+    A* to = static_cast<A*>(u) + group * a.transformed() + s.panel_offset(first);
+    with_panel(s, first, [&](auto vecs) {
+      panel_weights<A, m, vecs()>(a, group, first, 0, a.K, s.u_depth, to);
+    });
   }
 }
 
@@ -140,29 +148,28 @@ template <class A>
 void products(const WinogradArgs& a, const Shape<A>& s, const A* v, const A* u, A* p) {
   constexpr int64_t L = Lanes<A>::n;
   for (int64_t f = 0; f < s.frequencies; ++f)
-    for (int64_t first = 0; first < s.vectors; first += kPanelVectors) {
-      const int64_t vecs = std::min(kPanelVectors, s.vectors - first);
-      const A* left = v + f * s.v_plane;
-      const A* right = u + s.panel_offset(first) + f * s.u_depth * vecs * L;
-      A* out = p + f * s.p_plane + first * L;
-      if (vecs == 3) panel<A, 3>(a, s, left, right, out);
-      else if (vecs == 2) panel<A, 2>(a, s, left, right, out);
-      else panel<A, 1>(a, s, left, right, out);
-    }
+    for (int64_t first = 0; first < s.vectors; first += kPanelVectors)
+      with_panel(s, first, [&](auto vecs) {
+        panel<A, vecs()>(a, s, v + f * s.v_plane,
+                         u + s.panel_offset(first) + f * s.u_depth * vecs() * L,
+                         p + f * s.p_plane + first * L);
+      });
 }
 
+// `count` outputs of a group from the one numbered `column`: the first of p.
 template <class A, int m>
-void write_tile(const WinogradArgs& a, const Shape<A>& s, const Tile& t, int64_t group, const A* p) {
+void write_tile(const WinogradArgs& a, const Tile& t, int64_t group, int64_t column, int64_t count,
+                const A* p, int64_t p_plane) {
   constexpr int frequencies = (m + 2) * (m + 2);
   const int64_t channels = a.groups * a.M, h = a.height(), w = a.width();
-  const int64_t at = ((t.n * h + t.y) * w + t.x) * channels + group * a.M;
+  const int64_t output = group * a.M + column, at = ((t.n * h + t.y) * w + t.x) * channels + output;
   A* y = static_cast<A*>(a.y) + at;
   const A* residual = a.residual ? static_cast<const A*>(a.residual) + at : nullptr;
-  const A* bias = a.bias ? static_cast<const A*>(a.bias) + group * a.M : nullptr;
+  const A* bias = a.bias ? static_cast<const A*>(a.bias) + output : nullptr;
   const auto finish = [&](int64_t c, const auto& read, const auto& write) {
     Vec<A> in[frequencies], out[m * m];
 #pragma GCC unroll 36
-    for (int f = 0; f < frequencies; ++f) in[f] = get(p + f * s.p_plane + c);
+    for (int f = 0; f < frequencies; ++f) in[f] = get(p + f * p_plane + c);
     Winograd<Vec<A>, m>::output(in, out);
     for (int q = 0; q < m * m; ++q) {
       if (t.y + q / m >= h || t.x + q % m >= w) continue;
@@ -173,13 +180,13 @@ void write_tile(const WinogradArgs& a, const Shape<A>& s, const Tile& t, int64_t
     }
   };
   over_vectors<A>(
-      a.M,
+      count,
       [&](int64_t c) {
         finish(c, [](const A* p) { return get(p); }, [](A* p, Vec<A> value) { put(p, value); });
       },
       [&] {
-        finish(0, [&](const A* p) { return get_some(p, a.M); },
-               [&](A* p, Vec<A> value) { std::memcpy(p, &value, size_t(a.M) * sizeof(A)); });
+        finish(0, [&](const A* p) { return get_some(p, count); },
+               [&](A* p, Vec<A> value) { std::memcpy(p, &value, size_t(count) * sizeof(A)); });
       });
 }
 
@@ -196,30 +203,90 @@ template <class A, int m> void conv(const WinogradArgs& a, int64_t begin, int64_
       transform_tile<A, m>(a, s, Tile(a, first + i), group, zeros, v + i * s.depth);
     products<A>(a, s, v, static_cast<const A*>(a.u) + group * a.transformed(), p);
     for (int64_t i = 0; i < count; ++i)
-      write_tile<A, m>(a, s, Tile(a, first + i), group, p + i * s.p_row);
+      write_tile<A, m>(a, Tile(a, first + i), group, 0, a.M, p + i * s.p_row, s.p_plane);
   }
 }
 
-template <class A> void plan(const WinogradArgs& a, int64_t* scratch, int64_t* panels) {
+// Few tiles: the transformed weights are never in memory, for each panel makes its own, a chunk of
+// channels at a time, and multiplies all tiles while they are in cache.
+template <class A, int m>
+void transform_tiles(const WinogradArgs& a, void* v, int64_t begin, int64_t end) {
   const Shape<A> s(a);
-  *scratch = s.depth + s.frequencies * (s.v_plane + s.p_plane);
-  *panels = s.panels();
+  const std::vector<A> zeros(size_t(s.depth), A(0));
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t group = item / a.tiles, i = item % a.tiles;
+    A* to = static_cast<A*>(v) + group * s.frequencies * s.v_plane + i * s.depth;
+    if (i < a.all_tiles()) transform_tile<A, m>(a, s, Tile(a, i), group, zeros.data(), to);
+    else for (int64_t f = 0; f < s.frequencies; ++f) std::fill_n(to + f * s.v_plane, s.depth, A(0));
+  }
+}
+
+template <class A, int m, int vecs>
+void streamed_panel(const WinogradArgs& a, const Shape<A>& s, int64_t group, int64_t first, const A* v,
+                    A* u) {
+  constexpr int64_t L = Lanes<A>::n, row = vecs * L;
+  const int64_t u_depth = kChunk + 1, p_plane = a.tiles * row + L;
+  A* p = u + s.frequencies * u_depth * row;
+  const int64_t chunks = (a.K + kChunk - 1) / kChunk, step = (a.K + chunks - 1) / chunks;
+  for (int64_t k = 0; k < a.K; k += step) {
+    const int64_t depth = std::min(step, a.K - k);
+    panel_weights<A, m, vecs>(a, group, first, k, k + depth, u_depth, u);
+    for (int64_t f = 0; f < s.frequencies; ++f)
+      for (int64_t t = 0; t < a.all_tiles(); t += kTileRows) {
+        const A* left = v + f * s.v_plane + t * s.depth + k;
+        const A* right = u + f * u_depth * row;
+        A* out = p + f * p_plane + t * row;
+        if (k == 0) product_tile<A, vecs, false>(left, s.depth, 1, right, row, depth, out, row);
+        else product_tile<A, vecs, true>(left, s.depth, 1, right, row, depth, out, row);
+      }
+  }
+  const int64_t count = std::min(row, a.M - first * L);
+  for (int64_t i = 0; i < a.all_tiles(); ++i)
+    write_tile<A, m>(a, Tile(a, i), group, first * L, count, p + i * row, p_plane);
+}
+
+template <class A, int m>
+void streamed(const WinogradArgs& a, const void* v, int64_t begin, int64_t end, void* scratch) {
+  const Shape<A> s(a);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t group = item / s.panels(), first = item % s.panels() * kPanelVectors;
+    const A* from = static_cast<const A*>(v) + group * s.frequencies * s.v_plane;
+    with_panel(s, first, [&](auto vecs) {
+      streamed_panel<A, m, vecs()>(a, s, group, first, from, static_cast<A*>(scratch));
+    });
+  }
+}
+
+template <class A> WinogradPlan plan(const WinogradArgs& a) {
+  const Shape<A> s(a);
+  const int64_t row = kPanelVectors * s.L;
+  return {s.panels(), s.depth + s.frequencies * (s.v_plane + s.p_plane), s.frequencies * s.v_plane,
+          s.frequencies * ((kChunk + 1 + a.tiles) * row + s.L)};
+}
+
+// fn(the element, m), both as constants.
+template <class F> void with_form(const WinogradArgs& a, const F& fn) {
+  const auto with_element = [&](auto m) { a.wide ? fn(double(), m) : fn(float(), m); };
+  if (a.tile == 4) with_element(std::integral_constant<int, 4>());
+  else with_element(std::integral_constant<int, 2>());
 }
 
 }  // namespace
 
-void winograd_plan(const WinogradArgs& a, int64_t* scratch, int64_t* panels) {
-  a.wide ? plan<double>(a, scratch, panels) : plan<float>(a, scratch, panels);
+void winograd_plan(const WinogradArgs& a, WinogradPlan* found) {
+  *found = a.wide ? plan<double>(a) : plan<float>(a);
 }
 void winograd_weight_kernel(const WinogradArgs& a, void* u, int64_t begin, int64_t end) {
-  if (a.tile == 4) a.wide ? weights<double, 4>(a, u, begin, end) : weights<float, 4>(a, u, begin, end);
-  else a.wide ? weights<double, 2>(a, u, begin, end) : weights<float, 2>(a, u, begin, end);
+  with_form(a, [&](auto e, auto m) { weights<decltype(e), m()>(a, u, begin, end); });
 }
 void winograd_conv_kernel(const WinogradArgs& a, int64_t begin, int64_t end, void* scratch) {
-  if (a.tile == 4)
-    a.wide ? conv<double, 4>(a, begin, end, scratch) : conv<float, 4>(a, begin, end, scratch);
-  else
-    a.wide ? conv<double, 2>(a, begin, end, scratch) : conv<float, 2>(a, begin, end, scratch);
+  with_form(a, [&](auto e, auto m) { conv<decltype(e), m()>(a, begin, end, scratch); });
+}
+void winograd_tiles_kernel(const WinogradArgs& a, void* v, int64_t begin, int64_t end) {
+  with_form(a, [&](auto e, auto m) { transform_tiles<decltype(e), m()>(a, v, begin, end); });
+}
+void winograd_streamed_kernel(const WinogradArgs& a, const void* v, int64_t begin, int64_t end, void* scratch) {
+  with_form(a, [&](auto e, auto m) { streamed<decltype(e), m()>(a, v, begin, end, scratch); });
 }
 
 }  // namespace smis::SMIS_ISA

@@ -3,7 +3,8 @@
 // Each m x m pixels of the output are a tile. A block of tiles is transformed to v[f][tile][k], for
 // each of the (m + 2)^2 frequencies f multiplied with the kernels' u[panel][f][k][column], and the
 // products p[f][tile][column] are transformed back. A panel is what the register tile takes of the
-// outputs.
+// outputs. Where there are few tiles a panel's kernels are transformed where they are multiplied, by
+// all tiles, and are never in memory.
 #pragma once
 #include "common/isa.h"
 
@@ -36,11 +37,20 @@ struct WinogradArgs {
   int64_t transformed() const { return (M + 15) / 16 * 16 * frequencies() * (K + 1); }
 };
 
+// Panels of a group, and sizes in elements: a thread's scratch for blocks of tiles; where weights are
+// streamed, the transformed tiles of a group, and a thread's scratch.
+struct WinogradPlan {
+  int64_t panels = 0, scratch = 0, group_tiles = 0, panel_scratch = 0;
+};
+
 }  // namespace smis
 
-// Elements of scratch for one thread, and `panels` of a group.
-SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, int64_t* scratch, int64_t* panels)
+SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, WinogradPlan*)
 // Items: (group, panel). Writes u.
 SMIS_DECLARE_KERNEL(winograd_weight_kernel, const WinogradArgs&, void* u, int64_t begin, int64_t end)
 // Items: (group, block of tiles), groups outermost.
 SMIS_DECLARE_KERNEL(winograd_conv_kernel, const WinogradArgs&, int64_t begin, int64_t end, void* scratch)
+// Items: (group, tile), `tiles` of them, those after the last zero. Writes v.
+SMIS_DECLARE_KERNEL(winograd_tiles_kernel, const WinogradArgs&, void* v, int64_t begin, int64_t end)
+// Items: (group, panel). Multiplies all tiles with weights that it transforms itself.
+SMIS_DECLARE_KERNEL(winograd_streamed_kernel, const WinogradArgs&, const void* v, int64_t begin, int64_t end, void* scratch)

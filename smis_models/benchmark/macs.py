@@ -51,10 +51,11 @@ def _level_product(hidden: Shape, weight: Shape, bias: Any, tiles: Any, windows:
     return (windows[0] - 1) * weight[0]
 
 
-def _conditional_conv(input: Shape, condition: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    """The conv that predicts the kernels, and their application with nine taps."""
-    pixels = prod(input) // input[1]
-    return pixels * (prod(weight) + 9 * input[1])
+def _conditional_conv(input: Shape, condition: Shape, weight: Shape, bias: Any, tile: int = 2,
+                      *_: Any, **__: Any) -> int:
+    """The Winograd conv that predicts the kernels, and their application with nine taps."""
+    tiles = input[0] * -(-input[2] // tile) * -(-input[3] // tile)
+    return tiles * (tile + 2) ** 2 * prod(weight[:2]) + 9 * prod(input)
 
 
 def _varying_conv(input: Shape, weight: Shape, kernel_size: int, *_: Any, out_shape: Shape,

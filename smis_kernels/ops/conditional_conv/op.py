@@ -13,14 +13,17 @@ from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import empty_nchw, memory_format
+from ..winograd_conv.choice import largest_tile
+from ..winograd_conv.op import TILES
 from . import reference
 
 KINDS = ("cpu", "triton")
+_LEAST_PIXELS = 24 * 24  # of an image, for tiles of 4x4
 _TRITON = "smis_kernels.ops.conditional_conv.triton"
 
 
 def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None = None,
-                       *, backend: str | None = None) -> Tensor:
+                       *, tile: int = 2, backend: str | None = None) -> Tensor:
     r"""A depthwise 3x3 convolution whose kernels another 3x3 convolution predicts, in one pass.
 
     .. math:: y_c(p) = \sum_k w_{c,k}(p)\, x_c(p + k), \quad
@@ -33,12 +36,14 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
             autocast all four are cast to its dtype, as conv2d casts them.
         condition: (N, D, H, W), what the kernels are predicted from.
         weight: (9C, D, 3, 3), channel-major then kernel tap. bias: (9C,) or None.
+        tile: m, 2 or 4 pixels, of the Winograd form in which the CPU predicts: 4 multiplies less
+            and rounds more. The gradients are those of 2. Other backends do not read it.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         (N, C, H, W) in the input's dtype and memory format; differentiable twice in all four.
-        The native kernels predict with F(2x2, 3x3) Winograd sums, as accurate in fp32 as direct
-        ones; 16-bit inputs are summed in fp32.
+        On the CPU kernels are predicted with F(m x m, 3x3) Winograd sums, for m = 2 as accurate in
+        fp32 as direct ones; 16-bit inputs are summed in fp32.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not belong together.
@@ -67,22 +72,33 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
         check_tensor("bias", bias, 1, "(9C,)", (input.dtype,))
         check_shape("bias", bias, (9 * c,), f"to match weight {tuple(weight.shape)}")
         check_device("bias", bias, input, "input")
+    if tile not in TILES:
+        raise ValueError(f"tile: expected 2 or 4, got {tile}")
     kind = resolve("conditional_conv2d", input, backend, KINDS)
-    record("conditional_conv2d", kind, input, condition=depth)
+    tile = tile if kind == "cpu" else 2
+    record("conditional_conv2d", kind, input, condition=depth, tile=tile)
     if kind == "reference":
         y = reference.conditional_conv2d(input, condition, weight, bias)
         return y.contiguous(memory_format=memory_format(input))
-    out: Tensor = applied(_ConditionalConv, input, condition, weight, bias, kind)
+    out: Tensor = applied(_ConditionalConv, input, condition, weight, bias, kind, tile)
     return out
+
+
+def best_tile(input: Tensor) -> int:
+    """The tile expected to be fastest outside of training, of those that may be taken.
+
+    The transform of the weights, which more pixels share, takes twice as long for 4.
+    """
+    return min(4 if input.shape[2] * input.shape[3] >= _LEAST_PIXELS else 2, largest_tile())
 
 
 class _ConditionalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
-                kind: str) -> Tensor:
+                kind: str, tile: int) -> Tensor:
         ctx.save_for_backward(input, condition, weight, bias)
         ctx.kind = kind
-        out: Tensor = _conv(kind, input, condition, weight, bias)
+        out: Tensor = _conv(kind, input, condition, weight, bias, *(() if tile == 2 else (tile,)))
         return out
 
     @staticmethod
@@ -96,15 +112,16 @@ class _ConditionalConv(torch.autograd.Function):
                 return reference.conditional_conv2d(x, condition, weight, bias)
 
             gradients = recorded_gradients(conv, given, (grad,))
-            return (*gradients, *(None,) * (5 - len(gradients)))
+            return (*gradients, *(None,) * (6 - len(gradients)))
         need_weight = need_weight or need_bias
         needs = (need_input, need_condition, need_weight, need_bias)
         found = _backward(ctx.kind, grad, *ctx.saved_tensors, need_input, need_condition,
                           need_weight)
-        return (*(t if need else None for t, need in zip(found, needs, strict=True)), None)
+        return (*(t if need else None for t, need in zip(found, needs, strict=True)), None, None)
 
 
-def _conv_fake(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _conv_fake(input: Tensor, condition: Tensor, weight: Tensor, bias: Tensor | None,
+               tile: int = 2) -> Tensor:
     return empty_nchw(tuple(input.shape), input)
 
 
@@ -122,7 +139,8 @@ def _backward_fake(
 
 
 _conv = RawOp(
-    "conditional_conv(Tensor input, Tensor condition, Tensor weight, Tensor? bias) -> Tensor",
+    "conditional_conv(Tensor input, Tensor condition, Tensor weight, Tensor? bias, int tile=2) "
+    "-> Tensor",
     _conv_fake, triton=f"{_TRITON}:conditional_conv",
 )
 # -> gradients of input, condition, weight and bias; those not needed are empty. The predicted

@@ -21,6 +21,8 @@ ENVIRONMENT = "SMIS_WINOGRAD"
 DIRECT_RATE, DIRECT_KERNEL = 35.0, 14.0
 PRODUCT_RATE, TILE_VALUE = {2: 33.5, 4: 33.5}, {2: 0.4, 4: 0.85}
 KERNEL, KEPT_KERNEL = {2: 17.0, 4: 34.0}, {2: 13.0, 4: 21.5}
+# Where few tiles read many kernels, these are transformed in cache (csrc/winograd_conv/cpu.cpp).
+STREAMED_KERNEL, MOST_STREAMED, CACHE = {2: 11.5, 4: 14.0}, 64, 1800 << 10
 LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles stay half empty
 
 
@@ -46,8 +48,11 @@ def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest:
     def cost(tile: int) -> float:  # of each pair of a channel and an output, in nanoseconds
         if tile == 0:
             return DIRECT_KERNEL + n * height * width * 9 / DIRECT_RATE
-        values = n * -(-height // tile) * -(-width // tile) * (tile + 2) ** 2
-        return ((KEPT_KERNEL if kept else KERNEL)[tile] + values / PRODUCT_RATE[tile]
+        tiles, frequencies = n * -(-height // tile) * -(-width // tile), (tile + 2) ** 2
+        values = tiles * frequencies
+        streamed = tiles <= MOST_STREAMED and k * m * frequencies * input.itemsize > CACHE
+        kernel = KEPT_KERNEL if kept else STREAMED_KERNEL if streamed else KERNEL
+        return (kernel[tile] + values / PRODUCT_RATE[tile]
                 + values * (1 / k + 1 / m) * TILE_VALUE[tile])
 
     allowed = min(largest, largest_tile())
