@@ -152,7 +152,7 @@ def bad(scene):
         ({"--labels": "absent.png"}, r"labels: .*absent\.png does not exist"),
         ({"--labels": "empty"}, r"labels: no .*\.png.* in .*empty"),
         ({"--unknown": "8"}, r"unknown: expected a class 0\.\.7, got 8"),
-        ({"--model": "pix3pix"}, r"name: expected one of .*; got 'pix3pix'"),
+        ({"--model": "pix3pix"}, r"model: expected one of .*; got 'pix3pix'"),
         ({"--checkpoint": "absent.pth"}, r"checkpoint: .*absent\.pth does not exist"),
         ({"--checkpoint": "rgb.png"}, r"checkpoint: .*rgb\.png is no .*PyTorch checkpoint"),
         ({"--checkpoint": "other.pth"}, r"checkpoint: .*other\.pth is not groupdnet_deepfashion"),
