@@ -190,7 +190,7 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", [
         "smis", "--debug", "synthesize", "--model", "none", "--labels", "x",
         "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match="name: expected one of"):
+    with pytest.raises(ValueError, match="model: expected one of"):
         cli.main()
 
 
