@@ -191,6 +191,19 @@ def test_a_shape_is_exchanged_and_the_hole_filled(with_ids):
         exchange_shape(layout, 7, triangle)
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_a_wide_shape_is_cut_off_at_the_border(right):
+    labels = np.zeros((12, 9), np.int64)
+    labels[4:10, :2] = 1
+    shape = np.array([[1, 1, 1, 0, 1]] * 3, bool)  # twice as large, its middle at column 1
+    if right:
+        labels, shape = labels[:, ::-1].copy(), shape[:, ::-1]
+    changed = exchange_shape(Scene("edge", labels, None), 1, shape).labels
+    expected = np.zeros((12, 9), np.int64)
+    expected[4:10, :6] = [1, 1, 0, 0, 1, 1]
+    np.testing.assert_array_equal(changed[:, ::-1] if right else changed, expected)
+
+
 def test_shape_and_texture_vary(model):
     layout = _scene(0)
     library = ShapeLibrary.from_scenes([_scene(k) for k in range(4)])
@@ -198,7 +211,12 @@ def test_shape_and_texture_vary(model):
     frames = list(applications.exchange(model, layout, target, library, 3, seed=1))
     assert len(frames) == 4
     assert len({frame.scene.labels.tobytes() for frame in frames}) > 1
+    known = library.of(target)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(1)).tolist()
     for k, frame in enumerate(frames[1:], 1):
+        shape = known[order[(k - 1) % len(order)]]
+        np.testing.assert_array_equal(
+            frame.scene.labels, exchange_shape(layout, target, shape).labels)
         z = resample_class(model, draw_code(model, 1), target, 1 + k)
         assert _close(frame.picture, _model_paints(model, frame.scene, z))
     held = list(applications.exchange(model, layout, target, library, 1, seed=1, texture=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import small_options
 from torch import Tensor
 
 from smis_kernels import (
@@ -57,7 +58,8 @@ def test_elementwise_ops_follow_their_input(backend: str) -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_training_step_of_every_family(name: str, backend: str) -> None:
-    generator = create_model(name, part="generator", ngf=4, image_size=(GENERATORS[name],) * 2)
+    options = {**small_options(name), "ngf": 4, "image_size": (GENERATORS[name],) * 2}
+    generator = create_model(name, part="generator", **options)
     preset = generator.preset
     size = GENERATORS[name] // 8
     cells = torch.arange(2 * size**2).view(2, size, size) % preset.classes

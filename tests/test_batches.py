@@ -60,6 +60,9 @@ def test_codes_follow_seed_and_step_alone() -> None:
     config, other = tiny(), tiny("--seed", "1")
     first = drawn(steps(config, 3))
     assert all(map(torch.equal, first, drawn(steps(config, 3))))
+    for step, draw in ((0, 0), (2, 1)):  # of runs that go on
+        random = torch.Generator().manual_seed(derived_seed(derived_seed(0, step, 0), draw))
+        assert torch.equal(first[2 * step + draw], torch.randn((4, 5, 3), generator=random))
     assert all(map(torch.equal, first[2:], drawn(steps(config, 2, start=1))))
     assert not any(map(torch.equal, first, drawn(steps(other, 3))))
     shares = [drawn(steps(config, 3, Processes(rank, 2))) for rank in range(2)]

@@ -95,6 +95,30 @@ def test_interleaving_rotates_the_order():
     assert all(len(t) == 3 and min(t) >= 2e-3 for t in times.values())
 
 
+def test_times_are_of_one_call(monkeypatch):
+    """On a clock that the calls turn: the mean of a sample, and as many rounds as asked for."""
+    now, cost = [0.0], {"slow": 1.0, "half": 0.5, "fast": 2.0**-12}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name):
+        now[0] += cost[name]
+
+    assert timing.cpu_seconds(lambda: call("half"), 4) == 0.5
+    for names, seconds, rounds in ((("slow", "half"), 6, 4), (("slow",), 0, 3), (("slow",), 999, 5),
+                                   (("fast",), 9 * 2.0**-12 * 5, 5)):  # of nine calls each
+        times = timing.interleave({name: lambda name=name: call(name) for name in names}, seconds,
+                                  most=5)
+        assert times == {name: [cost[name]] * rounds for name in names}
+
+
+@pytest.mark.parametrize(("moved", "copies"), [(8 << 20, 13), (100 << 20, 1), (200 << 20, 1),
+                                               (1 << 20, 64), (0, 64)])
+def test_rotating_inputs_outgrow_the_cache(moved, copies, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(L2_cache_size=50 << 20))
+    assert timing.rotations(moved, torch.device("cuda")) == copies
+
+
 def test_peak_memory_is_that_of_live_allocations():
     x = torch.zeros(1 << 18)
     scalars = 64  # bytes that 0-d constants take
@@ -151,8 +175,39 @@ def test_every_case_is_right_at_its_smallest(case):
     assert all(row.correct and row.median > 0 for row in rows.values())
 
 
+# Of each op on 16 x 16 pixels and as many channels: bytes that must move, and multiply-adds.
+_P = 16 * 16 * 16 * 4  # bytes of a plane of features
+_MAP = 16 * 16 * 8  # of an int64 map
+MOVED = {
+    "modulation/dense_128x256x256/forward": (4 * _P + 2 * 64, 2 * 16**3),
+    "modulation/upsampled_128x256x256/forward": (_P + 3 * 4 * _P + 2 * 64, 2 * 4 * 16**3),
+    "modulation/training_128x256x256/step": (15 * _P, 6 * 16**3),
+    "class_crops/ade20k/forward": (3 * 1024 + _MAP + 3 * 151 * 1024, 0),
+    "class_crops/deepfashion/forward": (3 * 1024 + _MAP + 3 * 8 * 1024, 0),
+    "instance_edges/512x1024/forward": (_MAP + 1024, 0),
+    "instance_pool/3x512x1024_loop/forward": (2 * 3 * 1024 + 2 * _MAP, 0),
+    "instance_pool/64x512x1024_index_add/forward": (2 * _P + 2 * _MAP, 0),
+    "norm_act/64x512x1024/forward": (4 * _P, 0),
+    "spatially_varying_conv2d/forward_128x256x256/forward": (11 * _P, 9 * 16**3),
+    "spatially_varying_conv2d/backward_128x256x256/backward": (21 * _P, 2 * 9 * 16**3),
+    "conditional_conv2d/forward_128x256x256/forward": (
+        3 * _P + 4 * 9 * 16 * (9 * 16 + 1), 9 * 16 * 9 * 16 * 16**2),
+    "conditional_attention/128x256x256/forward": (3 * _P, 0),
+    "spectral_weight/1024x1024x3x3/step": (7 * 4 * 9 * 16**2, 0),
+}
+
+
+@pytest.mark.parametrize("group", MOVED)
+def test_bytes_and_products_by_hand(group):
+    (case,) = (case for case in harness.cases("all") if case.group == group)
+    inputs = case.make_inputs(TINY)
+    outputs = bind(case, case.providers[0].run, inputs)()
+    assert (case.moved(inputs, outputs), case.macs(inputs)) == MOVED[group]
+
+
 @pytest.mark.parametrize("case", [training.CASES[0], training.CASES[3]], ids=lambda case: case.name)
-def test_training_steps_are_measured(case):
+def test_training_steps_are_measured(case, monkeypatch):
+    monkeypatch.setattr(training, "SIZE", (64, 64))
     rows = {r.provider: r for r in harness.measure(case, TINY)}
     assert {"reference", "fused"} <= rows.keys()
     assert all(row.correct and row.median > 0 for row in rows.values())

@@ -13,6 +13,7 @@ from smis_kernels.modules.spade import CGNorm
 from smis_models import cli, create_model, shipped_weights
 from smis_models.app import demo
 from smis_models.app.demo import strips
+from smis_models.data import GeneratedScenes
 from smis_models.data.scenes import sample_scene
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION
 from smis_models.io import images
@@ -114,6 +115,64 @@ def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
         expected = images.to_pictures(
             model(synthesis.semantics(model, layout), codes.draw_code(model, 3)))
     np.testing.assert_allclose(_read(tmp_path / "out/0_0.png").astype(int), expected[0], atol=1)
+
+
+def test_samples_are_of_the_next_seeds(smis, small, scene, tmp_path):
+    given = ("synthesize", "--model", "groupdnet_deepfashion", "--labels", scene / "person",
+             "--checkpoint", tmp_path / "latest_net_G.pth")
+    model = _small_model("groupdnet_deepfashion", seed=5, init_gain=1.0)
+    torch.save(model.generator.state_dict(), tmp_path / "latest_net_G.pth")
+    for out, options in (("three", ("--samples", 3, "--seed", 7)), ("one", ("--seed", 9))):
+        code, _, error = smis(*given, *options, "--out", tmp_path / out)
+        assert code == 0, error
+    for name in ("0", "1"):
+        assert np.array_equal(_read(tmp_path / f"three/{name}_2.png"),
+                              _read(tmp_path / f"one/{name}_0.png"))
+        assert not np.array_equal(_read(tmp_path / f"three/{name}_2.png"),
+                                  _read(tmp_path / f"three/{name}_1.png"))
+
+
+def test_options_of_an_evaluation_reach_it(smis, tmp_path, monkeypatch):
+    """Each option by itself: what is measured with, and what the record says."""
+    asked = {}
+
+    def measured(model, scenes, found, protocol, **given):
+        asked.update(scenes=scenes, metrics=found, protocol=protocol, **given)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli.evaluate.metrics, "evaluate", measured)
+    code, _, error = smis(
+        "evaluate", "--model", "groupdnet_scenes", "--dataset", "scenes", "--count", 7, "--split",
+        "test", "--protocol", "one-layout-n100-m19", "--layouts", 3, "--samples", 6, "--pairs", 5,
+        "--mask-mode", "spatial", "--dont-care", "count", "--distance", "random-vgg", "--distance",
+        "pixel", "--distance", "pixel", "--segmenter", "scenes", "--seed", 8, "--out",
+        tmp_path / "e.json")
+    assert (code, error) == (2, "error: enough\n")
+    diverse = asked["protocol"].diversity
+    assert (diverse.layouts, diverse.samples, diverse.pairs, diverse.mask_mode, diverse.pairing
+            ) == (3, 6, 5, "spatial", "random")
+    assert (asked["protocol"].dont_care, asked["seed"]) == ("count", 8)
+    assert [type(distance).__name__ for distance in asked["metrics"].distances] == [
+        "LPIPS", "PixelDistance"]
+    assert asked["metrics"].distances[0].facts()["trunk"] == "VGG16"
+    assert asked["metrics"].segmenter is cli.evaluate.metrics.scene_labels
+    assert asked["checkpoint"] == shipped_weights("groupdnet_scenes")
+    source = asked["scenes"]
+    assert (len(source), source.used()["split"]) == (7, "held out")
+    expected = GeneratedScenes(7, 128, "test")[6]
+    np.testing.assert_array_equal(source.scene(6)[0].labels, expected["labels"])
+    torch.testing.assert_close(source.scene(6)[1][0], expected["image"])
+
+
+def test_written_scenes_are_of_the_seed(smis, tmp_path):
+    code, _, error = smis("scenes", tmp_path / "set", "--count", 2, "--held-out", 1, "--size", 32,
+                          "--seed", 5)
+    assert code == 0, error
+    for split, count in (("train", 2), ("val", 1)):
+        for i in range(count):
+            drawn = GeneratedScenes(count, 32, split, seed=5)[i]
+            np.testing.assert_array_equal(
+                _read(tmp_path / f"set/{split}/labels/{drawn['name']}.png"), drawn["labels"])
 
 
 def test_instances_are_matched_by_scene_and_keep_sixteen_bits(scene):
@@ -403,6 +462,13 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
                         "--instances", scene / "street/inst", "--out", made)
     assert code == 0
     assert re.search(r"\d+ clusters of \d+ classes in", out)
+    few = tmp_path / "few.npz"
+    code, *_ = smis("features", "--model", name, "--images", photographs, "--instances",
+                    scene / "street/inst", "--out", few, "--clusters", 1)
+    assert code == 0
+    with np.load(made) as all_of_them, np.load(few) as ones:
+        assert {len(ones[key]) for key in ones} == {1}
+        assert max(len(all_of_them[key]) for key in all_of_them) > 1
     given = ("--model", name, "--labels", scene / "street/label",
              "--instances", scene / "street/inst", "--out", tmp_path / "out")
     code, out, _ = smis("synthesize", *given, "--features", made, "--samples", 2)

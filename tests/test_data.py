@@ -1,5 +1,6 @@
 """Data sets: published layouts and preprocessing, label rules, batches, and what doctor finds."""
 
+import json
 import re
 import struct
 import zlib
@@ -24,10 +25,13 @@ from smis_models.data import (
     detect_layout,
     list_scenes,
     modulation_sizes,
+    published_preprocess,
     write_scenes,
 )
 from smis_models.data.doctor import LABEL_RULES
+from smis_models.data.listing import one_set
 from smis_models.data.preprocess import MODES
+from smis_models.data.sample import label_tensor
 from smis_models.data.scenes import LANDSCAPE, MODE_NAMES
 from smis_models.families import (
     ADE20K,
@@ -200,6 +204,90 @@ def test_every_mode_is_named():
     assert len(MODES) == 9
     with pytest.raises(ValueError, match="mode: expected resize,"):
         Preprocess("zoom", (4, 4))
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(255, torch.uint8), (256, torch.uint8),
+                                                (257, torch.int16)])
+def test_labels_have_room_for_the_last_class(classes, dtype):
+    found = label_tensor(np.array([[0, classes - 1]]), classes)
+    assert found.dtype == dtype
+    assert found.tolist() == [[0, classes - 1]]
+
+
+# Of each data set: mode, and what pictures of 256x512 are loaded at to train and to evaluate.
+PREPROCESSED = {
+    "cityscapes": ("fixed", None, None), "deepfashion": ("resize", None, None),
+    **dict.fromkeys(("ade20k", "coco_stuff", "folder"),
+                    ("resize_and_crop", (286, 572), (256, 512))),
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESSED)
+def test_preprocessing_is_the_published_one(name):
+    mode, *loads = PREPROCESSED[name]
+    for augment, load in zip((True, False), loads, strict=True):
+        found = published_preprocess(name, (256, 512), augment=augment)
+        assert found == Preprocess(mode, (256, 512), load, augment=augment, flip=True)
+
+
+def test_a_mode_keeps_its_load_size(tmp_path):
+    """Where another mode is asked for, only those that crop from a resized scene take the load."""
+    name, preset, _ = _write_set(tmp_path, "coco_stuff")
+    loads = {mode: build_dataset(name, tmp_path, preset, mode=mode).preprocess.load
+             for mode in ("resize_and_crop", "fixed", "resize", "scale_width_and_crop")}
+    assert loads == {"resize_and_crop": (286, 286), "fixed": None, "resize": None,
+                     "scale_width_and_crop": None}
+
+
+def test_a_mode_that_brings_another_size_is_refused(tmp_path):
+    name, preset, _ = _write_set(tmp_path, "coco_stuff")
+    for mode, message in (("none", r"none brings .*000000\.png to 96x192"),
+                          ("scale_width", r"scale_width brings .*000000\.png to 128x256"),
+                          ("resize", "resize brings all scenes to 64x64")):
+        with pytest.raises(ValueError, match=message):
+            build_dataset(name, tmp_path, preset, mode=mode, load=(64, 64) if mode == "resize"
+                          else None)
+
+
+def test_doctor_knows_the_last_class(tmp_path):
+    for value, code in ((2, 0), (3, 1)):
+        images.write_png(tmp_path / f"{value}/images/a.png", np.zeros((4, 4, 3), np.uint8))
+        images.write_indices(tmp_path / f"{value}/labels/a.png", np.full((4, 4), value))
+        found, out, _ = _smis("doctor", tmp_path / str(value), "--classes", 3)
+        assert found == code
+        assert ("got 3 (16 pixels)" in out) == bool(code)
+
+
+def test_a_splits_own_folders_go_before_those_of_all(tmp_path):
+    """Whatever their names are."""
+    for place in ("images", "labels", "val/img", "val/label"):
+        images.write_png(tmp_path / place / "a.png", np.zeros((4, 4), np.uint8))
+    found = {split: list_scenes("folder", tmp_path, split).records[0] for split in ("train", "val")}
+    assert Path(found["val"].labels).parent == tmp_path / "val/label"
+    assert Path(found["val"].image).parent == tmp_path / "val/img"
+    assert Path(found["train"].labels).parent == tmp_path / "labels"
+    assert not one_set(tmp_path, "val")
+
+
+def test_one_set_for_every_split_is_not_held_out(tmp_path, monkeypatch):
+    for place in ("whole", "split/train", "split/val"):
+        for kind in ("images", "labels"):
+            images.write_png(tmp_path / place / kind / "a.png", np.zeros((64, 64), np.uint8))
+    assert one_set(tmp_path / "whole", "val") and not one_set(tmp_path / "split", "val")
+    network = create_model("groupdnet_deepfashion", ngf=8, nef=8, image_size=SIZE,
+                           upsampling="normal").eval()
+    monkeypatch.setattr(cli.common.Chosen, "load", lambda _: network)
+    for root, split, told in (("whole", "val", "one set for every split"), ("split", "val", None),
+                              ("whole", "train", "train")):
+        out = tmp_path / "e.json"
+        code, said, _ = _smis(
+            "evaluate", "--model", "groupdnet_deepfashion", "--dataset", "folder", "--root",
+            tmp_path / root, "--split", split, "--distance", "pixel", "--layouts", 1, "--samples",
+            2, "--pairs", 1, "--out", out)
+        assert code == 0, said
+        record = json.loads(out.read_text())
+        assert record["protocol"]["changed"].get("split") == told
+        assert record["data"]["split"] == (told or "val")
 
 
 def test_published_load_sizes(tmp_path):

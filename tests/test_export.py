@@ -122,6 +122,20 @@ def test_torch_onnx_export_as_users_call_it(tmp_path: Path) -> None:
                           verbose=False)
 
 
+def test_inputs_of_a_trial_have_the_models_size() -> None:
+    """Which is no square here; of a data set with unlabelled pixels some are there."""
+    options: dict[str, Any] = {"ngf": 4, "nef": 4, "blocks": 1, "image_size": (64, 128)}
+    painter = Painter(create_model("pix2pixhd_cityscapes_features", **options))
+    assert painter.names == ("labels", "instances", "features")
+    labels, instances, features = painter.example(2, 0)
+    assert labels.shape == instances.shape == (2, 64, 128) and features.shape == (2, 3, 64, 128)
+    assert painter(labels, instances, features).shape == (2, 3, 64, 128)
+    coded = Painter(create_model("spade_coco_vae", ngf=4, hidden=8, image_size=(64, 128)))
+    labels, *_, z = coded.example(3, 0)
+    assert labels.shape == (3, 64, 128) and z.shape == (3, 256)
+    assert bool((labels[:, :2] == 255).all()) and int(labels[:, 2:].max()) < 183
+
+
 def test_an_export_leaves_every_part_in_its_mode(tmp_path: Path) -> None:
     model = small_model("spade_ade20k")
     model.train()

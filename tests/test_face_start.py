@@ -71,12 +71,21 @@ def test_list_is_whole_in_a_narrow_terminal_and_a_plain_locale() -> None:
 
 
 def test_version_and_short_help() -> None:
-    done = _smis("--version")
-    assert done.returncode == 0 and done.stdout.decode().startswith("smis-kernels 0.")
-    helped = [_smis(*words) for words in (("-h",), ("synthesize", "-h"))]
-    assert [done.returncode for done in helped] == [0, 0]
-    assert b"synthesize" in helped[0].stdout and b"--labels" in helped[1].stdout
-    assert _smis().returncode == 2
+    """One process after another call, as its parser must not remember the last."""
+    calls = (["--version"], ["-h"], ["synthesize", "-h"], [])
+    code = ("import sys\nfrom smis_models.cli import main\n"
+            f"for words in {calls!r}:\n"
+            "    sys.argv = ['smis', *words]\n"
+            "    try:\n        main()\n"
+            "    except SystemExit as end:\n"
+            "        print(f'\\n== {end.code or 0}', flush=True)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}, timeout=600)
+    version, helped, synthesize, nothing, rest = done.stdout.split("\n== ")
+    assert version.startswith("smis-kernels 0.")
+    assert "synthesize" in helped and "--labels" in synthesize
+    codes = [part.split("\n", 1)[0] for part in (helped, synthesize, nothing, rest)]
+    assert codes == ["0", "0", "0", "2"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -137,5 +137,16 @@ def test_the_table_has_a_row_for_each_model() -> None:
     assert zoo.family_table(records[:1]) == []
 
 
+def test_the_bound_counts_two_passes_for_every_conv() -> None:
+    """In float64, whose numbers have eight bytes; the products of a call go before its own."""
+    convs = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
+    x = torch.zeros(1, 3, 4, 5, dtype=torch.float64)
+    read = (3 * 4 * 5 * 8, 8 * 4 * 5 * 8)
+    products = (9 * 3 * 8 + 8 * 4) * 4 * 5
+    assert zoo.network_bound((convs, x)) == (products, 2 * sum(read), max(read))
+    assert zoo.network_bound((convs, x), lambda: convs[2](convs[0](x)[:, :, :1])) == (
+        9 * 3 * 8 * 4 * 5 + 8 * 4 * 5, 2 * sum(read), max(read))
+
+
 def test_the_set_holds_every_model() -> None:
     assert [case.name for case in cases("family")] == [f"family/{name}" for name in MODELS]

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("
 MODELS: dict[str, dict[str, Any]] = {
     "groupdnet_deepfashion": {"ngf": 8, "image_size": (64, 64)},
     "groupdnet_cityscapes": {"ngf": 70, "image_size": (64, 128)},
-    "spade_coco": {"ngf": 4, "image_size": (64, 64)},
-    "spade_coco_vae": {"ngf": 4, "image_size": (64, 64)},
-    "ccfpse_coco": {"ngf": 4, "image_size": (64, 64)},
+    "spade_coco": {"ngf": 4, "hidden": 8, "image_size": (64, 64)},
+    "spade_coco_vae": {"ngf": 4, "hidden": 8, "image_size": (64, 64)},
+    "ccfpse_coco": {"ngf": 4, "hidden": 8, "image_size": (64, 64)},
 }
 
 

@@ -290,3 +290,15 @@ def test_what_the_hub_refuses_is_one_line(fake: FakeHub, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", fake.download)
     with pytest.raises(CheckpointError, match=r"config.json of owner/name is no JSON"):
         SynthesisModel.from_pretrained("owner/name")
+
+
+def test_rows_of_what_was_measured() -> None:
+    """FID is called so where its network is Inception's; what biases it stands beside it."""
+    found = {"fid": 12.3456, "published_weights": True, "network": "Inception V3"}
+    assert hub.metric_rows({"results": {"fid": found}}) == [("FID", "12.35", "Inception V3")]
+    found |= {"published_weights": False, "network": "weights of x.pth", "note": "few pictures"}
+    assert hub.metric_rows({"results": {"fid": found, "diversity": {
+        "LPIPS": {"mcsd": 0.02609, "mocd": 0.00312, "diversity": 0.23071}}}}) == [
+        ("mCSD", "0.02609", "LPIPS"), ("mOCD", "0.00312", "LPIPS"),
+        ("diversity", "0.2307", "LPIPS"),
+        ("Fréchet distance", "12.35", "weights of x.pth; few pictures")]

@@ -10,12 +10,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
 from smis_kernels import use_backend
 from smis_models import cli, create_model
 from smis_models.data import GeneratedScenes
+from smis_models.data.classes import class_names
 from smis_models.data.scene_classifier import SceneClassifier
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
 from smis_models.io import images
@@ -47,7 +49,8 @@ from smis_models.metrics.lpips import TRUNKS
 from smis_models.metrics.sampling import LayoutSampler, sample_codes
 from smis_models.metrics.segmentation import predict
 from smis_models.synthesis.codes import drawn_code
-from smis_models.synthesis.scene import sample_scenes, semantics
+from smis_models.synthesis.features import FeatureClusters
+from smis_models.synthesis.scene import read_scenes, sample_scenes, semantics
 
 TINY = {"ngf": 8, "nef": 16, "image_size": (64, 64), "upsampling": "normal", "init_gain": 1.0}
 QUICK = DiversityProtocol(layouts=2, samples=3, pairs=2)
@@ -214,7 +217,13 @@ def test_codes_of_one_class_change_alone(model):
     assert (codes[:, held] == codes[:1, held]).all()
     assert all(not torch.equal(codes[0, channels], codes[k, channels]) for k in (1, 2, 3))
     assert torch.equal(codes, sample_codes(model, 4, seed=3, index=2))
+    for k in range(4):  # each draw of a seed of its own
+        drawn = drawn_code(model, derived_seed(3, k, 2 + 1))
+        assert torch.equal(codes[k, channels], drawn[0, channels])
     whole = sample_codes(model, 4, seed=3)
+    for k in range(4):
+        assert torch.equal(whole[k], drawn_code(model, derived_seed(3, k))[0])
+    assert torch.equal(codes[0, held], whole[0, held])
     assert not torch.equal(whole[0, held], whole[1, held])
 
 
@@ -441,6 +450,110 @@ def test_evaluate_is_repeatable_and_says_how(model, tmp_path):
     wrong = protocol("cityscapes-256x512")
     with pytest.raises(ValueError, match=r"protocol: cityscapes-256x512 is of pictures"):
         evaluate(model, scenes, measured, wrong)
+
+
+def test_the_seed_reaches_every_code(model):
+    """Of the pictures that FID and the segmenter see, and of those that are compared."""
+    source = GeneratedScenes(3, 64, "test")
+    scenes, options = Scenes(source, {"dataset": "scenes"}), protocol(
+        "n100-m19", layouts=2, samples=3, pairs=2)
+
+    def extractor(batch):
+        return batch.float().mean((2, 3))
+
+    found = {seed: evaluate(model, scenes, Metrics([PixelDistance()], extractor), options,
+                            seed=seed)["results"] for seed in (0, 4)}
+    with torch.no_grad():
+        painted = [model(model.semantics(scene["labels"][None]),
+                         drawn_code(model, derived_seed(4, i))) for i, scene in enumerate(source)]
+    photographs = [scene["image"][None] for scene in source]
+    assert found[4]["fid"]["fid"] == pytest.approx(
+        fid(photographs, painted, extractor)["fid"], rel=2e-2)
+    assert abs(found[0]["fid"]["fid"] / found[4]["fid"]["fid"] - 1) > 0.1
+    layouts = [scenes.scene(i)[0] for i in range(2)]
+    apart = [diversity(model, layouts, PixelDistance(), options.diversity, seed=seed)
+             for seed in (0, 4)]
+    for seed, expected in zip((0, 4), apart, strict=True):
+        values = found[seed]["diversity"]["pixel L1"]
+        assert (values["mcsd"], values["mocd"]) == (expected.mcsd, expected.mocd)
+    assert apart[0].mcsd != apart[1].mcsd
+
+
+def test_instance_features_reach_the_pictures():
+    painter = create_model("pix2pixhd_cityscapes_features", ngf=4, nef=4, blocks=1,
+                           image_size=(64, 128), init_gain=1.0).eval()
+    layouts = sample_scenes(painter.preset, 2)
+    clusters = FeatureClusters({c: np.random.default_rng(c).normal(size=(4, 3)).astype(np.float32)
+                                for c in range(35)})
+    seen = []
+
+    def segmenter(pictures):
+        seen.append(pictures)
+        return torch.zeros(1, 64, 128, dtype=torch.long)
+
+    evaluate(painter, Scenes(layouts, {}), Metrics(segmenter=segmenter), protocol("n100-m19"),
+             seed=3, clusters=clusters)
+    for i, (layout, picture) in enumerate(zip(layouts, seen, strict=True)):
+        planes = clusters.sample(torch.from_numpy(layout.instances)[None],
+                                 seed=derived_seed(3, i))
+        with torch.no_grad():
+            expected = painter(semantics(painter, layout), planes)
+        torch.testing.assert_close(picture, expected, rtol=0, atol=2e-3)
+
+
+def test_predictions_come_to_the_maps_size_by_pixel_centres(tmp_path):
+    model = create_model("groupdnet_deepfashion", **{**TINY, "image_size": (64, 128)}).eval()
+    layouts = sample_scenes(model.preset, 2)
+    matrix = np.zeros((8, 8))
+    for k, layout in enumerate(layouts):
+        predicted = np.random.default_rng(k).integers(0, 8, (37 + k, 90)).astype(np.int32)
+        images.write_indices(tmp_path / f"{layout.name}.png", predicted)
+        resized = np.asarray(Image.fromarray(predicted).resize((128, 64), Image.Resampling.NEAREST))
+        matrix += confusion_matrix(layout.labels.flatten(), resized.flatten(), labels=range(8))
+    read = Metrics(predictions=tmp_path, rule=LabelRule("same", frozenset()))
+    found = evaluate(model, Scenes(layouts, {}), read, protocol("n100-m19"))
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    assert found["results"]["segmentation"]["miou"] == pytest.approx(
+        float((matrix.diagonal()[union > 0] / union[union > 0]).mean()))
+
+
+def test_a_prediction_is_of_one_scene(model, tmp_path):
+    """A map without its scene's folder serves where no other scene has that name."""
+    for name in ("a/1", "a/2", "b/1"):
+        images.write_indices(tmp_path / f"labels/{name}.png", np.zeros((64, 64), int))
+    for name in ("1", "2"):
+        images.write_indices(tmp_path / f"flat/{name}.png", np.zeros((64, 64), int))
+
+    def score(folder):
+        scenes = read_scenes(tmp_path / "labels", None, model.preset)[folder]
+        return evaluate(model, Scenes(scenes, {}), Metrics(predictions=tmp_path / "flat"),
+                        protocol("n100-m19"))["results"]["segmentation"]["pixels"]
+
+    assert score(slice(2)) == 2 * 64**2
+    with pytest.raises(ValueError, match=r"1\.png would be of two scenes, a/1 and b/1; put"):
+        score(slice(3))
+
+
+# The order of Cityscapes' train ids, by the data set's own list.
+TRAINED = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
+           "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
+           "motorcycle", "bicycle")
+
+
+def test_train_ids_mean_these_classes():
+    names = class_names("groupdnet_cityscapes", 35)
+    rule = label_rule("cityscapes", CITYSCAPES)
+    assert tuple(names[k] for k in rule.meaning) == TRAINED
+    assert {names[k] for k in rule.ignored} == set(names) - set(TRAINED)
+    assert label_rule("ade20k", ADE20K).meaning == tuple(range(1, 151))
+
+
+def test_what_networks_for_segmentation_give():
+    """Pairs of scores and an auxiliary head's; labels with a channel of their own."""
+    pictures, labels = _pictures(2, (8, 8)), torch.randint(0, 4, (2, 8, 8))
+    scores = torch.nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
+    for out in ((scores, -scores), [scores, -scores], labels[:, None], labels.int()):
+        assert np.array_equal(predict(lambda x, out=out: out, pictures), labels.numpy())
 
 
 @pytest.fixture

@@ -79,12 +79,14 @@ class Case:
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cpu_equals_reference(shape: tuple[int, ...], layout: str) -> None:
-    for norm, training, upsample, pair in itertools.product(NORMS, *[(False, True)] * 3):
+    # Each activation meets all the rest: another one for each shape and format.
+    first = SHAPES.index(shape) + MEMORY_FORMATS.index(layout)
+    options = itertools.product(NORMS, *[(False, True)] * 3)
+    for i, (norm, training, upsample, pair) in enumerate(options, first):
         if shape[2] * shape[3] == 1 and norm in ("instance", "group"):
             continue
-        for activation in ACTIVATIONS:
-            Case(shape, layout, pair=pair, norm=norm, training=training, upsample=upsample,
-                 activation=activation).compare("cpu")
+        Case(shape, layout, pair=pair, norm=norm, training=training, upsample=upsample,
+             activation=ACTIVATIONS[i % 3]).compare("cpu")
 
 
 @needs_cpu

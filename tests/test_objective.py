@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smis_models.families.ccfpse import pyramid_matching_loss
 from smis_models.networks.losses import (
+    class_l1_loss,
     diversity_loss,
     feature_matching_loss,
     gan_loss,
@@ -89,6 +90,27 @@ def test_feature_matching_by_hand() -> None:
     assert wide == pytest.approx(3 * total / 2 * 4 / 3)  # 4 / (n_layers + 1), 3 features
     pyramids = [scale(1, 2, 3, 4), scale(3, 2, 0, 8)]
     assert pyramid_matching_loss(*pyramids).item() == pytest.approx(20 * (2 + 0 + 3 + 4) / 4)
+
+
+@pytest.mark.parametrize("name", ["gan", "matching", "classes", "kl", "latent", "diversity"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_16_bits_are_those_in_fp32(name: str, dtype: torch.dtype) -> None:
+    """What would be infinite or rounded in 16 bits: squares, exponentials and sums."""
+    given = torch.linspace(-12, 12, 2 * 3 * 64 * 64).view(2, 3, 64, 64).to(dtype)
+    labels = (torch.arange(64 * 64).view(1, 64, 64) % 3).expand(2, 64, 64)
+
+    def loss(x: Tensor) -> Tensor:
+        y = -x.flip(3)
+        return {
+            "gan": lambda: gan_loss([32 * x], False, mode="ls"),
+            "matching": lambda: feature_matching_loss([[x, x]], [[y, y]]),
+            "classes": lambda: class_l1_loss(x, y, labels),
+            "kl": lambda: kl_loss(x, y), "latent": lambda: latent_regression_loss(x, y),
+            "diversity": lambda: diversity_loss(x, y, x, 0.5 * y, bound=100.0)}[name]()
+
+    found, expected = loss(given), loss(given.float())
+    assert found.dtype == torch.float32 and bool(expected.isfinite())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_codes_found_again_and_diversity_by_hand() -> None:

@@ -41,10 +41,10 @@ if not absent:
 
 SMALL = {"groupdnet_scenes": {"ngf": 8, "nef": 8},
          "groupdnet_cityscapes": {"ngf": 70, "nef": 70, "image_size": (64, 128)},
-         "spade_coco_vae": {"ngf": 4, "image_size": (64, 64)},
-         "spade_ade20k": {"ngf": 4, "image_size": (64, 64)},
+         "spade_coco_vae": {"ngf": 4, "hidden": 8, "image_size": (64, 64)},
+         "spade_ade20k": {"ngf": 4, "hidden": 8, "image_size": (64, 64)},
          "pix2pixhd_cityscapes": {"ngf": 4, "image_size": (64, 128)},
-         "bicyclegan_deepfashion": {"ngf": 4}}
+         "bicyclegan_deepfashion": {"ngf": 4, "nef": 4, "image_size": (64, 64)}}
 
 
 def made(name: str = "groupdnet_scenes", **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from validation import agree
 
 from smis_models import create_model
-from smis_models.training import RECIPES, TrainConfig, from_dict
+from smis_models.training import RECIPES, Run, TrainConfig, from_dict
 from smis_models.training.batches import Batches, dataset
 from smis_models.training.distributed import Processes
 from smis_models.training.optimizers import EMA, adam
@@ -217,6 +218,19 @@ def tiny(*arguments: str) -> TrainConfig:
         "data": {"name": "scenes", "batch": 2, "workers": 0, "count": 4},
         "losses": {"perceptual": 0.0},
     }, arguments)
+
+
+def test_a_run_gives_every_epoch_its_rates(
+        tmp_path: Path, given_rates: list[tuple[float, ...]]) -> None:
+    """Two steps an epoch, to both optimizers, over a break in the middle of an epoch."""
+    config = tiny("--schedule.epochs", "1", "--schedule.decay_epochs", "3", "--log.grid_every",
+                  "0", "--log.tensorboard", "false")
+    run = Run(config, tmp_path)
+    run(stop=lambda: run.trainer.step_count == 5)
+    Run(config, tmp_path, resume=True)()
+    factors = [1, 1, 1, 1, 2 / 3, 2 / 3, 1 / 3, 1 / 3]
+    assert given_rates == [pytest.approx((rate * factor,)) for factor in factors
+                           for rate in (1e-4, 4e-4)]
 
 
 def test_adam_is_the_configured_one() -> None:

@@ -84,12 +84,35 @@ def test_records_say_what_was_computed(weights: Path, tmp_path: Path) -> None:
         assert of_weights.items() <= record.items()
         return record
 
-    record = recorded("with", "--losses.perceptual", "3", "--losses.feature_matching", "7")
-    assert record["losses"] == {"kl": 0.0125, "gan": 1.0, "feature_matching": 7.0,
-                                "perceptual": 3.0, "fake": 1.0, "real": 1.0}
+    record = recorded("with", "--losses.perceptual", "3", "--losses.feature_matching", "7",
+                      "--losses.adversarial", "2", "--losses.discriminator", "0.5")
+    assert record["losses"] == {"kl": 0.0125, "gan": 2.0, "feature_matching": 7.0,
+                                "perceptual": 3.0, "fake": 0.5, "real": 0.5}
     assert record["perceptual"] == {"vgg": "vgg.pth", "vgg_sha256": file_hash(weights),
                                     "torchvision_weights": False}
     assert (record["step"], record["pictures"], record["processes"]) == (1, 4, 1)
     record = recorded("without", "--losses.perceptual", "0", "--losses.kl", "0")
     assert set(record["losses"]) == {"gan", "feature_matching", "fake", "real"}  # type: ignore
     assert record["perceptual"] is None
+
+
+def test_the_best_by_the_perceptual_loss(weights: Path, tmp_path: Path) -> None:
+    """Its mean over all held-out scenes, of which the last batch has fewer."""
+    from smis_models.data import Collate, GeneratedScenes
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = Run(tiny("--losses.vgg", str(weights), "--log.best", "perceptual",
+                       "--log.best_scenes", "3"), tmp_path / "run")
+    run.save()
+    model, loss = run.trainer.model.eval(), run.trainer.objective.perceptual
+    assert loss is not None
+    each = []
+    with torch.no_grad():
+        for scene in GeneratedScenes(3, 64, "val"):
+            batch = Collate(model.preset)([scene])
+            mean, _ = model.encoder.encode(batch["image"], batch["labels"])
+            each.append(float(loss(model.generator(batch["layout"], mean), batch["image"])))
+    best = json.loads(read_metadata(tmp_path / "run/best.safetensors")[TRAINING])["best"]
+    assert best == {"metric": "perceptual", "scenes": 3, "split": "val",
+                    "value": pytest.approx(sum(each) / 3, rel=1e-3)}

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -289,6 +290,30 @@ def test_one_state_alone_is_kept_by_default(tmp_path: Path) -> None:
         "checkpoint.pt", "model.safetensors", "config.json", "record.json", "losses.csv"}
 
 
+def test_fewer_states_stay_where_fewer_are_asked_for(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the option that changes
+        for keep, step, steps in ((3, 3, (1, 2, 3)), (2, 4, (3, 4)), (1, 5, ())):
+            until(tiny("--log.checkpoint_every", "1", "--log.keep", str(keep)), tmp_path, step,
+                  "auto")
+            assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
+                f"step_{k:07d}{end}" for k in steps for end in (".pt", ".safetensors"))
+
+
+def test_what_is_written_after_which_steps(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+
+    def saving(folder: Path, state: dict[str, Any], config: TrainConfig) -> Path:
+        written.append(state["step"])
+        return save_state(folder, state, config)
+
+    monkeypatch.setattr("smis_models.training.run.save_state", saving)
+    train(tiny("--log.every", "3", "--log.checkpoint_every", "3"), tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "3", "6"]
+    assert written == [3, 6, 8]
+
+
 def test_the_best_weights_stay(tmp_path: Path) -> None:
     config = tiny("--log.checkpoint_every", "1", "--log.keep", "8", "--log.best", "pixel",
                   "--log.best_scenes", "3", "--optimizer.generator", "3e-2", "--init_gain", "1")
@@ -308,8 +333,52 @@ def test_the_best_weights_stay(tmp_path: Path) -> None:
     assert len(found) == 8 and found.index(min(found)) != 7  # or the last would do too
     best = facts(tmp_path / "best.safetensors")
     assert best["step"] == found.index(min(found)) + 1
-    assert best["best"] == {"metric": "pixel", "scenes": 3,
+    assert best["best"] == {"metric": "pixel", "scenes": 3, "split": "val",
                             "value": pytest.approx(min(found), rel=1e-4)}
+
+
+def test_best_is_of_one_measure(tmp_path: Path) -> None:
+    """Another measure, other scenes or another split start anew; worse weights change nothing."""
+    def best(*options: str, worse: bool = False) -> tuple[Any, ...]:
+        given = ("--log.best", "pixel", "--log.best_scenes", "2", *options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the options that change
+            run = Run(tiny(*given), tmp_path, resume="auto")
+        if worse:
+            with torch.no_grad():
+                run.trainer.model.generator.conv_img.bias.fill_(9)  # white pictures
+            run.trainer.step_count = 7
+        run.save()
+        found = facts(tmp_path / "best.safetensors")
+        return found["step"], *(found["best"][key] for key in ("scenes", "split", "value"))
+
+    step, *first = best()
+    assert (step, first[:2]) == (0, [2, "val"])
+    assert best(worse=True) == (0, *first)
+    assert best("--log.grid_split", "test")[:3] == (7, 2, "test")  # although those are worse
+    white = best("--log.grid_split", "test", "--log.best_scenes", "3")
+    assert white[:3] == (7, 3, "test") and white[3] > first[2]
+
+
+def test_best_needs_scenes_of_its_split_at_the_start(tmp_path: Path) -> None:
+    for split in ("", "train"):
+        for i in range(4):
+            place = tmp_path / f"data{split}" / split
+            write_png(place / f"images/{i}.png", np.zeros((64, 64, 3), np.uint8))
+            write_indices(place / f"labels/{i}.png", np.zeros((64, 64), np.int64))
+
+    def given(root: str, split: str = "val") -> TrainConfig:
+        return tiny("--data.name", "folder", "--data.root", str(tmp_path / root), "--log.best",
+                    "pixel", "--log.grid_split", split)
+
+    with pytest.raises(FileNotFoundError, match="no pictures of 'val'"):
+        Run(given("datatrain"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.warns(UserWarning, match=r"log\.best: .*one set for every split; the best weights"):
+        Run(given("data"), tmp_path / "shared")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="log.best")
+        Run(given("data", "train"), tmp_path / "asked")  # as was asked for
 
 
 # Errors in the middle
@@ -565,22 +634,31 @@ def test_progress_tells_epoch_and_time_left(
     now = [100.0]
     monkeypatch.setattr("smis_models.training.run.time",
                         SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("smis_models.training.loggers.time",
+                        SimpleNamespace(perf_counter=lambda: now[0]))
     until(tiny(), tmp_path, 2)
-    run, step = Run(tiny("--data.batch", "2"), tmp_path, resume=True), None
-    step = run.trainer.step
+    run = Run(tiny(), tmp_path, resume=True)
+    step, fetch = run.trainer.step, run.batches.step
 
     def slow(*arguments: Any) -> dict[str, float]:
         now[0] += 7
         return step(*arguments)
 
+    def late() -> Any:
+        now[0] += 3
+        return fetch()
+
     monkeypatch.setattr(run.trainer, "step", slow)
+    monkeypatch.setattr(run.batches, "step", late)
     told: list[Any] = []
     run(told.append)
     assert [(p.step, p.steps, p.epoch, p.epochs) for p in told] == [
         (s, 8, 1 if s <= 4 else 2, 2) for s in range(3, 9)]
-    assert [p.left for p in told] == [pytest.approx(7 * (8 - p.step)) for p in told]
+    assert [p.left for p in told] == [pytest.approx(10 * (8 - p.step)) for p in told]
     for progress in told:
-        assert progress.values["images_per_second"] > 0 and progress.values["memory"] > 50
+        assert progress.values["images_per_second"] == pytest.approx(2 / 10)  # both pictures
+        assert progress.values["waiting"] == pytest.approx(0.3)
+        assert progress.values["memory"] > 50
 
 
 class FakeWandB(ModuleType):

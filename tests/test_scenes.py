@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 
 from smis_models.data import Draw, GeneratedScenes, SceneClassifier
-from smis_models.data.scenes import KINDS, LANDSCAPE, draw_modes, paint, palette, sample_scene
+from smis_models.data.classes import class_names
+from smis_models.data.scenes import (
+    KINDS,
+    LANDSCAPE,
+    MODES,
+    draw_modes,
+    paint,
+    palette,
+    sample_scene,
+    shapes,
+)
 from smis_models.io import images
 
 
@@ -48,6 +58,41 @@ def test_a_seed_is_a_scene_at_any_size():
     # The centres of the small map's pixels are centres of the large map's middle pixels.
     np.testing.assert_array_equal(small.labels, large.labels[1::3, 1::3])
     assert not np.array_equal(small.labels, sample_scene("street", 64, 64, 35, seed=6).labels)
+
+
+def test_shapes_by_their_formulas():
+    """Pixels whose centres lie inside."""
+    height, width = 45, 61
+    y = ((np.arange(height) + 0.5) / height)[:, None]
+    x = ((np.arange(width) + 0.5) / width)[None]
+    dy, dx = (y - 0.4) / 0.3, (x - 0.55) / 0.2
+    radius = 1 + 0.1 * np.sin(3 * np.arctan2(dy, dx)) - 0.05 * np.sin(4 * np.arctan2(dy, dx) + 1)
+    ridge = 0.5 + 0.1 * np.sin(2 * np.pi * x + 0.3) + 0.05 * np.sin(4 * np.pi * x + 0.6)
+    for shape, inside in (
+        (shapes.rectangle(0.25, 0.1, 0.75, 0.5), (y >= 0.25) & (y < 0.75) & (x >= 0.1) & (x < 0.5)),
+        (shapes.polygon((0.1, 0.2), (0.1, 0.8), (0.9, 0.2)),
+         (y >= 0.1) & (x >= 0.2) & (x < 0.8 - 0.75 * (y - 0.1))),
+        (shapes.blob(0.4, 0.55, 0.3, 0.2), dy**2 + dx**2 <= 1),
+        (shapes.blob(0.4, 0.55, 0.3, 0.2, (0.1, -0.05)), dy**2 + dx**2 <= radius**2),
+        (shapes.below(0.5, (0.1, 0.05), 0.3), y >= ridge),
+    ):
+        canvas = shapes.Canvas(height, width, {"ground": 0, "thing": 3})
+        canvas.stuff("thing", shape)
+        np.testing.assert_array_equal(canvas.labels, np.where(inside, 3, 0))
+        np.testing.assert_array_equal(canvas.instances, canvas.labels)
+        for number in range(2):  # over one another
+            canvas.thing("thing", shape)
+            np.testing.assert_array_equal(canvas.instances, np.where(inside, 3000 + number, 0))
+        canvas.thing("ground", shape)  # class 0 has no instances
+        assert not canvas.labels.any() and not canvas.instances.any()
+
+
+def test_streets_have_cityscapes_classes():
+    names = class_names("groupdnet_cityscapes", 35)
+    for seed in range(3):
+        scene = sample_scene("street", 128, 256, 35, seed)
+        assert {scene.names[c] for c in scene.present} == {names[c] for c in scene.present}
+        assert {"road", "sky", "car", "building"} <= {names[c] for c in scene.present}
 
 
 @pytest.mark.parametrize(
@@ -90,20 +135,23 @@ def test_sixteen_bit_ids_do_not_wrap(tmp_path):
         assert images.read_instances(tmp_path / "edge.png").tolist() == [[0, high]]
     with pytest.raises(ValueError, match="65536"):
         images.write_indices(tmp_path / "large.png", ids + 1)
+    with pytest.raises(ValueError, match="got -1"):
+        images.write_indices(tmp_path / "large.png", ids - 1)
     assert not (tmp_path / "large.png").exists()
 
 
-def test_four_bit_grey_levels_are_indices(tmp_path):
-    # Pillow writes no 4-bit grey PNG: make one by hand.
+@pytest.mark.parametrize(("bits", "byte", "levels"), [(2, 0x1B, [0, 1, 2, 3]), (4, 0x3A, [3, 10])])
+def test_few_bits_of_grey_are_indices(tmp_path, bits, byte, levels):
+    # Pillow writes no grey PNG of 2 or 4 bits: make one by hand.
     def chunk(kind, body):
         crc = zlib.crc32(kind + body)
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
 
-    header = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    png += chunk(b"IDAT", zlib.compress(b"\x00\x3a")) + chunk(b"IEND", b"")
-    (tmp_path / "grey4.png").write_bytes(png)
-    np.testing.assert_array_equal(images.read_labels(tmp_path / "grey4.png", 16), [[3, 10]])
+    png += chunk(b"IDAT", zlib.compress(bytes([0, byte]))) + chunk(b"IEND", b"")
+    (tmp_path / "grey.png").write_bytes(png)
+    np.testing.assert_array_equal(images.read_labels(tmp_path / "grey.png", 16), [levels])
 
 
 def test_resize_takes_pixel_centres(tmp_path):
@@ -194,6 +242,25 @@ def test_generated_scenes_depend_on_seed_split_and_index_alone(size):
         others[0][3]
 
 
+def test_a_generated_scene_is_drawn_by_these_numbers():
+    """Of sets that weights were trained and measured on: numpy's draws of seed, split and index."""
+    seen = set()
+    for number, split in enumerate(("train", "val", "test")):
+        for index in (0, 2):
+            r = np.random.default_rng((5, number, index))
+            scene = sample_scene("landscape", 48, 96, 8, int(r.integers(2**62)))
+            modes = draw_modes(r)
+            picture = paint(scene.labels, scene.instances, modes, r)
+            sample = GeneratedScenes(3, (48, 96), split, seed=5)[index]
+            np.testing.assert_array_equal(sample["labels"], scene.labels)
+            np.testing.assert_array_equal(sample["instances"], scene.instances)
+            np.testing.assert_array_equal(sample["modes"], modes)
+            np.testing.assert_array_equal(images.to_pictures(sample["image"][None])[0], picture)
+            assert sample["name"] == f"{split}_{index:06d}"
+            seen.add(picture.tobytes())
+    assert len(seen) == 6
+
+
 def test_a_generated_sample():
     sample = GeneratedScenes(1, (40, 56))[0]
     assert sample["image"].shape == (3, 40, 56) and sample["image"].dtype == torch.float32
@@ -225,6 +292,27 @@ def test_a_mode_paints_its_own_class_only(changed):
         differs = (before != after).any(-1)
         assert not differs[scene.labels != changed].any()
         assert differs[scene.labels == changed].mean() > 0.5
+
+
+def test_fades_and_details_run_from_top_to_bottom():
+    """Of the whole picture for stuff, of each instance for things."""
+    sky, building = LANDSCAPE.index("sky"), LANDSCAPE.index("building")
+    names = [[mode.name for mode in MODES[part]] for part in LANDSCAPE]
+    modes = np.zeros(8, np.int64)
+    modes[sky], modes[building] = names[sky].index("sunset"), names[building].index("plaster")
+    labels = np.zeros((100, 64), np.int64)
+    instances = labels.copy()
+    labels[50:, :32], instances[50:, :32] = building, 1000 * building
+    labels[30:80, 40:], instances[30:80, 40:] = building, 1000 * building + 1
+    picture = paint(labels, instances, modes, np.random.default_rng(0)) / 255
+    rows = picture[:50, :32].mean(1)  # of the sky; smoothed, for clouds are in it
+    slope = (rows[40:].mean(0) - rows[:10].mean(0)) / 0.4  # over 40 of 100 rows
+    np.testing.assert_allclose(slope, MODES["sky"][modes[sky]].fade, atol=0.25)
+    roof, rim = (0.25, 0.22, 0.24), (0.93, 0.93, 0.90)
+    for top, column in ((50, 0), (30, 40)):  # both 50 rows high: 7 of the roof, 2 or 3 of its rim
+        for row, colour in ((0, roof), (6, roof), (8, rim)):
+            np.testing.assert_allclose(picture[top + row, column], colour, atol=1 / 255)
+        assert np.abs(picture[top + 12, column] - roof).max() > 0.1
 
 
 def _iou(seen, wanted):

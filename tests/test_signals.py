@@ -59,11 +59,13 @@ class Case:
         return "agent" in self.target
 
 
+# Each signal to each target, each number of workers with each signal and with one process and with
+# two. Without workers a process is a group alone.
 CASES = [
-    *(Case(number, target, workers, goes_on=(target, workers) == ("group", 2))
-      for number in (signal.SIGTERM, signal.SIGINT)
-      for target in ("main", "group", "agent") for workers in (0, 2)),
-    Case(signal.SIGTERM, "group of agent", 2), Case(signal.SIGINT, "group of agent", 2),
+    Case(signal.SIGTERM, "main", 0), Case(signal.SIGINT, "main", 2),
+    *(Case(number, "group", 2, goes_on=True) for number in (signal.SIGTERM, signal.SIGINT)),
+    Case(signal.SIGTERM, "agent", 0), Case(signal.SIGINT, "agent", 2),
+    *(Case(number, "group of agent", 2) for number in (signal.SIGTERM, signal.SIGINT)),
     Case(signal.SIGKILL, "worker", 2, goes_on=True),  # as by the kernel, for memory
 ]
 

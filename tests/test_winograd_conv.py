@@ -78,9 +78,10 @@ def test_tiles_compute_the_conv(tile):
                                rtol=1e-12, atol=1e-12)
 
 
-# Kernels that outgrow a core's cache and at most 64 tiles: transformed where they are multiplied.
-# Channels below, at and beyond a chunk's 160; outputs that end in a part of a vector, and of a panel.
-@pytest.mark.parametrize("size", [(1, 2, 2), (1, 9, 11), (3, 13, 5), (1, 32, 32), (1, 32, 36), (2, 8, 7)])
+# Kernels that outgrow a core's cache, at most 64 tiles: transformed where they are multiplied.
+# Channels below, at and beyond a chunk's 160; outputs that end in part of a vector, and of a panel.
+@pytest.mark.parametrize("size", [(1, 2, 2), (1, 9, 11), (3, 13, 5), (1, 32, 32), (1, 32, 36),
+                                  (2, 8, 7)])
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [
     (159, 99, 1), (160, 96, 1), (161, 75, 1), (330, 90, 1), (2 * 165, 2 * 90, 2)])
 def test_few_tiles_of_many_kernels(size, channels, outputs, groups):

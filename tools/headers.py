@@ -3,7 +3,8 @@
 An index's wheel is the CUDA build (0.9 GB, for 2.10.0 of CUDA 12.8), so these are the headers
 that a user with a GPU has; torch/include and torch/version.py of it are kept in build/headers.
 Nothing is linked: ``python -m tools.tasks abi`` holds the symbols. The CUDA sources are compiled
-for the least GPU that README names, which the ordinary build leaves out.
+for the least GPU that README names, which the ordinary build leaves out. That they compile is all
+that is asked, so nothing is optimised.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def main(version: str = OLDEST) -> None:
         try:
             # No CUDA version: nvcc may be of another than this wheel, which is not linked.
             plan = plan_of(ROOT / "csrc", dataclasses.replace(torch, cuda=""))
+            quick = "-O0 --Ofast-compile=max" if name == "cuda" else "-O0"
+            plan = dataclasses.replace(plan, ninja=plan.ninja.replace(" -O3 ", f" {quick} "))
             objects = re.findall(r"^build (\S+): compile .*/(?:cpu\.cpp|cuda\.cu)$", plan.ninja,
                                  re.M)
             build.make(plan, cache / version / name, *objects)

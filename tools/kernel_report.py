@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -134,8 +135,9 @@ class _Target:
 
 @contextmanager
 def compiling(arch: int) -> Iterator[list[tuple[str, Any, tuple[int, ...]]]]:
-    """Triton launches compile for ``arch`` and run nothing: (name, kernel, grid) of each."""
+    """Triton launches compile to PTX for ``arch`` and run nothing: (name, kernel, grid) of each."""
     import triton
+    from triton.backends.nvidia.compiler import CUDABackend
 
     launched: list[tuple[str, Any, tuple[int, ...]]] = []
     run = triton.JITFunction.run
@@ -148,12 +150,15 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any, tuple[int, ...]]]]:
 
     driver = triton.runtime.driver
     before = driver._active
+    assemble = CUDABackend.make_cubin
     triton.JITFunction.run = compiled
+    CUDABackend.make_cubin = lambda *_: b""
     driver.set_active(_Target(arch))
     try:
         yield launched
     finally:
         triton.JITFunction.run = run
+        CUDABackend.make_cubin = assemble
         driver._active = before
 
 
@@ -180,6 +185,7 @@ def _triton_cases(op: str) -> list[Any]:
     return list(importlib.import_module(f"smis_kernels.ops.{op}.triton").COMPILE_CASES)
 
 
+@cache  # what several cases call is assembled once
 def _assembled(ptx: str, folder: str) -> str:
     path = Path(folder, "kernel.ptx")
     path.write_text(ptx)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .. import metrics
 from ..data import build_dataset
+from ..data.listing import one_set
 from ..io.hub import metric_rows
 from ..io.images import image_size, write_atomically
 from ..io.names import map_files
@@ -121,11 +122,13 @@ def evaluate(
             labelled,
         )
         if dataset is not None:
-            facts = {"dataset": dataset, "root": None if root is None else str(root),
-                     "split": split}
             with called(**{"data set": "dataset"}):
                 read = build_dataset(dataset, root, preset, split, count=count, augment=False,
                                      unknown=index, seed=0)
+            shared = dataset == "folder" and split != "train" and root is not None and one_set(
+                root, split)
+            facts = {"dataset": dataset, "root": None if root is None else str(root),
+                     "split": "one set for every split" if shared else split}
             scenes = Scenes(read, facts)
         else:
             assert labels is not None

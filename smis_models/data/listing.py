@@ -173,16 +173,15 @@ _NAMES = {
 
 
 def _any_folder(root: Path, split: str, instances: bool) -> Listing:
-    def places(name: str) -> Iterator[str]:
+    def places(names: tuple[str, ...]) -> Iterator[str]:
         parts = ("train",) if split == "train" else (split, *({"val", "test"} - {split}))
         for part in parts:
-            yield from (f"{part}/{name}", f"{part}_{name}")
-        yield name  # one set for every split
+            for name in names:
+                yield from (f"{part}/{name}", f"{part}_{name}")
+        yield from names  # one set for every split
 
-    return _flat(root, split, instances, {
-        role: tuple(place for name in names for place in places(name))
-        for role, names in _NAMES.items()
-    })
+    return _flat(root, split, instances, {role: tuple(places(names))
+                                          for role, names in _NAMES.items()})
 
 
 _FINDERS: dict[str, Callable[[Path, str, bool], Listing]] = {
@@ -245,6 +244,26 @@ def list_scenes(folder_format: str, root: str | Path, split: str = "train", *,
         raise FileNotFoundError(f"{root}: no scene of split {split!r}; see the format of "
                                 f"{folder_format}")
     return listing
+
+
+def one_set(root: str | Path, split: str) -> bool:
+    """Whether a folder has one set for every split, so that one's scenes are those of "train" too.
+
+    Raises:
+        FileNotFoundError: no scene of the split.
+
+    Example:
+        >>> from smis_models.data import write_scenes
+        >>> _ = write_scenes("scenes", {"train": 2, "val": 1}, 64)
+        >>> one_set("scenes", "val"), one_set("scenes/val", "val")
+        (False, True)
+    """
+    found = {str(scene.labels) for scene in list_scenes("folder", root, split).records}
+    try:
+        trained = list_scenes("folder", root, "train").records
+    except FileNotFoundError:
+        return False
+    return not found.isdisjoint(str(scene.labels) for scene in trained)
 
 
 def detect_layout(root: str | Path) -> str:

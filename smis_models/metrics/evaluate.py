@@ -169,6 +169,7 @@ class _PictureScores:
         self._fake: list[Tensor] = []
         folder = metrics.predictions
         self._files = None if folder is None else _prediction_files(folder)
+        self._scene_of: dict[Path, str] = {}
         for name in names:  # now, and not after hours
             self._prediction(name)
 
@@ -210,6 +211,10 @@ class _PictureScores:
         if path is None:
             raise FileNotFoundError(f"predictions: no map of scene {name!r} in "
                                     f"{self._metrics.predictions}")
+        other = self._scene_of.setdefault(path, name)
+        if other != name:
+            raise ValueError(f"predictions: {path} would be of two scenes, {other} and {name}; put "
+                             "the maps into folders as the scenes are")
         return path
 
     def result(self) -> dict[str, Any]:

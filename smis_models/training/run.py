@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from ..data import Collate
+from ..data import Collate, SceneDataset
 from ..data.classes import class_colours, class_names
+from ..data.listing import one_set
 from ..io.checkpoint import CheckpointError, read_metadata, save_checkpoint
 from ..io.files import locked, remove_partial
 from ..io.images import to_pictures, write_atomically, write_png
@@ -129,6 +130,7 @@ class Run:
             config.schedule.total, len(pictures), config.data.batch)
         if state is not None:
             self._tell_changes(state)
+        self._held_out = self._open_held_out()
         self._shown = self._grid_batch() if config.log.grid_every else None
         self._saved = self.trainer.step_count if there else -1
         if self.processes.first:
@@ -161,6 +163,18 @@ class Run:
             if self.processes.first:
                 warnings.warn(f"resume: {name} was {was} up to step {step} and is {now} from here",
                               stacklevel=3)
+
+    def _open_held_out(self) -> SceneDataset | None:
+        """The scenes that the best weights are chosen on."""
+        data, log = self.config.data, self.config.log
+        if log.best is None or not self.processes.first:
+            return None
+        found = dataset(self.config, log.grid_split, log.best_scenes)
+        if (data.name == "folder" and data.root is not None and log.grid_split != "train"
+                and one_set(data.root, log.grid_split)):
+            warnings.warn(f"log.best: {data.root} has one set for every split; the best weights "
+                          "are chosen on scenes that are trained on", stacklevel=3)
+        return found
 
     def _grid_batch(self) -> MicroBatch | None:
         """The first held-out scenes."""
@@ -369,9 +383,9 @@ class Run:
     @torch.no_grad()
     def _keep_best(self, metric: str) -> None:
         """Keep the weights where no checkpoint before did as well on held-out scenes."""
-        log, path = self.config.log, self.folder / BEST
-        scenes = dataset(self.config, log.grid_split, log.best_scenes)
-        count, size = min(log.best_scenes, len(scenes)), self.config.data.batch
+        path, scenes = self.folder / BEST, self._held_out
+        assert scenes is not None
+        count, size = min(self.config.log.best_scenes, len(scenes)), self.config.data.batch
         painter, collate = self.trainer.painter.eval(), Collate(self.config.network)
         shown = objective(painter, self.config)
         total = 0.0
@@ -383,13 +397,15 @@ class Run:
             assert distance is not None
             total += float(distance(shown.reconstruct(batch), batch.image)) * len(chosen)
         painter.train()
-        found = {"metric": metric, "value": total / count, "scenes": count}
+        found = {"metric": metric, "value": total / count, "scenes": count,
+                 "split": self.config.log.grid_split}
         try:
             before = json.loads(read_metadata(path)[TRAINING])["best"] if path.exists() else None
         except (CheckpointError, KeyError):
             before = None
-        named = before is not None and (before["metric"], before["scenes"]) == (metric, count)
-        if before is None or not named or found["value"] < before["value"]:
+        alike = before is not None and all(
+            before.get(key) == found[key] for key in ("metric", "scenes", "split"))
+        if before is None or not alike or found["value"] < before["value"]:
             save_checkpoint(self._painted(), path, {
                 TRAINING: json.dumps({**self._facts(), "best": found})})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -264,8 +265,13 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
             generator.load_global(state)
             return model
     initial = create_model(config.model, config.init, device=device, **options)
-    for name, part in initial.named_children():
-        model.get_submodule(name).load_state_dict(part.state_dict())
+    given = dict(initial.named_children())
+    for name, part in model.named_children():
+        if name in given:
+            part.load_state_dict(given[name].state_dict())
+        elif name != "discriminator":  # which no run exports
+            warnings.warn(f"init: {config.init} holds no {name}, which starts from random weights",
+                          stacklevel=3)
     if config.whiten:
         whiten_codes(model.eval(), _first_pictures(config, device))
     return model
