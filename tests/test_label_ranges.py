@@ -93,7 +93,8 @@ def test_windows_of_rows_that_there_are_not_are_refused(backend: str, bad: int) 
     norm = norm_convs(torch.Generator().manual_seed(0), 3, 4, 8)
     fine = windows.where(windows != bad, 0)
     weight = draw(4, CHANNELS, 3, 3)
-    own = GroupWindows(torch.zeros(1).int(), fine[None, :, 0], windows[None], torch.tensor([5]).int())
+    own = GroupWindows(torch.zeros(1).int(), fine[None, :, 0], windows[None],
+                       torch.tensor([5]).int())
     calls: dict[str, Callable[[], Any]] = {
         "windows": lambda: window_embedding(rows, weight, None, windows, backend=backend),
         "windows of groups": lambda: window_embedding(rows, weight, None, own, backend=backend),
