@@ -211,7 +211,7 @@ def bad(scene):
         ({"--labels": "absent.png"}, r"labels: .*absent\.png does not exist"),
         ({"--labels": "empty"}, r"labels: no .*\.png.* in .*empty"),
         ({"--unknown": "8"}, r"unknown: expected a class 0\.\.7, got 8"),
-        ({"--model": "pix3pix"}, r"name: expected one of .*; got 'pix3pix'"),
+        ({"--model": "pix3pix"}, r"model: expected one of .*; got 'pix3pix'"),
         ({"--checkpoint": "absent.pth"}, r"checkpoint: .*absent\.pth does not exist"),
         ({"--checkpoint": "rgb.png"}, r"checkpoint: .*rgb\.png is no .*PyTorch checkpoint"),
         ({"--checkpoint": "other.pth"}, r"checkpoint: .*other\.pth is not groupdnet_deepfashion"),
@@ -249,7 +249,7 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", [
         "smis", "--debug", "synthesize", "--model", "none", "--labels", "x",
         "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match="name: expected one of"):
+    with pytest.raises(ValueError, match="model: expected one of"):
         cli.main()
 
 
@@ -346,6 +346,8 @@ def test_classes_are_listed_with_their_colours(smis):
     (sky,) = (line for line in lines if "sky" in line)
     assert "#73b2f5" in sky and " 0 " in sky
     assert "255 in a file becomes 150" in smis("classes", "spade_ade20k")[1]
+    out = smis("classes", "groupdnet_deepfashion")[1]
+    assert "class 7" in out and "no list tells which number is which" in out
 
 
 @pytest.mark.parametrize(("host", "shown"), [
@@ -490,22 +492,107 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
     assert "2 clusters of 1 classes" in out
 
 
+_SYNTHESIZE = ["synthesize", "--labels", "a", "--out", "b"]
+
+
 @pytest.mark.parametrize(("words", "said"), [
-    (["synthesize", "--labels", "a", "--out", "b", "--samples", "0"], "samples: "),
-    (["paint", "--port", "99999"], "port: "),
-    (["synthesize", "--labels", "a"], "out: "),
-    (["synthesize", "--smaples", "3"], "No such option: --smaples"),
-    (["synthesize", "--labels"], "Option '--labels'"),
-    (["paints"], "No such command 'paints'"),
-    (["evaluate", "more", "--out", "b"], "Got unexpected extra argument"),
+    # A number that is none, or out of its range.
+    ([*_SYNTHESIZE, "--samples", "x"], "samples: expected a whole number of at least 1, got 'x'"),
+    ([*_SYNTHESIZE, "--samples="], "samples: expected a whole number of at least 1, got ''"),
+    ([*_SYNTHESIZE, "--samples", "0"], "samples: expected a whole number of at least 1, got '0'"),
+    ([*_SYNTHESIZE, "--samples", "2", "--samples", "1e3"],
+     "samples: expected a whole number of at least 1, got '1e3'"),
+    ([*_SYNTHESIZE, "--seed", "1.5"], "seed: expected a whole number, got '1.5'"),
+    (["features", "--convert", "a.npy", "--out", "b.npz", "--clusters", "many"],
+     "clusters: expected a whole number of at least 1, got 'many'"),
+    (["paint", "--port", "99999"], "port: expected a whole number from 0 to 65535, got '99999'"),
+    (["morph", "--labels", "a", "--out", "b", "--seconds", "soon"],
+     "seconds: expected a number, got 'soon'"),
+    (["train", "x", "--out", "b", "--minutes", "-1"],
+     "minutes: expected a number of at least 0, got '-1'"),
+    (["doctor", "a", "--unknown", "sky"],
+     "unknown: expected a whole number of at least 0, got 'sky'"),
+    # Nothing where there should be something, and something where there should be nothing.
+    (["synthesize", "--labels", "a"], "out: expected a path, got nothing; give --out PATH"),
+    (["convert", "a.pth"], "out: expected a path, got nothing; give OUT"),
+    (["synthesize", "--labels"], "labels: expected a path, got nothing; give --labels PATH"),
+    (["resample", "--samples"],
+     "samples: expected a whole number of at least 1, got nothing; give --samples NUMBER"),
+    (["synthesize", "--labels", "--out", "b"],
+     "labels: expected a path behind --labels, got the option --out; give the value first"),
+    (["demo", "--out", "--help"],
+     "out: expected a path behind --out, got the option --help; give the value first"),
+    (["paint", "--open=yes"], "open: expected --open alone, got the value 'yes'"),
+    (["evaluate", "more", "--out", "b"], "arguments: expected options alone, got 'more' besides; "),
+    (["doctor", "a", "b", "c"], "arguments: expected DATA and options, got 'b c' besides; "),
+    # Names that there are not.
+    (["synthesize", "--smaples", "3"], "option: expected one that `smis synthesize` takes, got "
+                                        "'--smaples'; did you mean --samples?"),
+    (["synthesize", "-x"], "option: expected one that `smis synthesize` takes, got '-x'"),
+    (["synthesize", "--debug"], "option: expected one that `smis synthesize` takes, got '--debug'; "
+                                "give it first: `smis --debug synthesize ...`"),
+    (["--verson"], "option: expected one that `smis` takes, got '--verson'; "
+                   "did you mean --version?"),
+    (["paints"], "command: expected one of mix, edit, "),
 ])
 def test_a_command_line_that_cannot_be_read_is_one_line(smis, words, said):
     code, out, error = smis(*words)
     assert (code, out) == (2, "")
-    command = "smis" if words == ["paints"] else f"smis {words[0]}"
-    assert error.startswith(f"error: {said}")
+    command = "smis" if words[0] in ("paints", "--verson") else f"smis {words[0]}"
+    assert error.startswith(f"error: {said}"), error
     assert error.endswith(f"; `{command} --help` shows what it takes\n")
     assert error.count("\n") == 1
+    assert words[0] != "paints" or "; got 'paints'; did you mean 'paint'?" in error
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [
+    (("--data.bacth", "4"), "--data.batch"), (("--schedule.epcohs=3",), "--schedule.epochs"),
+    (("--devise", "cpu"), "--device"), (("--qqq", "1"), None)])
+def test_an_option_of_a_run_that_there_is_not(smis, tmp_path, wrong, meant):
+    pytest.importorskip("jsonargparse")
+    for more in (("--options",), ("--out", tmp_path / "run")):
+        code, out, error = smis("train", "groupdnet_scenes_codes", *wrong, *more)
+        assert (code, out, error.count("\n")) == (2, "", 1), error
+        assert re.match(rf"error: config: .*{wrong[0].partition('=')[0]}", error), error
+        assert ("did you mean" in error) == (meant is not None)
+        assert meant is None or error.endswith(f"; did you mean {meant}?\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("classes spade_cooc", "model: expected one of .*; did you mean 'spade_coco'"),
+    ("convert m.png o.safetensors --model spade_cooc", "model: expected one of "),
+    ("doctor d --dataset foo", "dataset: expected .*, got 'foo'|dataset: expected .*; got 'foo'"),
+    ("doctor no", "data: no does not exist; give "),
+    ("convert no.pth o.safetensors", r"source: no\.pth does not exist; give "),
+    ("convert-labels no o", "source: no does not exist; give "),
+    ("convert-labels m.png o --colours no", "colours: no does not exist; give "),
+    ("convert-data celebamask-hq no o", "root: no does not exist; give "),
+    ("features --convert no.npy --out o.npz", r"convert: no\.npy does not exist; give "),
+    ("evaluate --model groupdnet_scenes --out o --distance pixel --dataset folder --root no",
+     "root: no does not exist; give "),
+    ("evaluate {} --distance lpips-alex --lpips-weights no.pth",
+     r"lpips-weights: no\.pth does not exist; give "),
+    ("edit {} --to no.png", r"to: no\.png does not exist; give "),
+    ("edit {} --exchange sky --library no", "library: no does not exist; give "),
+    ("evaluate {} --distance pixel --mask-mode foo", "mask-mode: expected zero or spatial; got"),
+    ("evaluate {} --distance pixel --dont-care foo", "dont-care: expected ignore or count; got"),
+    ("evaluate --model groupdnet_scenes --out o --distance pixel --dataset foo",
+     "dataset: expected one of .*; got 'foo'"),
+])
+def test_an_error_names_the_option_that_was_given(smis, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    images.write_indices(tmp_path / "m.png", np.zeros((128, 128), np.int64))
+    given = words.format("--model groupdnet_scenes --labels m.png --out o").split()
+    code, _, error = smis(*given)
+    assert (code, error.count("\n")) == (2, 1), error
+    assert re.match(f"error: (?:{said})", error), error
+
+
+def test_a_number_below_zero_is_a_value_of_its_option(smis):
+    assert smis(*_SYNTHESIZE, "--seed", "-1") == (
+        2, "", "error: seed: expected 0 to 4294967295, got -1\n")
 
 
 def test_weights_are_those_of_the_model_that_is_named(smis, tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 from smis_kernels import SPADE, LabelLayout, class_crops, instance_avg_pool2d, modulation, norm_act
 from smis_models import CheckpointError, cli, create_model, save_checkpoint
 from smis_models.data import build_dataset
-from smis_models.data.classes import class_colours, class_index, class_names
+from smis_models.data.classes import class_colours, class_index, class_names, class_note
 from smis_models.data.doctor import examine, find_splits
 from smis_models.data.write import write_scenes
 from smis_models.families import list_models
@@ -527,6 +527,9 @@ def test_names_are_of_the_data_sets() -> None:
         names = class_names(info.name, preset.classes)
         assert len(names) == len(set(names)) == preset.classes
         assert (names[0] == "class 0") == info.name.endswith("deepfashion")
+        note = class_note(info.name, preset.classes)
+        assert (note is None) == (names[0] != "class 0")
+        assert note is None or "no list tells which number is which" in note
     for model, count, published in (("spade_coco", 183, COCO), ("groupdnet_ade20k", 151, ADE20K),
                                     ("pix2pixhd_cityscapes_1024", 35, CITYSCAPES)):
         names = class_names(model, count)

@@ -96,6 +96,53 @@ def plain(model: Any, labels: np.ndarray, z: torch.Tensor | None,
     return picture
 
 
+def test_the_benchmark_of_strokes_paints_what_the_model_paints() -> None:
+    from benchmarks import paint as benchmark
+
+    times = benchmark.measure(made(), 3)
+    assert len(times.answered) == len(times.painted) == len(times.forward) == 3
+    assert all(p <= a for p, a in zip(times.painted, times.answered, strict=True))
+    assert all(new + kept > 0 for new, kept in times.windows)
+    assert times.pictures is not None
+    page, plain_picture = times.pictures
+    assert np.abs(page.astype(int) - to_pictures(plain_picture)[0]).max() <= 1
+    found = benchmark.report("small", (128, 128), times)
+    assert "small, 128 x 128, 3 strokes" in found and "goal: 150 ms at 128 x 128: " in found
+    assert "goal" not in benchmark.report("wide", (64, 128), times)
+
+
+def test_looks_that_stay_are_not_made_again(painter: Painter,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+
+    def counted(start: torch.Tensor, end: torch.Tensor, t: float) -> torch.Tensor:
+        made.append(t)
+        return interpolate(start, end, t)
+
+    monkeypatch.setattr(painting, "interpolate", counted)
+    looks = [Look("seed:0", "seed:1", 0.5)] * 8
+    changed = [*looks[:3], Look("seed:0", "seed:1", 0.75), *looks[4:]]
+
+    def stroke(session: str, version: int, looks: list[Look],
+               base: int | None = None) -> np.ndarray:
+        whole = [] if base is not None else [Rectangle(0, 0, scene(painter))]
+        return painter.paint(Stroke(session, version, base, whole, looks)).picture
+
+    first = stroke("kept", 1, looks)
+    assert made == [0.5] * 8
+    made.clear()
+    assert np.array_equal(stroke("kept", 2, looks, 1), first)
+    assert made == []
+    second = stroke("kept", 3, changed, 2)
+    assert made == [0.75]
+    assert np.array_equal(stroke("anew", 1, changed), second) and (second != first).any()
+    made.clear()
+    with pytest.raises(ValueError, match="seed:N or the picture:N"):
+        stroke("kept", 4, [Look("seed:5", "seed:5", 0.0), *looks[1:7],
+                           Look("picture:1", "seed:1", 0.0)], 3)
+    assert np.array_equal(stroke("kept", 4, changed, 3), second)  # a refused one leaves no trace
+
+
 def test_strokes_give_the_models_pictures(client: TestClient, painter: Painter) -> None:
     labels = scene(painter, 1)  # the first one has been painted when the server started
     found, pixels = answer(client.post("/api/paint", content=packed(head("a"), labels.tobytes())))

@@ -1,5 +1,6 @@
 // CPU implementations of indexed modulation: layout, scratch, threads. The loops: cpu_kernel.cpp.
 #include "common/modulate_host.h"
+#include "common/rows.h"
 #include "indexed_modulation/cpu_kernel.h"
 
 namespace smis {
@@ -22,6 +23,7 @@ std::tuple<Tensor, Tensor> indexed_modulation_apply(
     std::optional<Tensor> table_s, double slope, double slope_s, bool upsample) {
   const bool last = channels_last(input), pair = table_s.has_value();
   const Tensor x = laid_out(input, last), ids = in_order(index);
+  check_rows("index", ids, table.size(0));
   IndexedArgs a{arguments(x, upsample, pair), ids.const_data_ptr<int32_t>(), table.size(0)};
   const int64_t up = upsample ? 2 : 1;
   const Tensor g = table_for(table, last), gs = pair ? table_for(*table_s, last) : g;
@@ -49,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_modulation_backward(
     std::optional<Tensor> table_s, double slope, double slope_s, bool upsample, bool sums) {
   const bool last = channels_last(input), pair = table_s.has_value();
   const Tensor x = laid_out(input, last), ids = in_order(index);
+  check_rows("index", ids, table.size(0));
   IndexedArgs a{arguments(x, upsample, pair), ids.const_data_ptr<int32_t>(), table.size(0)};
   Tensor dx = empty_nchw(a.N, a.C, a.H, a.W, last, x);
   a.dx = operand(dx);

@@ -2,7 +2,7 @@
 // are exact (three 21-bit ids), those of vectors exact or verified, so nothing is assumed of a hash.
 #include <cstring>
 
-#include "common/tensor.h"
+#include "common/rows.h"
 #include "label_windows/cpu_kernel.h"
 #include "label_windows/check.h"
 
@@ -222,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_windows(const Tensor& vectors, 
   const Tensor wide = torch::stable::contiguous(torch::stable::to(vectors, ScalarType::Double)),
                w = torch::stable::contiguous(windows), r = torch::stable::contiguous(ranges);
   const int64_t S = wide.size(0), K = wide.size(1), V = w.size(0), G = r.size(0);
+  check_rows("windows", w, S);
   const double* value = wide.const_data_ptr<double>();
   const int32_t* in = w.const_data_ptr<int32_t>();
   const int64_t* range = r.const_data_ptr<int64_t>();

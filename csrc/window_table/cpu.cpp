@@ -1,5 +1,5 @@
 // CPU implementations of the window-table ops: checks, scratch, threads. The loops: cpu_kernel.cpp.
-#include "common/tensor.h"
+#include "common/rows.h"
 #include "window_table/cpu_kernel.h"
 
 namespace smis {
@@ -20,6 +20,9 @@ Tensor window_table(const Tensor& hidden, const Tensor& weight_gamma, const Tens
                     std::optional<Tensor> ids) {
   const Tensor h = dense(hidden), wg = dense(weight_gamma), wb = dense(weight_beta),
                bg = dense(bias_gamma), bb = dense(bias_beta), w = dense(windows);
+  const Tensor k = kinds.has_value() ? dense(*kinds) : w, n = ids.has_value() ? dense(*ids) : w;
+  check_rows("windows", w, ids.has_value() ? n.size(1) : h.size(0));
+  if (ids.has_value()) check_rows("own", n, h.size(0));
   WindowTableArgs a;
   a.wide = wide(h);
   a.V = h.size(0), a.D = h.size(1), a.C = wg.size(0), a.U = w.size(0), a.groups = groups;
@@ -30,7 +33,6 @@ Tensor window_table(const Tensor& hidden, const Tensor& weight_gamma, const Tens
   a.windows = w.const_data_ptr<int32_t>();
   a.table = table.mutable_data_ptr();
   a.one_level = one_level;
-  const Tensor k = kinds.has_value() ? dense(*kinds) : w, n = ids.has_value() ? dense(*ids) : w;
   if (kinds.has_value() && ids.has_value()) {
     a.kinds = k.const_data_ptr<int32_t>(), a.ids = n.const_data_ptr<int32_t>();
     a.sources = n.size(1);
@@ -48,6 +50,7 @@ Tensor window_table(const Tensor& hidden, const Tensor& weight_gamma, const Tens
 Tensor window_sum(const Tensor& rows, const Tensor& windows, std::optional<Tensor> bias, bool relu,
                   std::optional<Tensor> kinds, std::optional<Tensor> counts) {
   const Tensor r = dense(rows), w = dense(windows);
+  check_rows("windows", w, r.size(0));
   Tensor b = bias.has_value() ? dense(*bias) : r;
   WindowSumArgs a;
   a.wide = wide(r), a.relu = relu;
@@ -68,6 +71,7 @@ Tensor window_sum(const Tensor& rows, const Tensor& windows, std::optional<Tenso
 Tensor window_scatter(const Tensor& grad, const Tensor& windows, int64_t rows,
                       std::optional<Tensor> kinds) {
   const Tensor g = dense(grad), w = dense(windows);
+  check_rows("windows", w, rows);
   WindowScatterArgs a;
   a.wide = wide(g);
   a.V = w.size(w.dim() - 2), a.C = g.size(1), a.R = rows;

@@ -32,6 +32,7 @@ from smis_models.cli.evaluate import (
     TrunkFile,
     create_distances,
 )
+from smis_models.cli.usage import Command
 from smis_models.io.files import locked
 from smis_models.training import Progress
 
@@ -53,7 +54,7 @@ def _training(minutes: float, names: tuple[str, ...]) -> Iterator[Any]:
         yield report
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     minutes_per_model: Annotated[float, typer.Option(
         help="of training for each system; stated in the result", min=0)],

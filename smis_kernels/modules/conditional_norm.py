@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ..ops.indexed_modulation.op import indexed_modulation
 from ..ops.segments import Pieces, Segments, in_pieces
-from ..runtime.check import FLOATS, check_tensor
+from ..runtime.check import FLOATS, INTEGERS, check_range, check_tensor, looked_at
+from ..runtime.derivatives import transformed
 from ..runtime.tensors import acc_dtype
 from .normalizing import Normalizing
 
@@ -30,6 +32,15 @@ def _per_image(input: Tensor, gamma: Tensor, beta: Tensor, *, upsample: bool,
         return in_pieces(Segments(torch.arange(index.numel(), device=index.device), bounds))
 
     return indexed_modulation(input, index, table, order=order, upsample=upsample, **options)
+
+
+def _picked(classes: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
+    """What the layers make of classes (N,), NaN of one that there is not; nothing waits for it."""
+    count = layers[0].in_features
+    known = (classes >= 0) & (classes < count)
+    classes = classes.where(known, 0)
+    return [torch.where(known[:, None], F.embedding(classes, layer.weight.T) + layer.bias,
+                        torch.nan) for layer in layers]
 
 
 class ConditionalNorm2d(Normalizing):
@@ -52,6 +63,8 @@ class ConditionalNorm2d(Normalizing):
 
     Raises:
         ValueError, TypeError: a condition that does not fit; the message names it.
+        ValueError: a class outside 0..condition_channels-1. A GPU is not made to wait for that
+            check: there such an image becomes NaN.
 
     Papers: de Vries et al., "Modulating Early Visual Processing by Language", NeurIPS 2017; Park et
     al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019, section 3.
@@ -68,10 +81,17 @@ class ConditionalNorm2d(Normalizing):
         self.mlp_gamma = nn.Linear(condition_channels, channels)
         self.mlp_beta = nn.Linear(condition_channels, channels)
 
-    def _linear(self, layer: nn.Linear, condition: Tensor) -> Tensor:
+    def _affine(self, condition: Tensor) -> list[Tensor]:
+        """Gamma and beta, (N, C) each."""
+        layers = self.mlp_gamma, self.mlp_beta
         if condition.is_floating_point():
-            return F.linear(condition, layer.weight, layer.bias)
-        return F.embedding(condition, layer.weight.T) + layer.bias
+            return [F.linear(condition, layer.weight, layer.bias) for layer in layers]
+        classes = condition.long()
+        here = classes.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (here and transformed() is None) or looked_at(classes, "triton"):
+            check_range("condition", classes, self.condition_channels)
+            return [F.embedding(classes, layer.weight.T) + layer.bias for layer in layers]
+        return _picked(classes, layers)
 
     def forward(self, input: Tensor, condition: Tensor, *, activation: str | None = None,
                 negative_slope: float = 0.2, upsample: bool = False) -> Tensor:
@@ -82,7 +102,9 @@ class ConditionalNorm2d(Normalizing):
                 f"condition: expected classes ({n},) or vectors {(n, k)}, got {shape} of "
                 f"{str(condition.dtype).removeprefix('torch.')}"
             )
-        gamma, beta = (self._linear(layer, condition) for layer in (self.mlp_gamma, self.mlp_beta))
+        if not condition.is_floating_point():
+            check_tensor("condition", condition, 1, "(N,) classes", INTEGERS)
+        gamma, beta = self._affine(condition)
         self.count_batch()
         return _per_image(
             input, gamma, beta, upsample=upsample, activation=activation,

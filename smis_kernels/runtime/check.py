@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from .derivatives import transformed
+
+# Asked for once: labels and row numbers on a GPU are looked at too.
+VALUES_CHECKED = os.environ.get("SMIS_CHECK", "0") not in ("", "0")
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -87,3 +93,32 @@ def refuse_label(name: str, label: int, count: int) -> NoReturn:
         f"{name}: expected labels 0..{count - 1}, got {label}; "
         "remap unknown pixels (255 in most data sets) to the don't-care class first"
     )
+
+
+def looked_at(values: Tensor, kind: str) -> bool:
+    """Whether labels or row numbers are looked at in Python before the kernels of ``kind`` run.
+
+    A CPU's kernels refuse those out of range themselves, the definitions do not. A GPU's have an
+    answer for them that the op's docstring tells, so that nothing waits for the device; with
+    ``SMIS_CHECK=1`` in the environment they are looked at there too, which makes the host wait.
+    """
+    if kind == "reference":
+        return True
+    if kind == "cpu" or not VALUES_CHECKED or torch.compiler.is_compiling():
+        return False
+    return not (values.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_rows(name: str, rows: Tensor, count: int, kind: str) -> None:
+    """Numbers 0..count-1 of a table's rows, where :func:`looked_at`; never while a call is traced.
+
+    Raises:
+        ValueError: a number that is no row's.
+    """
+    if not looked_at(rows, kind) or torch.compiler.is_compiling() or (
+            transformed() is not None or rows.numel() == 0):
+        return
+    low, high = (int(v) for v in torch.aminmax(rows))
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: expected rows 0..{count - 1}, got {low if low < 0 else high}; "
+                         "give each pixel or tap a row that the table has")

@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(triton_interpreted())
 # number of windows needs changes with every map. What alignment tells is told by UNIT.
 SIZES = (
     "C", "N", "P", "U", "W", "chunk", "chunks", "first", "per_image", "partial_s", "pixels", "rows",
-    "steps",
+    "sources", "steps",
     *(f"{name}{branch}_{axis}" for name in ("x", "grad", "out", "gamma", "beta", "residual")
       for branch in ("", "2") for axis in "ns"),
 )
@@ -63,6 +63,12 @@ def narrowed(value, base):
     if INTERPRETED and base.dtype.element_ty == tl.bfloat16:
         value = _rounded(value.to(tl.float32), 16, True)  # the interpreter cuts digits off
     return value.to(base.dtype.element_ty)
+
+
+@triton.jit
+def known_row(row, rows):
+    """Numbers of rows, in 64 bits. One that there is not becomes 0, the outside, which is zero."""
+    return tl.where((row >= 0) & (row < rows), row, 0).to(tl.int64)
 
 
 @triton.jit

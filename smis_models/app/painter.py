@@ -126,6 +126,9 @@ class Session:
     version: int = 0
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=STEPS))
     appearances: dict[int, Appearance] = field(default_factory=dict)
+    looks: tuple[Look, ...] = ()
+    code: Tensor | None = None
+    """What the looks give; most strokes change none of them."""
 
 
 def _read(content: bytes, name: str, reader: Callable[[Path], T]) -> T:
@@ -297,13 +300,18 @@ class Painter:
             raise ValueError(f"looks: expected {self.parts} of {self.model.name}, got {len(looks)}")
         if not looks:
             return None
-        z = self._source(session, looks[0].start).clone()
+        kept = session.looks
+        z = (self._source(session, looks[0].start) if session.code is None
+             else session.code).clone()
         size = z.shape[1] // self.parts
         for k, look in enumerate(looks):
+            if kept and look == kept[k]:
+                continue
             channels = slice(k * size, (k + 1) * size)
             start, end = (self._source(session, source)[:, channels]
                           for source in (look.start, look.end))
             z[:, channels] = interpolate(start, end, look.t)
+        session.looks, session.code = tuple(looks), z
         return z
 
     def _drawn(self, session: Session, stroke: Stroke) -> Labels:

@@ -23,6 +23,7 @@ try:
         paint,
         synthesis,
         train,
+        usage,
     )
     from .common import USER_ERRORS, app
 except ImportError as _error:
@@ -31,7 +32,7 @@ except ImportError as _error:
     _missing = _error
 
 __all__ = ["app", "apply", "common", "convert", "data", "evaluate", "export",
-           "main", "measure", "paint", "synthesis", "train"]
+           "main", "measure", "paint", "synthesis", "train", "usage"]
 
 
 def _line(error: BaseException) -> str:
@@ -58,8 +59,8 @@ def main(commands: Any = None) -> None:
         sys.exit(commands(standalone_mode=False))
     except typer.Abort:  # what some versions make of Ctrl-C
         sys.exit(130)
-    except common.USAGE_ERROR as error:
-        common.tell_error(common.usage_line(error))
+    except usage.USAGE_ERROR as error:
+        common.tell_error(usage.usage_line(error))
         sys.exit(2)
     except USER_ERRORS as error:
         if "--debug" in sys.argv[1:]:

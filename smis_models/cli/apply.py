@@ -34,8 +34,9 @@ from .common import (
     Out,
     Seed,
     Unknown,
-    app,
+    called,
     chosen,
+    command,
     console,
     progress,
     resized_line,
@@ -91,10 +92,11 @@ class _Application:
             raise ValueError(f"images: expected one picture, got {len(names)}")
         return codes[0]
 
-    def scenes(self, labels: Path, instances: Path | None) -> Sequence[Scene]:
-        """Label maps, or one, at the model's size; what is resized is told."""
-        found = list(synthesis.read_scenes(labels, instances, self.model.preset, self.unknown,
-                                            self.names))
+    def scenes(self, option: str, labels: Path, instances: Path | None) -> Sequence[Scene]:
+        """Label maps, or one, of an option, at the model's size; what is resized is told."""
+        with called(labels=option, instances=f"{option}-instances"):
+            found = list(synthesis.read_scenes(labels, instances, self.model.preset, self.unknown,
+                                                self.names))
         say_resized([(x.name, x.source_size) for x in found if x.source_size is not None],
                     self.model.preset.image_size)
         return found
@@ -172,7 +174,7 @@ def _write(name: str, frames: Iterator[Frame], total: int, made: _Application, o
     console.print(f"{len(drawn)} frames in {out}, animated in {path}", soft_wrap=True)
 
 
-@app.command()
+@command()
 def mix(
     labels: LabelMap, images: Pictures, image_labels: PictureLabels, out: Out,
     model: Model = None,
@@ -194,7 +196,7 @@ def mix(
         _write("mix", frames, count, made, out, animation, seconds)
 
 
-@app.command()
+@command()
 def edit(
     context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     relabel: Annotated[list[str] | None, typer.Option(
@@ -236,7 +238,7 @@ def edit(
         for text in paint or ():
             scenes.append(painted(scenes[-1], text, preset.classes))
         for path, ids in _paired(to or (), to_instances or ()):
-            scenes += made.scenes(path, ids)
+            scenes += made.scenes("to", path, ids)
         if (exchange is None) == (len(scenes) == 1):
             raise ValueError("edit: expected --relabel, --paint or --to; or --exchange with "
                              "--library")
@@ -261,7 +263,7 @@ def edit(
         if clusters is not None:
             raise ValueError("exchange: expected a model with codes, got one that reads instance "
                              "features; use --to with the exchanged map")
-        shelf = ShapeLibrary.from_scenes(made.scenes(library, library_instances))
+        shelf = ShapeLibrary.from_scenes(made.scenes("library", library, library_instances))
         target = int(exchange) if exchange.isdecimal() else made.class_of("exchange", exchange)
         frames = applications.exchange(made.model, made.scene, target, shelf, shapes, seed, z,
                                        texture)
@@ -274,7 +276,7 @@ def _paired(maps: Sequence[Path], ids: Sequence[Path]) -> list[tuple[Path, Path 
     return list(zip(maps, ids or (None,) * len(maps), strict=True))
 
 
-@app.command()
+@command()
 def morph(
     context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     images: Annotated[list[Path] | None, typer.Option(
@@ -306,7 +308,7 @@ def morph(
         _write("morph", frames, steps, made, out, animation, seconds)
 
 
-@app.command()
+@command()
 def resample(
     context: typer.Context, labels: LabelMap, out: Out, model: Model = None,
     index: Annotated[str | None, typer.Option(

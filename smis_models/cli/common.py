@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,16 +38,16 @@ from ..families import (
 from ..io.files import remove_partial
 from ..io.scene import one_shape, text_size
 from ..synthesis.scene import Scene
+from .usage import Command
 
 MOST_SEED = 2**32 - 1  # samples add small numbers to it, and torch takes 64 bits
-# Of a command line that cannot be read: typer has click beside it or inside, as its version is.
-USAGE_ERROR: Any = typer.BadParameter.__base__
 USER_ERRORS = (ValueError, OSError, BackendError, ModuleNotFoundError)
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+command = partial(app.command, cls=Command)
 console = Console()
 
 
@@ -70,20 +69,6 @@ def options(
 def tell_error(line: str) -> None:
     """The one line of a mistake."""
     typer.echo(f"error: {' '.join(line.split())}", err=True)
-
-
-def usage_line(error: Any) -> str:
-    """What is said of a command line that cannot be read: the option, what is wrong, the cure."""
-    parameter, context = getattr(error, "param", None), error.ctx
-    text = error.format_message()
-    if isinstance(error, typer.BadParameter) and parameter is not None:
-        text = f"{parameter.opts[0].lstrip('-')}: {text.partition(': ')[2] or text}"
-    command = "smis"
-    if context is not None:
-        command = context.command_path
-    elif len(sys.argv) > 1 and sys.argv[1][:1] != "-":  # an option lacks its value
-        command += f" {sys.argv[1]}"
-    return f"{text.rstrip('.')}; `{command} --help` shows what it takes"
 
 
 def _check_place(path: Path) -> None:
@@ -281,8 +266,27 @@ def chosen(model: str | None, checkpoint: Path | None, device: str = "cpu", seed
             raise ValueError("model: expected --model NAME (smis list shows them), or a "
                              f"--checkpoint of smis train or smis convert{holds}")
         return Chosen(stored.model, path, place, seed)
-    configured_preset(model, path, {})  # which refuses an unknown name, and weights of another
+    with called(name="model"):  # which refuses an unknown one, and weights of another
+        configured_preset(model, path, {})
     return Chosen(model, shipped_weights(model) if path is None else path, place, seed)
+
+
+@contextmanager
+def called(**options: str) -> Iterator[None]:
+    """Errors that name an argument of the library name the option that it comes from."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        argument, colon, rest = str(error).partition(": ")
+        if argument not in options:
+            raise
+        raise type(error)(f"{options[argument]}{colon}{rest}") from error
+
+
+def existing(option: str, path: Path | None, what: str) -> None:
+    """Refuse a path that is given and not there; ``what`` is to be given instead."""
+    if path is not None and not path.exists():
+        raise FileNotFoundError(f"{option}: {path} does not exist; give {what}")
 
 
 def unusable(context: typer.Context, reason: str, *names: str) -> None:

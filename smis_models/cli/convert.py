@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ..families import PARTS, Preset, configured_preset, create_model, stored_configuration
 from ..io.checkpoint import save_checkpoint
-from .common import app, console, file_to_write
+from .common import called, command, console, existing, file_to_write
 
 
-@app.command()
+@command()
 def convert(
     source: Annotated[Path, typer.Argument(
         help=".pth or .safetensors file, or a folder with latest_net_G.pth (and _E, _D)")],
@@ -31,11 +31,13 @@ def convert(
     ] = None,
 ) -> None:
     """An official checkpoint to one safetensors file that says what it is; loaded strictly."""
+    existing("source", source, "a .pth or .safetensors file, or a folder with latest_net_G.pth")
     if model is None and stored_configuration(source) is None:
         raise ValueError(
             f"model: expected a name that smis list shows, for {source} holds no configuration"
         )
-    name, published = configured_preset(model, source, {})
+    with called(name="model"):
+        name, published = configured_preset(model, source, {})
     made = create_model(name, source, **_options(option or (), published))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(made, out)

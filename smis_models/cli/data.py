@@ -19,7 +19,7 @@ from ..io.colours import convert_colours, read_colour_table
 from ..io.files import locked, unfinished
 from ..io.images import write_indices
 from ..io.names import LOSSY_SUFFIXES, SUFFIXES, files_under
-from .common import Seed, app, console, folder_to_write, progress
+from .common import Seed, called, command, console, existing, folder_to_write, progress
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -58,7 +58,7 @@ def _tell(problems: list[Problem], style: str, shown: int) -> None:
         console.print(f"... and {len(problems) - shown} more (--show {len(problems)})")
 
 
-@app.command()
+@command()
 def doctor(
     data: Annotated[Path, typer.Argument(help="the root folder of the data set")],
     dataset: Annotated[str | None, typer.Option(
@@ -74,6 +74,7 @@ def doctor(
     show: Annotated[int, typer.Option(help="problems shown at most", min=1)] = 50,
 ) -> None:
     """Check a data set and name every bad file and value; exit code 1 if there are problems."""
+    existing("data", data, "the root folder of a data set")
     folder_format = dataset or detect_layout(data)
     rule = LABEL_RULES.get(folder_format)
     if classes is not None or unknown is not None:
@@ -83,7 +84,8 @@ def doctor(
         if unknown is not None and unknown >= count:
             raise ValueError(f"unknown: expected a class 0..{count - 1}, got {unknown}")
         rule = LabelRule(count, unknown if unknown is not None or rule is None else rule.unknown)
-    listings = find_splits(folder_format, data, split, instances=instances)
+    with called(folder_format="dataset"):
+        listings = find_splits(folder_format, data, split, instances=instances)
     with progress(sum(len(listing.records) for listing in listings.values())) as step:
         diagnosis = examine(listings, rule, jobs=jobs, step=step)
     console.print(_summary(data, folder_format, diagnosis, rule))
@@ -97,7 +99,7 @@ def doctor(
     console.print("[green]no problems[/]")
 
 
-@app.command("convert-labels")
+@command("convert-labels")
 def convert_labels(
     source: Annotated[Path, typer.Argument(help="colour-coded label map, or a folder of them")],
     out: Annotated[Path, typer.Argument(
@@ -106,6 +108,8 @@ def convert_labels(
         help="text file of lines CLASS R G B; without it: maps whose channels are equal")] = None,
 ) -> None:
     """Colour-coded label maps to class indices: all colours must be in the table, exactly."""
+    existing("source", source, "a colour-coded label map, or a folder of them")
+    existing("colours", colours, "a text file of lines CLASS R G B")
     table = None if colours is None else read_colour_table(colours)
     single = source.is_file()
     names = [source.name] if single else [
@@ -131,7 +135,7 @@ def convert_labels(
     console.print(f"{len(targets)} index maps in {out}, labels {_ranges(found)}", soft_wrap=True)
 
 
-@app.command("convert-data")
+@command("convert-data")
 def convert_data(
     kind: Annotated[str, typer.Argument(help="celebamask-hq")],
     root: Annotated[Path, typer.Argument(
@@ -145,13 +149,14 @@ def convert_data(
     """CelebAMask-HQ to label maps of 19 classes, as the data set `folder` and doctor read them."""
     if kind != "celebamask-hq":
         raise ValueError(f"kind: expected celebamask-hq, got {kind!r}")
+    existing("root", root, "the folder with CelebA-HQ-img and CelebAMask-HQ-mask-anno")
     with locked(out), progress(None) as step:
         counts = convert_celebamask(root, out, held_out=held_out, jobs=jobs, step=step)
     console.print(f"{counts['train']} faces to train on and {counts['val']} held out in {out}; "
                   f"smis train spade_celebamask --data.root {out} trains on them", soft_wrap=True)
 
 
-@app.command()
+@command()
 def scenes(
     out: Annotated[Path, typer.Argument(
         help="folder to write to, new or empty; or one where this was stopped",

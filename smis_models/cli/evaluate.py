@@ -27,9 +27,11 @@ from .common import (
     Model,
     Seed,
     Unknown,
-    app,
+    called,
     chosen,
+    command,
     console,
+    existing,
     file_to_write,
     progress,
     say_resized,
@@ -50,7 +52,7 @@ SegmenterFile = Annotated[str | None, typer.Option(
          "is measured")]
 
 
-@app.command()
+@command()
 def evaluate(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="JSON file to write", callback=file_to_write(""))],
@@ -101,10 +103,12 @@ def evaluate(
         unusable(context, "it is of a --segmenter from a file", "segmenter_input")
     if segmenter is None and predictions is None:
         unusable(context, "no --segmenter and no --predictions are given", "rule")
+    existing("root", root, "the folder of the data set")
     which = chosen(model, checkpoint, device, seed)
     place = which.place
-    pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
-                              mask_mode=mask_mode, dont_care=dont_care)
+    with called(mask_mode="mask-mode", dont_care="dont-care"):
+        pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
+                                  mask_mode=mask_mode, dont_care=dont_care)
     clusters = synthesis.read_clusters(which.preset, features)
     index = which.class_of("unknown", unknown)
     labelled = metrics.label_rule(rule, which.preset, pinned.dont_care)
@@ -118,8 +122,9 @@ def evaluate(
             labelled,
         )
         if dataset is not None:
-            read = build_dataset(dataset, root, preset, split, count=count, augment=False,
-                                 unknown=index, seed=0)
+            with called(**{"data set": "dataset"}):
+                read = build_dataset(dataset, root, preset, split, count=count, augment=False,
+                                     unknown=index, seed=0)
             shared = dataset == "folder" and split != "train" and root is not None and one_set(
                 root, split)
             facts = {"dataset": dataset, "root": None if root is None else str(root),
@@ -153,6 +158,7 @@ def create_distances(names: list[str], weights: Path | None, heads: Path | None,
     for option, file in (("lpips-weights", weights), ("lpips-heads", heads)):
         if file is not None and not any(name.startswith("lpips") for name in wanted):
             raise ValueError(f"{option}: {', '.join(names)} reads none; add --distance lpips-alex")
+        existing(option, file, "a .pth or .safetensors file")
     files = {name: (weights, heads) if name.startswith("lpips") else (None, None)
              for name in wanted}
     return [metrics.create_distance(name, *files[name], device=device) for name in wanted]

@@ -14,15 +14,15 @@ from .common import (
     Device,
     Model,
     Seed,
-    app,
     chosen,
+    command,
     console,
     file_to_write,
     selected,
 )
 
 
-@app.command()
+@command()
 def export(
     out: Annotated[Path, typer.Option(help="file to write: .onnx, or .pt2 of the other two",
                                       callback=file_to_write(""))],

@@ -21,12 +21,12 @@ from ..benchmark.networks import family_table
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
 from ..io.files import locked
 from ..io.images import write_atomically
-from .common import Device, Out, app, console, progress, resolve_device
+from .common import Device, Out, command, console, progress, resolve_device
 
 _FAMILY_WIDTH = 144
 
 
-@app.command()
+@command()
 def benchmark(
     set: Annotated[str, typer.Option(help=f"{', '.join(harness.SETS)} or all")],
     out: Out = Path("benchmark"),

@@ -15,14 +15,14 @@ from .common import (
     Device,
     Model,
     Seed,
-    app,
     chosen,
+    command,
     console,
     selected,
 )
 
 
-@app.command()
+@command()
 def paint(
     model: Model = None, checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="address to listen on; others than 127.0.0.1 let other "

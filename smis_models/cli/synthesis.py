@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from smis_kernels import info as kernels_info
 
 from ..app import demo as demonstration
-from ..data.classes import class_colours
+from ..data.classes import class_colours, class_note
 from ..families import (
     CodePreset,
     GroupDNetPreset,
@@ -45,9 +45,10 @@ from .common import (
     Samples,
     Seed,
     Unknown,
-    app,
     chosen,
+    command,
     console,
+    existing,
     file_to_write,
     progress,
     resized_line,
@@ -57,7 +58,7 @@ from .common import (
 )
 
 
-@app.command("list")
+@command("list")
 def list_command() -> None:
     """Every model with its size: parameters in millions."""
     table = Table(Column("model", no_wrap=True), Column("what it is", ratio=1), "G", "E", "D")
@@ -70,7 +71,7 @@ def list_command() -> None:
                   highlight=False)
 
 
-@app.command()
+@command()
 def classes(
     model: Annotated[str | None, typer.Argument(help="a name that `smis list` shows")] = None,
     checkpoint: Checkpoint = None,
@@ -86,11 +87,13 @@ def classes(
         text = "#{:02x}{:02x}{:02x}".format(*map(int, rgb))
         table.add_row(str(k), what, f"[{text}]{'#' * 4}[/] {text}")
     console.print(table)
+    if note := class_note(which.name, preset.classes):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if preset.dont_care is not None:
         console.print(f"255 in a file becomes {preset.dont_care}", highlight=False)
 
 
-@app.command()
+@command()
 def info() -> None:
     """What is built, loaded and missing, and the command that changes it."""
     typer.echo(kernels_info.report(kernels_info.info()))
@@ -116,7 +119,7 @@ def _size(text: str | None, model: str, preset: Preset) -> dict[str, tuple[int, 
     return {"image_size": size}
 
 
-@app.command()
+@command()
 def synthesize(
     labels: Annotated[Path, typer.Option(help="label map (PNG) or a folder of them")], out: Out,
     model: Model = None, checkpoint: Checkpoint = None, instances: Instances = None,
@@ -199,7 +202,7 @@ def _remove_older(out: Path, scene: str, samples: int) -> None:
                 os.unlink(entry.path)
 
 
-@app.command()
+@command()
 def features(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="file to write, .npz",
@@ -217,6 +220,7 @@ def features(
     if convert is not None:
         unusable(context, "--convert reads its file alone", "images", "instances", "model",
                  "checkpoint", "clusters", "device", "seed")
+        existing("convert", convert, "an official .npy of clusters")
         found = FeatureClusters.load(convert)
     elif images is None or instances is None:
         raise ValueError("images, instances: expected both (or --convert); give two folders")
@@ -239,7 +243,7 @@ def features(
     console.print(f"{total} clusters of {len(found.centers)} classes in {path}", soft_wrap=True)
 
 
-@app.command()
+@command()
 def demo(
     context: typer.Context,
     out: Out = Path("demo"), model: Model = None, checkpoint: Checkpoint = None,

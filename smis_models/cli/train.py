@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from typer.core import TyperCommand
 
 from .. import training
 from ..training.checkpoints import STATE, differences
 from ..training.options import to_dict
-from .common import Backend, Device, app, console, folder_to_write, resolve_device, selected
+from .common import Backend, Device, command, console, folder_to_write, resolve_device, selected
+from .usage import Command
 
 _SHOWN = ("images_per_second", "waiting", "memory", "rate_generator", "rate_discriminator")
 
@@ -52,7 +53,7 @@ def _stopping(first: bool) -> Iterator[_Asked]:
             signal.signal(number, handler)
 
 
-class _ResumeCommand(TyperCommand):
+class _ResumeCommand(Command):
     """``--resume`` alone, or ``--resume auto``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -104,13 +105,40 @@ def _chosen(name: str, arguments: list[str], out: Path, resume: bool) -> trainin
     return chosen
 
 
+def _names(options: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    """Every option of a configuration as the command line calls it."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+@contextmanager
+def _suggesting(context: typer.Context, config: str) -> Iterator[None]:
+    """Of an option that there is not: the one that was perhaps meant."""
+    try:
+        yield
+    except ValueError as error:
+        if "nrecognized" not in str(error):
+            raise
+        own = (name for parameter in context.command.params for name in parameter.opts)
+        known = [*own, *_names(to_dict(training.load_config(config)))]
+        given = (word.partition("=")[0] for word in context.args if word[:2] == "--")
+        close = [get_close_matches(word, known, 1) for word in given if word not in known]
+        found = next((names[0] for names in close if names), None)
+        if found is None:
+            raise
+        raise ValueError(f"{error}; did you mean {found}?") from error
+
+
 def run_folder(path: Path | None) -> Path | None:
     """A folder that is there or can be made, where one is given."""
     return None if path is None else folder_to_write(path)
 
 
-@app.command("train", cls=_ResumeCommand,
-             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command("train", cls=_ResumeCommand,
+         context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train_command(
     context: typer.Context,
     config: Annotated[str, typer.Argument(
@@ -135,12 +163,12 @@ def train_command(
     if out is None:
         if not options:
             raise ValueError("out: expected a folder for the run; give --out")
-        with _warnings(True):
+        with _warnings(True), _suggesting(context, config):
             typer.echo(training.to_json(training.load_config(config, context.args)), nl=False)
         return
     going = resume == "must" or (resume == "auto" and (out / STATE).exists())
     first = os.environ.get("RANK", "0") == "0"
-    with _warnings(first):
+    with _warnings(first), _suggesting(context, config):
         chosen = _chosen(config, context.args, out, going)
     if options:
         typer.echo(training.to_json(chosen), nl=False)

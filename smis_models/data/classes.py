@@ -75,7 +75,7 @@ _NATURAL = {"sky": "clear", "mountain": "rock", "water": "deep", "ground": "gras
 def class_names(model: str, classes: int) -> tuple[str, ...]:
     """The names of a model's classes; "class 0", ... where its data set is not known to have any.
 
-    DeepFashion's maps come without a list of their classes.
+    DeepFashion's have none: :func:`class_note` tells why.
 
     Args:
         model: its name, which tells the data set.
@@ -87,6 +87,22 @@ def class_names(model: str, classes: int) -> tuple[str, ...]:
     """
     names = next((_NAMES[part] for part in model.split("_") if part in _NAMES), ())
     return names if len(names) == classes else tuple(f"class {k}" for k in range(classes))
+
+
+def class_note(model: str, classes: int) -> str | None:
+    """Why a model's classes have numbers for names; None where they have names.
+
+    Example:
+        >>> class_note("groupdnet_scenes", 7)
+        "the classes have no names: 7 is not the number of the data set's"
+    """
+    if class_names(model, classes)[0] != "class 0":
+        return None
+    if "deepfashion" in model.split("_"):
+        return ("the classes have no names: DeepFashion's maps show hair, face, skin, upper and "
+                "lower clothes, socks, shoes and background, and no list tells which number is "
+                "which; look at a map beside its picture")
+    return f"the classes have no names: {classes} is not the number of the data set's"
 
 
 def class_colours(names: Sequence[str]) -> NDArray[np.uint8]:

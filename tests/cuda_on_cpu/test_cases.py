@@ -361,6 +361,26 @@ def test_ids_at_the_ends_of_their_range() -> None:
         number_windows(map_, 10, backend="cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_labels_of_no_class_are_in_no_crop(layout: str, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(3)
+    image = with_memory_format(torch.randn((2, 3, 9, 33), generator=random), layout)
+    labels = torch.randint(5, (2, 9, 33), generator=random).to(dtype)
+    ends = torch.iinfo(dtype)
+    for k, wrong in enumerate((-1, 5, ends.min, ends.max)):
+        labels[k % 2, 2 * k, k::9] = wrong
+    planes = labels[:, None] == torch.arange(5).to(dtype)[:, None, None]
+    assert torch.equal(class_boxes(image, labels, 5, backend="cuda"),
+                       class_boxes(image, planes, 5, backend="reference"))
+    (got, dx), (expected, dx_expected) = (
+        (class_crops(image, s, 5, size=(8, 16), backend=kind), *gradients(
+            lambda x, s=s, kind=kind: class_crops(x, s, 5, size=(8, 16), backend=kind), (image,)))
+        for s, kind in ((labels, "cuda"), (planes, "reference")))
+    close(got, expected)
+    close(dx, dx_expected, 8)
+
+
 def test_far_more_windows_than_the_limit() -> None:
     map_ = torch.randint(1, 1000, (1, 48, 65), generator=torch.Generator().manual_seed(4)).int()
     expected = number_windows(map_, 10**9, backend="reference")

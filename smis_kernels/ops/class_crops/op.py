@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import BackendError, refuse_trace, requested, resolve
-from ...runtime.check import FLOATS, INTEGERS, check_device, check_range, check_tensor
+from ...runtime.check import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_range,
+    check_tensor,
+    looked_at,
+)
 from ...runtime.derivatives import applied
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -46,8 +53,9 @@ def class_boxes(image: Tensor, semantics: Tensor, num_classes: int, *, box: str 
     record("class_boxes", kind, image, path=box)
     if kind == "reference":
         refuse_trace("class_boxes")
-        if semantics.dim() == 3:
-            check_range("semantics", semantics, num_classes)
+    if semantics.dim() == 3 and looked_at(semantics, kind):
+        check_range("semantics", semantics, num_classes)
+    if kind == "reference":
         return reference.class_boxes(image.detach(), semantics.detach(), num_classes, box)
     return _found_boxes(image, semantics, num_classes, box, kind)
 
@@ -108,8 +116,9 @@ def class_crops(image: Tensor, semantics: Tensor, num_classes: int, *,
     record("class_crops", kind, image, path=box, reason=reason)
     if kind == "reference":
         refuse_trace("class_crops")
-        if semantics.dim() == 3:
-            check_range("semantics", semantics, num_classes)
+    if semantics.dim() == 3 and looked_at(semantics, kind):
+        check_range("semantics", semantics, num_classes)
+    if kind == "reference":
         crops = reference.class_crops(image, semantics, num_classes, (height, width), box)
         return crops.contiguous(memory_format=memory_format(image))
     boxes = _found_boxes(image, semantics, num_classes, box, kind)

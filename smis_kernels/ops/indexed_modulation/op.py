@@ -35,8 +35,8 @@ def indexed_modulation(
 
     Args:
         input: (N, C, H, W) as in :func:`modulation`; channels-last is the fast layout.
-        index: u, (N, H, W) int32 rows of the table ((N, 2H, 2W) with ``upsample``), trusted to be
-            in range: :class:`LabelLayout` makes it.
+        index: u, (N, H, W) int32 rows of the table ((N, 2H, 2W) with ``upsample``), as
+            :class:`LabelLayout` makes them.
         table: G, (U, 2C), rows [gamma | beta], float32 (float64 for a float64 input), or of the
             input's dtype: half the bytes to gather, rounded as convs would round gamma and beta.
         order: gives pixels by the row that they pick, in which a GPU sums a table's gradient:
@@ -45,6 +45,10 @@ def indexed_modulation(
 
     Returns:
         As :func:`modulation`. Differentiable in input and table.
+
+    Raises:
+        As :func:`modulation`; ValueError: a row that the table has not. A GPU is not made to wait
+            for that check: there such a pixel becomes NaN, and no gradient of the table has it.
 
     Example:
         >>> x, table = torch.randn(1, 8, 4, 4), torch.randn(3, 16)

@@ -31,9 +31,13 @@ from ..window_table.triton import segment_sum
 
 @triton.jit
 def _gather(table, row, c, C, U, mask, NHWC: tl.constexpr, ACC: tl.constexpr):
+    none = ((row < 0) | (row >= U))[None, :]  # no such row: NaN, and nothing is read
     if NHWC:
-        return tl.load(table + c[:, None] + row[None, :] * (2 * C), mask=mask, other=0.0).to(ACC)
-    return tl.load(table + c[:, None] * U + row[None, :], mask=mask, other=0.0).to(ACC)
+        at = c[:, None] + row[None, :] * (2 * C)
+    else:
+        at = c[:, None] * U + row[None, :]
+    value = tl.load(table + at, mask=mask & ~none, other=0.0).to(ACC)
+    return tl.where(none, float("nan"), value)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import refuse_trace, resolve
-from ...runtime.check import FLOATS, INTEGERS, check_device, check_tensor
+from ...runtime.check import FLOATS, INTEGERS, check_device, check_tensor, looked_at
 from ...runtime.derivatives import applied
 from ...runtime.explain import record
 from ...runtime.library import RawOp
@@ -66,7 +66,10 @@ def instance_avg_pool2d(input: Tensor, instance_map: Tensor, *,
     _record("instance_avg_pool2d", kind, input)
     if kind == "reference":
         refuse_trace("instance_avg_pool2d")
-        return reference.instance_avg_pool2d(input, _checked_ids(ids))
+    if looked_at(ids, kind):
+        ids = _checked_ids(ids)
+    if kind == "reference":
+        return reference.instance_avg_pool2d(input, ids)
     out: Tensor = applied(_InstancePool, input, ids, kind)
     return out
 
@@ -141,10 +144,11 @@ def _pooled_by_sorting(input: Tensor, instance_map: Tensor) -> Tensor:
     """The pooling in a fixed order of sums."""
     n, c, h, w = input.shape
     ids = instance_map.long()
-    _, index, means = _means_in_order(input, ids)
+    valid = (ids >= 0) & (ids <= MAX_ID)
+    # One number for all others: theirs would be taken for ids of other images.
+    _, index, means = _means_in_order(input, ids.where(valid, MAX_ID + 1))
     out = empty_nchw((n, c, h, w), input)
     pooled = means[index].view(n, h, w, c).permute(0, 3, 1, 2)
-    valid = (ids >= 0) & (ids <= MAX_ID)
     return out.copy_(torch.where(valid.unsqueeze(1), pooled, torch.nan))
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import refuse_trace, resolve
-from ...runtime.check import FLOATS, INTEGERS, check_device, check_shape, check_tensor
+from ...runtime.check import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_rows,
+    check_shape,
+    check_tensor,
+)
 from ...runtime.library import RawOp
 from . import reference
 
@@ -105,12 +112,13 @@ def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, 
 
     Args:
         vectors: (S + 1, K) of the symbols; row 0, the outside, is zero. Compared by value.
-        windows: (V + 1, 9) int32 symbols, of :func:`number_windows`, trusted to be in range.
+        windows: (V + 1, 9) int32 symbols, of :func:`number_windows`.
         ranges: of each group the channels (begin, end) of the vectors that it reads.
         backend: "auto", "reference" or "cpu".
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or ranges that do not fit; the message names them.
+        ValueError, TypeError: shapes, dtypes, ranges or symbols that do not fit; the message names
+            them.
 
     Example:
         >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])
@@ -132,6 +140,7 @@ def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, 
         raise ValueError(f"ranges: expected at least one group and the outside's window, got "
                          f"{len(ranges)} groups and {len(windows)} windows")
     kind = resolve("group_windows", vectors, backend, ("cpu",))
+    check_rows("windows", windows, len(vectors), kind)
     if kind == "reference":
         refuse_trace("group_windows")
         return GroupWindows(*reference.group_windows(vectors, windows, ranges))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import check_device, check_shape, check_tensor
+from ...runtime.check import check_device, check_rows, check_shape, check_tensor
 from ...runtime.library import RawOp
 from . import reference, spelled
 from .packing import TILES, NormConvs, Packed, pack, pack_conv
@@ -42,6 +42,11 @@ def level_tables(
         A table (U + 1, 2C) for every norm, rows [gamma | beta] in the dtype of the weights; row 0
         is zero. h is rounded to that dtype, as the convs would round it. Not differentiable.
 
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError: windows of rows or ids that there are not. A GPU is not made to wait for that
+            check: there such a tap counts as outside the image.
+
     Example:
         >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])
         >>> w3, w5 = (torch.randint(5, (7, 9), dtype=torch.int32) for _ in range(2))
@@ -58,6 +63,9 @@ def level_tables(
         check_device(name, windows, vectors, "vectors")
     _check_norms(norms, vectors)
     kind = resolve("level_tables", vectors, backend, KINDS)
+    checked = "reference" if kind == "cpu" else kind  # which is spelled in torch
+    check_rows("windows3", windows3, vectors.shape[0], checked)
+    check_rows("windows5", windows5, windows3.shape[0], checked)
     if kind == "reference":
         wide = vectors.to(norms[0].weight.dtype)
         return reference.level_tables(wide, windows3, windows5, norms)

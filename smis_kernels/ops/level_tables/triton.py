@@ -13,6 +13,7 @@ from ...runtime.triton_support import (
     SIZES,
     CompileCase,
     acc_type,
+    known_row,
     meta,
     narrowed,
     on_device,
@@ -56,7 +57,7 @@ def _picked(channels, values, weight, entry, some, tap, c, columns, within, ACC:
 
 @triton.jit(do_not_specialize=SIZES)
 def level_embedding_kernel(
-    channels, values, counts, weight, bias, windows, out, rows, K, steps,
+    channels, values, counts, weight, bias, windows, out, rows, sources, K, steps,
     RELU: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -69,13 +70,13 @@ def level_embedding_kernel(
     total += tl.load(bias + c, mask=within, other=0.0).to(ACC)[None, :]
     most = tl.zeros((BLOCK_R,), tl.int32)
     for tap in tl.static_range(9):  # the one entry of a one-hot vector: loads overlap
-        symbol = tl.load(windows + last + tap).to(tl.int64)
+        symbol = known_row(tl.load(windows + last + tap), sources)
         most = tl.maximum(most, tl.load(counts + symbol))
         total += _picked(channels, values, weight, symbol * K, r < rows, tap, c, columns, within,
                          ACC)
     for entry in range(1, tl.max(most, 0)):
         for at in range(9):
-            symbol = tl.load(windows + last + at).to(tl.int64)
+            symbol = known_row(tl.load(windows + last + at), sources)
             total += _picked(channels, values, weight, symbol * K + entry,
                              entry < tl.load(counts + symbol), at, c, columns, within, ACC)
     if RELU:
@@ -87,7 +88,7 @@ def level_embedding_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def level_product_kernel(
-    hidden, weight, bias, tiles, windows, out, rows, chunks,
+    hidden, weight, bias, tiles, windows, out, rows, sources, chunks,
     UNIT: tl.constexpr, LEAST: tl.constexpr, FIELDS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -104,7 +105,7 @@ def level_product_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     # one loop over taps and depth without a mask: blocks of weights are padded to whole tiles
     for step in range(9 * steps):
-        row = tl.load(windows + last + step // steps).to(tl.int64)
+        row = known_row(tl.load(windows + last + step // steps), sources)
         deep = base + step % steps * BLOCK_K + k
         a = tl.load(hidden + (row * columns)[:, None] + deep[None, :])
         b = tl.load(weight + at + (step * BLOCK_K + k)[:, None] * stride + c[None, :])
@@ -134,9 +135,9 @@ def level_embedding(channels: Tensor, values: Tensor, counts: Tensor, weight: Te
     grid = (triton.cdiv(rows, EMBEDDED_ROWS), triton.cdiv(columns, EMBEDDED_COLUMNS))
     with on_device(weight):
         level_embedding_kernel[grid](
-            channels, values, counts, weight, bias, windows, out, rows, channels.shape[1],
-            columns // LEAST, RELU=relu, UNIT=LEAST, ACC=acc_type(weight), BLOCK_R=EMBEDDED_ROWS,
-            BLOCK_C=EMBEDDED_COLUMNS, num_warps=4,
+            channels, values, counts, weight, bias, windows, out, rows, channels.shape[0],
+            channels.shape[1], columns // LEAST, RELU=relu, UNIT=LEAST, ACC=acc_type(weight),
+            BLOCK_R=EMBEDDED_ROWS, BLOCK_C=EMBEDDED_COLUMNS, num_warps=4,
         )
     return out
 
@@ -149,10 +150,10 @@ def level_product(hidden: Tensor, weight: Tensor, bias: Tensor, tiles: Tensor, w
     block_r, warps, stages = PRODUCT[hidden.dtype]
     with on_device(hidden):
         level_product_kernel[(triton.cdiv(rows, block_r), tiles.shape[0])](
-            hidden, weight, bias, tiles, windows, out, rows, hidden.shape[1] // LEAST,
-            UNIT=unit, LEAST=LEAST, FIELDS=FIELDS, PRECISION=product_precision(hidden),
-            ACC=acc_type(hidden), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_K=block_k,
-            num_warps=warps, num_stages=stages,
+            hidden, weight, bias, tiles, windows, out, rows, hidden.shape[0],
+            hidden.shape[1] // LEAST, UNIT=unit, LEAST=LEAST, FIELDS=FIELDS,
+            PRECISION=product_precision(hidden), ACC=acc_type(hidden), BLOCK_R=block_r,
+            BLOCK_C=block_c, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )
     return out
 

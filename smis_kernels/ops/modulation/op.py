@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
+from ...runtime.check import (
+    autocast_enabled,
+    check_device,
+    check_rows,
+    check_shape,
+    check_tensor,
+)
 from ...runtime.checked import Checked, alike, plain
 from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record, recording
@@ -144,6 +150,8 @@ def modulate(source: Source, name: str, input: Tensor, index: Tensor | None,
     options, slopes, branches = _checked_call(source, input, index, branches, negative_slope,
                                               keywords)
     kind = resolve(name, input, backend, KINDS)
+    if index is not None:
+        check_rows("index", index, branches[0].affine[0].shape[0], kind)
     if recording():
         record(name, kind, input, **source.record(branches))
     given = () if index is None else (index,)
@@ -193,6 +201,9 @@ def _checked_call(
                                 for n, t in zip(source.names, b.affine, strict=True)))
         for b, suffix in zip(branches, SUFFIXES, strict=False)
     ]
+    for b, suffix in zip(taken[1:], SUFFIXES[1:], strict=False):
+        for n, t, first in zip(source.names, b.affine, taken[0].affine, strict=True):
+            check_shape(n + suffix, t, tuple(first.shape), f"as {n}")
     as_given = all(t is a for b, c in zip(branches, taken, strict=True)
                    for t, a in zip(b.affine, c.affine, strict=True))
     settled = (options, (slopes[0], slopes[1] if len(slopes) > 1 else 1.0))

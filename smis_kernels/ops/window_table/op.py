@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import autocast_enabled, check_device, check_shape, check_tensor
+from ...runtime.check import (
+    autocast_enabled,
+    check_device,
+    check_rows,
+    check_shape,
+    check_tensor,
+)
 from ...runtime.constants import constant
 from ...runtime.derivatives import recorded_gradients
 from ...runtime.library import RawOp
@@ -36,8 +42,8 @@ def window_embedding(
     Args:
         vectors: E, (S + 1, K), float32 or float64; row 0 zero.
         weight: (D, K / groups, 3, 3). bias: (D,) or None.
-        windows: (V + 1, 9) int32 rows of ``vectors``, trusted to be in range; or, on the CPU, the
-            :class:`GroupWindows` of G groups of D / G outputs, of which each takes its own.
+        windows: (V + 1, 9) int32 rows of ``vectors``; or, on the CPU, the :class:`GroupWindows`
+            of G groups of D / G outputs, of which each takes its own.
         relu: apply it.
         order: gives windows by the row that they read, in which a GPU sums gradients:
             :meth:`LabelLayout.window_order`. Default: they are sorted in each backward.
@@ -47,6 +53,11 @@ def window_embedding(
         (V + 1, D), or (R + 1, D) for windows of groups, zero beyond a group's count; row 0 is zero.
         Differentiable in vectors, weight and bias; of windows of groups, vectors that a group finds
         equal have their gradient at the first of them.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError: a row that ``vectors`` has not. A GPU is not made to wait for that check: there
+            such a tap counts as outside the image, as row 0 does.
 
     Example:
         >>> vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)])
@@ -66,11 +77,14 @@ def window_embedding(
     _check_conv("", weight, bias, vectors,
                 (weight.shape[0], vectors.shape[1] // groups, 3, 3))
     kind = resolve("window_embedding", vectors, backend, KINDS if own is None else KINDS[:1])
+    taken = windows.windows if isinstance(windows, GroupWindows) else windows
+    count = vectors.shape[0]
+    check_rows("windows", taken, count, kind)
     if kind == "reference":
         return reference.window_embedding(
             vectors, weight, bias, windows, groups=groups, relu=relu
         )
-    count, channels = vectors.shape[0], weight.shape[0]
+    channels = weight.shape[0]
     grouped = vectors.view(count, groups, -1)
     with torch.autocast(vectors.device.type, enabled=False):  # tables stay in fp32
         if kind == "cpu":  # which reorders the few rows faster than the weight
@@ -80,7 +94,6 @@ def window_embedding(
             taps = constant(("taps", groups), partial(_taps, weight, groups), weight)
             rows = torch.bmm(grouped.transpose(0, 1), taps).view(groups, count, 9, -1)
             rows = rows.permute(1, 2, 0, 3).reshape(count, 9, channels)
-    taken = windows.windows if isinstance(windows, GroupWindows) else windows
     found = order_for_gradients(order, kind, (9 * (taken.shape[-2] - 1), 9 * count), rows, bias)
     out: Tensor = _WindowSum.apply(rows, taken, bias, relu, kind, own, found)
     return out
@@ -102,7 +115,7 @@ def window_table(
             dtype, or of 16 bits: then a GPU makes single TF32 products, in which such weights are
             exact, and hidden rounds to 10 bits, and the table is of 16 bits too; elsewhere, and
             with gradients, they are cast.
-        windows: (U + 1, 9) int32 rows of ``hidden``, trusted to be in range.
+        windows: (U + 1, 9) int32 rows of ``hidden``.
         own: on the CPU, of hidden rows that groups have for themselves: group g takes row
             ``own.ids[own.kinds[g], v]`` for v in ``windows``, so that each multiplies the rows
             that it tells apart, and no others.
@@ -115,6 +128,9 @@ def window_table(
 
     Returns:
         (U + 1, 2C), rows [gamma | beta]; row 0 is zero. Differentiable in all but windows.
+
+    Raises:
+        As :func:`window_embedding`.
 
     Example:
         >>> hidden, windows = torch.rand(5, 6), torch.randint(5, (7, 9), dtype=torch.int32)
@@ -132,6 +148,9 @@ def window_table(
     if own is not None and len(own.kinds) != groups:
         raise ValueError(f"own: expected the windows of {groups} groups, got {len(own.kinds)}")
     kind = resolve("window_table", hidden, backend, KINDS if own is None else KINDS[:1])
+    check_rows("windows", windows, hidden.shape[0] if own is None else own.ids.shape[1], kind)
+    if own is not None:
+        check_rows("own", own.ids, hidden.shape[0], kind)
     bias_gamma, bias_beta = (
         constant(("wide", hidden.dtype), partial(bias.to, hidden.dtype), bias)
         for bias in (bias_gamma, bias_beta)

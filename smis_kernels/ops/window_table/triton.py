@@ -14,6 +14,7 @@ from ...runtime.triton_support import (
     SIZES,
     CompileCase,
     acc_type,
+    known_row,
     meta,
     narrowed,
     on_device,
@@ -44,7 +45,7 @@ def _wide_offsets(block, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def window_product_kernel(
-    hidden, weight, bias, windows, out, rows, depth, width, sections, groups,
+    hidden, weight, bias, windows, out, rows, sources, depth, width, sections, groups,
     ONE_LEVEL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -67,7 +68,7 @@ def window_product_kernel(
         k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
         if ONE_LEVEL:
             tap = step // steps
-            row = tl.load(windows + r * 9 + tap, mask=r < rows, other=0).to(tl.int64)
+            row = known_row(tl.load(windows + r * 9 + tap, mask=r < rows, other=0), sources)
         else:
             tap = tl.program_id(2)
             row = r
@@ -88,11 +89,11 @@ def window_product_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def window_sum_kernel(
-    source, windows, bias, out, rows, channels,
+    source, windows, bias, out, rows, sources, channels,
     BIAS: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # source (R, 9, C) -> out (V, C)
+    # source (sources, 9, C) -> out (V, C)
     r = _wide_offsets(tl.program_id(0), BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = ((r > 0) & (r < rows))[:, None] & (c < channels)[None, :]
@@ -100,7 +101,7 @@ def window_sum_kernel(
     if BIAS:
         total += tl.load(bias + c, mask=c < channels, other=0.0)[None, :]
     for tap in tl.static_range(9):
-        row = tl.load(windows + r * 9 + tap, mask=r < rows, other=0).to(tl.int64)
+        row = known_row(tl.load(windows + r * 9 + tap, mask=r < rows, other=0), sources)
         at = (row * 9 + tap)[:, None] * channels + c[None, :]
         total += tl.load(source + at, mask=mask, other=0.0).to(ACC)
     if RELU:
@@ -237,10 +238,10 @@ def _product(
             1 if one_level else 9)
     with on_device(hidden):
         window_product_kernel[grid](
-            hidden, weight, bias, windows, out, rows, depth, width, sections, groups,
-            ONE_LEVEL=one_level, PRECISION=precision, ACC=acc_type(hidden), BLOCK_R=chosen["rows"],
-            BLOCK_C=block_c, BLOCK_K=chosen["depth"], num_warps=chosen["warps"],
-            num_stages=chosen["stages"],
+            hidden, weight, bias, windows, out, rows, hidden.shape[0], depth, width, sections,
+            groups, ONE_LEVEL=one_level, PRECISION=precision, ACC=acc_type(hidden),
+            BLOCK_R=chosen["rows"], BLOCK_C=block_c, BLOCK_K=chosen["depth"],
+            num_warps=chosen["warps"], num_stages=chosen["stages"],
         )
     return out
 
@@ -280,8 +281,8 @@ def _summed(rows: Tensor, windows: Tensor, bias: Tensor | None, relu: bool,
     block_r, block_c = _tile(channels)
     with on_device(rows):
         window_sum_kernel[(triton.cdiv(count, block_r), triton.cdiv(channels, block_c))](
-            rows, windows, rows if bias is None else bias.contiguous(), out, count, channels,
-            BIAS=bias is not None, RELU=relu, ACC=acc_type(rows), BLOCK_R=block_r,
+            rows, windows, rows if bias is None else bias.contiguous(), out, count, rows.shape[0],
+            channels, BIAS=bias is not None, RELU=relu, ACC=acc_type(rows), BLOCK_R=block_r,
             BLOCK_C=block_c, num_warps=4,
         )
     return out
