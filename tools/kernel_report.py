@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import importlib
 import json
 import math
@@ -213,21 +214,21 @@ def _triton_cases(op: str) -> list[Any]:
 
 
 @cache  # what several cases call is assembled once
-def _assembled(ptx: str, folder: str) -> str:
-    path = Path(folder, "kernel.ptx")
-    path.write_text(ptx)
+def assembled(ptx: str, folder: str) -> tuple[str, Path]:
+    """What ptxas says of a kernel, and the file of its machine code in the folder."""
+    code = Path(folder, f"{hashlib.sha256(ptx.encode()).hexdigest()}.cubin")
+    code.with_suffix(".ptx").write_text(ptx)
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
-    return subprocess.run(
-        (_ptxas(), "-v", f"--gpu-name={target.group(1)}", str(path), "-o", os.devnull),
-        capture_output=True, text=True, check=True,
-    ).stderr
+    said = subprocess.run(
+        (_ptxas(), "-v", f"--gpu-name={target.group(1)}", str(code.with_suffix(".ptx")),
+         "-o", str(code)), capture_output=True, text=True, check=True).stderr
+    return said, code
 
 
-def _disassembled(cubin: bytes, folder: str) -> str:
-    path = Path(folder, "kernel.cubin")
-    path.write_bytes(cubin)
-    return subprocess.run((str(Path(_ptxas()).with_name("cuobjdump")), "-sass", str(path)),
+def disassembled(code: Path) -> str:
+    """The machine code as text (SASS)."""
+    return subprocess.run((str(Path(_ptxas()).with_name("cuobjdump")), "-sass", str(code)),
                           capture_output=True, text=True, check=True).stdout
 
 
@@ -259,7 +260,8 @@ def _usage_of(op: str) -> list[Usage]:
                     name = f"{name.removesuffix('_kernel')} {case.name}"
                     if (name, f"sm_{arch}") in found:
                         continue
-                    (usage,) = parse_ptxas(op, _assembled(ptx, folder))
+                    said, code = assembled(ptx, folder)
+                    (usage,) = parse_ptxas(op, said)
                     usage.kernel, usage.arch = name, f"sm_{arch}"
                     # Triton's shared memory is dynamic, which ptxas does not see.
                     usage.shared = kernel.metadata.shared
@@ -267,7 +269,7 @@ def _usage_of(op: str) -> list[Usage]:
                     usage.barriers = len(re.findall(r"\bbar(?:rier)?\.sync", ptx))
                     usage.products = products(ptx)
                     if arch == 90 and usage.products:
-                        usage.issue = issue_share(_disassembled(kernel.asm["cubin"], folder))
+                        usage.issue = issue_share(disassembled(code))
                     found[name, usage.arch] = usage
     return list(found.values())
 
