@@ -366,16 +366,21 @@ class Stale:
         return replay
 
 
+def gives_up(network: Any, original: Any, said: str) -> None:
+    """The next call says why, once; it and those after are right all the same."""
+    with pytest.warns(UserWarning, match=said):
+        agree(network, original, range(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agree(network, original)
+
+
 @pytest.mark.parametrize("misses", ["inputs", "a bit"])
 def test_a_stale_replay_is_seen(misses: str) -> None:
     network, original, _ = made()
     vars(network)[REPLAYS] = Replays(Stale(misses))
     agree(network, original, range(1))
-    with pytest.warns(UserWarning, match="Scene has no CUDA graph from now on: a replay is"):
-        agree(network, original, range(1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        agree(network, original)
+    gives_up(network, original, "Scene has no CUDA graph from now on: a replay is")
     assert not vars(network)[REPLAYS]._graphs
 
 
@@ -410,11 +415,7 @@ def test_a_capture_that_fails_is_told_once() -> None:
     network, original, _ = made()
     vars(network)[REPLAYS] = Replays(fails)
     agree(network, original, range(1))
-    with pytest.warns(UserWarning, match="Scene has no CUDA graph .* not permitted .* capturing$"):
-        agree(network, original, range(1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        agree(network, original)
+    gives_up(network, original, "Scene has no CUDA graph .* not permitted .* capturing$")
 
 
 class Noisy(Scene):
