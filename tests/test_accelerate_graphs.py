@@ -366,21 +366,22 @@ class Stale:
         return replay
 
 
-def gives_up(network: Any, original: Any, said: str) -> None:
-    """The next call says why, once; it and those after are right all the same."""
-    with pytest.warns(UserWarning, match=said):
+def fails(call: Any, device: Any) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+@pytest.mark.parametrize(("record", "why"), [
+    (Stale("inputs"), "a replay is"), (Stale("a bit"), "a replay is"),
+    (fails, ".* not permitted .* capturing$")])
+def test_a_graph_that_is_none_is_told_once(record: Any, why: str) -> None:
+    network, original, _ = made()
+    vars(network)[REPLAYS] = Replays(record)
+    agree(network, original, range(1))
+    with pytest.warns(UserWarning, match=f"Scene has no CUDA graph from now on: {why}"):
         agree(network, original, range(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agree(network, original)
-
-
-@pytest.mark.parametrize("misses", ["inputs", "a bit"])
-def test_a_stale_replay_is_seen(misses: str) -> None:
-    network, original, _ = made()
-    vars(network)[REPLAYS] = Replays(Stale(misses))
-    agree(network, original, range(1))
-    gives_up(network, original, "Scene has no CUDA graph from now on: a replay is")
     assert not vars(network)[REPLAYS]._graphs
 
 
@@ -406,16 +407,6 @@ def _of(wrong: Any, original: Any) -> Any:
         original(self, wrong)
 
     return init
-
-
-def test_a_capture_that_fails_is_told_once() -> None:
-    def fails(call: Any, device: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    network, original, _ = made()
-    vars(network)[REPLAYS] = Replays(fails)
-    agree(network, original, range(1))
-    gives_up(network, original, "Scene has no CUDA graph .* not permitted .* capturing$")
 
 
 class Noisy(Scene):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import SMALL_TRAINING
 from torch import Tensor
 from typer.testing import CliRunner
@@ -358,6 +359,14 @@ def test_best_is_of_one_measure(tmp_path: Path) -> None:
     assert best("--log.grid_split", "test")[:3] == (7, 2, "test")  # although those are worse
     white = best("--log.grid_split", "test", "--log.best_scenes", "3")
     assert white[:3] == (7, 3, "test") and white[3] > first[2]
+    path = tmp_path / "best.safetensors"
+    told = facts(path)
+    del told["best"]["split"]  # as 0.1 wrote it
+    save_file(load_file(path), path, {**read_metadata(path), TRAINING: json.dumps(told)})
+    best_of_then = path.read_bytes()
+    with pytest.raises(KeyError):  # it has not been written again
+        best("--log.grid_split", "test", "--log.best_scenes", "3", worse=True)
+    assert path.read_bytes() == best_of_then
 
 
 def test_best_needs_scenes_of_its_split_at_the_start(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Case:
 CASES = [
     Case(signal.SIGTERM, "main", 0), Case(signal.SIGINT, "main", 2),
     *(Case(number, "group", 2, goes_on=True) for number in (signal.SIGTERM, signal.SIGINT)),
-    Case(signal.SIGTERM, "agent", 0), Case(signal.SIGINT, "agent", 2),
+    Case(signal.SIGTERM, "agent", 2), Case(signal.SIGINT, "agent", 0),
     *(Case(number, "group of agent", 2) for number in (signal.SIGTERM, signal.SIGINT)),
     Case(signal.SIGKILL, "worker", 2, goes_on=True),  # as by the kernel, for memory
 ]

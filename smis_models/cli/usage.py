@@ -53,8 +53,8 @@ def _refuse_lost_values(command: Any, context: Any, words: list[str]) -> None:
             continue
         if words[k].partition("=")[0] in names:
             raise USAGE_ERROR(f"{_name(parameter)}: expected {_expected(command, parameter)[0]} "
-                              f"behind {words[k - 1]}, got the option {words[k]}; give the value "
-                              "first")
+                              f"behind {words[k - 1]}, got the option "
+                              f"{words[k].partition('=')[0]}; give the value first")
         k += 1
 
 

@@ -403,6 +403,8 @@ class Run:
             before = json.loads(read_metadata(path)[TRAINING])["best"] if path.exists() else None
         except (CheckpointError, KeyError):
             before = None
+        if before is not None:  # before 0.2 it was not said of which split
+            before = {"split": found["split"], **before}
         alike = before is not None and all(
             before.get(key) == found[key] for key in ("metric", "scenes", "split"))
         if before is None or not alike or found["value"] < before["value"]:

@@ -263,18 +263,25 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
         state = {key.removeprefix("generator."): value for key, value in state.items()}
         if not any(key.startswith("model1_1") for key in state):
             generator.load_global(state)
+            _warn_of_random(config, [name for name, _ in model.named_children()
+                                     if name != "generator"])
             return model
     initial = create_model(config.model, config.init, device=device, **options)
     given = dict(initial.named_children())
     for name, part in model.named_children():
         if name in given:
             part.load_state_dict(given[name].state_dict())
-        elif name != "discriminator":  # which no run exports
-            warnings.warn(f"init: {config.init} holds no {name}, which starts from random weights",
-                          stacklevel=3)
+    _warn_of_random(config, [name for name, _ in model.named_children() if name not in given])
     if config.whiten:
         whiten_codes(model.eval(), _first_pictures(config, device))
     return model
+
+
+def _warn_of_random(config: TrainConfig, parts: list[str]) -> None:
+    for name in parts:
+        if name != "discriminator":  # which no run exports
+            warnings.warn(f"init: {config.init} holds no {name}, which starts from random weights",
+                          stacklevel=4)
 
 
 def _first_pictures(config: TrainConfig, device: torch.device) -> Iterator[MicroBatch]:
