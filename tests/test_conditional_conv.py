@@ -411,3 +411,23 @@ def test_mixed_dtypes_are_refused() -> None:
     x, h, weight, bias = make(CASES[0])
     with pytest.raises(TypeError, match="condition: expected dtype float64; got float32"):
         conditional_conv2d(x, h.float(), weight, bias)
+
+
+@needs_cpu
+def test_the_operator_knows_two_tiles() -> None:
+    inputs = make((1, 2, 5, 6, 3))
+    for tile in (0, 3, 5):
+        with pytest.raises(RuntimeError, match=f"tile: expected 2 or 4, got {tile}"):
+            torch.ops.smis_kernels.conditional_conv(*inputs, tile)
+        with pytest.raises(ValueError, match=f"tile: expected 2 or 4, got {tile}"):
+            conditional_conv2d(*inputs, tile=tile)
+
+
+def test_sizes_of_an_export_take_small_tiles() -> None:
+    conv = ConditionalConv2d(2, 3).eval()
+    sizes = {2: torch.export.Dim("h", min=8, max=64), 3: torch.export.Dim("w", min=8, max=64)}
+    example = torch.randn(1, 2, 30, 30), torch.randn(1, 3, 30, 30)
+    program = torch.export.export(conv, example, dynamic_shapes=(sizes, sizes))
+    for side in (8, 40):
+        x, h = torch.randn(1, 2, side, side), torch.randn(1, 3, side, side)
+        torch.testing.assert_close(program.module()(x, h), conv(x, h), rtol=1e-4, atol=1e-4)

@@ -112,3 +112,23 @@ def test_bad_input() -> None:
     with pytest.raises(TypeError, match="table: expected dtype float64"):
         indexed_relu(x, index, table.float(), 2)
     assert [y.shape for y in indexed_relu(x[:0], index[:0], table, 2)] == [(0, 2, 3, 3)] * 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("bad", [-1, 7])
+def test_rows_that_the_table_has_not_are_refused(backend: str, bad: int) -> None:
+    x, index, table = make(1, 3, 2, (4, 5))
+    index[0, 1, 2] = bad
+    with pytest.raises(ValueError, match=rf"^index: expected rows 0\.\.6, got {bad};"):
+        indexed_relu(x, index, table, 2, backend=backend)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("bad", [-1, 7, 2**31 - 1, -2**31])
+def test_a_gpu_makes_nan_of_a_row_that_the_table_has_not(bad: int) -> None:
+    x, index, table = make(1, 3, 2, (4, 5))
+    expected = torch.cat(indexed_relu(x, index, table, 2, backend="reference"))
+    expected[:, :, 1, 2] = torch.nan
+    index[0, 1, 2] = bad
+    found = torch.cat(indexed_relu(*moved((x, index, table), "triton"), 2, backend="triton"))
+    torch.testing.assert_close(found.cpu(), expected, equal_nan=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_level_tables import norm_convs, one_hot
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smis_kernels import ConditionalNorm2d
 from smis_kernels.modules.conditional_norm import _picked
@@ -267,3 +268,28 @@ def test_ids_out_of_range_are_nobody_elses() -> None:
     pooled = _pooled_by_sorting(x, ids)
     assert pooled[0, 0, 0, 0].isnan()
     assert pooled.flatten()[1:].tolist() == [1.0, 3.0, 3.0]
+
+
+def test_what_has_no_values_is_not_looked_at() -> None:
+    norm = ConditionalNorm2d(8, 4).to("meta").eval()
+    x, condition = (torch.empty(shape, device="meta") for shape in ((1, 8, 4, 4), (1, 4)))
+    assert norm(x, condition).shape == x.shape
+    with FakeTensorMode():
+        index, table = torch.zeros(1, 4, 4, dtype=torch.int32), torch.zeros(3, 16)
+        y = indexed_modulation(torch.zeros(1, 8, 4, 4), index, table, norm="none",
+                               backend="reference")
+    assert y.shape == x.shape
+
+
+@triton
+def test_branches_of_two_dtypes_lose_nothing() -> None:
+    """A table of float32 hidden rows whose convs are of two dtypes is that of wide ones."""
+    hidden = torch.cat([torch.zeros(1, 16), draw(3, 16).float()]).to(DEVICE)
+    gamma, beta = (draw(32, 16, 3, 3, seed=k).float().to(DEVICE) for k in range(2))
+    bias, windows = torch.zeros(32, device=DEVICE), picked(5, 9).to(DEVICE)
+    with torch.no_grad():
+        found = window_table(hidden, gamma.bfloat16(), bias.bfloat16(), beta, bias, windows,
+                             backend="triton")
+    expected = window_table(hidden.double(), gamma.bfloat16().double(), bias.double(),
+                            beta.double(), bias.double(), windows, backend="reference")
+    assert found.dtype == torch.float32 and max_error(found[1:], expected[1:]) < 1e-5

@@ -33,7 +33,14 @@ from smis_kernels import (
 )
 from smis_kernels.layout import label_layout
 from smis_kernels.ops import segments
-from smis_kernels.ops.segments import PIECE, Pieces, Segments, in_pieces, sorted_rows
+from smis_kernels.ops.segments import (
+    PIECE,
+    Pieces,
+    Segments,
+    in_pieces,
+    sorted_rows,
+    window_index,
+)
 from smis_kernels.runtime.backend import triton_interpreted
 from smis_kernels.testing import max_error
 
@@ -516,3 +523,15 @@ def test_it_is_not_asked_for_without_gradients_or_a_gpu() -> None:
         assert segments.order_for_gradients(never, "triton", (1, 1), leaf) is None
     with pytest.raises(AssertionError):
         segments.order_for_gradients(never, "triton", (1, 1), None, leaf)
+
+
+def test_a_tap_of_no_row_is_in_no_segment() -> None:
+    windows = torch.zeros(3, 9, dtype=torch.int32)
+    windows[1] = torch.tensor([1, 2, -1, 4, 477218590, 3, -2**31, 2**31 - 1, 0])
+    windows[2] = 1
+    (found,) = sorted_rows([window_index(windows, 4)])
+    for row in range(4):
+        for tap in range(9):
+            begin, end = found.bounds[9 * row + tap], found.bounds[9 * row + tap + 1]
+            reads = [9 * (v - 1) + tap for v in (1, 2) if windows[v, tap] == row]
+            assert found.elements[begin:end].tolist() == reads, (row, tap)

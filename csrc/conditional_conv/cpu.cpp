@@ -56,6 +56,7 @@ struct Problem {
 
 Tensor conditional_conv(const Tensor& input, const Tensor& condition, const Tensor& weight,
                         std::optional<Tensor> bias, int64_t tile) {
+  if (tile != 2 && tile != 4) refuse("tile", ": expected 2 or 4, got ", tile);
   Tensor y = empty_nchw(input.size(0), input.size(1), input.size(2), input.size(3),
                         channels_last(input), input);
   if (y.numel() == 0) return y;

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kMostTiles = 128, kRows = 8;
 constexpr int64_t kCache = 1800 << 10;  // bytes that stay in a core's second cache
-constexpr int64_t kMostStreamed = 64;   // tiles; each panel reads them again
+constexpr int64_t kMostStreamed = 64;   // tiles; each panel reads them again (choice.py: MOST_STREAMED)
 
 // Tiles of a block, in blocks that the threads share evenly: where the kernels fit the cache, as many
 // as fit beside them; else as many as pay for reading the kernels from further away.
@@ -61,7 +61,10 @@ Tensor transform(const WinogradArgs& a, const Tensor& like) {
 
 // Whether transformed kernels would leave the cache before they are read, and all tiles stay there.
 bool streams(const WinogradArgs& a) {
-  return a.frequencies() * a.K * a.M * (a.wide ? 8 : 4) > kCache && a.all_tiles() <= kMostStreamed;
+  const int64_t bytes = a.frequencies() * a.K * a.M * (a.wide ? 8 : 4);
+  const int64_t blocks = (a.all_tiles() + kRows - 1) / kRows;  // what threads would share else
+  return bytes > kCache && a.all_tiles() <= kMostStreamed &&
+         a.groups * plan_of(a).panels >= std::min<int64_t>(torch::stable::get_num_threads(), blocks);
 }
 
 void conv_streamed(WinogradArgs a, const Tensor& like) {

@@ -23,7 +23,7 @@ from .watch import original_type
 
 
 def accelerate(
-    model: nn.Module, *, inference: bool = False, cuda_graph: bool = True,
+    model: nn.Module, *, inference: bool = False, cuda_graph: bool = False,
     modules: Iterable[str] | None = None, dry_run: bool = False, verify: Any = None,
 ) -> Report:
     r"""Put fused forwards into a model that was written elsewhere; nothing else about it changes.
@@ -72,7 +72,10 @@ def accelerate(
             weights where they lie, and inputs and compiled maps from copies. Each capture is
             compared with calls; where it fails, a warning says so, and calls run as without it.
             Calls of another kind, or with hooks inside, run so too. It holds the memory of a call.
-            Not yet run on a GPU.
+            A replay runs no Python: what a forward counts, prints or draws from generators of its
+            own happens at captures alone, and changes inside objects and modules that are not
+            registered as parts are not seen. One thread at a time where weights have hooks. Not
+            yet run on a GPU.
         modules: kinds ("norm", "block", "conv", "pixel_conv", "norm_act", "instance_pool",
             "spectral_norm"), or modules' names or patterns such as ``"up_*"``, to which it is
             confined; None: all.

@@ -51,6 +51,7 @@ class Pieces(NamedTuple):
 def sorted_rows(indices: Sequence[tuple[Tensor, int]]) -> list[Segments]:
     """The segments of each (row of every element, number of rows), all from one sort.
 
+    Rows of several indices have to be in range; of a single one those out of range are in none.
     It is stable, so sums over segments have a fixed order, without atomics.
     """
     counts, rows = [index.numel() for index, _ in indices], [number for _, number in indices]
@@ -78,7 +79,9 @@ def window_index(windows: Tensor, rows: int) -> tuple[Tensor, int]:
     """What :func:`sorted_rows` sorts (V + 1, 9) windows of so many ``rows`` by: row and tap."""
     # row 0 of the windows is the outside: it receives no gradient
     taps = torch.arange(9, dtype=torch.int32, device=windows.device)
-    return windows.narrow(0, 1, windows.shape[0] - 1) * 9 + taps, 9 * rows
+    taken = windows.narrow(0, 1, windows.shape[0] - 1)
+    known = (taken >= 0) & (taken < rows)
+    return torch.where(known, taken * 9 + taps, -1), 9 * rows  # before all others: in no segment
 
 
 def of_windows(found: Segments) -> Segments:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import transformed
+from .tensors import capturing
 
 # Asked for once: labels and row numbers on a GPU are looked at too.
 VALUES_CHECKED = os.environ.get("SMIS_CHECK", "0") not in ("", "0")
@@ -102,11 +103,11 @@ def looked_at(values: Tensor, kind: str) -> bool:
     answer for them that the op's docstring tells, so that nothing waits for the device; with
     ``SMIS_CHECK=1`` in the environment they are looked at there too, which makes the host wait.
     """
-    if kind == "reference":
-        return True
-    if kind == "cpu" or not VALUES_CHECKED or torch.compiler.is_compiling():
+    # No values yet: meta and fake tensors, and those of a graph that is captured.
+    if values.is_meta or capturing(values) or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return not (values.is_cuda and torch.cuda.is_current_stream_capturing())
+    return kind == "reference" or (
+        kind != "cpu" and VALUES_CHECKED and not torch.compiler.is_compiling())
 
 
 def check_rows(name: str, rows: Tensor, count: int, kind: str) -> None:

@@ -63,7 +63,8 @@ def _captured(call: Callable[[], Any], device: torch.device, current: Any) -> tu
     graph = torch.cuda.CUDAGraph()
     try:
         # thread_local: allocations of other threads (a data loader's) do not break the capture
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # on a stream of this device: torch's own is of the first that was captured on
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             out = call()
     except BaseException:
         _broken.append(graph)
@@ -96,6 +97,9 @@ def circumstances(device: torch.device) -> tuple[Hashable, ...] | None:
         cudnn.deterministic, cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         matmul.fp32_precision, matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
+        getattr(matmul, "allow_fp16_accumulation", None),
+        torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
     )
 
 

@@ -51,16 +51,15 @@ class Synthesizer:
         model: a :class:`SynthesisModel` of the zoo (a generator with ``preset`` serves too).
         labels: (N, H, W) integers, or a :class:`smis_kernels.LabelLayout`.
         instances: ids of the labels' shape where the model reads edges.
-        cuda_graph: on a GPU, by default (None), pictures are replays of one CUDA graph from a
-            layout's third on, the second having been compared with a replay; True refuses a model
-            elsewhere, False never makes one. Edits stay in the graph's memory while their tables
-            fit its capacity, and have it captured anew where they do not. A sample with another
-            stream, backend or flags, or of a second thread meanwhile, is painted without it. It
-            holds the memory of a forward pass.
+        cuda_graph: on a GPU pictures are replays of one CUDA graph from a layout's third on, the
+            second having been compared with a replay; where that fails, a warning says so and all
+            are painted. Edits stay in the graph's memory while their tables fit its capacity, and
+            have it captured anew where they do not: it pays for many pictures of a layout. A
+            sample with another stream, backend or flags, or of a second thread meanwhile, is
+            painted without it. It holds the memory of a forward pass. Not yet run on a GPU.
         prediction_bytes: memory that what CC-FPSE predicts from the map alone (kernels, gates,
             gamma and beta) may take from the second picture of a layout on, which by rounding is
-            another than the first of the same code; 0 keeps none. Where predictions are kept there
-            is no graph; with ``cuda_graph=True`` none are kept.
+            another than the first of the same code; 0 keeps none, and a graph keeps none.
 
     Raises:
         ValueError: labels out of range or of another shape, or ``cuda_graph`` for a model that is
@@ -78,7 +77,7 @@ class Synthesizer:
     """
 
     def __init__(self, model: Any, labels: Tensor | LabelLayout,
-                 instances: Tensor | None = None, *, cuda_graph: bool | None = None,
+                 instances: Tensor | None = None, *, cuda_graph: bool = False,
                  prediction_bytes: int = 2 * 2**30) -> None:
         self._source: nn.Module = getattr(model, "generator", model)
         self._preset = model.preset
@@ -95,8 +94,7 @@ class Synthesizer:
                 f"cuda_graph: expected a model on a GPU, got one on {device}; move it with "
                 ".to('cuda') or leave cuda_graph out"
             )
-        on_gpu = device.type == "cuda" and cuda_graph is not False
-        self._replays = Replays() if on_gpu else None
+        self._replays = Replays() if cuda_graph else None
         self.z: Tensor | None = None
 
     def _tensors(self) -> list[Tensor]:

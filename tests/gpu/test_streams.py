@@ -123,7 +123,7 @@ def test_a_synthesizer_as_one_graph(name: str, dtype: torch.dtype) -> None:
 def test_an_accelerated_network_as_one_graph() -> None:
     network = small_painter().float().eval().cuda()
     original = copy.deepcopy(network)
-    accelerate(network, inference=True)
+    accelerate(network, inference=True, cuda_graph=True)
     for seed in range(6):
         planes = label_map(64, seed=seed).float().cuda()
         torch.testing.assert_close(network(planes), original(planes), rtol=0, atol=2e-2)

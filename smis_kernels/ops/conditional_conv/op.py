@@ -90,9 +90,13 @@ def conditional_conv2d(input: Tensor, condition: Tensor, weight: Tensor, bias: T
 def best_tile(input: Tensor) -> int:
     """The tile expected to be fastest outside of training, of those that may be taken.
 
-    The transform of the weights, which more pixels share, takes twice as long for 4.
+    The transform of the weights, which more pixels share, takes twice as long for 4. A GPU has no
+    tiles; sizes that are not known yet, of an export, are small ones.
     """
-    return min(4 if input.shape[2] * input.shape[3] >= _LEAST_PIXELS else 2, largest_tile())
+    h, w = input.shape[2:]
+    if not input.is_cpu or type(h) is not int or type(w) is not int or h * w < _LEAST_PIXELS:
+        return 2
+    return largest_tile()
 
 
 class _ConditionalConv(torch.autograd.Function):

@@ -291,7 +291,8 @@ Rows = tuple[int, int]
 def _slabs(images: int, height: int, row: int) -> Iterator[tuple[slice, Rows, Rows]]:
     """(images, rows, rows of its own) of each slab; ``row``: bytes of a row of an image.
 
-    A slab has whole images, or rows of one with the two beside them that a 3x3 conv reads.
+    A slab has whole images, or rows of one with the two beside them that a 3x3 conv reads: at least
+    three, however wide, and then three times the work.
     """
     most = SCRATCH // row
     if most >= height:

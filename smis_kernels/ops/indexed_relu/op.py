@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
+from ...runtime.check import FLOATS, check_device, check_rows, check_shape, check_tensor
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from ...runtime.tensors import acc_dtype, empty_nchw
@@ -28,18 +28,20 @@ def indexed_relu(input: Tensor, index: Tensor, table: Tensor, parts: int, *,
     Args:
         input: x, (N, C, H, W), float32, float64, float16 or bfloat16; channels-last is the fast
             layout.
-        index: u, (N, H, W) int32 rows of the table, trusted to be in range.
+        index: u, (N, H, W) int32 rows of the table.
         table: T, (U, C), float32 (float64 for a float64 input) or of the input's dtype.
         parts: a divisor K of the channels.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        K tensors (N, C / K, H, W) in the input's dtype and memory format, dense. Not
-        differentiable.
+        K tensors (N, C / K, H, W) in the input's dtype and memory format, dense. The
+        kernels are not differentiable; the reference is.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, or requires a gradient where gradients are
-            enabled; the message names it.
+        ValueError, TypeError: an argument does not fit, or requires a gradient of a kernel where
+            gradients are enabled; the message names it.
+        ValueError: a row that the table has not. A GPU is not made to wait for that check: there
+            such a pixel is NaN.
         BackendError: the backend asked for cannot run here.
 
     Source: the first prediction convs of Liu et al., "Learning to Predict Layout-to-image
@@ -62,13 +64,14 @@ def indexed_relu(input: Tensor, index: Tensor, table: Tensor, parts: int, *,
     check_device("index", index, input, "input")
     check_device("table", table, input, "input")
     kind = resolve("indexed_relu", input, backend, KINDS)
+    check_rows("index", index, table.shape[0], "reference" if kind == "cpu" else kind)
     record("indexed_relu", kind, input, rows=table.shape[0] - 1, parts=parts)
     if kind == "reference" or input.numel() == 0:
         return reference.indexed_relu(input, index, table, parts)
     for name, tensor in (("input", input), ("table", table)):
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"{name}: expected one without gradients, got one that requires them; "
-                             "use indexed_modulation, or torch.no_grad()")
+                             "call it in torch.no_grad(), or give backend=\"reference\"")
     found: Tensor = _indexed_relu(kind, input, index, table, parts)
     return list(found.split(n))
 

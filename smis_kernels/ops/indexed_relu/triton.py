@@ -24,7 +24,7 @@ from ...runtime.triton_support import (
 
 @triton.jit(do_not_specialize=SIZES)
 def indexed_relu_kernel(
-    x, x_n, x_s, table, columns, index, out, N, C, P, first,
+    x, x_n, x_s, table, columns, index, out, N, C, P, U, first,
     NHWC: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -39,7 +39,9 @@ def indexed_relu_kernel(
     row = tl.load(index + n * P + p, mask=p < P, other=0).to(tl.int64)
     source = part * C + c
     value = tile.load(x, n, x_n, source, p, x_s, mask, UNIT, NHWC, ACC)
-    value += tl.load(table + source[:, None] + row[None, :] * columns, mask=mask, other=0.0).to(ACC)
+    none = ((row < 0) | (row >= U))[None, :]  # no such row: NaN, and nothing is read
+    added = tl.load(table + source[:, None] + row[None, :] * columns, mask=mask & ~none, other=0.0)
+    value += tl.where(none, float("nan"), added.to(ACC))
     tile.store(out, tile.activate(value, 0.0), part * N + n, c, p, C, P, mask, NHWC)
 
 
@@ -54,8 +56,8 @@ def indexed_relu(input: Tensor, index: Tensor, table: Tensor, parts: int) -> Ten
     with on_device(x):
         for first, grid in batch_grids(t.tiles, t.groups * parts, n):
             indexed_relu_kernel[grid](
-                x, *t.strides(x), table, table.stride(0), index, out, n, *t.sizes, first,
-                **t.constants,
+                x, *t.strides(x), table, table.stride(0), index, out, n, *t.sizes, len(table),
+                first, **t.constants,
             )
     return out
 

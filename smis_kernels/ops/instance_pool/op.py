@@ -192,6 +192,8 @@ def _checked(input: Tensor, instance_map: Tensor) -> Tensor:
 def _checked_ids(instance_map: Tensor) -> Tensor:
     """int64 ids, their range checked (the kernels check it themselves)."""
     ids = instance_map.long()
+    if ids.numel() == 0:
+        return ids
     low, high = (int(v) for v in torch.aminmax(ids))
     if low < 0 or high > MAX_ID:
         raise ValueError(

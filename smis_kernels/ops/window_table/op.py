@@ -157,7 +157,8 @@ def window_table(
     )
     trained = torch.is_grad_enabled() and any(
         t.requires_grad for t in (hidden, weight_gamma, weight_beta, bias_gamma, bias_beta))
-    if kind != "triton" or trained or hidden.dtype == torch.float64:
+    mixed = weight_gamma.dtype != weight_beta.dtype
+    if kind != "triton" or trained or mixed or hidden.dtype == torch.float64:
         weight_gamma, weight_beta = (
             constant(("wide", hidden.dtype), partial(weight.to, hidden.dtype), weight)
             for weight in (weight_gamma, weight_beta)
