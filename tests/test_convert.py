@@ -196,7 +196,7 @@ def test_convert_takes_one_part_and_its_own_files(tmp_path: Path, smis: Smis) ->
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ((), ("model", "smis list", "configuration")),
-    (("--model", "gaugan"), ("name", "groupdnet_ade20k", "'gaugan'")),
+    (("--model", "gaugan"), ("error: model: expected one of", "groupdnet_ade20k", "'gaugan'")),
     (("--model", "groupdnet_deepfashion"), ("of another shape", "fc.weight")),
     (("--model", "groupdnet_deepfashion", "--option", "ngf"), ("option", "NAME=VALUE", "'ngf'")),
     (("--model", "groupdnet_deepfashion", "--option", "wings=2"), ("option", "image_size",
