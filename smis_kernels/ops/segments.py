@@ -80,8 +80,8 @@ def window_index(windows: Tensor, rows: int) -> tuple[Tensor, int]:
     # row 0 of the windows is the outside: it receives no gradient
     taps = torch.arange(9, dtype=torch.int32, device=windows.device)
     taken = windows.narrow(0, 1, windows.shape[0] - 1)
-    known = (taken >= 0) & (taken < rows)
-    return torch.where(known, taken * 9 + taps, -1), 9 * rows  # before all others: in no segment
+    # clamped, so that no product wraps into a row's: below 0 or beyond the last is in no segment
+    return torch.add(taps, taken.clamp(-1, rows), alpha=9), 9 * rows
 
 
 def of_windows(found: Segments) -> Segments:
