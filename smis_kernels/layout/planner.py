@@ -228,8 +228,8 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
     if (kind != "cpu" or not isinstance(segmap, LabelLayout) or torch.compiler.is_compiling()
             or recording()):
         return _choose(norms, input, segmap, size, kind)
-    key = (kind, requested_path(), size, input.shape[0], input.dtype, rates_of(input),
-           segmap.tables is None, *[n.outline for n in norms])
+    key = (requested_path(), size, input.shape[0], input.dtype, CPU_RATES, segmap.tables is None,
+           *[n.outline for n in norms])
     chosen = _chosen.get(segmap)
     if chosen is None:
         chosen = _chosen.setdefault(segmap, Checked())

@@ -103,12 +103,12 @@ def looked_at(values: Tensor, kind: str) -> bool:
     answer for them that the op's docstring tells, so that nothing waits for the device; with
     ``SMIS_CHECK=1`` in the environment they are looked at there too, which makes the host wait.
     """
+    if kind == "cpu" or not (kind == "reference" or VALUES_CHECKED):
+        return False
     if torch.compiler.is_dynamo_compiling():
         return kind == "reference"
     # No values yet: meta and fake tensors, and those of a graph that is captured.
-    if values.is_meta or capturing(values) or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return kind == "reference" or (kind != "cpu" and VALUES_CHECKED)
+    return not (values.is_meta or capturing(values) or torch._C._len_torch_dispatch_stack() > 0)
 
 
 def check_rows(name: str, rows: Tensor, count: int, kind: str) -> None:
