@@ -244,3 +244,15 @@ def test_weights_that_are_made_are_served(wrap: Any, training: bool) -> None:
     assert not report.calls_left
     for a, b in zip(module.buffers(), original.buffers(), strict=True):  # u and v: one iteration
         assert torch.allclose(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixel_kernels_keep_their_dtype_under_autocast(dtype: torch.dtype) -> None:
+    network = foreign_layers.PixelKernels(4).eval()
+    fused = copy.deepcopy(network)
+    accelerate(fused)
+    x, weight = normal(2, 4, 6, 6).to(dtype), normal(2, 36, 6, 6).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = fused(x, weight), network(x, weight)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected)

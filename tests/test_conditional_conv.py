@@ -374,14 +374,17 @@ def test_rows_beyond_32_bits_are_refused(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_an_empty_batch_passes(backend: str) -> None:
-    x, h, weight = torch.randn(0, 4, 6, 6), torch.randn(0, 5, 6, 6), torch.randn(36, 5, 3, 3)
-    x.requires_grad_()
-    y = conditional_conv2d(x, h, weight, backend=backend)
+@pytest.mark.parametrize(("n", "height", "width"), [(0, 6, 6), (2, 0, 6), (2, 6, 0)])
+def test_no_pixels_pass(backend: str, n: int, height: int, width: int) -> None:
+    x, h = torch.randn(n, 4, height, width), torch.randn(n, 5, height, width)
+    operands = [t.requires_grad_() for t in (x, h, torch.randn(36, 5, 3, 3), torch.randn(36))]
+    y = conditional_conv2d(*operands, backend=backend)
     assert y.shape == x.shape
     y.sum().backward()
-    assert x.grad is not None
-    assert x.grad.shape == x.shape
+    for operand in operands:
+        assert operand.grad is not None
+        assert operand.grad.shape == operand.shape
+        assert not operand.grad.any()
 
 
 def test_module_has_the_parameters_of_the_published_predictor() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import smis_kernels
 from smis_kernels import SPADE, BackendError, CGNorm, modulate_pair, modulation, modulation_pair
@@ -382,6 +382,16 @@ def _process(rank: int, directory: str) -> None:
         y, y_s = modulate_pair(norm_0, norm_s, x, data["seg"][batch], upsample=True)
         ((y * data["cot"][batch]).sum() + y_s.square().sum()).backward()
         results[backend] = {"y": y.detach(), "grad": x.grad, "state": norm_s.state_dict()}
+        norm_s.load_state_dict(data["state"])
+        one = slice(rank, rank + 1)  # a single value in each process
+        results[backend]["one"] = norm_s(data["x"][one, :, :1, :1], data["seg"][one]).detach()
+    groups = [dist.new_group([r]) for r in range(2)]
+    alone, local = SPADE(6, 3, norm="syncbatch").double(), SPADE(6, 3).double()
+    alone.param_free_norm = nn.SyncBatchNorm(6, affine=False, process_group=groups[rank]).double()
+    alone.load_state_dict(data["state"])
+    local.load_state_dict(data["state"])
+    given = data["x"][batch], data["seg"][batch]
+    results["own group"] = torch.stack([alone(*given), local(*given)]).detach()
     torch.save(results, f"{directory}/rank{rank}.pt")
     dist.barrier()
     # Threads of gloo may still run when the interpreter is torn down, which aborts the process.
@@ -404,8 +414,14 @@ def test_synchronized_statistics_equal_one_process(tmp_path: Path) -> None:
     x = data["x"].requires_grad_()
     y, y_s = modulate_pair(module, twin, x, data["seg"], upsample=True)
     ((y * data["cot"]).sum() + y_s.square().sum()).backward()
+    for rank in ranks:
+        torch.testing.assert_close(*rank.pop("own group"))
+    single = SPADE(6, 3).double()
+    single.load_state_dict({k: v.clone() for k, v in data["state"].items()})
+    one = single(data["x"][:2, :, :1, :1].detach(), data["seg"][:2]).detach()
     for backend in ranks[0]:
         got = [r[backend] for r in ranks]
+        torch.testing.assert_close(torch.cat([g["one"] for g in got]), one)
         torch.testing.assert_close(torch.cat([g["y"] for g in got]), y.detach())
         torch.testing.assert_close(torch.cat([g["grad"] for g in got]), x.grad)
         for key, value in twin.state_dict().items():

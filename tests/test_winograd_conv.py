@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from smis_kernels import WinogradConv2d, explain, use_backend, winograd_conv2d
+from smis_kernels import WinogradConv2d, explain, spectral_norm, use_backend, winograd_conv2d
 from smis_kernels.ops.winograd_conv import choice, reference
 from smis_kernels.ops.winograd_conv.kept import KeptWeight
 from smis_kernels.ops.winograd_conv.op import transform_weight, transformed_size
@@ -432,3 +432,27 @@ def test_every_conv_takes_a_residual_of_half_the_size(width, size, kernel):
     assert torch.equal(conv(x, half), conv(x, whole))
     with use_backend("reference"):
         torch.testing.assert_close(conv(x, half), nn.Conv2d.forward(conv, x) + whole)
+
+
+@pytest.mark.parametrize("spectral", [False, True])
+def test_a_picture_without_a_batch_passes(spectral: bool) -> None:
+    torch.manual_seed(0)
+    conv, published = WinogradConv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+    published.load_state_dict(conv.state_dict())
+    if spectral:
+        conv, published = spectral_norm(conv).eval(), nn.utils.spectral_norm(published).eval()
+        published.load_state_dict(conv.state_dict())
+    x = torch.randn(64, 16, 16)
+    torch.testing.assert_close(conv(x), published(x), rtol=1e-4, atol=1e-4)
+
+
+def test_no_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="input: expected at least one channel"):
+        winograd_conv2d(torch.zeros(1, 0, 8, 8), torch.zeros(4, 0, 3, 3))
+
+
+def test_only_a_weight_that_stays_is_expected_to_be_kept() -> None:
+    kept = KeptWeight()
+    first, second = torch.randn(4, 4, 3, 3), torch.randn(4, 4, 3, 3)
+    assert [kept.expects(w) for w in (first, first, second, first, first)] == [
+        True, True, False, False, True]

@@ -82,11 +82,22 @@ Tensor zeros_like(const Tensor& like) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> conditional_conv_backward(
     const Tensor& grad, const Tensor& input, const Tensor& condition, const Tensor& weight,
     std::optional<Tensor> bias, bool need_input, bool need_condition, bool need_weight) {
+  const ScalarType type = input.scalar_type();
+  const auto absent = [&] { return empty_of(input, {0}, type); };
+  if (input.numel() == 0) {
+    const auto zeros = [&](std::initializer_list<int64_t> sizes) {
+      Tensor t = torch::stable::empty(sizes, type, std::nullopt, input.device());
+      torch::stable::zero_(t);
+      return t;
+    };
+    return {need_input ? torch::stable::to(zeros_like(input), type) : absent(),
+            need_condition ? torch::stable::to(zeros_like(condition), type) : absent(),
+            need_weight ? zeros({weight.size(0), weight.size(1), 3, 3}) : absent(),
+            need_weight ? zeros({weight.size(0)}) : absent()};
+  }
   Problem p(input, condition, weight, bias);
   const Tensor y = dense(grad);
   p.a.y = operand(y);
-  const ScalarType type = input.scalar_type();
-  const auto absent = [&] { return empty_of(input, {0}, input.scalar_type()); };
   Tensor dx = absent(), dh = absent(), dweight = absent(), dbias = absent(), du, dv;
   if (need_input) {
     dx = zeros_like(input);

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..ops.instance_pool.op import MAX_ID, instance_avg_pool2d
 from ..ops.spatially_varying_conv.op import KERNEL_SIZES, spatially_varying_conv2d
+from ..runtime.check import autocast_enabled
 from .probe import SEED, CannotRun, Trial, Verdict, agreeing, detached_copy
 from .swap import Change, Fused, FusionPlan, arguments_of, serves
 
@@ -52,6 +53,8 @@ class FusedPixelConv(Fused):
             return "weights of another shape"
         if weight.dtype != x.dtype or weight.device != x.device:
             return "weights of another kind"
+        if autocast_enabled(x):  # which casts the op's operands, and not the products of the module
+            return "under autocast"
         return window
 
     def _smis_run(self, ready: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from ..ops.indexed_modulation.op import indexed_modulation
 from ..ops.segments import Pieces, Segments, in_pieces
-from ..runtime.check import FLOATS, INTEGERS, check_range, check_tensor, looked_at
+from ..runtime.check import (
+    FLOATS,
+    INTEGERS,
+    check_range,
+    check_tensor,
+    looked_at,
+    valueless,
+)
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import acc_dtype
-from .normalizing import Normalizing
+from .normalizing import Normalizing, has_hooks
 
 
 def _per_image(input: Tensor, gamma: Tensor, beta: Tensor, *, upsample: bool,
@@ -32,6 +39,13 @@ def _per_image(input: Tensor, gamma: Tensor, beta: Tensor, *, upsample: bool,
         return in_pieces(Segments(torch.arange(index.numel(), device=index.device), bounds))
 
     return indexed_modulation(input, index, table, order=order, upsample=upsample, **options)
+
+
+def _one_hot(classes: Tensor, count: int) -> Tensor:
+    """(N, count), NaN of a class that there is not; nothing waits for it."""
+    numbers = torch.arange(count, device=classes.device)
+    known = (classes >= 0) & (classes < count)
+    return torch.where(known[:, None], (classes[:, None] == numbers).double(), torch.nan)
 
 
 def _picked(classes: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
@@ -85,11 +99,17 @@ class ConditionalNorm2d(Normalizing):
         """Gamma and beta, (N, C) each."""
         layers = self.mlp_gamma, self.mlp_beta
         if condition.is_floating_point():
-            return [F.linear(condition, layer.weight, layer.bias) for layer in layers]
+            return [layer(condition) for layer in layers]
         classes = condition.long()
-        here = classes.device.type == "cpu" and not torch.compiler.is_compiling()
-        if (here and transformed() is None) or looked_at(classes, "triton"):
+        here = (classes.device.type == "cpu" and not torch.compiler.is_compiling()
+                and transformed() is None and not valueless(classes))
+        checked = here or looked_at(classes, "triton")
+        if checked:
             check_range("condition", classes, self.condition_channels)
+        if any(map(has_hooks, layers)):  # they run where a layer is called
+            rows = _one_hot(classes, self.condition_channels).to(self.mlp_gamma.bias.dtype)
+            return [layer(rows) for layer in layers]
+        if checked:
             return [F.embedding(classes, layer.weight.T) + layer.bias for layer in layers]
         return _picked(classes, layers)
 

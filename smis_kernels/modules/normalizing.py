@@ -31,6 +31,12 @@ def child(module: Any, name: str) -> Any:
     return getattr(module, name, None) if found is None else found
 
 
+def has_hooks(module: Any) -> bool:
+    """Whether calling the module does more than its weight tells: some hooks make the weight."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
+                or module._backward_hooks)
+
+
 class Normalizing(nn.Module):
     """A module with a ``param_free_norm`` of ``channels``: the base of :class:`SPADE` and others.
 
@@ -55,25 +61,34 @@ class Normalizing(nn.Module):
         }
 
     def shared_arguments(self) -> dict[str, Any]:
-        """Norm, mode, momentum and process group as keyword arguments of the op."""
+        """Norm, mode, momentum and process group as keyword arguments of the op.
+
+        A batch norm's mode is its own, which may be frozen (``eval()``) inside a module that trains.
+        """
         norm = child(self, "param_free_norm")
         if isinstance(norm, nn.Identity):
             return {"norm": "none", "training": self.training}
         batch = not isinstance(norm, nn.InstanceNorm2d)
         synchronized = self.synchronized or isinstance(norm, nn.SyncBatchNorm)
+        training = norm.training if batch else self.training
         group = None
-        if batch and synchronized and self.training and dist.is_available():
-            initialized = dist.is_initialized() and dist.get_world_size() > 1
-            group = dist.group.WORLD if initialized else None
+        if batch and synchronized and training and dist.is_available() and dist.is_initialized():
+            own = getattr(norm, "process_group", None) or dist.group.WORLD
+            group = own if dist.get_world_size(own) > 1 else None
+        momentum = norm.momentum
+        if momentum is None:  # the mean of all batches, as nn.BatchNorm2d keeps it
+            counted = batch and training and norm.num_batches_tracked is not None
+            momentum = 1 / (int(norm.num_batches_tracked) + 1) if counted else 0.0
         return {
-            "norm": "batch" if batch else "instance", "training": self.training,
-            "momentum": norm.momentum, "eps": norm.eps, "process_group": group,
+            "norm": "batch" if batch else "instance", "training": training,
+            "momentum": momentum, "eps": norm.eps, "process_group": group,
         }
 
     def count_batch(self) -> None:
         """Advance ``num_batches_tracked`` as nn.BatchNorm2d does."""
-        if not self.training:
+        norm = child(self, "param_free_norm")
+        if not norm.training:
             return
-        counter = getattr(self.param_free_norm, "num_batches_tracked", None)
+        counter = getattr(norm, "num_batches_tracked", None)
         if counter is not None:
             counter.add_(1)

@@ -20,7 +20,7 @@ from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
 from ..runtime.constants import constant
 from ..runtime.tensors import acc_dtype
-from .normalizing import Normalizing, child
+from .normalizing import Normalizing, child, has_hooks
 
 _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
 
@@ -95,7 +95,7 @@ class CGNorm(Normalizing):
     def convolved(self, hidden: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
         """Gamma and beta from what their convs read; ``fused``: one conv with 2C outputs."""
         gamma, beta = self.mlp_gamma, self.mlp_beta
-        if not fused or gamma.groups > 1:  # grouped outputs would interleave
+        if not fused or gamma.groups > 1 or self._hooked:  # grouped outputs would interleave
             return gamma(hidden), beta(hidden)
         assert gamma.bias is not None and beta.bias is not None
         weight, bias = (
@@ -190,8 +190,19 @@ class CGNorm(Normalizing):
     @property
     def no_tables(self) -> str:
         """Why window tables do not serve; "" where they do."""
+        if self._hooked:
+            return "its convs have hooks, which run where they are called"
         size = self.mlp_gamma.kernel_size[0]
         return "" if size == 3 else f"kernel_size is {size}, tables are for 3"
+
+    @property
+    def _hooked(self) -> bool:
+        """Whether a conv has hooks, which reading its weight would skip."""
+        parts = [child(self, "mlp_gamma"), child(self, "mlp_beta")]
+        if self.hidden:
+            shared = child(self, "mlp_shared")
+            parts += [shared, *shared._modules.values()]
+        return any(map(has_hooks, parts))
 
     @property
     def products(self) -> tuple[int, int]:
@@ -205,7 +216,7 @@ class CGNorm(Normalizing):
         gamma = child(self, "mlp_gamma")
         groups = child(child(self, "mlp_shared"), "0").groups if self.hidden else 1
         return (gamma.out_channels, gamma.in_channels, gamma.groups, gamma.kernel_size, groups,
-                self.label_channels, self.hidden)
+                self.label_channels, self.hidden, self._hooked)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -295,16 +306,17 @@ def modulate_pair(
     """``norm_0`` (activated) and the shortcut's ``norm_s`` (not) from one read of ``input``.
 
     Equals ``norm_0(input, segmap, activation=...), norm_s(input, segmap)``; both have the same
-    kind of norm.
+    kind of norm. Where only one of them is frozen, or other statistics are kept, these are made.
 
     Example:
         >>> x, seg = torch.randn(1, 64, 32, 32), torch.randn(1, 8, 64, 64)
         >>> y, y_s = modulate_pair(SPADE(64, 8), SPADE(64, 8), x, seg, upsample=True)
     """
     shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
-    if shared != shared_s:
+    if any(shared.get(name) != shared_s.get(name) for name in ("norm", "eps")):
         raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
-    if norm_0.rows != norm_s.rows:  # one index would pick from tables of other rows
+    # One index would pick from tables of other rows.
+    if norm_0.rows != norm_s.rows or shared != shared_s:
         first = norm_0(input, segmap, activation=activation, negative_slope=negative_slope,
                        upsample=upsample)
         return first, norm_s(input, segmap, upsample=upsample)

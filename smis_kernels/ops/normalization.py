@@ -113,7 +113,7 @@ def _fixed(kind: str, running: Running, dtype: torch.dtype, eps: float) -> Stati
 @torch.no_grad()
 def _scaled(mean: Tensor, var: Tensor, dtype: torch.dtype, eps: float) -> Statistics:
     rstd = torch.rsqrt(var.to(dtype) + eps)
-    return Statistics(mean.to(dtype).view(1, -1), rstd.view(1, -1), "fixed")
+    return Statistics(mean.to(dtype).contiguous().view(1, -1), rstd.contiguous().view(1, -1), "fixed")
 
 
 def statistics(input: Tensor, kind: str, options: Options, *runnings: Running) -> list[Statistics]:
@@ -221,12 +221,19 @@ def check_input(input: Tensor, options: Options, *runnings: Running) -> None:
         options.norm == "batch" and not options.training and runnings[0][0] is not None
     )
     per_statistic = {"batch": n * h * w, "group": h * w * c // (options.num_groups or 1)}
-    if not fixed and input.numel() and per_statistic.get(options.norm, h * w) == 1:
+    values = per_statistic.get(options.norm, h * w) * (4 if options.upsample else 1)
+    if not fixed and input.numel() and values == 1 and not _has_mates(options):
         raise ValueError(
             "input: expected more than one value for each statistic of norm "
             f"{options.norm!r}, got shape {tuple(input.shape)}; call .eval() on the model "
             "first, or give a larger batch or picture"
         )
+
+
+def _has_mates(options: Options) -> bool:
+    """Whether statistics are of other processes' values too."""
+    return options.norm == "batch" and options.training and options.process_group is not None and (
+        dist.get_world_size(options.process_group) > 1)
 
 
 def _check_running(suffix: str, running: Running, input: Tensor) -> None:

@@ -96,6 +96,12 @@ def refuse_label(name: str, label: int, count: int) -> NoReturn:
     )
 
 
+def valueless(tensor: Tensor) -> bool:
+    """Whether there are no values yet: of meta and fake tensors, and while a graph is captured."""
+    return (tensor.is_meta or capturing(tensor) or torch._C._len_torch_dispatch_stack() > 0
+            or hasattr(tensor, "fake_mode"))
+
+
 def looked_at(values: Tensor, kind: str) -> bool:
     """Whether labels or row numbers are looked at in Python before the kernels of ``kind`` run.
 
@@ -107,8 +113,7 @@ def looked_at(values: Tensor, kind: str) -> bool:
         return False
     if torch.compiler.is_dynamo_compiling():
         return kind == "reference"
-    # No values yet: meta and fake tensors, and those of a graph that is captured.
-    return not (values.is_meta or capturing(values) or torch._C._len_torch_dispatch_stack() > 0)
+    return not valueless(values)
 
 
 def check_rows(name: str, rows: Tensor, count: int, kind: str) -> None:

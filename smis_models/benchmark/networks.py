@@ -342,8 +342,9 @@ def network_bound(inputs: Inputs, call: Callable[[], Any] | None = None) -> Rema
         size = given[0].numel() * given[0].element_size()
         moved, largest = moved + 2 * size, max(largest, size)
 
-    hooks = [m.register_forward_hook(hook) for m in module.modules()
-             if isinstance(m, nn.Conv2d)]
+    # Not on the convs of norms, whose tables would not be made then.
+    hooks = [m.register_forward_hook(hook) for name, m in module.named_modules()
+             if isinstance(m, nn.Conv2d) and ".mlp_" not in name]
     try:
         with torch.no_grad():
             module(*arguments)

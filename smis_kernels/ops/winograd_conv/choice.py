@@ -68,7 +68,7 @@ def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest:
 
 def _runs(input: Tensor, padding: int) -> bool:
     return (
-        transformed() is None and input.is_cpu and padding in (0, 1)
+        transformed() is None and input.is_cpu and input.dim() == 4 and padding in (0, 1)
         and requested() in ("auto", "cpu")
         and not torch.is_autocast_enabled("cpu")
         and resolve("winograd_conv2d", input, None, KINDS) == "cpu"
@@ -103,7 +103,7 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     """
     if _runs(input, padding):
         tile = form(input, weight.shape[0], groups, padding, largest=largest,
-                    kept=kept is not None)
+                    kept=kept is not None and kept.expects(weight))
         if tile:
             if residual is not None:
                 size = [n + 2 * padding - 2 for n in input.shape[2:]]

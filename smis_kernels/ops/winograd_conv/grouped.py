@@ -35,7 +35,7 @@ def conv_in_form(form: str, input: Tensor, weight: Tensor, bias: Tensor | None, 
     if form == "split":
         parts = zip(input.chunk(groups, 1), weight.chunk(groups), strict=True)
         y = torch.cat([F.conv2d(x, w, padding=padding) for x, w in parts], 1)
-        return y if bias is None else y + bias.view(1, -1, 1, 1)
+        return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)
     if form == "dense":
         outputs, each = weight.shape[:2]
         blocks = weight.view(groups, outputs // groups, each, *weight.shape[2:])

@@ -21,12 +21,20 @@ class KeptWeight:
 
     def __init__(self) -> None:
         self._last: weakref.ref[Tensor] | None = None
+        self._seen: weakref.ref[Tensor] | None = None
         self._kept: tuple[tuple[int, int], Stamp, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
         """The memory that the kept transform takes."""
         return 0 if self._kept is None else self._kept[2].nbytes
+
+    def expects(self, weight: Tensor) -> bool:
+        """Whether the weight is the one of the call before, or the first one: it may be kept."""
+        if torch.compiler.is_compiling():
+            return True
+        before, self._seen = self._seen, weakref.ref(weight)
+        return before is None or before() is weight
 
     def of(self, weight: Tensor, groups: int, tile: int) -> Tensor | None:
         """The transform of ``weight`` as it is now; None where none is kept."""

@@ -145,6 +145,8 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     check_tensor("weight", weight, 4, "(C', C / groups, 3, 3)", (input.dtype,))
     _, channels, h, w = input.shape
     out = weight.shape[0]
+    if channels < 1:
+        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
     if groups < 1 or channels % groups or out % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels and {out} outputs, "
                          f"got {groups}")
