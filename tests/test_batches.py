@@ -191,3 +191,9 @@ def test_evaluation_takes_the_held_out_split(folder: Path, monkeypatch: pytest.M
     CliRunner().invoke(cli.app, [*command, "--split", "train"])
     assert asked[-1] == ("train", False)
 
+
+
+def test_batches_come_where_signals_are_not_posix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("signal.pthread_sigmask")
+    monkeypatch.delattr("signal.SIGCHLD")
+    assert len(steps(tiny(), 1)[0]) == 1

@@ -612,3 +612,15 @@ def test_evaluate_tells_of_resized_maps_and_removes_what_a_killed_run_left(
     assert code == 0, error
     assert "m, 64x64, to 128x128" in out and "m, 32x32, to 128x128" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.json", "maps", "read"]
+
+
+# Of SceneParsing's objectInfo150, from 1 on.
+MORE_OF_ADE20K = {14: "earth", 15: "door", 16: "table", 17: "mountain", 18: "plant", 19: "curtain",
+                  23: "painting", 24: "sofa", 25: "shelf", 26: "house", 28: "mirror", 29: "rug",
+                  30: "field", 31: "armchair", 32: "seat", 33: "fence", 34: "desk", 35: "rock",
+                  36: "wardrobe", 37: "lamp", 38: "bathtub", 39: "railing", 40: "cushion"}
+
+
+def test_more_names_of_ade20k() -> None:
+    names = class_names("groupdnet_ade20k", 151)
+    assert {number: names[number] for number in MORE_OF_ADE20K} == MORE_OF_ADE20K

@@ -76,3 +76,14 @@ def test_bad_input(state: dict[str, Tensor]) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             call()
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_16_bit_features_are_in_fp32(state, dtype):
+    loss = PerceptualLoss(state).to(dtype)
+    fake, real = (picture.to(dtype) for picture in pictures())
+    found = loss(fake, real)
+    assert found.dtype == torch.float32
+    terms = [w * (f.float() - r.float()).abs().mean() for w, f, r in zip(
+        WEIGHTS, loss.features(fake), loss.features(real), strict=True)]
+    torch.testing.assert_close(found, torch.stack(terms).sum(), rtol=1e-5, atol=0)

@@ -19,6 +19,7 @@ from smis_models.cli.evaluate import _table
 from smis_models.data import GeneratedScenes, Preprocess, build_dataset
 from smis_models.data.preprocess import LABEL_FILTER, PICTURE_FILTER
 from smis_models.families import DEEPFASHION
+from smis_models.io.checkpoint import save_checkpoint
 from smis_models.io.files import file_hash
 from smis_models.io.images import write_indices, write_png
 from smis_models.io.seeds import derived_seed
@@ -27,11 +28,13 @@ from smis_models.metrics import (
     PROTOCOLS,
     DiversityProtocol,
     Inception,
+    LabelRule,
     Metrics,
     PixelDistance,
     Protocol,
     Scenes,
     evaluate,
+    label_rule,
     protocol,
     protocol_title,
 )
@@ -226,3 +229,42 @@ def test_lpips_is_told_by_its_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     good = LPIPS("alex", tmp_path / "trunk.pth")
     assert good.name == PROTOCOLS["n100-m19"].distance == "LPIPS (AlexNet)"
     assert good.facts()["published_heads"] and good.facts()["torchvision_weights"]
+
+
+def short_evaluation(model: Any, metrics: Metrics, **options: Any) -> dict[str, Any]:
+    scenes = Scenes(GeneratedScenes(1, 64, "test"), {"dataset": "scenes", "split": "test"})
+    return evaluate(model, scenes, metrics, protocol("n100-m19", layouts=1, samples=2, pairs=1),
+                    **options)
+
+
+def small_model(name: str = "groupdnet_deepfashion", **options: Any) -> Any:
+    return create_model(name, ngf=8, nef=8, image_size=(64, 64), upsampling="normal",
+                        **options).eval()
+
+
+def test_another_distance_is_told_by_an_evaluation() -> None:
+    found = short_evaluation(small_model(), Metrics([PixelDistance()]))["protocol"]
+    assert found["distance"] == found["changed"]["distance"] == "pixel L1"
+
+
+def test_a_record_names_the_weights_that_were_measured(tmp_path: Path) -> None:
+    model, path = small_model(), tmp_path / "w.safetensors"
+    save_checkpoint(model, path)
+    before = file_hash(path)
+    found = short_evaluation(model, Metrics([PixelDistance()]), checkpoint=path,
+                             step=lambda what: path.write_bytes(b"the next checkpoint"))
+    assert found["model"]["weights_sha256"] == {"w.safetensors": before}
+
+
+@pytest.mark.parametrize(("rule", "changed"), [
+    (None, "count"), ("ignore", None), ("count", "count"), ("own", "a rule of the caller")])
+def test_a_record_says_which_labels_counted(rule: str | None, changed: str | None) -> None:
+    model = small_model("spade_cityscapes")
+    rules = {} if rule is None else {"rule": LabelRule("mine", frozenset({1})) if rule == "own"
+                                     else label_rule("same", model.preset, rule)}
+
+    def segmenter(pictures: Tensor) -> Tensor:
+        return torch.zeros(len(pictures), 64, 64, dtype=torch.long)
+
+    found = short_evaluation(model, Metrics([], segmenter=segmenter, **rules))["protocol"]
+    assert found["changed"].get("dont_care") == changed

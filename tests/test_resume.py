@@ -24,6 +24,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from smis_models import cli, create_model
+from smis_models.data import Collate, GeneratedScenes
 from smis_models.io.checkpoint import (
     CheckpointError,
     read_checkpoint,
@@ -221,7 +222,7 @@ def test_epochs_are_those_of_the_pictures(tmp_path: Path) -> None:
 # What is saved
 
 
-@pytest.mark.parametrize("lost", ["missing", "old", "damaged", "record"])
+@pytest.mark.parametrize("lost", ["missing", "old", "damaged", "record", "torn record"])
 def test_a_finished_run_gets_its_weights_back(lost: str, tmp_path: Path) -> None:
     """The kill fell between the files of a save."""
     weights = tmp_path / "model.safetensors"
@@ -234,6 +235,8 @@ def test_a_finished_run_gets_its_weights_back(lost: str, tmp_path: Path) -> None
         weights.unlink()
     elif lost == "record":
         (tmp_path / "record.json").unlink()
+    elif lost == "torn record":
+        (tmp_path / "record.json").write_text("")
     else:
         weights.write_bytes(old if lost == "old" else whole[:1000])
     outcome = train(tiny(), tmp_path, resume=True)
@@ -532,6 +535,36 @@ def test_a_full_disk_under_the_log_loses_no_step(
     assert saved(tmp_path)["step"] == facts(tmp_path / "model.safetensors")["step"] == 4
 
 
+def test_an_epoch_that_an_error_ends_is_kept(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = LossTable.add
+
+    def full(self: LossTable, row: dict[str, float]) -> None:
+        if row["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", "losses.csv")
+        add(self, row)
+
+    config = tiny("--log.keep_epochs", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(LossTable, "add", full)
+        with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning):
+            train(config, tmp_path)
+    train(config, tmp_path, resume=True)
+    for epoch, step in ((1, 4), (2, 8)):
+        kept = torch.load(tmp_path / f"kept/epoch_{epoch:04d}.pt", weights_only=True)
+        assert kept["step"] == step
+
+
+def test_a_kept_state_survives_what_is_copied_over_the_last(tmp_path: Path) -> None:
+    train(tiny("--log.keep_epochs", "1", "--log.keep", "3", "--log.checkpoint_every", "2"), tmp_path)
+    shutil.copy(tmp_path / "kept/epoch_0001.pt", tmp_path / "checkpoint.pt")
+    assert torch.load(tmp_path / "kept/epoch_0002.pt", weights_only=True)["step"] == 8
+    until(tiny("--log.keep_epochs", "1", "--log.keep", "3", "--log.checkpoint_every", "2"), tmp_path,
+          6, True)
+    steps = sorted(path.stem for path in (tmp_path / "kept").glob("step_*.pt"))
+    assert steps[-1] == "step_0000006"  # those of the course that was left are gone
+
+
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     run = until(tiny(), tmp_path, 2)
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -708,3 +741,19 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {"run/images_per_second", "run/memory", "run/waiting"} <= set(logged[1])
     assert logged[4]["samples"] == ("picture", (84 - 4, 6 * 68 - 4, 3))
     assert first.told[-1] == second.told[-1] == ("finish",)
+
+
+def test_the_best_are_judged_by_the_average(tmp_path: Path) -> None:
+    run = Run(tiny("--optimizer.ema", "0.5", "--log.best", "pixel", "--log.best_scenes", "2",
+                   "--optimizer.generator", "3e-2", "--init_gain", "1"), tmp_path)
+    for _ in range(3):
+        run.trainer.step(run.batches.step(), 0)
+    run.save()
+    model = create_model(checkpoint=tmp_path / "best.safetensors").eval()
+    scenes = GeneratedScenes(2, 64, "val")
+    batch = Collate(model.preset)([scenes[0], scenes[1]])
+    with torch.no_grad():
+        z, _ = model.encoder.encode(batch["image"], batch["labels"])
+        apart = (model.generator(batch["layout"], z) - batch["image"]).abs().mean()
+    judged = facts(tmp_path / "best.safetensors")["best"]["value"]
+    assert judged == pytest.approx(float(apart), rel=1e-4)

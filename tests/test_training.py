@@ -482,16 +482,19 @@ losses = [run.processes.mean(torch.tensor(list(run.trainer.step(run.batches.step
           for _ in range(2)]
 grads = {n: p.grad for n, p in run.trainer.model.named_parameters() if p.grad is not None}
 if rank == 0:
-    torch.save({"losses": losses, "grads": grads}, f"{folder}/pair.pt")
+    torch.save({"losses": losses, "grads": grads, "buffers": dict(run.trainer.model.named_buffers())},
+               f"{folder}/pair.pt")
 dist.barrier()
 # Threads of gloo may still run when the interpreter is torn down, which aborts the process.
 os._exit(0)
 """
 
 
-def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
-    config = tiny("--data.batch", "4", "--losses.prior", "0.5", "--losses.latent", "2",
-                  "--optimizer.generator", "0", "--optimizer.discriminator", "0")
+@pytest.mark.parametrize("recipe", ["groupdnet_scenes", "ccfpse_ade20k"])
+def test_two_processes_equal_one_with_both_batches(recipe: str, tmp_path: Path) -> None:
+    still = "--data.batch", "4", "--optimizer.generator", "0", "--optimizer.discriminator", "0"
+    config = small(recipe, *still) if recipe == "ccfpse_ade20k" else tiny(
+        *still, "--losses.prior", "0.5", "--losses.latent", "2")
     (tmp_path / "config.json").write_text(to_json(config))
     ranks = [subprocess.Popen([sys.executable, "-c", _PROCESS, str(tmp_path), str(rank)])
              for rank in range(2)]
@@ -504,6 +507,20 @@ def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
         torch.testing.assert_close(losses_of_pair, torch.tensor(losses_of_one), rtol=1e-4,
                                    atol=1e-5)
     assert_same_gradients(pair["grads"], _gradients(run.trainer))
+    for name, buffer in run.trainer.model.named_buffers():
+        if "running_" in name:
+            torch.testing.assert_close(pair["buffers"][name], buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_the_worst_of_the_processes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_another(value: Tensor, op: object) -> None:  # whose number is 1
+        most = op == torch.distributed.ReduceOp.MAX
+        value.copy_(torch.tensor((max if most else min)(int(value), 1)))
+
+    run = Run(tiny(), tmp_path)
+    run.processes = Processes(0, 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", with_another)
+    assert [run._worst(state) for state in (0, 1, 2)] == [1, 1, 2]
 
 
 def test_micro_batches_sum_up(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..families import LatentPreset, Preset
+from ..families import LatentPreset, Preset, UNetPreset
 from ..io.choices import unknown_name
 from ..io.images import image_size
 from ..io.scene import SceneFiles
@@ -117,7 +117,7 @@ def _check_sizes(records: Sequence[SceneFiles], preprocess: Preprocess, preset: 
 
     Where the scenes decide their sizes, the heads of all label maps are read.
     """
-    if not isinstance(preset, LatentPreset):
+    if not isinstance(preset, (LatentPreset, UNetPreset)):  # which paint one size alone
         return
     sizes: dict[tuple[int, int], str | Path | None] = {}
     if preprocess.output_size is not None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,12 +88,29 @@ def _weight(layer: nn.Conv2d) -> Tensor:
     return layer.weight
 
 
+class SynchronizedBatchNorm(nn.BatchNorm2d):
+    """Batch norm, in training over the batches of all processes, as published; on a CPU too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, H, W)."""
+        if not (self.training and dist.is_available() and dist.is_initialized()
+                and dist.get_world_size() > 1):
+            return super().forward(input)
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        y = norm_act(input, norm="batch", running_mean=self.running_mean,
+                     running_var=self.running_var, training=True, momentum=self.momentum,
+                     eps=self.eps, process_group=dist.group.WORLD)
+        weight, bias = (t.view(1, -1, 1, 1) for t in (self.weight, self.bias))
+        return torch.addcmul(bias, y, weight).to(y.dtype)
+
+
 class NormalizedConv(nn.Sequential):
     """Conv without bias, batch norm and LeakyReLU under the keys that they have as published."""
 
     def __init__(self, channels: int, out_channels: int, **options: Any) -> None:
         layer = conv(channels, out_channels, bias=False, spectral=True, **options)
-        super().__init__(nn.Sequential(layer, nn.BatchNorm2d(out_channels)), nn.LeakyReLU(0.2))
+        super().__init__(nn.Sequential(layer, SynchronizedBatchNorm(out_channels)), nn.LeakyReLU(0.2))
 
     @property
     def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]:
@@ -299,11 +317,11 @@ class ConditionalBlock(nn.Module):
         self.gen_se_weights1 = predictor(conv(hidden, middle))
         self.gen_se_weights2 = predictor(conv(hidden, out_channels))
         self.conv_0 = SpatiallyVaryingConv2d(channels)
-        self.norm_0 = nn.BatchNorm2d(middle)
+        self.norm_0 = SynchronizedBatchNorm(middle)
         self.conv_1 = conv(channels, middle, kernel_size=1)
-        self.norm_1 = nn.BatchNorm2d(channels)
+        self.norm_1 = SynchronizedBatchNorm(channels)
         self.conv_2 = SpatiallyVaryingConv2d(middle)
-        self.norm_2 = nn.BatchNorm2d(middle)
+        self.norm_2 = SynchronizedBatchNorm(middle)
         self.conv_3 = conv(middle, out_channels, kernel_size=1)
         self.learned_shortcut = channels != out_channels
         if self.learned_shortcut:

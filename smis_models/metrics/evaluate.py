@@ -29,7 +29,7 @@ from .diversity import DiversityMeter
 from .fid import Extractor, fid_of_features
 from .protocols import Protocol
 from .sampling import LayoutSampler, has_class_codes
-from .segmentation import LabelRule, SegmentationScore, Segmenter, predict
+from .segmentation import LabelRule, SegmentationScore, Segmenter, label_rule, predict
 
 Step = Callable[[str], None]
 
@@ -252,15 +252,29 @@ class _Plan:
         self._expect(self._others + sum(self._sets.values()) + unseen * (1 + self._classes))
 
 
-def _used(scenes: Scenes, metrics: Metrics, promised: str | None) -> dict[str, Any]:
+def _used(scenes: Scenes, metrics: Metrics, protocol: Protocol, preset: Any) -> dict[str, Any]:
     """What was really used of what a protocol promises."""
-    used = scenes.used()
+    used, promised = scenes.used(), protocol.distance
+    if metrics.segmenter is not None or metrics.predictions is not None:
+        used["dont_care"] = _dont_care(metrics.rule, preset, protocol.dont_care)
     names = [distance.name for distance in metrics.distances]
     if names:
         used["distance"] = promised if promised in names else ", ".join(names)
     if metrics.extractor is not None:
         used["fid_features"] = _facts(metrics.extractor).get("network", "a network of the caller")
     return used
+
+
+def _dont_care(rule: LabelRule, preset: Any, promised: str) -> str:
+    """What the rule does with pixels without a class; as promised where there are none."""
+    try:
+        plain = label_rule(rule.name, preset)
+    except ValueError:
+        return "a rule of the caller"
+    if not plain.ignored and not rule.ignored:
+        return promised
+    return "ignore" if rule.ignored == plain.ignored else "count" if not rule.ignored else (
+        "a rule of the caller")
 
 
 def _facts(judge: Any) -> dict[str, Any]:
@@ -331,6 +345,8 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
         raise ValueError("fid: expected scenes with photographs, got label maps alone; give a "
                          "--dataset")
     start = time.perf_counter()
+    # Before anything is measured: a run may write other weights meanwhile.
+    facts, source = model_facts(model, checkpoint, seed), commit()
     scores = _PictureScores(metrics, model.preset.classes, scenes.names())
     painter = _Painter(model, seed, clusters)
     meter = DiversityMeter(model, metrics.distances, protocol.diversity, len(scenes), seed=seed,
@@ -360,10 +376,10 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
         }
     results |= scores.result()
     return {
-        "results": results, "model": model_facts(model, checkpoint, seed),
+        "results": results, "model": facts,
         "data": scenes.facts(digest), "seed": seed,
-        "protocol": protocol.facts(_used(scenes, metrics, protocol.distance)),
+        "protocol": protocol.facts(_used(scenes, metrics, protocol, model.preset)),
         "device": str(next(model.parameters()).device), "versions": versions(),
-        "commit": commit(), "command": sys.argv[1:],
+        "commit": source, "command": sys.argv[1:],
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -166,6 +166,9 @@ def _unsignalled() -> Iterator[None]:
     torch's handler of SIGCHLD raises wherever the training process is, in the middle of an update
     too; without it :class:`Batches` sees the end of a worker when it waits for its next batch.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     handler = signal.getsignal(signal.SIGCHLD)
     try:

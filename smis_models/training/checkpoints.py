@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,11 +132,11 @@ def keep(folder: Path, step: int, epoch: int | None, last: int) -> None:
     for name in names:
         for source in (folder / STATE, folder / WEIGHTS):
             with replacing(kept / (name + source.suffix)) as partial:
-                partial.unlink()
-                try:
-                    os.link(source, partial)  # the next save replaces the source, not its content
-                except OSError:
-                    shutil.copyfile(source, partial)
+                shutil.copyfile(source, partial)  # no link: people copy one over the state
+    for ahead in kept.glob("step_*.pt"):  # of a course that was left for an earlier state
+        if int(ahead.stem.removeprefix("step_")) > step:
+            ahead.unlink()
+            ahead.with_suffix(Path(WEIGHTS).suffix).unlink(missing_ok=True)
     for old in sorted(kept.glob("step_*.pt"))[: None if last == 1 else -last]:
         old.unlink()
         old.with_suffix(Path(WEIGHTS).suffix).unlink(missing_ok=True)

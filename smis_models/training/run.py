@@ -111,6 +111,7 @@ class Run:
                  processes: Processes | None = None) -> None:
         self.config, self.folder = config, Path(folder)
         self.processes = processes or Processes()
+        self._commit = commit()  # of the source that is loaded, whatever is pulled meanwhile
         there = (self.folder / STATE).exists()
         if there and not resume:
             raise ValueError(f"out: {self.folder} holds a run; --resume goes on with it, another "
@@ -182,7 +183,9 @@ class Run:
             return None
         held_out = dataset(self.config, self.config.log.grid_split, self.config.log.rows)
         rows = min(self.config.log.rows, len(held_out))
-        batch = Collate(self.config.network)([held_out[i] for i in range(rows)])
+        chosen = [held_out[i] for i in range(rows)]
+        size = chosen[0]["labels"].shape  # others do not fit in one batch
+        batch = Collate(self.config.network)([s for s in chosen if s["labels"].shape == size])
         return MicroBatch.of(batch, self.trainer.device)
 
     def __call__(self, report: Callable[[Progress], None] = lambda progress: None, *,
@@ -199,6 +202,10 @@ class Run:
         """
         if self.processes.first and self._saved >= 0 and not self._exported():
             self._export()  # the kill fell between the two files
+        place, every = self.place, self.config.log.keep_epochs
+        if (self.processes.first and every and self._saved > 0 and not place.seen and place.epoch
+                and place.epoch % every == 0):  # or before the state was kept
+            keep(self.folder, self._saved, place.epoch, self.config.log.keep)
         try:
             self._train(report, minutes, stop)
         except BaseException as error:
@@ -368,7 +375,7 @@ class Run:
         save_checkpoint(self._painted(), self.folder / WEIGHTS, {TRAINING: json.dumps(facts)})
         record = {**facts, "model": self.config.model, "pictures": self.batches.length,
                   "processes": self.processes.count, "device": str(self.trainer.device),
-                  "commit": commit(), "versions": versions()}
+                  "commit": self._commit, "versions": versions()}
         write_atomically(self.folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
     def _exported(self) -> bool:
@@ -376,7 +383,7 @@ class Run:
         try:
             facts = json.loads(read_metadata(self.folder / WEIGHTS)[TRAINING])
             record = json.loads((self.folder / RECORD).read_text())
-        except (CheckpointError, FileNotFoundError, KeyError):
+        except (ValueError, OSError, KeyError, TypeError):  # torn ones too
             return False
         return bool(facts["step"] == record["step"] == self.trainer.step_count)
 
