@@ -373,8 +373,10 @@ def test_rows_beyond_32_bits_are_refused(kernels: Any) -> None:
         kernels._check_rows(64, x)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize(("n", "height", "width"), [(0, 6, 6), (2, 0, 6), (2, 6, 0)])
+# torch's conv, of which the definition is made, refuses pictures without rows or columns.
+@pytest.mark.parametrize(("backend", "n", "height", "width"), [
+    ("reference", 0, 6, 6), ("auto", 0, 6, 6),
+    pytest.param("auto", 2, 0, 6, marks=needs_cpu), pytest.param("auto", 2, 6, 0, marks=needs_cpu)])
 def test_no_pixels_pass(backend: str, n: int, height: int, width: int) -> None:
     x, h = torch.randn(n, 4, height, width), torch.randn(n, 5, height, width)
     operands = [t.requires_grad_() for t in (x, h, torch.randn(36, 5, 3, 3), torch.randn(36))]

@@ -382,9 +382,10 @@ def _process(rank: int, directory: str) -> None:
         y, y_s = modulate_pair(norm_0, norm_s, x, data["seg"][batch], upsample=True)
         ((y * data["cot"][batch]).sum() + y_s.square().sum()).backward()
         results[backend] = {"y": y.detach(), "grad": x.grad, "state": norm_s.state_dict()}
-        norm_s.load_state_dict(data["state"])
+        single = SPADE(6, 3, norm="syncbatch", backend=backend).double()
+        single.load_state_dict(data["state"])
         one = slice(rank, rank + 1)  # a single value in each process
-        results[backend]["one"] = norm_s(data["x"][one, :, :1, :1], data["seg"][one]).detach()
+        results[backend]["one"] = single(data["x"][one, :, :1, :1], data["seg"][one]).detach()
     groups = [dist.new_group([r]) for r in range(2)]
     alone, local = SPADE(6, 3, norm="syncbatch").double(), SPADE(6, 3).double()
     alone.param_free_norm = nn.SyncBatchNorm(6, affine=False, process_group=groups[rank]).double()

@@ -1,4 +1,4 @@
-"""The parts of a norm obey what was done to them: frozen statistics, cumulative ones, hooks on convs."""
+"""A norm's parts obey what was done to them: frozen, cumulative statistics, hooks on convs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune, weight_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune, weight_norm
 
 from smis_kernels import SPADE, CGNorm, ConditionalNorm2d, LabelLayout, MultiSPADE, modulation
 from smis_kernels import spectral_norm as own_spectral_norm
@@ -26,7 +26,8 @@ Made = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 
 def labels(n: int = 2) -> Tensor:
     random = torch.Generator().manual_seed(1)
-    return torch.randint(K, (n, 4, 4), generator=random).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    coarse = torch.randint(K, (n, 4, 4), generator=random)
+    return coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
 def planes(n: int = 2) -> Tensor:
@@ -199,7 +200,8 @@ def test_running_statistics_may_be_slices(backend: str, grad: bool) -> None:
 def test_fake_tensors_are_not_looked_at() -> None:
     module = ConditionalNorm2d(C, K)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x, classes = mode.from_tensor(torch.randn(2, C, 4, 4)), mode.from_tensor(torch.tensor([1, 3]))
+        x = mode.from_tensor(torch.randn(2, C, 4, 4))
+        classes = mode.from_tensor(torch.tensor([1, 3]))
         assert module(x, classes).shape == x.shape
     assert valueless(classes)  # outside of the mode too
     assert not valueless(torch.tensor([1]))

@@ -259,7 +259,7 @@ def test_a_record_names_the_weights_that_were_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rule", "changed"), [
     (None, "count"), ("ignore", None), ("count", "count"), ("own", "a rule of the caller")])
 def test_a_record_says_which_labels_counted(rule: str | None, changed: str | None) -> None:
-    model = small_model("spade_cityscapes")
+    model = create_model("spade_coco", ngf=2, hidden=8, image_size=(64, 64)).eval()
     rules = {} if rule is None else {"rule": LabelRule("mine", frozenset({1})) if rule == "own"
                                      else label_rule("same", model.preset, rule)}
 

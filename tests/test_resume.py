@@ -547,7 +547,7 @@ def test_an_epoch_that_an_error_ends_is_kept(
     config = tiny("--log.keep_epochs", "1")
     with monkeypatch.context() as patched:
         patched.setattr(LossTable, "add", full)
-        with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning):
+        with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning, match="4"):
             train(config, tmp_path)
     train(config, tmp_path, resume=True)
     for epoch, step in ((1, 4), (2, 8)):
@@ -556,11 +556,11 @@ def test_an_epoch_that_an_error_ends_is_kept(
 
 
 def test_a_kept_state_survives_what_is_copied_over_the_last(tmp_path: Path) -> None:
-    train(tiny("--log.keep_epochs", "1", "--log.keep", "3", "--log.checkpoint_every", "2"), tmp_path)
+    config = tiny("--log.keep_epochs", "1", "--log.keep", "3", "--log.checkpoint_every", "2")
+    train(config, tmp_path)
     shutil.copy(tmp_path / "kept/epoch_0001.pt", tmp_path / "checkpoint.pt")
     assert torch.load(tmp_path / "kept/epoch_0002.pt", weights_only=True)["step"] == 8
-    until(tiny("--log.keep_epochs", "1", "--log.keep", "3", "--log.checkpoint_every", "2"), tmp_path,
-          6, True)
+    until(config, tmp_path, 6, True)
     steps = sorted(path.stem for path in (tmp_path / "kept").glob("step_*.pt"))
     assert steps[-1] == "step_0000006"  # those of the course that was left are gone
 

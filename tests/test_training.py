@@ -482,8 +482,8 @@ losses = [run.processes.mean(torch.tensor(list(run.trainer.step(run.batches.step
           for _ in range(2)]
 grads = {n: p.grad for n, p in run.trainer.model.named_parameters() if p.grad is not None}
 if rank == 0:
-    torch.save({"losses": losses, "grads": grads, "buffers": dict(run.trainer.model.named_buffers())},
-               f"{folder}/pair.pt")
+    buffers = dict(run.trainer.model.named_buffers())
+    torch.save({"losses": losses, "grads": grads, "buffers": buffers}, f"{folder}/pair.pt")
 dist.barrier()
 # Threads of gloo may still run when the interpreter is torn down, which aborts the process.
 os._exit(0)

@@ -125,12 +125,11 @@ class ConditionalNorm2d(Normalizing):
         if not condition.is_floating_point():
             check_tensor("condition", condition, 1, "(N,) classes", INTEGERS)
         gamma, beta = self._affine(condition)
+        shared = self.shared_arguments()
         self.count_batch()
         return _per_image(
             input, gamma, beta, upsample=upsample, activation=activation,
-            negative_slope=negative_slope, backend=self.backend, **self.norm_arguments(),
-            **self.shared_arguments(),
-        )
+            negative_slope=negative_slope, backend=self.backend, **self.norm_arguments(), **shared)
 
 
 def adain(input: Tensor, style: Tensor, *, activation: str | None = None,

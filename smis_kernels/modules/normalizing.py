@@ -63,7 +63,7 @@ class Normalizing(nn.Module):
     def shared_arguments(self) -> dict[str, Any]:
         """Norm, mode, momentum and process group as keyword arguments of the op.
 
-        A batch norm's mode is its own, which may be frozen (``eval()``) inside a module that trains.
+        A batch norm's mode is its own: it may be frozen (``eval()``) inside a module that trains.
         """
         norm = child(self, "param_free_norm")
         if isinstance(norm, nn.Identity):

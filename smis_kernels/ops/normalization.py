@@ -113,7 +113,8 @@ def _fixed(kind: str, running: Running, dtype: torch.dtype, eps: float) -> Stati
 @torch.no_grad()
 def _scaled(mean: Tensor, var: Tensor, dtype: torch.dtype, eps: float) -> Statistics:
     rstd = torch.rsqrt(var.to(dtype) + eps)
-    return Statistics(mean.to(dtype).contiguous().view(1, -1), rstd.contiguous().view(1, -1), "fixed")
+    center, rstd = (t.contiguous().view(1, -1) for t in (mean.to(dtype), rstd))
+    return Statistics(center, rstd, "fixed")
 
 
 def statistics(input: Tensor, kind: str, options: Options, *runnings: Running) -> list[Statistics]:

@@ -110,7 +110,8 @@ class NormalizedConv(nn.Sequential):
 
     def __init__(self, channels: int, out_channels: int, **options: Any) -> None:
         layer = conv(channels, out_channels, bias=False, spectral=True, **options)
-        super().__init__(nn.Sequential(layer, SynchronizedBatchNorm(out_channels)), nn.LeakyReLU(0.2))
+        norm = SynchronizedBatchNorm(out_channels)
+        super().__init__(nn.Sequential(layer, norm), nn.LeakyReLU(0.2))
 
     @property
     def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]:
