@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from smis_models import benchmark as harness
+from smis_models import cli
 from smis_models.benchmark import evaluation, records, timing, training
 from smis_models.benchmark.case import (
     Case,
@@ -441,6 +442,25 @@ def test_the_default_allocator_is_that_of_a_fresh_process(monkeypatch):
     module = importlib.import_module("smis_models.benchmark.measure")  # a function has its name
     monkeypatch.setattr(module, "_again", _malloc_settings)
     assert module._in_a_fresh_process(case, None, harness.Maps()) == []
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
+    case = SimpleNamespace(group="a", confirm=False, scenes="")
+
+    def fails_second(*_):
+        if (tmp_path / "records.json").exists():
+            raise ValueError("maps: a bad one")
+        return [_record("reference", 2.0)]
+
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    monkeypatch.setattr(harness, "cases", lambda *_: [case, case])
+    monkeypatch.setattr(harness, "measure", fails_second)
+    monkeypatch.setattr("sys.argv", ["smis", "benchmark", "--set", "modulation", "--out",
+                                     str(tmp_path), "--no-default-allocator"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert [r.median for r in harness.load(tmp_path / "records.json")] == [2.0]
 
 
 def test_pytest_benchmark_and_the_report(tmp_path):

@@ -383,6 +383,12 @@ def test_spade_paints_and_has_no_demo(smis, small, scene, tmp_path):
                     "--out", tmp_path / "out")
     assert code == 0
     assert _read(tmp_path / "out/0_0.png").std() > 10
+    present = int(images.read_labels(scene / "person/0.png", 256)[0, 0])
+    code, _, err = smis("edit", "--model", "spade_ade20k", "--labels", scene / "person/0.png",
+                        "--exchange", present, "--library", scene / "person", "--out",
+                        tmp_path / "edit")
+    assert code == 2
+    assert re.match(r"error: texture: spade_ade20k has no code .*give --no-texture\n$", err), err
     code, _, err = smis("demo", "--model", "spade_ade20k", "--out", tmp_path / "demo")
     assert code == 2
     assert re.match(r"error: model: expected a GroupDNet, .*got 'spade_ade20k'.*\n$", err), err
@@ -479,6 +485,12 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
     code, _, error = smis("synthesize", *given)
     assert (code, error.count("\n")) == (2, 1)
     assert "give --features" in error
+    (one, _) = (scene / "street/label").iterdir()
+    code, _, error = smis("resample", "--model", name, "--labels", one,
+                          "--instances", scene / "street/inst", "--features", made,
+                          "--instance", 99999, "--out", tmp_path / "resampled")
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("error: instance: expected instances of the map, got 99999")
     other = ("--model", "pix2pixhd_cityscapes", *given[2:], "--features", made)
     code, _, error = smis("synthesize", *other)
     assert (code, error.count("\n")) == (2, 1)

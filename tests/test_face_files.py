@@ -205,6 +205,28 @@ def test_what_is_read_is_never_written_over(tmp_path: Path, smis: Any, layout: P
     code, _, error = smis("synthesize", "--model", "groupdnet_scenes", "--labels", tmp_path,
                           "--out", tmp_path)
     assert (code, error.count("\n")) == (2, 1) and "folder of the label maps" in error
+    pictures, labels = tmp_path / "pictures", tmp_path / "labels"
+    for name in ("morph_0", "exchange_1"):
+        for folder in (pictures, labels):
+            folder.mkdir(exist_ok=True)
+            (folder / f"{name}.png").write_bytes(layout.read_bytes())
+    given = ("--model", "groupdnet_scenes", "--labels", layout)
+    encoded = ("--images", pictures, "--image-labels", labels)
+    for words in (("mix", *encoded), ("morph", *encoded), ("resample", "--class", 1, *encoded),
+                  ("edit", "--relabel", "1=2", *encoded),
+                  ("edit", "--exchange", 1, "--library", labels)):
+        out = labels if "--library" in words else pictures
+        code, _, error = smis(*words, *given, "--out", out)
+        assert (code, error.count("\n")) == (2, 1) and "is read, and would be" in error, words
+    grids = tmp_path / "grids"
+    grids.mkdir()
+    for name in ("grid", "0"):
+        (grids / f"{name}.png").write_bytes(layout.read_bytes())
+    for words in (("synthesize", "--labels", grids / "grid.png"), ("demo", "--labels", grids)):
+        code, _, error = smis(*words, "--model", "groupdnet_scenes", "--out", grids)
+        assert (code, error.count("\n")) == (2, 1) and "is read, and would be" in error, words
+    for folder in (pictures, labels, grids):
+        assert all(path.read_bytes() == layout.read_bytes() for path in folder.glob("*.png"))
     grey = tmp_path / "grey.png"
     Image.new("RGB", (4, 4), (1, 1, 1)).save(grey)
     before = grey.read_bytes()

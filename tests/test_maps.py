@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,70 @@ def test_maps_of_other_modes_are_named_as_what_they_are(tmp_path: Path, mode: st
         read_labels(tmp_path / "map.tif", 8)
 
 
+def _packed(values: np.ndarray, bits: int) -> list[bytes]:
+    """Rows of samples of 1, 2 or 4 bits, the first in the highest."""
+    step = 8 // bits
+    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % step))).astype(np.uint8)
+    parts = padded.reshape(len(values), -1, step) << (8 - bits * (1 + np.arange(step)))
+    return [bytes(row) for row in np.bitwise_or.reduce(parts, 2).astype(np.uint8)]
+
+
+def _grey_png(path: Path, values: np.ndarray, bits: int) -> Path:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (struct.pack(">I", len(content)) + kind + content
+                + struct.pack(">I", zlib.crc32(kind + content)))
+
+    height, width = values.shape
+    rows = b"".join(b"\0" + row for row in _packed(values, bits))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n"
+                     + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return path
+
+
+def _grey_tiff(path: Path, values: np.ndarray, bits: int) -> Path:
+    rows = b"".join(_packed(values, bits))
+    tags = [(256, values.shape[1]), (257, len(values)), (258, bits), (259, 1), (262, 1),
+            (273, 8), (277, 1), (278, len(values)), (279, len(rows))]
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows
+                     + struct.pack("<H", len(tags)) + fields + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("write", [_grey_png, _grey_tiff])
+def test_levels_of_few_bits_are_the_classes(write: Any, bits: int, tmp_path: Path, smis: Any
+                                            ) -> None:
+    values = np.arange(8 * 15).reshape(8, 15) % (1 << bits)
+    path = write(tmp_path / f"map{'.png' if write is _grey_png else '.tif'}", values, bits)
+    assert np.array_equal(images.read_labels(path, 16), values)
+    assert np.array_equal(images.read_instances(path), values)
+    assert smis("convert-labels", path, tmp_path / "out")[0] == 0
+    assert np.array_equal(images.read_labels(tmp_path / "out/map.png", 16), values)
+
+
+@pytest.mark.parametrize(("head", "largest"), [(b"P5", 100), (b"P2", 100), (b"P5", 1000)])
+def test_scaled_levels_are_refused(head: bytes, largest: int, tmp_path: Path) -> None:
+    pixels = b"1 " * 4 if head == b"P2" else bytes([0, 1]) * (2 + 2 * (largest > 255))
+    (tmp_path / "a.pgm").write_bytes(head + b"\n2 2\n%d\n" % largest + pixels)
+    with pytest.raises(images.ImageError, match=f"a.pgm: expected .* got up to {largest}, which"):
+        images.read_labels(tmp_path / "a.pgm", 256)
+
+
+@pytest.mark.parametrize(("largest", "values"), [(255, [0, 1, 7, 255]), (65535, [0, 1, 300, 9999])])
+def test_whole_levels_of_a_pgm_are_kept(largest: int, values: list[int], tmp_path: Path) -> None:
+    pixels = struct.pack(">4H" if largest > 255 else "4B", *values)
+    (tmp_path / "a.pgm").write_bytes(b"P5\n2 2\n%d\n" % largest + pixels)
+    assert images.read_instances(tmp_path / "a.pgm").ravel().tolist() == values
+
+
+def test_colours_of_more_bits_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.ppm").write_bytes(b"P6\n1 1\n100\n" + bytes([100, 0, 0]))
+    with pytest.raises(images.ImageError, match=r"expected 8 bits per channel, got .*up to 100"):
+        images.read_exact(tmp_path / "a.ppm")
+
+
 def test_files_of_a_scene_have_one_shape(tmp_path: Path) -> None:
     images.write_indices(tmp_path / "labels/a.png", np.zeros((10, 20), int))
     images.write_indices(tmp_path / "inst/a.png", np.zeros((20, 20), int))
@@ -486,6 +552,21 @@ def test_size_paints_a_convolutional_model_at_another(tmp_path: Path, smis: Any,
         assert (code, error.count("\n")) == (2, 1)
 
 
+def test_pictures_of_two_folders_keep_their_own_maps(tmp_path: Path) -> None:
+    for folder, label in (("a", 1), ("b", 2)):
+        images.write_png(tmp_path / folder / "images/0.png", np.zeros((64, 96, 3), np.uint8))
+        images.write_indices(tmp_path / folder / "labels/0.png", np.full((64, 96), label))
+    pictures = [tmp_path / "a/images", tmp_path / "b/images"]
+    labels = [tmp_path / "a/labels", tmp_path / "b/labels"]
+    with pytest.raises(ValueError, match=r"^images: .*a/images/0.png and .* are both"):
+        read_pictures(pictures, labels, SMALL)
+    with pytest.raises(ValueError, match=r"^image-labels: .* are both of scene '0'"):
+        read_pictures(pictures[:1], labels, SMALL)
+    singly = read_pictures([path / "0.png" for path in pictures],
+                           [path / "0.png" for path in labels], SMALL)
+    assert [int(picture.labels.max()) for picture in singly] == [1, 2]
+
+
 def test_the_grid_is_bounded(tmp_path: Path, smis: Any) -> None:
     for k in range(20):
         images.write_indices(tmp_path / f"maps/{k}.png", np.full((128, 128), k % 8))
@@ -520,6 +601,14 @@ def test_a_benchmarks_maps_take_their_own_instances(tmp_path: Path) -> None:
     for k in range(2):
         assert (maps.labels("street", (4, 4), 35, k) == k).all()
         assert (maps.instances("street", (4, 4), k) == 7 + k).all()
+
+
+def test_a_benchmark_takes_the_first_maps(tmp_path: Path) -> None:
+    for number in range(20):
+        images.write_indices(tmp_path / f"coco/label/{number:02}.png", np.full((8, 8), number))
+    maps = Maps(tmp_path).named("coco")
+    assert (maps.count, maps.left_out) == (16, 4)
+    assert [int(maps.labels("", (8, 8), 183, k)[0, 0]) for k in range(16)] == list(range(16))
 
 
 def test_a_missing_prediction_is_told_before_the_measuring(tmp_path: Path, smis: Any,

@@ -188,6 +188,14 @@ def test_fill_eraser_and_pick(board: Board) -> None:
     erased = board.labels()
     assert (erased != filled).sum() > 50
     assert (erased[erased != filled] == before[erased != filled]).all()
+    # Undone, another scene's labels are no longer what the eraser brings back.
+    board.doing(lambda: board.page.select_option("#scene", index=1))
+    assert not np.array_equal(board.labels(), erased)
+    board.doing(lambda: board.page.click("#undo"))
+    board.stroke((8.5, y + .5), (120, 100))
+    again = board.labels()
+    assert (again != erased).any()
+    assert (again[again != erased] == before[again != erased]).all()
     board.page.keyboard.press("i")
     other = int(before[127, 64])
     box = board.page.locator("#map").bounding_box()

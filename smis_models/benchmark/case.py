@@ -26,6 +26,7 @@ DIRECTIONS = ("forward", "backward", "step")
 DATA_SETS = ("coco", "cityscapes")
 COCO_CLASSES = 183
 _TINY = 16
+_MOST = 16
 
 
 class Maps:
@@ -34,11 +35,15 @@ class Maps:
     Args:
         folder: with label PNGs, or with ``label/`` and (optionally) ``inst/`` inside, or with one
             such folder for each data set, ``coco`` and ``cityscapes``. Classes
-            beyond a case's number are taken modulo it: only the layout matters to speed.
+            beyond a case's number are taken modulo it: only the layout matters to speed. Of more
+            than 16 maps the first 16 are taken: the inputs of each stay in memory.
+
+    ``left_out`` tells how many maps are not taken.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = folder
+        self.left_out = 0
         self._files: list[Path] = []
         self._ids: list[Path] = []
         if folder is not None:
@@ -49,7 +54,9 @@ class Maps:
                 return  # maps come from `named`
             if not place.is_dir():
                 raise FileNotFoundError(f"maps: {folder} is no folder of label PNGs")
-            scenes = map_files("maps", place)
+            found = map_files("maps", place)
+            scenes = dict(list(found.items())[:_MOST])
+            self.left_out = len(found) - len(scenes)
             self._files = list(scenes.values())
             ids = root / "inst"
             self._ids = match("maps", list(scenes), map_files("maps", ids, INSTANCES)

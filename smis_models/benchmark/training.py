@@ -107,7 +107,7 @@ def _micro(batch: Any) -> MicroBatch:
 
 
 def _channels_last(inputs: Inputs) -> Inputs:
-    """A trainer of its own whose weights and pictures are in channels-last memory."""
+    """A trainer of its own whose weights are in channels-last memory: convs pass it on."""
     trainer, samples, *rest = inputs
     twin = Trainer(trainer.config)
     twin.model.load_state_dict(trainer.model.state_dict())

@@ -16,6 +16,7 @@ from ..data.classes import class_index
 from ..io.animation import FORMATS, check_animation, write_animation
 from ..io.files import locked
 from ..io.images import Picture, to_pictures, write_png, written_here
+from ..io.names import files_under
 from ..io.sheet import captioned, captioned_grid
 from ..synthesis import applications
 from ..synthesis import scene as synthesis
@@ -38,6 +39,7 @@ from .common import (
     chosen,
     command,
     console,
+    keep_inputs,
     progress,
     resized_line,
     say_resized,
@@ -106,13 +108,14 @@ class _Application:
         return class_index(argument, text, self.names)
 
 
+_WRITTEN = re.compile(r"(mix|edit|exchange|morph|resample)(_\d+|_grid)?\.(png|gif|webp)")
+
+
 def _keep_inputs(out: Path, *paths: Path | None) -> None:
-    """Refuse to write over what is read."""
-    written = re.compile(r"(mix|edit|morph|resample)(_\d+|_grid)?\.(png|gif|webp)")
-    for path in paths:
-        if path is not None and path.resolve().parent == out.resolve() and (
-                written.fullmatch(path.name)):
-            raise ValueError(f"out: {path} is read, and might be written over; give another folder")
+    """Refuse to write over what is read, be it in a folder."""
+    read = [file for path in paths if path is not None for file in (
+        (path / name for name in files_under(path)) if path.is_dir() else (path,))]
+    keep_inputs((out / path.name for path in read if _WRITTEN.fullmatch(path.name)), read)
 
 
 @contextmanager
@@ -186,6 +189,7 @@ def mix(
     unknown: Unknown = None,
 ) -> None:
     """Appearance mixture: paint a label map with each class's code from another picture."""
+    _keep_inputs(out, *images, *image_labels)
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
                    animation, seconds, out) as made:
         codes, names = made.encoded(images, image_labels)
@@ -228,7 +232,8 @@ def edit(
 
     Edits follow one another: first --relabel, then --paint, then --to.
     """
-    _keep_inputs(out, *(to or ()), *(to_instances or ()), *(images or ()), *(image_labels or ()))
+    _keep_inputs(out, library, library_instances, *(to or ()), *(to_instances or ()),
+                 *(images or ()), *(image_labels or ()))
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
                    animation, seconds, out) as made:
         preset = made.model.preset
@@ -263,6 +268,9 @@ def edit(
         if clusters is not None:
             raise ValueError("exchange: expected a model with codes, got one that reads instance "
                              "features; use --to with the exchanged map")
+        if texture and not hasattr(made.model.generator, "class_channels"):
+            raise ValueError(f"texture: {made.model.name} has no code for each class that could be "
+                             "drawn anew; give --no-texture")
         shelf = ShapeLibrary.from_scenes(made.scenes("library", library, library_instances))
         target = int(exchange) if exchange.isdecimal() else made.class_of("exchange", exchange)
         frames = applications.exchange(made.model, made.scene, target, shelf, shapes, seed, z,
@@ -292,6 +300,7 @@ def morph(
     unknown: Unknown = None,
 ) -> None:
     """Style morphing: from one code to another on the sphere, so that the variance is kept."""
+    _keep_inputs(out, *(images or ()), *(image_labels or ()))
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
                    animation, seconds, out) as made:
         if images:
@@ -327,6 +336,7 @@ def resample(
     """Draw one class (or the features of one instance) anew, again and again; hold the rest."""
     if (index is None) == (instance is None):
         raise ValueError("class, instance: expected one of them; give --class N")
+    _keep_inputs(out, *(images or ()), *(image_labels or ()))
     with _prepared(model, checkpoint, labels, instances, unknown, seed, backend, device,
                    animation, seconds, out) as made:
         clusters = synthesis.read_clusters(made.model.preset, features)
@@ -340,7 +350,8 @@ def resample(
             frames = applications.edit_features(made.model, made.scene, clusters, instance,
                                                 seed, samples)
             total = min(samples, clusters.count(instance))
-            _write("resample", frames, total, made, out, animation, seconds)
+            with called(chosen="instance"):
+                _write("resample", frames, total, made, out, animation, seconds)
             return
         assert index is not None
         z = made.code(images or (), image_labels or (), seed)

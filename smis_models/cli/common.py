@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -287,6 +287,18 @@ def existing(option: str, path: Path | None, what: str) -> None:
     """Refuse a path that is given and not there; ``what`` is to be given instead."""
     if path is not None and not path.exists():
         raise FileNotFoundError(f"{option}: {path} does not exist; give {what}")
+
+
+def keep_inputs(written: Iterable[Path], read: Iterable[Path]) -> None:
+    """Refuse files to write that are files to read.
+
+    Raises:
+        ValueError: the first that is both.
+    """
+    targets = {path.resolve() for path in written}
+    for path in read:
+        if path.resolve() in targets:
+            raise ValueError(f"out: {path} is read, and would be written over; give another folder")
 
 
 def unusable(context: typer.Context, reason: str, *names: str) -> None:

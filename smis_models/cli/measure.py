@@ -42,6 +42,11 @@ def benchmark(
     place = resolve_device(device)
     cases = harness.cases(set, only)
     source = harness.Maps(maps)
+    for scenes in sorted({case.scenes for case in cases}):
+        if left_out := source.named(scenes).left_out:
+            console.print(f"maps: the first {source.named(scenes).count} are measured, {left_out} "
+                          f"of {source.named(scenes).folder} are left out", soft_wrap=True,
+                          highlight=False)
     dtypes = (torch.float32,) if place.type == "cpu" else (torch.float32, torch.bfloat16)
     on_cpu = place.type == "cpu"
     records = []
@@ -61,6 +66,7 @@ def benchmark(
             if on_cpu and default_allocator:
                 step.tell(f"{case.group}: default allocator")
                 records += under_default_allocator(case, source)
+            harness.save(out / "records.json", records)  # kept, whatever the next case does
             step(case.group)
     reused = [r for r in records if r.allocator == "reuse"]
     table = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +52,7 @@ from .common import (
     console,
     existing,
     file_to_write,
+    keep_inputs,
     progress,
     resized_line,
     say_resized,
@@ -143,6 +146,8 @@ def synthesize(
         clusters = synthesis.read_clusters(preset, features)
         scenes = synthesis.read_scenes(labels, instances, preset,
                                        which.class_of("unknown", unknown), which.classes)
+        keep_inputs((out / name for name in ("grid.png", *(
+            f"{of.name}_{k}.png" for of in scenes.files for k in range(samples)))), scenes.read)
         first = scenes[0]
         network = which.load(**options)
         if samples > 1 and clusters is None and draw_code(network, seed) is None:
@@ -156,6 +161,7 @@ def synthesize(
         made: Synthesizer | None = None
         first_resized: Scene | None = None
         count = 0
+        older = cache(_numbered)
         with progress(len(scenes) * samples) as step:
             for i, scene in enumerate(scenes):
                 start, drawn = time.perf_counter(), []
@@ -169,7 +175,7 @@ def synthesize(
                     (picture,) = to_pictures(made.sample(z))
                     write_png(out / f"{scene.name}_{k}.png", picture)
                     drawn += [(f"seed {seed + k}", picture)] if i < _GRID_ROWS else []
-                _remove_older(out, scene.name, samples)
+                _remove_older(older, out / scene.name, samples)
                 spent = (time.perf_counter() - start) / samples
                 if resized_line(scene):
                     first_resized, count = first_resized or scene, count + 1
@@ -190,16 +196,23 @@ def synthesize(
     console.print(f"{len(scenes) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
 
 
-def _remove_older(out: Path, scene: str, samples: int) -> None:
+_Numbered = dict[str, dict[int, Path]]
+
+
+def _numbered(folder: Path) -> _Numbered:
+    """The pictures ``<scene>_<number>.png`` of a folder: scene -> number -> file."""
+    found: _Numbered = {}
+    for name in os.listdir(folder):
+        if match := re.fullmatch(r"(.+)_(0|[1-9][0-9]*)\.png", name):
+            found.setdefault(match[1], {})[int(match[2])] = folder / name
+    return found
+
+
+def _remove_older(pictures: Callable[[Path], _Numbered], scene: Path, samples: int) -> None:
     """Pictures of a scene that an earlier run with more samples has left."""
-    place, name = (out / scene).parent, (out / scene).name
-    with os.scandir(place) as entries:
-        for entry in entries:
-            number = entry.name.removeprefix(f"{name}_").removesuffix(".png")
-            if entry.name == f"{name}_{number}.png" and number.isdecimal() and (
-                    str(int(number)) == number and int(number) >= samples) and (
-                    written_here(entry.path)):
-                os.unlink(entry.path)
+    for number, path in pictures(scene.parent).get(scene.name, {}).items():
+        if number >= samples and written_here(path):
+            path.unlink()
 
 
 @command()
@@ -270,12 +283,13 @@ def demo(
                 "model: expected a GroupDNet, for the demo draws the code of one class anew; got "
                 f"{which.name!r}; smis synthesize takes every model"
             )
-        shown = (
-            synthesis.sample_scenes(preset, scenes, seed, which.name) if labels is None
-            else synthesis.read_scenes(labels, instances, preset,
-                                       which.class_of("unknown", unknown), which.classes)
-        )
-        if labels is not None:
+        if labels is None:
+            shown: Sequence[Scene] = synthesis.sample_scenes(preset, scenes, seed, which.name)
+        else:
+            of_files = synthesis.read_scenes(labels, instances, preset,
+                                             which.class_of("unknown", unknown), which.classes)
+            keep_inputs((out / f"{of.name}.png" for of in of_files.files), of_files.read)
+            shown = of_files
             say_resized([(x.name, x.source_size) for x in shown if x.source_size is not None],
                         preset.image_size)
         options = {} if published else _quarter_width(preset)

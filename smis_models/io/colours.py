@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import ImageError, Picture, read_exact
+from .images import ImageError, Picture, opened, read_exact, read_indices
 
 Colour = tuple[int, int, int]
 
@@ -82,16 +82,20 @@ def convert_colours(path: str | Path, table: Mapping[Colour, int] | None) -> NDA
 
     Args:
         path: a PNG, BMP or TIFF; of a palette file the colours count, not the indices.
-        table: colour -> class; None for grey maps stored with three equal channels or with alpha,
-            whose grey level is the class.
+        table: colour -> class; None for grey maps, of one channel, of three equal ones or with
+            alpha, whose grey level is the class.
 
     Raises:
         ImageError: a lossy format, a colour that the table has not, unequal channels without a
             table, pixels that are not opaque.
     """
-    picture = read_exact(path)
     if table is not None:
-        return indices_of(picture, table, path)
+        return indices_of(read_exact(path), table, path)
+    with opened(path, "a PNG") as image:
+        grey = image.mode in ("1", "L")
+    if grey:  # as colours, levels of fewer than 8 bits are stretched
+        return read_indices(Path(path))
+    picture = read_exact(path)
     if (picture != picture[..., :1]).any():
         raise ImageError(f"{path}: expected three equal channels, got colours; give their table "
                          "(--colours)")

@@ -24,6 +24,7 @@ _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions inside a TIFF that do not
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 # Pillow stretches 2- and 4-bit grey levels to 0..255; indices must not be stretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
+_UNSCALED = (255, 65535)  # the largest values of a PGM that Pillow keeps as they are
 
 Picture = NDArray[np.uint8]
 # What is opened: some of Pillow's other decoders start programs.
@@ -62,9 +63,27 @@ def opened(path: str | Path, expected: str,
                          f"expected {expected}") from error
 
 
-def _read_indices(path: Path) -> NDArray[np.int64]:
+def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
+    """(how a pixel is stored, the largest value of a PGM or PPM that Pillow scales, else 0)."""
+    if not image.tile:
+        return "", 0
+    decoder, arguments = image.tile[0][0], image.tile[0][3]
+    if decoder.startswith("ppm"):
+        return "", int(arguments[-1] if isinstance(arguments, tuple) else arguments)
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return str(first), 0
+
+
+def read_indices(path: Path) -> NDArray[np.int64]:
+    """The values of an image of one channel, as they are stored; of palettes the indices.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageError: not an image, a lossy format, several channels, a PGM whose levels are scaled.
+    """
     with opened(path, "a PNG index map") as image:
-        stretch = _STRETCH.get(str(image.tile[0][3]) if image.tile else "", 1)
+        stored, largest = _storage(image)
+        stretch = _STRETCH.get(stored[:3], 1)
         mode, kind = image.mode, str(image.format)
         if image.info.get("compression") in _LOSSY:
             kind = "lossy TIFF"
@@ -73,6 +92,9 @@ def _read_indices(path: Path) -> NDArray[np.int64]:
         raise ImageError(f"{path}: expected an index map as PNG, got a {kind} file, which does not "
                          "keep indices; make the map again as PNG, for a conversion keeps the "
                          "wrong values")
+    if largest and largest not in _UNSCALED:
+        raise ImageError(f"{path}: expected a PGM with levels up to 255 or 65535, got up to "
+                         f"{largest}, which decoders scale; make the map again as PNG")
     if mode not in _INDEX_MODES:
         raise ImageError(f"{path}: expected one index per pixel (8-bit, palette or 16-bit PNG), "
                          f"got {_no_indices(mode, pixels)}")
@@ -147,7 +169,7 @@ def read_labels(path: str | Path, num_classes: int, size: tuple[int, int] | None
     Example:
         >>> labels = read_labels("scene.png", num_classes=35, size=(256, 512))  # doctest: +SKIP
     """
-    labels = _read_indices(Path(path))
+    labels = read_indices(Path(path))
     if unknown is not None:
         if not 0 <= unknown < num_classes:
             raise ValueError(f"unknown: expected a class 0..{num_classes - 1}, got {unknown}")
@@ -172,7 +194,7 @@ def read_instances(path: str | Path, size: tuple[int, int] | None = None) -> NDA
         FileNotFoundError: no such file.
         ImageError: not an image, or a colour image.
     """
-    ids = _read_indices(Path(path))
+    ids = read_indices(Path(path))
     return ids if size is None else resize_nearest(ids, size)
 
 
@@ -185,13 +207,15 @@ def read_exact(path: str | Path) -> Picture:
     """
     with opened(path, "a PNG") as image:
         mode = image.mode
+        stored, largest = _storage(image)
         kind = "lossy TIFF" if image.info.get("compression") in _LOSSY else str(image.format)
         pixels = np.asarray(image.convert("RGBA"))
     if kind not in _EXACT:
         raise ImageError(f"{path}: expected colours as PNG, got a {kind} file, which does not keep "
                          "them; make the map again as PNG")
-    if mode.startswith(("I", "F")):
-        raise ImageError(f"{path}: expected 8 bits per channel, got mode {mode}")
+    if mode.startswith(("I", "F")) or ";16" in stored or largest not in (0, 255):
+        raise ImageError(f"{path}: expected 8 bits per channel, got "
+                         f"{stored or mode}{f' up to {largest}' if largest else ''}")
     if (pixels[..., 3] != 255).any():
         raise ImageError(f"{path}: expected opaque pixels, got transparent ones; fill them with "
                          "the colour of their class")

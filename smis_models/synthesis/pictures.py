@@ -39,7 +39,7 @@ def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset
     Raises:
         FileNotFoundError: a path, or the label map of a picture, is missing.
         ImageError: a file is not what it was given as.
-        ValueError: another number of label maps than pictures.
+        ValueError: another number of label maps than pictures; in folders, two of one scene.
 
     Example:
         >>> from smis_models import create_model
@@ -49,10 +49,12 @@ def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset
         >>> pictures = read_pictures([folder / "images"], [folder / "labels"], preset)
     """
     found = _files("images", images, PICTURE, PICTURE_SUFFIXES)
-    maps = [path for _, path in _files("image-labels", labels)]
+    own = _files("image-labels", labels)
+    maps = [path for _, path in own]
     if any(path.is_dir() for path in (*images, *labels)):
-        own = dict(_files("image-labels", labels))
-        maps = match("image-labels", [name for name, _ in found], own)
+        for option, files in (("images", found), ("image-labels", own)):
+            _once_each(option, files)
+        maps = match("image-labels", [name for name, _ in found], dict(own))
     if len(maps) != len(found):
         raise ValueError(f"image-labels: expected {len(found)} label maps, one for each picture; "
                          f"got {len(maps)}")
@@ -68,6 +70,15 @@ def read_pictures(images: Sequence[Path], labels: Sequence[Path], preset: Preset
             torch.from_numpy(resize_nearest(scene.labels, size))[None],
             (scene.size,)))
     return pictures
+
+
+def _once_each(option: str, files: Sequence[tuple[str, Path]]) -> None:
+    """Refuse two files of one scene, of which a match by names would take the last for both."""
+    first: dict[str, Path] = {}
+    for name, path in files:
+        if first.setdefault(name, path) is not path:
+            raise ValueError(f"{option}: {first[name]} and {path} are both of scene {name!r}; give "
+                             "files, one by one, in the order of the others")
 
 
 def _files(option: str, paths: Sequence[Path], role: str = LABELS,

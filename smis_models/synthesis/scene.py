@@ -100,6 +100,11 @@ class LazyScenes(Sequence[Scene]):
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def read(self) -> list[Path]:
+        """The files of all scenes."""
+        return [path for scene in self.files for path in (scene.labels, scene.instances) if path]
+
     @overload
     def __getitem__(self, index: int) -> Scene: ...
     @overload

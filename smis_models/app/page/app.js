@@ -195,9 +195,9 @@ function fill(x, y) {
   apply(box);
 }
 
-// Undo: the map and the looks together
+// Undo: the map, what the eraser brings back, and the looks together
 
-const snapshot = () => ({ labels: labels.slice(), looks: structuredClone(looks) });
+const snapshot = () => ({ labels: labels.slice(), base, looks: structuredClone(looks) });
 
 function begin(what) {
   done.push(snapshot());
@@ -221,6 +221,7 @@ function restore(from, to, what) {
       : [y, x, y + 1, x + 1];
   }
   labels = state.labels;
+  base = state.base;
   looks = state.looks;
   step += 1;
   caption = what;
