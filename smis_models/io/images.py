@@ -68,10 +68,10 @@ def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
     if not image.tile:
         return "", 0
     decoder, arguments = image.tile[0][0], image.tile[0][3]
+    words: tuple[Any, ...] = arguments if isinstance(arguments, tuple) else (arguments,)
     if decoder.startswith("ppm"):
-        return "", int(arguments[-1] if isinstance(arguments, tuple) else arguments)
-    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    return str(first), 0
+        return "", int(words[-1])
+    return str(words[0]) if words else "", 0
 
 
 def read_indices(path: Path) -> NDArray[np.int64]:

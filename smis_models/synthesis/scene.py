@@ -103,7 +103,7 @@ class LazyScenes(Sequence[Scene]):
     @property
     def read(self) -> list[Path]:
         """The files of all scenes."""
-        return [path for scene in self.files for path in (scene.labels, scene.instances) if path]
+        return [Path(path) for of in self.files for path in (of.labels, of.instances) if path]
 
     @overload
     def __getitem__(self, index: int) -> Scene: ...
