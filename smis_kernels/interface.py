@@ -8,6 +8,7 @@ from .layout.label_layout import TableCache, WindowLevel
 from .layout.planner import prepare_map
 from .layout.static_layout import StaticLayout
 from .modules.label_conv import LabelConv2d
+from .modules.spectral_norm import release_weights
 from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
 from .ops.winograd_conv.choice import conv3x3
@@ -38,6 +39,7 @@ __all__ = [
     "label_rows",
     "no_fallback",
     "prepare_map",
+    "release_weights",
     "requested",
     "resolve",
     "transformed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_kernels import SPADE, class_crops
+from smis_kernels import SPADE, class_crops, use_backend
 from smis_models import SynthesisModel, create_model, list_models, reparameterize
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, MODELS
 from smis_models.networks.blocks import SPADEResBlock, init_weights
@@ -275,6 +276,45 @@ def test_discriminate_is_two_passes_in_one() -> None:
     halved = nn.AvgPool2d(3, 2, 1, count_include_pad=False)(torch.cat([planes, fake], 1))
     with torch.no_grad():
         torch.testing.assert_close(both[0][1], net.discriminator_1(halved))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (21, 35)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_discriminator_sees_each_map_once(size: tuple[int, int], dtype: torch.dtype) -> None:
+    net = MultiscaleDiscriminator(7, 6).to(dtype)
+    state = copy.deepcopy(net.state_dict())
+    planes, fake, real = torch.rand(2, 10, *size, dtype=dtype).split([4, 3, 3], 1)
+    fake.requires_grad_()
+    leaves, results, called = [fake, *net.parameters()], [], []
+    first = net.discriminator_0.model0[0]
+    for backend, hook in (("auto", False), ("reference", False), ("auto", True)):
+        net.load_state_dict(state)
+        handle = first.register_forward_hook(lambda *_: called.append(1)) if hook else None
+        with use_backend(backend):
+            fakes, reals = discriminate(net, planes, fake, real)
+        outputs = [x for scales in (fakes, reals) for scale in scales for x in scale]
+        loss = sum(((1 + k) * x.square().mean() for k, x in enumerate(outputs)), fake.sum() * 0)
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+        if handle is not None:
+            handle.remove()
+    assert called == [1]  # what is hooked is called
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    for found in (results[0], results[2]):
+        torch.testing.assert_close(found, results[1], rtol=tolerance, atol=tolerance)
+    widths = []
+    first.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape))
+    net(torch.cat([fake, real]), planes)
+    assert widths == [(4, 7, *size)]
+
+
+def test_a_discriminator_refuses_maps_that_do_not_fit() -> None:
+    net = MultiscaleDiscriminator(7, 4)
+    for planes, pictures, word in (((1, 4, 8, 8), (2, 4, 8, 8), r"x: expected \(N, 3, H, W\)"),
+                                   ((2, 4, 8, 8), (3, 3, 8, 8), "a divisor of 3 pictures"),
+                                   ((2, 4, 8, 9), (2, 3, 8, 8), r"semantics: expected \(N, L, 8")):
+        with pytest.raises(ValueError, match=word) as error:
+            net(torch.rand(pictures), torch.rand(planes))
+        one_line(error)
 
 
 def test_losses_refuse_what_has_no_meaning() -> None:

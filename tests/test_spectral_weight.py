@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d, explain, spectral_norm, spectral_weight, use_backend
-from smis_kernels.modules.spectral_norm import FusedSpectralNorm
+from smis_kernels.modules.spectral_norm import FusedSpectralNorm, release_weights
 from smis_kernels.ops.spectral_weight.op import _backward
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
@@ -219,3 +220,22 @@ def test_compile_is_one_graph() -> None:
         expected.sum().backward()
         torch.testing.assert_close(ours.weight_orig.grad, theirs.weight_orig.grad,
                                    rtol=1e-4, atol=1e-5)
+
+
+def test_released_weights_go_while_gradients_come():
+    net = nn.Sequential(*(spectral_norm(nn.Conv2d(64, 64, 3, padding=1)) for _ in range(2)))
+    x = torch.randn(1, 64, 8, 8)
+    kept = [tensor.clone() for tensor in net.state_dict().values()]
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    net.load_state_dict(dict(zip(net.state_dict(), kept, strict=True)))
+    loss = net(x).square().sum()
+    weights = [weakref.ref(conv.weight) for conv in net]
+    release_weights(net)
+    assert all(conv.weight.data_ptr() == conv.weight_orig.data_ptr() for conv in net)
+    found = torch.autograd.grad(loss, list(net.parameters()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    del loss
+    assert [weight() for weight in weights] == [None, None]  # nothing else holds them
+    second = net(x)  # made anew
+    assert all(conv.weight.data_ptr() != conv.weight_orig.data_ptr() for conv in net)
+    assert second.isfinite().all()

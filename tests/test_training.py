@@ -540,6 +540,8 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
         for batch in batches:  # the same codes, however the batch is split
             batch.noise = lambda like, draw=0: torch.zeros_like(like)  # type: ignore[method-assign]
         found.append((run.trainer.step(batches, 0), _gradients(run.trainer)))
+        assert all(module.weight.data_ptr() == module.weight_orig.data_ptr()  # none is held on
+                   for module in run.trainer.model.modules() if hasattr(module, "weight_orig"))
         shares = [batch.share for batch in batches]
         assert sum(shares) == pytest.approx(len(batches))
         assert (len(set(shares)) == 1) == (accumulate == "1")  # they show unequal numbers

@@ -14,6 +14,7 @@ from smis_kernels import WinogradConv2d, explain, spectral_norm, use_backend, wi
 from smis_kernels.ops.winograd_conv import choice, reference
 from smis_kernels.ops.winograd_conv.kept import KeptWeight
 from smis_kernels.ops.winograd_conv.op import transform_weight, transformed_size
+from smis_kernels.ops.winograd_conv.weight_gradient import weight_gradient
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     MEMORY_FORMATS,
@@ -154,6 +155,22 @@ def test_gradients_in_float32(shape, out, groups):
         assert_as_accurate(*three, what=name)
 
 
+# Pixels of the gradient one below, at and one above a group's outputs, where torch's takes over.
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize(("size", "padding", "groups"), [
+    ((5, 7), 1, 1), ((6, 6), 1, 1), ((37, 1), 1, 1), ((7, 7), 0, 1), ((8, 8), 0, 2)])
+def test_the_weights_gradient_by_products(size, padding, groups, layout):
+    x, w, *_ = _tensors((1, 4 * groups, *size), 36 * groups, groups, torch.float64)
+    x = with_memory_format(x, layout)
+    truth = reference.winograd_conv2d(x, w.requires_grad_(), None, None, groups, padding)
+    grad = with_memory_format(torch.linspace(-1, 2, truth.numel(), dtype=x.dtype).view_as(truth),
+                              layout)
+    (expected,) = torch.autograd.grad(truth, w, grad)
+    with poisoned_empty():
+        found = weight_gradient(x, grad, w.detach().fill_(torch.nan), padding, groups)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_gradients_of_large_tiles(create_graph):
     tensors = _tensors((2, 34, 9, 7), 36, 2, torch.float64)
@@ -173,8 +190,10 @@ def test_opcheck():
     x, w, b, r = _tensors((1, 32, 6, 7), 48, 1)
     ops = torch.ops.smis_kernels
     strided = with_memory_format(x, "channels_last")
+    back = with_memory_format(torch.randn(1, 48, 6, 7), "channels_last")
     for arguments in ((x, w, b, r, 1, 1), (strided, w, None, None, 1, 0),
-                      (x, w, b, r, 1, 1, 4, transform_weight(w, 1, 4))):
+                      (x, w, b, r, 1, 1, 4, transform_weight(w, 1, 4)),
+                      (back, w, None, None, 1, 1, 2, None, True)):
         torch.library.opcheck(ops.winograd_conv.default, arguments)
     u = ops.winograd_weight.default(w, 3, 4)
     assert u.shape == (transformed_size(w, 3, 4),)

@@ -32,14 +32,18 @@ Tensor scratch_like(const Tensor& like, int64_t count) {
 }
 
 // The kernels' side of the arguments; `w` is the weight as they read it.
-WinogradArgs of_weight(const Tensor& weight, int64_t groups, int64_t tile, Tensor& w) {
-  const bool last = weight.size(1) > 1 && weight.stride(1) == 1 && weight.stride(3) == weight.size(1) &&
+WinogradArgs of_weight(const Tensor& weight, int64_t groups, int64_t tile, bool flipped, Tensor& w) {
+  const bool last = !flipped && weight.size(1) > 1 && weight.stride(1) == 1 && weight.stride(3) == weight.size(1) &&
                     weight.stride(2) == 3 * weight.size(1) && weight.stride(0) == 9 * weight.size(1);
   w = last ? weight : torch::stable::contiguous(weight);
   WinogradArgs a;
   a.wide = w.scalar_type() == ScalarType::Double;
   a.tile = tile;
   a.groups = groups, a.K = w.size(1), a.M = w.size(0) / groups;
+  a.flipped = flipped;
+  if (flipped) std::swap(a.K, a.M);
+  if (flipped) a.k_step = 9 * a.M;
+  else a.out_step = 9 * a.K;
   if (last) a.k_step = 1, a.tap_step = a.K;
   a.weight = w.const_data_ptr();
   return a;
@@ -84,14 +88,14 @@ void conv_streamed(WinogradArgs a, const Tensor& like) {
 
 Tensor winograd_weight(const Tensor& weight, int64_t groups, int64_t tile) {
   Tensor w = weight;
-  return transform(of_weight(weight, groups, tile, w), w);
+  return transform(of_weight(weight, groups, tile, false, w), w);
 }
 
 Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                      std::optional<Tensor> residual, int64_t groups, int64_t padding, int64_t tile,
-                     std::optional<Tensor> transformed) {
+                     std::optional<Tensor> transformed, bool flipped) {
   Tensor w = weight;
-  WinogradArgs a = of_weight(weight, groups, tile, w);
+  WinogradArgs a = of_weight(weight, groups, tile, flipped, w);
   const Tensor x = as_rows(input), b = bias.has_value() ? torch::stable::contiguous(*bias) : w;
   a.N = x.size(0), a.H = x.size(2), a.W = x.size(3), a.padding = padding;
   Tensor y = empty_nchw(a.N, groups * a.M, a.height(), a.width(), true, x);

@@ -43,20 +43,24 @@ void panel_weights(const WinogradArgs& a, int64_t group, int64_t first, int64_t 
                    int64_t depth, A* u) {
   constexpr int64_t L = Lanes<A>::n, frequencies = (m + 2) * (m + 2);
   alignas(kVectorBytes) A taps[kSome * 9 * vecs * L];
-  const A* w = static_cast<const A*>(a.weight) + (group * a.M + first * L) * a.K * 9;
+  const A* w = static_cast<const A*>(a.weight) + group * a.M * a.K * 9 + first * L * a.out_step;
   for (int64_t k = begin; k < end; k += kSome) {
     const int64_t some = std::min(kSome, end - k);
     // taps[j][i][l] of kernel j, tap i; or taps[i][j][l] where taps are apart in memory too.
     const bool apart = a.tap_step != 1;
     for (int v = 0; v < vecs; ++v) {
       const int64_t count = std::min(L, a.M - (first + v) * L);
-      const A* from = w + v * L * a.K * 9 + k * a.k_step;
+      const A* from = w + v * L * a.out_step + k * a.k_step;
       if (apart)
         for (int64_t i = 0; i < 9; ++i)
-          transposed(from + i * a.tap_step, a.K * 9, count, some,
+          transposed(from + i * a.tap_step, a.out_step, count, some,
                      [&](int64_t j) { return taps + ((i * kSome + j) * vecs + v) * L; });
+      else if (a.flipped)
+        for (int64_t j = 0; j < some; ++j)
+          transposed(from + j * a.k_step, a.out_step, count, 9,
+                     [&](int64_t i) { return taps + ((j * 9 + 8 - i) * vecs + v) * L; });
       else
-        transposed(from, a.K * 9, count, some * 9,
+        transposed(from, a.out_step, count, some * 9,
                    [&](int64_t i) { return taps + (i * vecs + v) * L; });
     }
     const int64_t tap = (apart ? kSome : 1) * vecs * L, kernel = (apart ? 1 : 9) * vecs * L;

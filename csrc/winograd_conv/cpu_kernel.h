@@ -16,10 +16,13 @@ struct WinogradArgs {
   int64_t N = 0, H = 0, W = 0, padding = 0;
   int64_t groups = 1, K = 0, M = 0;        // channels and outputs of one group
   int64_t batch_step = 0, pixel_step = 0;  // of x, in elements
-  int64_t k_step = 9, tap_step = 1;        // of the weight: (9, 1), or (1, K) if channels-last
+  // Of the weight, (groups * M, K, 3, 3): (9 K, 9, 1), or (9 K, 1, K) if channels-last. Flipped, it is
+  // (groups * K, M, 3, 3) with its taps in reverse, (9, 9 M, 1): that of the input's gradient.
+  int64_t out_step = 9, k_step = 9, tap_step = 1;
+  bool flipped = false;
   int64_t tiles = 0;                       // of a block
   const void* x = nullptr;
-  const void* weight = nullptr;            // (groups * M, K, 3, 3)
+  const void* weight = nullptr;
   const void* bias = nullptr;              // (groups * M) or null
   const void* residual = nullptr;          // as y, added to it; or null
   const void* u = nullptr;                 // of all groups

@@ -94,3 +94,25 @@ def spectral_norm(module: ModuleT, name: str = "weight", n_power_iterations: int
         if type(hook) is SpectralNorm:
             hook.__class__ = FusedSpectralNorm
     return wrapped
+
+
+def release_weights(network: nn.Module) -> None:
+    """Let go of the normalised weights of the last forward; a backward keeps those that it needs.
+
+    Each module's ``weight`` is then what it is before a first forward, the parameter's values, and
+    the next forward makes it anew. Between a forward and its backward a step of training holds
+    less: weights are freed one by one while their gradients come.
+
+    Args:
+        network: its modules under torch's spectral norm, or :func:`spectral_norm`'s.
+
+    Example:
+        >>> layer = spectral_norm(nn.Conv2d(8, 16, 3, padding=1))
+        >>> loss = layer(torch.randn(1, 8, 4, 4)).sum()
+        >>> release_weights(layer)
+        >>> loss.backward()
+    """
+    for module in network.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                setattr(module, hook.name, getattr(module, f"{hook.name}_orig").data)

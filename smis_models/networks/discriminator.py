@@ -8,7 +8,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smis_kernels import WinogradConv2d
+from smis_kernels.interface import hooked, requested
+
 from .blocks import conv
+
+
+def _with_maps(semantics: Tensor, pictures: Tensor) -> Tensor:
+    """(N, L, H, W) beside each of (kN, C, H, W): (kN, L + C, H, W)."""
+    return torch.cat([semantics.repeat(len(pictures) // len(semantics), 1, 1, 1), pictures], 1)
+
+
+def _shares(layer: nn.Sequential, pictures: Tensor) -> bool:
+    """Whether :func:`_shared` computes what the layer would, as exactly: measured on a CPU."""
+    first = layer[0]
+    return (
+        requested() != "reference" and pictures.is_cpu
+        and pictures.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu") and not hooked(layer, first)
+        and type(first) in (nn.Conv2d, WinogradConv2d) and first.groups == 1
+        and first.padding_mode == "zeros"
+    )
+
+
+def _shared(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> Tensor:
+    """``layer(_with_maps(semantics, pictures))``: each map goes through the conv once, and none of
+    its values gets a gradient."""
+    first, n = layer[0], semantics.shape[1]
+    options = first.stride, first.padding, first.dilation
+    x = F.conv2d(pictures, first.weight[:, n:], None, *options)
+    of_maps = F.conv2d(semantics, first.weight[:, :n], first.bias, *options)
+    x = (x.unflatten(0, (-1, len(semantics))) + of_maps).flatten(0, 1)
+    for module in layer[1:]:
+        x = module(x)
+    return x
 
 
 class PatchDiscriminator(nn.Module):
@@ -31,10 +64,14 @@ class PatchDiscriminator(nn.Module):
         last = conv(out, 1, kernel_size=4, padding=2)
         self.add_module(f"model{layers}", nn.Sequential(last))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
+    def forward(self, x: Tensor, semantics: Tensor | None = None) -> list[Tensor]:
+        features: list[Tensor] = []
         for layer in self.children():
-            x = layer(x)
+            if semantics is not None and not features:
+                x = (_shared(layer, semantics, x) if _shares(layer, x)
+                     else layer(_with_maps(semantics, x)))
+            else:
+                x = layer(x)
             features.append(x)
         return features
 
@@ -48,7 +85,12 @@ class MultiscaleDiscriminator(nn.Module):
         layers: convs per scale but the last.
         scales: number of discriminators.
 
-    Shapes: x (N, channels, H, W) -> ``scales`` lists of ``layers`` features and the prediction.
+    Shapes: x (N, channels, H, W), or with ``semantics`` (N, L, H, W) the pictures alone, any
+        number of times N of them in the maps' order, (kN, channels - L, H, W) -> ``scales`` lists
+        of ``layers`` features and the prediction. No gradient flows to ``semantics``.
+
+    Raises:
+        ValueError: channels or sizes that do not belong together.
 
     Papers: Wang et al., pix2pixHD, CVPR 2018; Park et al., SPADE, CVPR 2019.
 
@@ -63,29 +105,42 @@ class MultiscaleDiscriminator(nn.Module):
             self.add_module(f"discriminator_{i}", PatchDiscriminator(channels, width, layers))
         self.channels = channels
 
-    def forward(self, x: Tensor) -> list[list[Tensor]]:
-        if x.dim() != 4 or x.shape[1] != self.channels:
+    def forward(self, x: Tensor, semantics: Tensor | None = None) -> list[list[Tensor]]:
+        channels = self.channels - (0 if semantics is None else semantics.shape[1])
+        if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(
-                f"x: expected (N, {self.channels}, H, W), semantics and image concatenated; "
+                f"x: expected (N, {channels}, H, W), semantics and image concatenated; "
                 f"got {tuple(x.shape)}"
             )
+        if semantics is not None:
+            semantics = semantics.detach()
+            if (semantics.shape[2:] != x.shape[2:] or len(x) % max(len(semantics), 1)
+                    or not len(semantics)):
+                raise ValueError(f"semantics: expected (N, L, {x.shape[2]}, {x.shape[3]}), N a "
+                                 f"divisor of {len(x)} pictures; got {tuple(semantics.shape)}")
         results: list[list[Tensor]] = []
         for scale in self.children():
             if results:
-                x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
-            results.append(scale(x))
+                x = _halved(x)
+                semantics = None if semantics is None else _halved(semantics)
+            results.append(scale(x) if semantics is None else scale(x, semantics))
         return results
 
 
-def discriminate(discriminator: Callable[[Tensor], list[list[Tensor]]], semantics: Tensor,
+def _halved(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+
+
+def discriminate(discriminator: Callable[..., list[list[Tensor]]], semantics: Tensor,
                  fake: Tensor, real: Tensor) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Predictions for fake and real images from one pass, so that both share its statistics.
 
     Shapes: semantics (N, L, H, W), fake and real (N, 3, H, W) -> two nested lists.
     """
-    pairs = torch.cat([torch.cat([semantics, fake], 1), torch.cat([semantics, real], 1)])
-    n = semantics.shape[0]
-    results = discriminator(pairs)
+    pictures, n = torch.cat([fake, real]), semantics.shape[0]
+    results = (discriminator(pictures, semantics)
+               if isinstance(discriminator, MultiscaleDiscriminator) and not hooked(discriminator)
+               else discriminator(_with_maps(semantics, pictures)))
     fake_results = [[x[:n] for x in scale] for scale in results]
     real_results = [[x[n:] for x in scale] for scale in results]
     return fake_results, real_results

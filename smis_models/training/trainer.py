@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from smis_kernels.interface import release_weights
+
 from ..data import Collate
 from ..families import SynthesisModel, create_model
 from ..families.pix2pixhd import LocalEnhancer
@@ -160,6 +162,7 @@ class Trainer:
 
             def discriminator(batch: MicroBatch) -> Losses:
                 painted = self.objective.repaint(batch, next(pictures))
+                release_weights(self.model)
                 found: Losses = self._discriminator(batch, painted)
                 return found
 
@@ -188,6 +191,7 @@ class Trainer:
             with unsynchronized(wrapped, last=i == len(batches) - 1):
                 with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                     losses = run(batch)
+                release_weights(self.model)
                 share = torch.stack([x.float() for x in losses.values()]) / len(batches)
                 self._scaler.scale(share.sum()).backward()
             for name, value in zip(losses, share.detach(), strict=True):

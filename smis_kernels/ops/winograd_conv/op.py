@@ -13,6 +13,7 @@ from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from . import reference
+from .weight_gradient import weight_gradient
 
 if TYPE_CHECKING:
     from .kept import KeptWeight
@@ -22,20 +23,23 @@ WIDE = (torch.float32, torch.float64)
 TILES = (2, 4)
 
 
-def _shape(input: Tensor, weight: Tensor, padding: int) -> tuple[int, int, int, int]:
+def _shape(input: Tensor, outputs: int, padding: int) -> tuple[int, int, int, int]:
     n, _, h, w = input.shape
-    return n, weight.shape[0], h + 2 * padding - 2, w + 2 * padding - 2
+    return n, outputs, h + 2 * padding - 2, w + 2 * padding - 2
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-          groups: int, padding: int, tile: int = 2, transformed: Tensor | None = None) -> Tensor:
-    return torch.empty(_shape(input, weight, padding), dtype=input.dtype, device=input.device,
+          groups: int, padding: int, tile: int = 2, transformed: Tensor | None = None,
+          flipped: bool = False) -> Tensor:
+    outputs = groups * weight.shape[1] if flipped else weight.shape[0]
+    return torch.empty(_shape(input, outputs, padding), dtype=input.dtype, device=input.device,
                        memory_format=torch.channels_last)
 
 
+# Flipped, the weight is that of the conv whose input's gradient is computed.
 _conv = RawOp(
     "winograd_conv(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt groups, "
-    "SymInt padding, int tile=2, Tensor? transformed=None) -> Tensor",
+    "SymInt padding, int tile=2, Tensor? transformed=None, bool flipped=False) -> Tensor",
     _fake,
 )
 
@@ -60,20 +64,12 @@ def transform_weight(weight: Tensor, groups: int, tile: int) -> Tensor:
     return out
 
 
-def _transposed(weight: Tensor, groups: int) -> Tensor:
-    """The kernels of the convolution that computes the input's gradient."""
-    out, channels = weight.shape[:2]
-    each = weight.flip(2, 3).view(groups, out // groups, channels, 3, 3)
-    return each.transpose(1, 2).reshape(groups * channels, out // groups, 3, 3)
-
-
 class _WinogradConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None,
                 residual: Tensor | None, groups: int, padding: int, tile: int,
                 transformed: Tensor | None, kind: str) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.options = groups, padding, kind
         out: Tensor = _conv(kind, input, weight, bias, residual, groups, padding, tile,
                             transformed)
@@ -93,13 +89,9 @@ class _WinogradConv(torch.autograd.Function):
             return (d_input, d_weight, grad.sum((0, 2, 3)) if need_bias else None,
                     grad if need_residual else None, *(None,) * 5)
         if need_input:
-            flipped = _transposed(weight, groups)
-            d_input = _conv(kind, grad, flipped, None, None, groups, 2 - padding)
-        d_weight = d_bias = None
-        if need_weight or need_bias:
-            _, d_weight, d_bias = torch.ops.aten.convolution_backward(
-                grad, input, weight, ctx.bias_sizes, [1, 1], [padding, padding], [1, 1], False,
-                [0, 0], groups, [False, need_weight, need_bias])
+            d_input = _conv(kind, grad, weight, None, None, groups, 2 - padding, 2, None, True)
+        d_weight = weight_gradient(input, grad, weight, padding, groups) if need_weight else None
+        d_bias = grad.sum((0, 2, 3)) if need_bias else None
         return (d_input, d_weight, d_bias, grad if need_residual else None, *(None,) * 5)
 
 
@@ -157,7 +149,7 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
         raise ValueError(f"padding: expected 0 or 1, got {padding}")
     if tile not in TILES:
         raise ValueError(f"tile: expected 2 or 4, got {tile}")
-    shape = _shape(input, weight, padding)
+    shape = _shape(input, out, padding)
     if min(shape[2:]) < 0 or (not padding and min(h, w) < 3):
         raise ValueError(f"input: expected at least 3x3 pixels without padding, got ({h}, {w})")
     if bias is not None:
