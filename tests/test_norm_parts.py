@@ -98,6 +98,33 @@ def test_a_batch_norm_keeps_its_own_mode_and_momentum(backend: str, name: str, f
         torch.testing.assert_close(module.param_free_norm.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_statistics_that_are_not_tracked_stay(name: str) -> None:
+    module, conditions = made(name)
+    gamma, beta = affine(module, conditions)
+    twin = nn.BatchNorm2d(C, affine=False).double()
+    twin.load_state_dict(module.param_free_norm.state_dict())
+    for training in (True, False):
+        for norm in (module.param_free_norm, twin):
+            norm.track_running_stats = False
+        module.train(training)
+        twin.train(training)
+        torch.testing.assert_close(module(features(), *conditions),
+                                   twin(features()) * gamma + beta)
+        torch.testing.assert_close(module.param_free_norm.state_dict(), twin.state_dict())
+
+
+def test_a_pair_of_which_one_tracks_its_statistics() -> None:
+    pairs = [[made("SPADE")[0].train() for _ in "ab"] for _ in "ab"]
+    for _, second in pairs:
+        second.param_free_norm.track_running_stats = False
+    (norm_0, norm_s), (twin_0, twin_s) = pairs
+    y, y_s = modulate_pair(norm_0, norm_s, features(), planes())
+    torch.testing.assert_close(y, twin_0(features(), planes(), activation="leaky_relu"))
+    torch.testing.assert_close(y_s, twin_s(features(), planes()))
+    torch.testing.assert_close(norm_0.state_dict(), twin_0.state_dict())
+
+
 def test_a_pair_of_which_one_is_frozen() -> None:
     pairs = [[made("SPADE")[0] for _ in "ab"] for _ in "ab"]
     x, seg = features(), planes()

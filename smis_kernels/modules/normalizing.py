@@ -37,6 +37,14 @@ def has_hooks(module: Any) -> bool:
                 or module._backward_hooks)
 
 
+def _tracks(norm: Any) -> bool:
+    """Whether running statistics are read or moved: in training nn.BatchNorm2d may be told not to.
+
+    In eval mode it reads those that it has, whatever it was told.
+    """
+    return not norm.training or getattr(norm, "track_running_stats", True)
+
+
 class Normalizing(nn.Module):
     """A module with a ``param_free_norm`` of ``channels``: the base of :class:`SPADE` and others.
 
@@ -55,6 +63,8 @@ class Normalizing(nn.Module):
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         """The running statistics as keyword arguments of the op."""
         norm = child(self, "param_free_norm")
+        if not _tracks(norm):
+            return {"running_mean" + suffix: None, "running_var" + suffix: None}
         return {
             "running_mean" + suffix: child(norm, "running_mean"),
             "running_var" + suffix: child(norm, "running_var"),
@@ -87,7 +97,7 @@ class Normalizing(nn.Module):
     def count_batch(self) -> None:
         """Advance ``num_batches_tracked`` as nn.BatchNorm2d does."""
         norm = child(self, "param_free_norm")
-        if not norm.training:
+        if not (norm.training and _tracks(norm)):
             return
         counter = getattr(norm, "num_batches_tracked", None)
         if counter is not None:

@@ -315,16 +315,17 @@ def modulate_pair(
     shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
     if any(shared.get(name) != shared_s.get(name) for name in ("norm", "eps")):
         raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
+    running, running_s = norm_0.norm_arguments(), norm_s.norm_arguments("_s")
+    alike = (running["running_mean"] is None) == (running_s["running_mean_s"] is None)
     # One index would pick from tables of other rows.
-    if norm_0.rows != norm_s.rows or shared != shared_s:
+    if norm_0.rows != norm_s.rows or shared != shared_s or not alike:
         first = norm_0(input, segmap, activation=activation, negative_slope=negative_slope,
                        upsample=upsample)
         return first, norm_s(input, segmap, upsample=upsample)
     size = norm_0.output_size(input, upsample)
     plan = choose((norm_0, norm_s), input, segmap, size)
     options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,
-               "backend": norm_0.backend, **norm_0.norm_arguments(),
-               **norm_s.norm_arguments("_s"), **shared}
+               "backend": norm_0.backend, **running, **running_s, **shared}
     norm_0.count_batch()
     norm_s.count_batch()
     if plan.layout is None:
