@@ -96,6 +96,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
     "object": (adjustable, lambda m: setattr(m.options, "gain", 3.0)),
     "tensor": (adjustable, lambda m: m.plain.data.fill_(3.0)),
     "array": (adjustable, lambda m: m.array.__setitem__(1, 3.0)),
+    "array_dtype": (adjustable, lambda m: setattr(m, "array", m.array.view(">f8"))),
     "set": (adjustable, lambda m: (m.choices.clear(), m.choices.add(3.0))),
     "part": (adjustable, put("last", nn.Tanh())),
     "instance_shadows_class": (adjustable, put("strength", 3.0)),

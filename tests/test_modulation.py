@@ -371,12 +371,12 @@ def _gradients(data: dict[str, Any], batch: slice, training: bool, backend: str,
                group: Any = None) -> tuple[Tensor, ...]:
     """The input's gradient by the kernels, and that of a penalty on it."""
     x = data["x"][batch].detach().requires_grad_()
-    gamma, beta, cot = data["cot"][batch, :, :5, :4], data["cot"][batch, :, 5:, :4], data["x"][batch]
+    cot, (gamma, beta) = data["x"][batch].detach(), data["cot"][batch, :, :, :4].split(5, 2)
 
     def weighted() -> Tensor:
         y = modulation(x, gamma, beta, training=bool(training), activation="leaky_relu",
                        process_group=group, backend=backend)
-        return (y * cot.detach()).sum()
+        return (y * cot).sum()
 
     plain, = torch.autograd.grad(weighted(), x)
     first, = torch.autograd.grad(weighted(), x, create_graph=True)
