@@ -149,6 +149,14 @@ def test_autocast_rounds_no_second_derivative() -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
+def test_fixed_statistics_are_not_rounded_to_the_dtype_of_the_features() -> None:
+    x, mean = (100 + normal(2, 4, 6, 5)).bfloat16(), torch.full((4,), 100.3)
+    gamma, beta = torch.zeros(2, 2, 4, 6, 5, dtype=torch.bfloat16).requires_grad_().unbind()
+    y = modulation(x, gamma, beta, running_mean=mean, running_var=torch.ones(4))
+    (found,) = torch.autograd.grad(y.sum(), gamma, create_graph=True)  # x-hat
+    assert torch.allclose(found.double(), x.double() - 100.3, rtol=1e-2)
+
+
 def graph_names(output: Tensor) -> set[str]:
     seen, todo = set(), [output.grad_fn]
     while todo:
