@@ -155,6 +155,26 @@ WRAPS: dict[str, Callable[[nn.Module], object]] = {
     "forward hook": lambda layer: layer.register_forward_hook(lambda _, __, out: 3 * out),
     "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda _, given: (-given[0],)),
 }
+
+
+def _subclass(layer: nn.Module) -> None:
+    class Doubled(type(layer)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer.__class__ = Doubled
+
+
+def _own_forward(layer: nn.Module) -> None:
+    layer.forward = lambda x: type(layer).forward(layer, -x)  # type: ignore[method-assign]
+
+
+WRAPS |= {"a forward of its own": _own_forward, "a subclass": _subclass,
+          "no bias": lambda layer: layer.register_parameter("bias", None)}
+CONVS: dict[str, Callable[[Any], object]] = {
+    "padded by reflection": lambda layer: setattr(layer, "padding_mode", "reflect"),
+    "dilated": lambda layer: vars(layer).update(dilation=(2, 2), padding=(2, 2)),
+}
 PARTS = {"SPADE": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
          "SPADE on a layout": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
          "CGNorm": ("mlp_gamma", "mlp_shared.0"),
@@ -162,13 +182,14 @@ PARTS = {"SPADE": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize(("name", "part"), [(n, p) for n, parts in PARTS.items() for p in parts])
-def test_hooks_on_convs_run(wrap: str, name: str, part: str) -> None:
+@pytest.mark.parametrize(("name", "part", "wrap"), [
+    (n, p, w) for n, parts in PARTS.items() for p in parts
+    for w in (*WRAPS, *(() if n == "ConditionalNorm2d" else CONVS))])
+def test_what_convs_do_beside_their_weights_is_done(name: str, part: str, wrap: str) -> None:
     module, conditions = made(name)
     module.eval()
     module(features(), *conditions)  # a choice is kept of a layout whose norm had no hooks
-    WRAPS[wrap](module.get_submodule(part))
+    {**WRAPS, **CONVS}[wrap](module.get_submodule(part))
     with torch.no_grad():
         for own in module.get_submodule(part).parameters():
             own.mul_(1.5).add_(0.01)
@@ -187,6 +208,21 @@ def test_hooks_on_convs_run(wrap: str, name: str, part: str) -> None:
     assert len(found) == len(expected) == len([*module.parameters()]) + 1
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_may_be_other_modules(name: str) -> None:
+    module, conditions = made(name)
+    module(features(), *conditions)
+    module.mlp_gamma = nn.Sequential(module.mlp_gamma, nn.Tanh())
+    if name != "ConditionalNorm2d":
+        module.mlp_shared[1] = nn.LeakyReLU(0.3)
+    found = []
+    for backend in ("auto", "reference"):
+        module.backend = backend
+        given = (planes(),) if backend == "reference" and name.endswith("layout") else conditions
+        found.append(module.eval()(features(), *given))
+    torch.testing.assert_close(*found)
 
 
 def test_a_class_that_there_is_not_is_refused_under_hooks() -> None:

@@ -256,6 +256,24 @@ def test_a_constant_that_is_written_to_is_made_anew() -> None:
         assert constant("twice", lambda: source * 2, source).sum() == 6
 
 
+def test_memory_that_comes_to_lie_where_a_source_lay_is_seen() -> None:
+    source = torch.zeros(3)
+    with using(Store([source])):
+        for value in range(1, 20):
+            constant("twice", lambda: source * 2, source)
+            source.data = torch.empty(3)
+            source.data = torch.full((3,), float(value))
+            assert constant("twice", lambda: source * 2, source).sum() == 6 * value
+
+
+def test_nothing_is_kept_of_a_transform() -> None:
+    source = torch.ones(3)
+    store = Store([source])
+    with using(store):
+        torch.func.grad(lambda x: (constant("twice", lambda: source * 2, source) * x).sum())(source)
+        assert len(store) == 0
+
+
 def test_other_threads_keep_nothing() -> None:
     source, seen = torch.ones(3), []
     with using(Store([source])):

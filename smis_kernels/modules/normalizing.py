@@ -37,6 +37,16 @@ def has_hooks(module: Any) -> bool:
                 or module._backward_hooks)
 
 
+def is_told_by_weights(layer: Any, kind: Any) -> bool:
+    """Whether weight and bias tell all that calling a layer of this kind does.
+
+    Not with hooks, nor of a subclass or instance with a forward of its own, nor without a bias.
+    """
+    own: dict[str, Any] = vars(layer)
+    return (type(layer).forward is kind.forward and "forward" not in own
+            and not has_hooks(layer) and own["_parameters"].get("bias") is not None)
+
+
 def _tracks(norm: Any) -> bool:
     """Whether running statistics are read or moved: in training nn.BatchNorm2d may be told not to.
 
