@@ -11,6 +11,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -252,18 +253,29 @@ def test_circumstances_tell_what_decides_how_a_call_runs() -> None:
         usual = graphs.circumstances(cpu)
         assert usual is not None and usual == graphs.circumstances(cpu)
         hash(usual)
-        precision = torch.backends.cuda.matmul.fp32_precision
+        cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
+        settings: list[tuple[Callable[[Any], Any], Any, Any]] = [
+            (torch.set_default_dtype, torch.float64, torch.get_default_dtype()),
+            (torch.use_deterministic_algorithms, True, False),
+            (cuda.enable_flash_sdp, False, True), (cuda.enable_mem_efficient_sdp, False, True),
+            (cuda.enable_math_sdp, False, True),
+            *((partial(setattr, matmul, name), value, getattr(matmul, name)) for name, value in (
+                ("fp32_precision", "tf32"), ("allow_fp16_reduced_precision_reduction", False),
+                ("allow_bf16_reduced_precision_reduction", False),
+                ("allow_fp16_accumulation", True)))]
         others: list[Any] = []
         for around in (use_backend("reference"), use_path("dense"), torch.inference_mode(),
                        torch.device("cpu"), torch.backends.cudnn.flags(enabled=False),
-                       torch.backends.cudnn.flags(benchmark=True)):
+                       torch.backends.cudnn.flags(benchmark=True),
+                       torch.backends.cudnn.flags(deterministic=True)):
             with around:
                 others.append(graphs.circumstances(cpu))
-        try:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-            others.append(graphs.circumstances(cpu))
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = precision
+        for change, value, before in settings:
+            try:
+                change(value)
+                others.append(graphs.circumstances(cpu))
+            finally:
+                change(before)
         assert None not in others and usual not in others
         assert len(set(others)) == len(others)
         with torch.autocast("cpu", torch.bfloat16):
