@@ -210,13 +210,36 @@ def test_what_convs_do_beside_their_weights_is_done(name: str, part: str, wrap: 
         torch.testing.assert_close(f, e)
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_parts_may_be_other_modules(name: str) -> None:
+class _NegatedConv(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return -super()._conv_forward(input, weight, bias)
+
+
+def _wrap_gamma(norm: Any) -> None:
+    norm.mlp_gamma = nn.Sequential(norm.mlp_gamma, nn.Tanh())
+
+
+EXCHANGES: dict[str, Callable[[Any], object]] = {
+    "gamma wrapped": _wrap_gamma,
+    "another activation": lambda norm: norm.mlp_shared.__setitem__(1, nn.LeakyReLU(0.3)),
+    "one layer more": lambda norm: norm.mlp_shared.append(nn.Tanh()),
+    "activation with a hook": lambda norm: norm.mlp_shared[1].register_forward_hook(
+        lambda _, __, out: 3 * out),
+    "both with a hook": lambda norm: norm.mlp_shared.register_forward_hook(
+        lambda _, __, out: 3 * out),
+    "beta of another size": lambda norm: setattr(
+        norm, "mlp_beta", nn.Conv2d(8, C, 5, padding=2).double()),
+    "another conv": lambda norm: setattr(norm.mlp_beta, "__class__", _NegatedConv),
+}
+
+
+@pytest.mark.parametrize(("name", "exchange"), [
+    ("ConditionalNorm2d", "gamma wrapped"), ("CGNorm", "gamma wrapped"),
+    *((name, e) for name in ("SPADE", "SPADE on a layout") for e in EXCHANGES)])
+def test_parts_may_be_other_modules(name: str, exchange: str) -> None:
     module, conditions = made(name)
     module(features(), *conditions)
-    module.mlp_gamma = nn.Sequential(module.mlp_gamma, nn.Tanh())
-    if name != "ConditionalNorm2d":
-        module.mlp_shared[1] = nn.LeakyReLU(0.3)
+    EXCHANGES[exchange](module)
     found = []
     for backend in ("auto", "reference"):
         module.backend = backend
