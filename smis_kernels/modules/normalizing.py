@@ -42,8 +42,8 @@ def is_told_by_weights(layer: Any, kind: Any) -> bool:
 
     Not with hooks, nor of a subclass or instance with a forward of its own, nor without a bias.
     """
-    own: dict[str, Any] = vars(layer)
-    return (type(layer).forward is kind.forward and "forward" not in own
+    own, cls = layer.__dict__, type(layer)
+    return ((cls is kind or cls.forward is kind.forward) and "forward" not in own
             and not has_hooks(layer) and own["_parameters"].get("bias") is not None)
 
 

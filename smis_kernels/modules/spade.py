@@ -28,10 +28,13 @@ _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
 
 def _is_plain(conv: Any) -> bool:
     """Whether a conv of weight and bias is what the tables and the fused conv compute."""
-    return (is_told_by_weights(conv, nn.Conv2d)
-            and type(conv)._conv_forward is nn.Conv2d._conv_forward
-            and conv.padding_mode == "zeros" and conv.stride == conv.dilation == (1, 1)
-            and conv.padding in ("same", tuple(k // 2 for k in conv.kernel_size)))
+    cls = type(conv)
+    if not is_told_by_weights(conv, nn.Conv2d) or not (
+            cls is nn.Conv2d or cls._conv_forward is nn.Conv2d._conv_forward):
+        return False
+    height, width = conv.kernel_size
+    return (conv.padding_mode == "zeros" and conv.stride == conv.dilation == (1, 1)
+            and conv.padding in ((height // 2, width // 2), "same"))
 
 
 class CGNorm(Normalizing):
