@@ -77,6 +77,15 @@ def test_gradients_of_any_layout(layout: str) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
 
 
+def test_long_rows_keep_their_digits() -> None:
+    weight, grad = torch.rand(2, 2, 2**18, generator=torch.Generator().manual_seed(0)) + 0.5
+    u, v, sigma = torch.tensor([0.6, 0.8]), torch.ones(2**18), torch.tensor(512.0)
+    wide = [t.double() for t in (weight, grad, u, v, sigma)]
+    outer = (wide[1] * wide[0]).sum() / wide[4] ** 2 * torch.outer(*wide[2:4])
+    found = _backward("cpu", grad, weight, u, v, sigma)
+    torch.testing.assert_close(found.double(), wide[1] / wide[4] - outer, rtol=5e-7, atol=0)
+
+
 def test_the_same_whatever_the_threads() -> None:
     weight, u, v = _tensors((300, 200, 3, 3))
     sigma = torch.tensor(3.0)
