@@ -30,8 +30,9 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     g = torch.Generator().manual_seed(sum(shape))
-    weight = torch.randn(shape, generator=g)
-    u, v = (torch.nn.functional.normalize(torch.rand(n, generator=g) + 0.1, dim=0)
+    wide = {"generator": g, "dtype": torch.float64}  # of digits that float32 has not
+    weight = torch.randn(shape, **wide)
+    u, v = (torch.nn.functional.normalize(torch.rand(n, **wide) + 0.1, dim=0)
             for n in (shape[0], weight[0].numel()))
     weight += torch.outer(u, v).view(shape)  # so that sigma is not near zero
     return [t.to(dtype) for t in (weight, u, v)]
