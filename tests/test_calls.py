@@ -252,6 +252,16 @@ def test_what_is_asked_for_holds_for_calls_that_were_made_before() -> None:
                 call()
 
 
+def test_sizes_of_a_layout_have_paths_of_their_own() -> None:
+    norm, layout = SPADE(16, CLASSES, 64).eval(), a_layout(1)
+    paths = []
+    for size in ((96, 96), (3, 3)) * 2:
+        x = torch.randn(1, 16, *size)
+        paths.append(planner.choose((norm,), x, layout, size).path)
+        assert paths[-1] == planner._choose((norm,), x, layout, size, "cpu").path
+    assert len(set(paths)) == 2
+
+
 def test_a_conv_of_another_size_is_not_served_by_tables() -> None:
     norm, x, layout = SPADE(CHANNELS, CLASSES, 0).eval(), features(), a_layout()
     layout.tables = TableCache()
