@@ -156,6 +156,19 @@ def test_buffers_hold_every_path(path: str) -> None:
         assert StaticLayout(made.layout).fits(made.layout)
 
 
+def test_buffers_of_a_layout_take_other_vectors() -> None:
+    pixels = torch.arange(400).view(1, 20, 20)
+    few, other, many = (LabelLayout.from_labels(pixels % count + first, 400)
+                        for count, first in ((2, 0), (2, 7), (400, 0)))
+    assert not StaticLayout(few).fits(many)
+    for layout in (few, other):
+        layout.level((20, 20))
+    static = StaticLayout(few)
+    assert static.fits(other)
+    static.load(other)
+    assert torch.equal(static.layout.dense(), other.dense())
+
+
 def test_buffers_have_room_for_edits() -> None:
     assert all(n < capacity(n) and capacity(n) % 64 == 0 for n in (1, 63, 64, 1000, 12345))
 
