@@ -369,3 +369,13 @@ def test_what_goes_while_something_else_comes_is_seen(kind: str) -> None:
         del Kept.table
         Kept.other = [1]  # type: ignore[attr-defined]
     assert noted.change() is not None
+
+
+def test_numbers_are_told_apart_as_they_are_written() -> None:
+    module: Any = nn.Identity()
+    for before, after in ((0.0, -0.0), (float("nan"), 1.0), (1, True), (1, 1.0), (0j, -0j)):
+        module.scale = before
+        noted = Settings(module)
+        assert noted.change() is None  # NaN is itself
+        module.scale = after
+        assert noted.change() == "it has another scale"

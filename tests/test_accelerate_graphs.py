@@ -248,9 +248,9 @@ def test_other_circumstances_are_another_call(name: str) -> None:
 def test_kinds_of_calls_have_graphs_of_their_own() -> None:
     network, original, recorder = made()
     calls: list[Callable[[nn.Module], Any]] = [
-        lambda m: m(X, planes()), lambda m: m(X, segmap=planes()), lambda m: m(X, planes(), 2.0),
+        lambda m: m(X, planes()), lambda m: m(X.to(memory_format=torch.channels_last), planes()),
+        lambda m: m(X, segmap=planes()), lambda m: m(X, planes(), 2.0),
         lambda m: m(X[:1], planes()[:1]), lambda m: m(X, planes(size=32)),
-        lambda m: m(X.to(memory_format=torch.channels_last), planes()),
     ]
     for call in calls:
         for _ in range(3):

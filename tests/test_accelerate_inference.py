@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import foreign
@@ -119,9 +120,12 @@ def test_hooks_on_folded_layers_are_obeyed(kind: str, place: int) -> None:
         assert max_error(network(x), original(x)) < 1e-10
 
 
-def test_a_folded_weight_that_is_written_to_is_computed_anew() -> None:
+@pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, parametrizations.spectral_norm],
+                         ids=["hook", "parametrization"])
+def test_a_folded_weight_that_is_written_to_is_computed_anew(
+        spectral_norm: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
-    conv, x = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)).double().eval(), normal(1, 3, 6, 6)
+    conv, x = spectral_norm(nn.Conv2d(3, 4, 3)).double().eval(), normal(1, 3, 6, 6)
     accelerate(conv, inference=True)
     with torch.no_grad():
         expected = conv(x)

@@ -39,10 +39,11 @@ class Adjustable(foreign.LayoutNorm):
         self.last = nn.Identity()
         self.plain = torch.ones((), dtype=torch.float64)
         self.array, self.choices = np.ones(2), {1.0}
+        self.unregistered = [nn.Dropout(1.0)]
 
     def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
         y = super().forward(x, segmap) * self.gain * self.gains[0] * self.gains[1]["inner"]
-        y = y * float(self.array[1]) * max(self.choices)
+        y = y * float(self.array[1]) * max(self.choices) * self.unregistered[0].p
         return self.last(y * self.options.gain * self.strength * self.plain)
 
 
@@ -96,7 +97,9 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
     "object": (adjustable, lambda m: setattr(m.options, "gain", 3.0)),
     "tensor": (adjustable, lambda m: m.plain.data.fill_(3.0)),
     "array": (adjustable, lambda m: m.array.__setitem__(1, 3.0)),
+    "array_dtype": (adjustable, lambda m: setattr(m, "array", m.array.view(">f8"))),
     "set": (adjustable, lambda m: (m.choices.clear(), m.choices.add(3.0))),
+    "module_in_a_list": (adjustable, lambda m: setattr(m.unregistered[0], "p", 0.5)),
     "part": (adjustable, put("last", nn.Tanh())),
     "instance_shadows_class": (adjustable, put("strength", 3.0)),
     "child_forward": (adjustable, lambda m: setattr(m.last, "forward", torch.tanh)),
@@ -219,6 +222,21 @@ def test_backward_hooks_of_the_second_conv_see_its_own_gradients() -> None:
     (got, _), (expected, _) = seen
     assert len(got) == len(expected) == 1
     assert max_error(got[0], expected[0]) < 1e-7
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_gradients_are_called(kind: str, everywhere: bool) -> None:
+    module, seen = plain_unit(), []
+    accelerate(module)
+    conv = module.norm_1.mlp_gamma
+    owner, name = (nn.modules.module, "module_") if everywhere else (conv, "")
+    handle = getattr(owner, f"register_{name}{kind}")(lambda m, *_: seen.append(m))
+    try:
+        module(X.clone().requires_grad_(), PLANES).sum().backward()
+    finally:
+        handle.remove()
+    assert any(m is conv for m in seen)
 
 
 def test_calls_that_are_left_are_counted_and_warned_of_once() -> None:

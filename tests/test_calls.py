@@ -164,6 +164,29 @@ def test_a_change_is_seen_by_the_next_call(name: str, change: Callable[[nn.Modul
     assert (found - before).abs().max() > 1e-3
 
 
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {}, {"negative_slope": 0.4}, {"eps": 0.5}, {"num_groups": 3}, {"activation": "relu"},
+    {"norm": "batch"}, {"norm": "batch", "momentum": 0.5}, {"norm": "batch", "training": False})
+
+
+@pytest.mark.parametrize("op", [modulation, indexed_modulation, norm_act])
+def test_another_option_is_seen_by_the_next_call(op: Callable[..., Tensor]) -> None:
+    x, gamma, beta = torch.randn(3, 2, CHANNELS, 12, 12, dtype=torch.float64).unbind()
+    level = a_layout().level((12, 12))
+    rows = torch.randn(len(level.windows3), 2 * CHANNELS, dtype=torch.float64)
+    given = {modulation: (gamma, beta), indexed_modulation: (level.index3, rows),
+             norm_act: (gamma,)}[op]
+    for change in OPTIONS * 2:
+        found = []
+        for backend in ("auto", "reference"):
+            running = [torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()]
+            options = {"norm": "group", "num_groups": 2, "training": True, "momentum": 0.1,
+                       "activation": "leaky_relu", "running_mean": running[0],
+                       "running_var": running[1], **change}
+            found.append((op(x, *given, backend=backend, **options), *running))
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("change", [_data, _numpy, _loaded, _in_place, _eps],
                          ids=lambda f: f.__name__[1:])
 def test_statistics_are_no_part_of_kept_tables(change: Callable[[nn.Module], None]) -> None:
@@ -227,6 +250,16 @@ def test_what_is_asked_for_holds_for_calls_that_were_made_before() -> None:
         if missing("triton") is not None or not torch.cuda.is_available():
             with use_backend("cuda"), pytest.raises(BackendError):
                 call()
+
+
+def test_sizes_of_a_layout_have_paths_of_their_own() -> None:
+    norm, layout = SPADE(16, CLASSES, 64).eval(), a_layout(1)
+    paths = []
+    for size in ((96, 96), (3, 3)) * 2:
+        x = torch.randn(1, 16, *size)
+        paths.append(planner.choose((norm,), x, layout, size).path)
+        assert paths[-1] == planner._choose((norm,), x, layout, size, "cpu").path
+    assert len(set(paths)) == 2
 
 
 def test_a_conv_of_another_size_is_not_served_by_tables() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smis_kernels import BackendError, explain
+from smis_kernels import BackendError, explain, use_backend
 from smis_kernels.modules.crops import ClassCrops
 from smis_kernels.ops.class_crops import reference
 from smis_kernels.ops.class_crops.op import (
@@ -277,6 +277,8 @@ def test_masks_that_require_a_gradient_take_the_reference_path() -> None:
     assert bool((masks.grad != 0).any())
     with pytest.raises(BackendError, match="no gradient for semantics"):
         class_crops(image, masks, 2, backend="cpu")
+    with use_backend("cpu"), pytest.raises(BackendError, match="no gradient for semantics"):
+        class_crops(image, masks, 2)
     with torch.no_grad():  # none is wanted
         crops = class_crops(image, masks, 2, backend="auto" if missing("cpu") else "cpu")
     assert _same(crops, class_crops(image, masks.detach(), 2, backend="reference"))

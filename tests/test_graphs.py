@@ -11,6 +11,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -155,6 +156,19 @@ def test_buffers_hold_every_path(path: str) -> None:
         assert StaticLayout(made.layout).fits(made.layout)
 
 
+def test_buffers_of_a_layout_take_other_vectors() -> None:
+    pixels = torch.arange(400).view(1, 20, 20)
+    few, other, many = (LabelLayout.from_labels(pixels % count + first, 400)
+                        for count, first in ((2, 0), (2, 7), (400, 0)))
+    assert not StaticLayout(few).fits(many)
+    for layout in (few, other):
+        layout.level((20, 20))
+    static = StaticLayout(few)
+    assert static.fits(other)
+    static.load(other)
+    assert torch.equal(static.layout.dense(), other.dense())
+
+
 def test_buffers_have_room_for_edits() -> None:
     assert all(n < capacity(n) and capacity(n) % 64 == 0 for n in (1, 63, 64, 1000, 12345))
 
@@ -252,18 +266,29 @@ def test_circumstances_tell_what_decides_how_a_call_runs() -> None:
         usual = graphs.circumstances(cpu)
         assert usual is not None and usual == graphs.circumstances(cpu)
         hash(usual)
-        precision = torch.backends.cuda.matmul.fp32_precision
+        cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
+        settings: list[tuple[Callable[[Any], Any], Any, Any]] = [
+            (torch.set_default_dtype, torch.float64, torch.get_default_dtype()),
+            (torch.use_deterministic_algorithms, True, False),
+            (cuda.enable_flash_sdp, False, True), (cuda.enable_mem_efficient_sdp, False, True),
+            (cuda.enable_math_sdp, False, True),
+            *((partial(setattr, matmul, name), value, getattr(matmul, name)) for name, value in (
+                ("fp32_precision", "tf32"), ("allow_fp16_reduced_precision_reduction", False),
+                ("allow_bf16_reduced_precision_reduction", False),
+                ("allow_fp16_accumulation", True)))]
         others: list[Any] = []
         for around in (use_backend("reference"), use_path("dense"), torch.inference_mode(),
                        torch.device("cpu"), torch.backends.cudnn.flags(enabled=False),
-                       torch.backends.cudnn.flags(benchmark=True)):
+                       torch.backends.cudnn.flags(benchmark=True),
+                       torch.backends.cudnn.flags(deterministic=True)):
             with around:
                 others.append(graphs.circumstances(cpu))
-        try:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-            others.append(graphs.circumstances(cpu))
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = precision
+        for change, value, before in settings:
+            try:
+                change(value)
+                others.append(graphs.circumstances(cpu))
+            finally:
+                change(before)
         assert None not in others and usual not in others
         assert len(set(others)) == len(others)
         with torch.autocast("cpu", torch.bfloat16):

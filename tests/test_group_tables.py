@@ -15,7 +15,7 @@ from torch import Tensor
 from smis_kernels import CGNorm, LabelLayout, explain, modulate_pair, use_backend, use_path
 from smis_kernels.layout import planner
 from smis_kernels.layout.label_layout import TableCache
-from smis_kernels.ops.label_windows.op import GroupWindows, group_windows
+from smis_kernels.ops.label_windows.op import GroupWindows, group_windows, number_windows
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
@@ -214,6 +214,23 @@ def test_a_norm_with_own_tables_equals_its_definition(norm: tuple[int, ...], edg
         assert max_error(a, b) < 1e-10, i
     level = layout.level((20, 28))
     assert eager and all(int(own.counts.min()) < level.counts[0] for own in eager)
+
+
+@needs_cpu
+def test_rows_beyond_the_count_of_a_group_have_no_gradient() -> None:
+    vectors = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double()
+    random = torch.Generator().manual_seed(0)
+    symbols = torch.randint(1, 4, (1, 8, 8), generator=random, dtype=torch.int32)
+    _, windows = number_windows(symbols, 64)
+    own = group_windows(vectors, windows, [(0, 2), (2, 4)])
+    assert own.counts[0] > own.counts[1]
+    weight, bias = torch.randn(6, 2, 3, 3).double(), torch.randn(6).double()
+    given = tuple(t.requires_grad_() for t in (weight, bias))
+    found = []
+    for backend in ("cpu", "reference"):
+        rows = window_embedding(vectors, *given, own, groups=2, relu=False, backend=backend)
+        found.append(torch.autograd.grad(rows.sum(), given))
+    torch.testing.assert_close(*found)
 
 
 @needs_cpu

@@ -80,6 +80,10 @@ def indexed(shape: tuple[int, ...], last: bool) -> None:
 
         assert name
         agree(run, draw(*shape, last=last), *(draw(3, 2 * c) for _ in range(tables)))
+    wide = torch.randint(3, (n, 2 * h, 2 * w)).int()
+    agree(lambda x, t, backend: indexed_modulation(
+        x, wide, t, norm="instance", upsample=True, backend=backend), draw(*shape, last=last),
+        draw(3, 2 * c))
 
 
 def attention(shape: tuple[int, ...], last: bool) -> None:
@@ -298,7 +302,7 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[int], None]]] = [
     ("varying rows() 2048", (682, 683, 1024, 1025, 2047, 2048, 2049), varying),
     ("varying band() 2^18", (63, 64, 65, 129), banded),
     # csrc/spectral_weight/cpu_kernel.cpp
-    ("spectral_weight kBlock 64", (63, 64, 65, 129), spectral),
+    ("spectral_weight kBlock 64", (63, 64, 65, 129, 193), spectral),
     # csrc/winograd_conv: cpu_kernel.cpp kChunk, kSome, kPanelVectors; cpu.cpp kMostTiles, kRows
     ("winograd kChunk 160", (159, 160, 161, 320, 321), lambda k: winograd(k, 5)),
     ("winograd kSome 32", (31, 32, 33), lambda m: winograd(m, m)),

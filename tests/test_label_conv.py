@@ -56,6 +56,16 @@ def test_matches_the_dense_conv(channels: int, shape: tuple[int, int, int], size
     torch.testing.assert_close(same, expected[:, :, 1:])
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_it_is_of_the_weights_that_it_was_made_of(backend: str) -> None:
+    weight, bias = _weights(5, 7, 3, torch.float32)
+    conv = LabelConv2d(_layout(1, 9, 9), weight, bias, backend=backend)
+    before = conv.rows(0, 9)
+    for written in (weight, bias):
+        written.add_(1)
+    assert torch.equal(conv.rows(0, 9), before)
+
+
 @needs_cpu
 def test_noise_large_output_and_no_bias() -> None:
     labels = torch.randint(0, 40, (1, 200, 300), generator=torch.Generator().manual_seed(0))

@@ -96,7 +96,9 @@ def test_layouts_move_pickle_and_report() -> None:
     layout = LabelLayout.from_labels(blocky(1, 32, 32, 5), 5)
     layout.level((32, 32))
     layout.level((8, 8))
+    layout.tables = TableCache()
     again = pickle.loads(pickle.dumps(layout))
+    assert again.tables is None  # of modules that are not those of the copy
     moved = again.to("cpu")
     for other in (again, moved):
         assert torch.equal(other.level((8, 8)).index5, layout.level((8, 8)).index5)
@@ -541,6 +543,13 @@ def test_two_threads_do_not_mix_their_layouts() -> None:
         thread.join()
     assert len(errors) == 60
     assert max(errors) < 1e-5
+
+
+def test_a_layout_has_the_dtype_of_its_map() -> None:
+    planes = F.one_hot(blocky(1, 8, 8, 3), 3).permute(0, 3, 1, 2)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        layout = layout_of(planes.to(dtype))
+        assert layout is not None and layout.vectors.dtype == dtype
 
 
 def test_layouts_are_found_again_only_inside_a_scope() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -366,6 +367,23 @@ def test_modules_match_their_definition_and_keys() -> None:
             norm(x, few)
 
 
+def _gradients(data: dict[str, Any], batch: slice, training: bool, backend: str,
+               group: Any = None) -> tuple[Tensor, ...]:
+    """The input's gradient by the kernels, and that of a penalty on it."""
+    x = data["x"][batch].detach().requires_grad_()
+    cot, (gamma, beta) = data["x"][batch].detach(), data["cot"][batch, :, :, :4].split(5, 2)
+
+    def weighted() -> Tensor:
+        y = modulation(x, gamma, beta, training=bool(training), activation="leaky_relu",
+                       process_group=group, backend=backend)
+        return (y * cot).sum()
+
+    plain, = torch.autograd.grad(weighted(), x)
+    first, = torch.autograd.grad(weighted(), x, create_graph=True)
+    second, = torch.autograd.grad(first.square().sum(), x)
+    return plain, first.detach(), second
+
+
 def _process(rank: int, directory: str) -> None:
     import torch.distributed as dist
 
@@ -386,6 +404,8 @@ def _process(rank: int, directory: str) -> None:
         single.load_state_dict(data["state"])
         one = slice(rank, rank + 1)  # a single value in each process
         results[backend]["one"] = single(data["x"][one, :, :1, :1], data["seg"][one]).detach()
+        results[backend]["penalty"], results[backend]["local"] = (
+            _gradients(data, batch, training, backend, dist.group.WORLD) for training in (1, 0))
     groups = [dist.new_group([r]) for r in range(2)]
     alone, local = SPADE(6, 3, norm="syncbatch").double(), SPADE(6, 3).double()
     alone.param_free_norm = nn.SyncBatchNorm(6, affine=False, process_group=groups[rank]).double()
@@ -422,6 +442,10 @@ def test_synchronized_statistics_equal_one_process(tmp_path: Path) -> None:
     one = single(data["x"][:2, :, :1, :1].detach(), data["seg"][:2]).detach()
     for backend in ranks[0]:
         got = [r[backend] for r in ranks]
+        joined = tuple(map(torch.cat, zip(*(g["penalty"] for g in got), strict=True)))
+        torch.testing.assert_close(joined, _gradients(data, slice(0, 4), True, "reference"))
+        for g, batch in zip(got, (slice(0, 1), slice(1, 4)), strict=True):  # eval: its own values
+            torch.testing.assert_close(g["local"], _gradients(data, batch, False, "reference"))
         torch.testing.assert_close(torch.cat([g["one"] for g in got]), one)
         torch.testing.assert_close(torch.cat([g["y"] for g in got]), y.detach())
         torch.testing.assert_close(torch.cat([g["grad"] for g in got]), x.grad)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from smis_kernels import explain
+from smis_kernels import explain, modulation
 from smis_kernels.modules.norm_act import InstanceNormAct2d
+from smis_kernels.ops.indexed_modulation.op import indexed_modulation
 from smis_kernels.ops.norm_act import reference
 from smis_kernels.ops.norm_act.op import norm_act
 from smis_kernels.runtime.backend import missing, triton_interpreted
@@ -107,6 +109,21 @@ def test_sums_are_rounded_as_torch_rounds(layout: str, dtype: torch.dtype) -> No
         expected = (x.float() + r.float()).to(dtype)
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
+
+
+@needs_cpu
+@pytest.mark.parametrize(("layout", "bound"), [("contiguous", 1e-6), ("channels_last", 1e-5)])
+@pytest.mark.parametrize("op", [norm_act, modulation, indexed_modulation])
+def test_gradients_of_large_planes_keep_their_digits(op: Callable[..., Tensor], layout: str,
+                                                     bound: float) -> None:
+    """A constant gradient has no part that moves: its sums have to cancel it."""
+    generator = torch.Generator().manual_seed(0)
+    x = with_memory_format(torch.randn(1, 2, 1024, 1024, generator=generator), layout)
+    given = {norm_act: (), modulation: (torch.zeros_like(x),) * 2, indexed_modulation: (
+        torch.zeros(1, 1024, 1024, dtype=torch.int32), torch.zeros(1, 4))}
+    y = op(x.requires_grad_(), *given[op], norm="instance", backend="cpu")
+    (found,) = torch.autograd.grad(y, x, torch.full_like(y, 1 / 3))
+    assert float(found.abs().max()) < bound
 
 
 @needs_cpu

@@ -98,6 +98,33 @@ def test_a_batch_norm_keeps_its_own_mode_and_momentum(backend: str, name: str, f
         torch.testing.assert_close(module.param_free_norm.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_statistics_that_are_not_tracked_stay(name: str) -> None:
+    module, conditions = made(name)
+    gamma, beta = affine(module, conditions)
+    twin = nn.BatchNorm2d(C, affine=False).double()
+    twin.load_state_dict(module.param_free_norm.state_dict())
+    for training in (True, False):
+        for norm in (module.param_free_norm, twin):
+            norm.track_running_stats = False
+        module.train(training)
+        twin.train(training)
+        torch.testing.assert_close(module(features(), *conditions),
+                                   twin(features()) * gamma + beta)
+        torch.testing.assert_close(module.param_free_norm.state_dict(), twin.state_dict())
+
+
+def test_a_pair_of_which_one_tracks_its_statistics() -> None:
+    pairs = [[made("SPADE")[0].train() for _ in "ab"] for _ in "ab"]
+    for _, second in pairs:
+        second.param_free_norm.track_running_stats = False
+    (norm_0, norm_s), (twin_0, twin_s) = pairs
+    y, y_s = modulate_pair(norm_0, norm_s, features(), planes())
+    torch.testing.assert_close(y, twin_0(features(), planes(), activation="leaky_relu"))
+    torch.testing.assert_close(y_s, twin_s(features(), planes()))
+    torch.testing.assert_close(norm_0.state_dict(), twin_0.state_dict())
+
+
 def test_a_pair_of_which_one_is_frozen() -> None:
     pairs = [[made("SPADE")[0] for _ in "ab"] for _ in "ab"]
     x, seg = features(), planes()
@@ -128,6 +155,26 @@ WRAPS: dict[str, Callable[[nn.Module], object]] = {
     "forward hook": lambda layer: layer.register_forward_hook(lambda _, __, out: 3 * out),
     "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda _, given: (-given[0],)),
 }
+
+
+def _subclass(layer: nn.Module) -> None:
+    class Doubled(type(layer)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer.__class__ = Doubled
+
+
+def _own_forward(layer: nn.Module) -> None:
+    layer.forward = lambda x: type(layer).forward(layer, -x)  # type: ignore[method-assign]
+
+
+WRAPS |= {"a forward of its own": _own_forward, "a subclass": _subclass,
+          "no bias": lambda layer: layer.register_parameter("bias", None)}
+CONVS: dict[str, Callable[[Any], object]] = {
+    "padded by reflection": lambda layer: setattr(layer, "padding_mode", "reflect"),
+    "dilated": lambda layer: vars(layer).update(dilation=(2, 2), padding=(2, 2)),
+}
 PARTS = {"SPADE": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
          "SPADE on a layout": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
          "CGNorm": ("mlp_gamma", "mlp_shared.0"),
@@ -135,13 +182,14 @@ PARTS = {"SPADE": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize(("name", "part"), [(n, p) for n, parts in PARTS.items() for p in parts])
-def test_hooks_on_convs_run(wrap: str, name: str, part: str) -> None:
+@pytest.mark.parametrize(("name", "part", "wrap"), [
+    (n, p, w) for n, parts in PARTS.items() for p in parts
+    for w in (*WRAPS, *(() if n == "ConditionalNorm2d" else CONVS))])
+def test_what_convs_do_beside_their_weights_is_done(name: str, part: str, wrap: str) -> None:
     module, conditions = made(name)
     module.eval()
     module(features(), *conditions)  # a choice is kept of a layout whose norm had no hooks
-    WRAPS[wrap](module.get_submodule(part))
+    {**WRAPS, **CONVS}[wrap](module.get_submodule(part))
     with torch.no_grad():
         for own in module.get_submodule(part).parameters():
             own.mul_(1.5).add_(0.01)
@@ -160,6 +208,44 @@ def test_hooks_on_convs_run(wrap: str, name: str, part: str) -> None:
     assert len(found) == len(expected) == len([*module.parameters()]) + 1
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
+
+
+class _NegatedConv(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return -super()._conv_forward(input, weight, bias)
+
+
+def _wrap_gamma(norm: Any) -> None:
+    norm.mlp_gamma = nn.Sequential(norm.mlp_gamma, nn.Tanh())
+
+
+EXCHANGES: dict[str, Callable[[Any], object]] = {
+    "gamma wrapped": _wrap_gamma,
+    "another activation": lambda norm: norm.mlp_shared.__setitem__(1, nn.LeakyReLU(0.3)),
+    "one layer more": lambda norm: norm.mlp_shared.append(nn.Tanh()),
+    "activation with a hook": lambda norm: norm.mlp_shared[1].register_forward_hook(
+        lambda _, __, out: 3 * out),
+    "both with a hook": lambda norm: norm.mlp_shared.register_forward_hook(
+        lambda _, __, out: 3 * out),
+    "beta of another size": lambda norm: setattr(
+        norm, "mlp_beta", nn.Conv2d(8, C, 5, padding=2).double()),
+    "another conv": lambda norm: setattr(norm.mlp_beta, "__class__", _NegatedConv),
+}
+
+
+@pytest.mark.parametrize(("name", "exchange"), [
+    ("ConditionalNorm2d", "gamma wrapped"), ("CGNorm", "gamma wrapped"),
+    *((name, e) for name in ("SPADE", "SPADE on a layout") for e in EXCHANGES)])
+def test_parts_may_be_other_modules(name: str, exchange: str) -> None:
+    module, conditions = made(name)
+    module(features(), *conditions)
+    EXCHANGES[exchange](module)
+    found = []
+    for backend in ("auto", "reference"):
+        module.backend = backend
+        given = (planes(),) if backend == "reference" and name.endswith("layout") else conditions
+        found.append(module.eval()(features(), *given))
+    torch.testing.assert_close(*found)
 
 
 def test_a_class_that_there_is_not_is_refused_under_hooks() -> None:

@@ -237,11 +237,41 @@ def test_neutral_statistics_are_of_one_dtype_and_width() -> None:
                 assert torch.equal(norm_act(x, norm="none", activation="relu"), x.relu())
 
 
+def test_fixed_statistics_are_of_one_eps_and_dtype() -> None:
+    mean, var = torch.randn(3).bfloat16(), torch.rand(3).bfloat16()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    with using(Store([mean, var])), torch.no_grad():
+        for dtype, eps in ((torch.float32, 1e-5), (torch.float32, 0.5), (torch.float64, 0.5)):
+            wide = [v.double().view(1, 3, 1, 1) for v in (mean, var)]
+            expected = (x - wide[0]) / (wide[1] + eps).sqrt()
+            for _ in range(2):
+                y = norm_act(x.to(dtype), norm="batch", running_mean=mean, running_var=var, eps=eps)
+                torch.testing.assert_close(y, expected.to(dtype))
+
+
 def test_a_constant_that_is_written_to_is_made_anew() -> None:
     source = torch.ones(3)
     with using(Store([source])):
         constant("twice", lambda: source * 2, source).add_(1)
         assert constant("twice", lambda: source * 2, source).sum() == 6
+
+
+def test_memory_that_comes_to_lie_where_a_source_lay_is_seen() -> None:
+    source = torch.zeros(3)
+    with using(Store([source])):
+        for value in range(1, 20):
+            constant("twice", lambda: source * 2, source)
+            source.data = torch.empty(3)
+            source.data = torch.full((3,), float(value))
+            assert constant("twice", lambda: source * 2, source).sum() == 6 * value
+
+
+def test_nothing_is_kept_of_a_transform() -> None:
+    source = torch.ones(3)
+    store = Store([source])
+    with using(store):
+        torch.func.grad(lambda x: (constant("twice", lambda: source * 2, source) * x).sum())(source)
+        assert len(store) == 0
 
 
 def test_other_threads_keep_nothing() -> None:

@@ -149,6 +149,30 @@ def test_autocast_rounds_no_second_derivative() -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["modulation_batch", "conditional_attention"])
+def test_inputs_that_follow_from_each_other(name: str) -> None:
+    """What one gets of the other is the graph's to add, once."""
+    _, call, values = CASES[name]
+    found = []
+    for backend in ("auto", "reference"):
+        x = X.clone().requires_grad_()
+        given = 2 * x
+        inputs = (given, *(given.sin() * v for v in values[1:]))
+        loss = (outputs(call, inputs, backend)[0] * DENSE[3]).sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), x)))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.detach().abs().max()))
+
+
+def test_fixed_statistics_are_not_rounded_to_the_dtype_of_the_features() -> None:
+    x, mean = (100 + normal(2, 4, 6, 5)).bfloat16(), torch.full((4,), 100.3)
+    gamma, beta = torch.zeros(2, 2, 4, 6, 5, dtype=torch.bfloat16).requires_grad_().unbind()
+    y = modulation(x, gamma, beta, running_mean=mean, running_var=torch.ones(4))
+    (found,) = torch.autograd.grad(y.sum(), gamma, create_graph=True)  # x-hat
+    assert torch.allclose(found.double(), x.double() - 100.3, rtol=1e-2)
+
+
 def graph_names(output: Tensor) -> set[str]:
     seen, todo = set(), [output.grad_fn]
     while todo:

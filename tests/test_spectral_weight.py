@@ -31,8 +31,9 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     g = torch.Generator().manual_seed(sum(shape))
-    weight = torch.randn(shape, generator=g)
-    u, v = (torch.nn.functional.normalize(torch.rand(n, generator=g) + 0.1, dim=0)
+    wide = {"generator": g, "dtype": torch.float64}  # of digits that float32 has not
+    weight = torch.randn(shape, **wide)
+    u, v = (torch.nn.functional.normalize(torch.rand(n, **wide) + 0.1, dim=0)
             for n in (shape[0], weight[0].numel()))
     weight += torch.outer(u, v).view(shape)  # so that sigma is not near zero
     return [t.to(dtype) for t in (weight, u, v)]
@@ -76,6 +77,15 @@ def test_gradients_of_any_layout(layout: str) -> None:
     plain = grad / sigma - (grad * weight).sum() / sigma**2 * torch.outer(u, v).view(weight.shape)
     found = _backward("cpu", with_memory_format(grad, layout), weight, u, v, sigma)
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
+
+
+def test_long_rows_keep_their_digits() -> None:
+    weight, grad = torch.rand(2, 2, 2**18, generator=torch.Generator().manual_seed(0)) + 0.5
+    u, v, sigma = torch.tensor([0.6, 0.8]), torch.ones(2**18), torch.tensor(512.0)
+    wide = [t.double() for t in (weight, grad, u, v, sigma)]
+    outer = (wide[1] * wide[0]).sum() / wide[4] ** 2 * torch.outer(*wide[2:4])
+    found = _backward("cpu", grad, weight, u, v, sigma)
+    torch.testing.assert_close(found.double(), wide[1] / wide[4] - outer, rtol=5e-7, atol=0)
 
 
 def test_the_same_whatever_the_threads() -> None:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from smis_kernels import WinogradConv2d, explain, spectral_norm, use_backend, winograd_conv2d
+from smis_kernels import (
+    SPADE,
+    WinogradConv2d,
+    explain,
+    spectral_norm,
+    use_backend,
+    use_path,
+    winograd_conv2d,
+)
 from smis_kernels.ops.winograd_conv import choice, reference
 from smis_kernels.ops.winograd_conv.kept import KeptWeight
 from smis_kernels.ops.winograd_conv.op import transform_weight, transformed_size
@@ -304,6 +312,13 @@ def test_large_tiles_are_for_eval_and_can_be_forbidden(monkeypatch):
         monkeypatch.setenv(choice.ENVIRONMENT, "3")
         with pytest.raises(ValueError, match="SMIS_WINOGRAD: expected 2 or 4, got '3'"):
             conv(x)
+
+
+def test_a_norm_in_training_takes_small_tiles():
+    norm, x, soft = SPADE(64, 8, 64), torch.randn(1, 64, 64, 64), torch.rand(1, 8, 64, 64)
+    with torch.no_grad(), use_path("dense"):
+        for training, tile in ((True, "tile=2"), (False, "tile=4")):
+            assert tile in str(explain(norm.train(training), x, soft))
 
 
 def _kept_conv() -> tuple[WinogradConv2d, Tensor]:

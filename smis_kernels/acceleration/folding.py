@@ -86,9 +86,15 @@ class FoldedParametrization(Accelerated):
             vars(self).pop(FOLDED, None)
             return super().forward()
         if kept is None or not kept.holds(tensors):
-            kept = vars(self)[FOLDED] = Folded(tensors, super().forward)
-        weight: Tensor = kept.value
-        return weight
+            def compute() -> tuple[Tensor, int]:
+                made: Tensor = super(FoldedParametrization, self).forward()
+                return made, made._version
+
+            kept = vars(self)[FOLDED] = Folded(tensors, compute)
+        weight: Tensor
+        weight, version = kept.value
+        # Somebody may have written to what was made: such a write does not last.
+        return weight if weight._version == version else super().forward()
 
 
 def spectral_hooks(module: nn.Module, inference: bool) -> list[SpectralNorm]:

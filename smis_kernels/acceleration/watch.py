@@ -86,7 +86,8 @@ def _content_of(value: Any, depth: int = _DEPTH) -> Any:
     if depth and isinstance(value, (set, frozenset)):
         return (type(value), sorted(map(repr, value)))
     if hasattr(value, "tobytes"):  # numpy's
-        return (type(value), value.tobytes())
+        return (type(value), getattr(value, "dtype", None), getattr(value, "shape", None),
+                value.tobytes())
     if depth and isinstance(getattr(value, "__dict__", None), dict) and not callable(value):
         return (_Same(value), _content_of(vars(value), depth - 1))
     if isinstance(value, nn.Module):

@@ -21,7 +21,7 @@ from ..runtime.check import (
 )
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import acc_dtype
-from .normalizing import Normalizing, has_hooks
+from .normalizing import Normalizing, is_told_by_weights
 
 
 def _per_image(input: Tensor, gamma: Tensor, beta: Tensor, *, upsample: bool,
@@ -106,8 +106,10 @@ class ConditionalNorm2d(Normalizing):
         checked = here or looked_at(classes, "triton")
         if checked:
             check_range("condition", classes, self.condition_channels)
-        if any(map(has_hooks, layers)):  # they run where a layer is called
-            rows = _one_hot(classes, self.condition_channels).to(self.mlp_gamma.bias.dtype)
+        if not all(is_told_by_weights(layer, nn.Linear) for layer in layers):
+            # what they do beside runs where they are called
+            dtype = next(self.mlp_gamma.parameters()).dtype
+            rows = _one_hot(classes, self.condition_channels).to(dtype)
             return [layer(rows) for layer in layers]
         if checked:
             return [F.embedding(classes, layer.weight.T) + layer.bias for layer in layers]

@@ -62,7 +62,7 @@ class LabelConv2d:
         with torch.autocast(weight.device.type, enabled=False):  # the kernel sums in this dtype
             self._table = layout.vectors.to(dtype) @ taps  # [k, k, S + 1, C]
         self._sums = self._table.sum(1)
-        self._bias, self._like = bias.to(dtype), weight
+        self._bias, self._like = bias.to(dtype, copy=True), weight
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the output: (N, C, last - first, W), channels-last."""

@@ -37,6 +37,24 @@ def has_hooks(module: Any) -> bool:
                 or module._backward_hooks)
 
 
+def is_told_by_weights(layer: Any, kind: Any) -> bool:
+    """Whether weight and bias tell all that calling a layer of this kind does.
+
+    Not with hooks, nor of a subclass or instance with a forward of its own, nor without a bias.
+    """
+    own, cls = layer.__dict__, type(layer)
+    return ((cls is kind or cls.forward is kind.forward) and "forward" not in own
+            and not has_hooks(layer) and own["_parameters"].get("bias") is not None)
+
+
+def _tracks(norm: Any) -> bool:
+    """Whether running statistics are read or moved: in training nn.BatchNorm2d may be told not to.
+
+    In eval mode it reads those that it has, whatever it was told.
+    """
+    return not norm.training or getattr(norm, "track_running_stats", True)
+
+
 class Normalizing(nn.Module):
     """A module with a ``param_free_norm`` of ``channels``: the base of :class:`SPADE` and others.
 
@@ -55,6 +73,8 @@ class Normalizing(nn.Module):
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         """The running statistics as keyword arguments of the op."""
         norm = child(self, "param_free_norm")
+        if not _tracks(norm):
+            return {"running_mean" + suffix: None, "running_var" + suffix: None}
         return {
             "running_mean" + suffix: child(norm, "running_mean"),
             "running_var" + suffix: child(norm, "running_var"),
@@ -87,7 +107,7 @@ class Normalizing(nn.Module):
     def count_batch(self) -> None:
         """Advance ``num_batches_tracked`` as nn.BatchNorm2d does."""
         norm = child(self, "param_free_norm")
-        if not norm.training:
+        if not (norm.training and _tracks(norm)):
             return
         counter = getattr(norm, "num_batches_tracked", None)
         if counter is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,20 @@ from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
 from ..runtime.constants import constant
 from ..runtime.tensors import acc_dtype
-from .normalizing import Normalizing, child, has_hooks
+from .normalizing import Normalizing, child, has_hooks, is_told_by_weights
 
 _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
+
+
+def _is_plain(conv: Any) -> bool:
+    """Whether a conv of weight and bias is what the tables and the fused conv compute."""
+    cls = type(conv)
+    if not is_told_by_weights(conv, nn.Conv2d) or not (
+            cls is nn.Conv2d or cls._conv_forward is nn.Conv2d._conv_forward):
+        return False
+    height, width = conv.kernel_size
+    return (conv.padding_mode == "zeros" and conv.stride == conv.dilation == (1, 1)
+            and conv.padding in ((height // 2, width // 2), "same"))
 
 
 class CGNorm(Normalizing):
@@ -95,7 +107,7 @@ class CGNorm(Normalizing):
     def convolved(self, hidden: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
         """Gamma and beta from what their convs read; ``fused``: one conv with 2C outputs."""
         gamma, beta = self.mlp_gamma, self.mlp_beta
-        if not fused or gamma.groups > 1 or self._hooked:  # grouped outputs would interleave
+        if not fused or self._called or gamma.groups > 1:  # grouped outputs would interleave
             return gamma(hidden), beta(hidden)
         assert gamma.bias is not None and beta.bias is not None
         weight, bias = (
@@ -170,9 +182,10 @@ class CGNorm(Normalizing):
     @property
     def convs(self) -> NormConvs | None:
         """The convs of a table over 5x5 windows; None where there is none."""
-        shared, gamma, beta = self.shared_conv, self.mlp_gamma, self.mlp_beta
-        if shared is None or self.no_tables:
+        if not self.hidden or self.no_tables:
             return None
+        shared, gamma, beta = self.shared_conv, self.mlp_gamma, self.mlp_beta
+        assert shared is not None
         assert shared.bias is not None and gamma.bias is not None and beta.bias is not None
         return NormConvs(shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight,
                          beta.bias, shared.groups, gamma.groups)
@@ -190,19 +203,24 @@ class CGNorm(Normalizing):
     @property
     def no_tables(self) -> str:
         """Why window tables do not serve; "" where they do."""
-        if self._hooked:
-            return "its convs have hooks, which run where they are called"
+        if self._called:
+            return "its convs have hooks, or settings of their own, and run where they are called"
         size = self.mlp_gamma.kernel_size[0]
         return "" if size == 3 else f"kernel_size is {size}, tables are for 3"
 
     @property
-    def _hooked(self) -> bool:
-        """Whether a conv has hooks, which reading its weight would skip."""
-        parts = [child(self, "mlp_gamma"), child(self, "mlp_beta")]
+    def _called(self) -> bool:
+        """Whether calling the convs does more, or other, than their weights tell."""
+        gamma = child(self, "mlp_gamma")
+        convs = [gamma, child(self, "mlp_beta")]
         if self.hidden:
             shared = child(self, "mlp_shared")
-            parts += [shared, *shared._modules.values()]
-        return any(map(has_hooks, parts))
+            parts = [*shared._modules.values()]
+            if has_hooks(shared) or len(parts) != 2 or type(parts[1]) is not nn.ReLU or (
+                    has_hooks(parts[1])):
+                return True
+            convs.append(parts[0])
+        return not all(_is_plain(conv) and conv.kernel_size == gamma.kernel_size for conv in convs)
 
     @property
     def products(self) -> tuple[int, int]:
@@ -213,10 +231,12 @@ class CGNorm(Normalizing):
     @property
     def outline(self) -> Hashable:
         """What :attr:`no_tables` and :attr:`products` follow from, sooner found than they are."""
+        if self._called:
+            return self.label_channels
         gamma = child(self, "mlp_gamma")
         groups = child(child(self, "mlp_shared"), "0").groups if self.hidden else 1
         return (gamma.out_channels, gamma.in_channels, gamma.groups, gamma.kernel_size, groups,
-                self.label_channels, self.hidden, self._hooked)
+                self.label_channels, self.hidden)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -315,16 +335,17 @@ def modulate_pair(
     shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
     if any(shared.get(name) != shared_s.get(name) for name in ("norm", "eps")):
         raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
+    running, running_s = norm_0.norm_arguments(), norm_s.norm_arguments("_s")
+    alike = (running["running_mean"] is None) == (running_s["running_mean_s"] is None)
     # One index would pick from tables of other rows.
-    if norm_0.rows != norm_s.rows or shared != shared_s:
+    if norm_0.rows != norm_s.rows or shared != shared_s or not alike:
         first = norm_0(input, segmap, activation=activation, negative_slope=negative_slope,
                        upsample=upsample)
         return first, norm_s(input, segmap, upsample=upsample)
     size = norm_0.output_size(input, upsample)
     plan = choose((norm_0, norm_s), input, segmap, size)
     options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,
-               "backend": norm_0.backend, **norm_0.norm_arguments(),
-               **norm_s.norm_arguments("_s"), **shared}
+               "backend": norm_0.backend, **running, **running_s, **shared}
     norm_0.count_batch()
     norm_s.count_batch()
     if plan.layout is None:
