@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +225,7 @@ def test_pairs_of_the_protocol():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"samples": 1}, "samples: expected at least 2"), ({"pairs": 20}, "pairs: .* at most 19"),
+     ({"samples": 4, "pairs": 7, "pairing": "random"}, "pairs: expected at most 6 random pairs"),
      ({"mask_mode": "crop"}, "mask_mode: expected zero or spatial; got 'crop'"),
      ({"layouts": 0}, "layouts: expected at least 1"), ({"dont_care": "drop"}, "dont_care")],
 )
@@ -506,6 +508,9 @@ def test_evaluate_is_repeatable_and_says_how(model, tmp_path):
     wrong = protocol("cityscapes-256x512")
     with pytest.raises(ValueError, match=r"protocol: cityscapes-256x512 is of pictures"):
         evaluate(model, scenes, measured, wrong)
+    fitting = SimpleNamespace(preset=CITYSCAPES)  # 256 high, 512 wide
+    with pytest.raises(ValueError, match="metrics: nothing to measure"):
+        evaluate(fitting, scenes, Metrics(), wrong)
 
 
 def test_the_seed_reaches_every_code(model):
