@@ -361,6 +361,14 @@ def test_the_classifier_says_what_it_sees_not_what_was_asked():
     assert _iou(judge.read(noise).labels, sample["labels"][None]).mean() < 0.3
 
 
+def test_the_classifier_reads_the_likeliest_class_in_all_its_modes(monkeypatch):
+    chance = torch.full((1, 1, 1, 8, 4), 0.3 / 24)
+    chance[..., 2, :], chance[..., 5, :] = torch.tensor([0.27, 0.01, 0.01, 0.01]), 0.1
+    monkeypatch.setattr(SceneClassifier, "log_probabilities", lambda self, images: chance.log())
+    reading = SceneClassifier([]).read(torch.zeros(1, 3, 1, 1))
+    assert reading.labels.item() == 5  # 0.4 of four modes, where 0.27 is the largest of one
+
+
 @pytest.mark.parametrize(
     ("shape", "labels", "name"),
     [((3, 8, 8), None, "images"), ((1, 1, 8, 8), None, "images"), ((1, 3, 8, 8), (8, 8), "labels")],
