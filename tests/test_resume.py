@@ -578,6 +578,16 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_an_average_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
+    run = Run(tiny("--optimizer.ema", "0.9"), tmp_path)
+    assert run.trainer.ema is not None
+    with torch.no_grad():
+        next(run.trainer.ema.averaged.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteLoss, match=r"weights: module\..* is not finite after step 0"):
+        run.save()
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_a_damaged_state_names_the_kept_ones(tmp_path: Path) -> None:
     until(tiny("--log.keep", "2"), tmp_path, 2)
     (tmp_path / "checkpoint.pt").write_bytes(b"PK half")
