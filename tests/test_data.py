@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import zlib
 from dataclasses import replace
@@ -228,6 +229,33 @@ def test_preprocessing_is_the_published_one(name):
     for augment, load in zip((True, False), loads, strict=True):
         found = published_preprocess(name, (256, 512), augment=augment)
         assert found == Preprocess(mode, (256, 512), load, augment=augment, flip=True)
+
+
+def test_of_two_published_splits_val_is_evaluated(tmp_path):
+    _write_set(tmp_path, "coco_stuff", count=1)
+    for role in ("img", "label", "inst"):
+        shutil.copytree(tmp_path / f"train_{role}", tmp_path / f"test_{role}")
+    for split in ("val", "test"):
+        (record,) = list_scenes("coco_stuff", tmp_path, split, instances=True).records
+        assert {Path(file).parent.name for file in (record.image, record.labels, record.instances)
+                } == {"val_img", "val_label", "val_inst"}
+
+
+def test_generated_scenes_are_as_high_and_wide_as_the_model():
+    found = build_dataset("scenes", None, replace(SMALL, image_size=(32, 64)), count=1)[0]
+    assert (found["image"].shape, found["labels"].shape) == ((3, 32, 64), (32, 64))
+
+
+def test_a_batchs_edges_are_between_instances():
+    samples = [GeneratedScenes(2, SIZE)[i] for i in range(2)]
+    planes = Collate(replace(SMALL, instance_edge=True))(samples)["layout"].dense()
+    assert planes.shape == (2, 9, *SIZE)
+    for sample, edges in zip(samples, planes[:, 8], strict=True):
+        around = np.pad(sample["instances"].numpy(), 1, mode="edge")
+        expected = np.zeros(SIZE, bool)
+        for shift in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            expected |= (np.roll(around, shift, (0, 1)) != around)[1:-1, 1:-1]
+        np.testing.assert_array_equal(edges, expected)
 
 
 def test_a_mode_keeps_its_load_size(tmp_path):

@@ -143,7 +143,7 @@ def test_inception_is_torch_fidelitys(programs: Any, tmp_path: Path,
             nn.Module.__init__(self)
 
         def forward(self, x: Tensor) -> tuple[Tensor]:
-            made["input"] = x
+            made.update(input=x, still=not (self.training or torch.is_grad_enabled()))
             return (x.float().mean((2, 3)),)
 
     monkeypatch.setattr(programs.inception, "FeatureExtractorInceptionV3", Recorded)
@@ -155,6 +155,7 @@ def test_inception_is_torch_fidelitys(programs: Any, tmp_path: Path,
     assert made["features"] == ["2048"]
     assert made["options"] == {"feature_extractor_weights_path": str(tmp_path / "inception.pth")}
     assert made["input"].dtype == torch.uint8 and made["input"].shape == (2, 3, 40, 50)
+    assert made["still"]  # in training mode the batch would be normalised by itself
 
 
 @pytest.mark.parametrize("ignored", [(), (0,), (2, 5)])
@@ -294,6 +295,38 @@ def test_mcsd_and_mocd_by_hand() -> None:
     agree("mOCD", by_hand, found.mocd, np.mean([np.mean(other[c]) for c in (0, 1)]), rtol=1e-4)
     agree("mean distance of pictures", by_hand, found.diversity, np.mean(whole), rtol=1e-4)
     assert found.mcsd > found.mocd > 0
+    further = diversity(model, [*layouts, layouts[0]], PixelDistance(), options, seed=5)
+    assert (further.mcsd, further.pictures) == (found.mcsd, found.pictures)  # the first two alone
+
+
+def test_one_code_for_the_whole_picture_is_compared_in_every_area() -> None:
+    plain = SimpleNamespace(sample_latent=_Generator().sample_latent)
+    made, drawn = pictures(3, (2, 4)), []
+    scene = Scene("a", np.array([[0, 0, 1, 1], [0, 0, 0, 3]]), None)
+
+    def draw(codes: Tensor) -> Tensor:
+        drawn.append(codes)
+        return made
+
+    options = DiversityProtocol(layouts=1, samples=3, pairs=2, mask_mode="spatial")
+    ((by_class, _),) = scene_diversity(
+        SimpleNamespace(generator=plain), scene, draw, [PixelDistance()], options)
+    assert [len(codes.unique(dim=0)) for codes in drawn] == [3]
+    apart = sum((made[k] - made[k + 1]).abs().mean(0) / 2 for k in (0, 1)) / 2
+    for c in (0, 1, 3):
+        own = torch.from_numpy(scene.labels == c)
+        assert by_class.pop(c) == pytest.approx((float(apart[own].mean()),
+                                                 float(apart[~own].mean())), rel=1e-5)
+    assert not by_class
+
+
+def test_beside_an_area_the_network_sees_mid_grey() -> None:
+    made, mask, distance = pictures(2, (40, 40)), torch.rand(40, 40) > 0.5, create_distance(
+        "random-alex")
+    ((inside, outside),) = area_distances(made, [mask], distance, [(0, 1)], "zero")
+    for found, area in ((inside, mask), (outside, ~mask)):
+        a, b = (torch.where(area, picture, 0.0)[None] for picture in made)
+        assert found == pytest.approx(float(distance(a, b)), rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["zero", "spatial"])

@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -85,33 +87,62 @@ def lpips_files(tmp_path_factory):
     return files
 
 
+# torchvision's AlexNet and VGG16 (index in its "features", stride, padding) by blocks; max pooling
+# between those that say so. LPIPS reads the last ReLU of each: relu1 to relu5, relu1_2 to relu5_3.
+_BLOCKS = {
+    "alex": (((0, 4, 2),), "pool", ((3, 1, 2),), "pool", ((6, 1, 1),), ((8, 1, 1),), ((10, 1, 1),)),
+    "vgg": (((0, 1, 1), (2, 1, 1)), "pool", ((5, 1, 1), (7, 1, 1)), "pool",
+            ((10, 1, 1), (12, 1, 1), (14, 1, 1)), "pool", ((17, 1, 1), (19, 1, 1), (21, 1, 1)),
+            "pool", ((24, 1, 1), (26, 1, 1), (28, 1, 1))),
+}
+
+
+def _published_features(kind, state, x):
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    x, found = (x - shift) / scale, []
+    for block in _BLOCKS[kind]:
+        if block == "pool":
+            x = F.max_pool2d(x, 3 if kind == "alex" else 2, 2)
+            continue
+        for index, stride, padding in block:
+            weight, bias = (state[f"features.{index}.{name}"] for name in ("weight", "bias"))
+            x = F.conv2d(x, weight, bias, stride, padding).relu()
+        found.append(x)
+    return found
+
+
 @pytest.mark.parametrize("kind", TRUNKS)
 def test_lpips_is_the_papers_formula(kind, lpips_files):
     trunk, heads = lpips_files[kind]
     distance = LPIPS(kind, trunk, heads)
     a, b = _pictures(2, seed=1), _pictures(2, seed=2)
     state, linear = torch.load(trunk), torch.load(heads)
-    shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
-    scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
-    network = TRUNKS[kind].build()
-    network.load_state_dict({k.removeprefix("features."): v for k, v in state.items()
-                             if k.startswith("features.")})
     expected = torch.zeros(2)
-    x, y = (a - shift) / scale, (b - shift) / scale
-    tap = 0
-    with torch.no_grad():
-        for i, layer in enumerate(network):
-            x, y = layer(x), layer(y)
-            if i in TRUNKS[kind].taps:
-                unit = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (x, y)]
-                weighted = (unit[0] - unit[1]) ** 2 * linear[f"lin{tap}.model.1.weight"]
-                expected += weighted.sum(1).mean((1, 2))
-                tap += 1
-    torch.testing.assert_close(distance(a, b), expected)
-    assert tap == 5
+    layers = [_published_features(kind, state, x) for x in (a, b)]
+    for tap, pair in enumerate(zip(*layers, strict=True)):
+        unit = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in pair]
+        weighted = (unit[0] - unit[1]) ** 2 * linear[f"lin{tap}.model.1.weight"]
+        expected += weighted.sum(1).mean((1, 2))
+    torch.testing.assert_close(distance(a, b), expected, rtol=1e-5, atol=0)
+    assert tap == 4
     spatial = distance.spatial(distance.features(a), distance.features(b), (40, 48))
     assert spatial.shape == (2, 40, 48)
     assert float(distance(a, a).abs().max()) == 0
+
+
+def test_faint_features_stay_shorter_than_one(lpips_files):
+    """The published code adds 1e-10 to the length itself, not to its square."""
+    distance = LPIPS("alex", *lpips_files["alex"])
+    distance.network[0].weight.mul_(1e-10)
+    distance.network[0].bias.zero_()
+    state = {k: v * 1e-10 * k.endswith("weight") for k, v in torch.load(
+        lpips_files["alex"][0]).items()}
+    x = _pictures(1)
+    length = _published_features("alex", state, x)[0].double().norm(dim=1)
+    found = distance.features(x)[0].double().norm(dim=1)
+    assert 0.05 < float(found.mean()) < 0.95
+    torch.testing.assert_close(found, length / (length + 1e-10), rtol=1e-5, atol=1e-6)
 
 
 def test_lpips_says_which_files_it_used(lpips_files):
@@ -194,6 +225,7 @@ def test_pairs_of_the_protocol():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"samples": 1}, "samples: expected at least 2"), ({"pairs": 20}, "pairs: .* at most 19"),
+     ({"samples": 4, "pairs": 7, "pairing": "random"}, "pairs: expected at most 6 random pairs"),
      ({"mask_mode": "crop"}, "mask_mode: expected zero or spatial; got 'crop'"),
      ({"layouts": 0}, "layouts: expected at least 1"), ({"dont_care": "drop"}, "dont_care")],
 )
@@ -246,6 +278,7 @@ def test_the_synthesizer_measures_what_the_model_paints(model, layouts, mask_mod
             assert whole == pytest.approx(expected_whole, rel=1e-3)
             for c, pair in by_class.items():
                 assert pair == pytest.approx(expected[c], rel=1e-3, abs=1e-7)
+    assert len(sampler(sample_codes(model, 3, seed=0))) == 3  # none of those that filled it up
 
 
 class _Painter(nn.Module):
@@ -316,6 +349,17 @@ def test_frechet_distance_of_known_distributions():
         frechet_distance(a, FeatureStatistics.of(r.normal(0, 1, (9, 2))))
 
 
+@pytest.mark.parametrize(("features", "message"), [
+    ([[1.0, 2.0]], r"at least 2 for a covariance, got features of shape \(1, 2\)"),
+    ([1.0, 2.0], "at least 2 for a covariance"), ([[1.0], [np.nan]], "expected finite values"),
+    ([[-np.inf], [1.0]], "expected finite values"),
+])
+def test_statistics_are_of_two_finite_pictures_at_least(features, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureStatistics.of(np.array(features))
+    assert FeatureStatistics.of(np.array([[0.0], [2.0]])).covariance.tolist() == [[2.0]]
+
+
 def test_fid_counts_pictures_and_warns_of_few():
     def extractor(batch):
         assert batch.dtype == torch.uint8
@@ -332,6 +376,20 @@ def test_fid_counts_pictures_and_warns_of_few():
         assert ("note" in fid_of_features(*features[::-1])) == (count <= 9)
     with pytest.raises(ValueError, match="at least 2"):
         fid(real, [], extractor)
+
+
+def test_fid_reads_the_bytes_that_would_be_written():
+    seen = []
+    x = torch.tensor([-1.0, -0.5, 0.25, 1.0]).view(4, 1, 1, 1).repeat(1, 3, 8, 8)
+    x *= torch.tensor([1, -1, 0.5]).view(1, 3, 1, 1)
+
+    def extractor(batch):
+        seen.append(batch[:, :, 0, 0].tolist())
+        return batch.float().mean((2, 3))
+
+    fid([x[:1], x[1:]], [x], extractor)
+    rows = [[0, 255, 64], [64, 191, 96], [159, 96, 143], [255, 0, 191]]  # (x + 1) / 2 · 255
+    assert seen == [rows[:1], rows[1:], rows]
 
 
 def test_inception_refuses_other_files(tmp_path):
@@ -450,6 +508,9 @@ def test_evaluate_is_repeatable_and_says_how(model, tmp_path):
     wrong = protocol("cityscapes-256x512")
     with pytest.raises(ValueError, match=r"protocol: cityscapes-256x512 is of pictures"):
         evaluate(model, scenes, measured, wrong)
+    fitting = SimpleNamespace(preset=CITYSCAPES)  # 256 high, 512 wide
+    with pytest.raises(ValueError, match="metrics: nothing to measure"):
+        evaluate(fitting, scenes, Metrics(), wrong)
 
 
 def test_the_seed_reaches_every_code(model):

@@ -36,7 +36,7 @@ from smis_models.training import NonFiniteLoss, Run, TrainConfig, continued, fro
 from smis_models.training.batches import Order, Place
 from smis_models.training.checkpoints import TRAINING, load_state, read_state, save_state
 from smis_models.training.distributed import Processes
-from smis_models.training.loggers import Clock, LossTable, memory
+from smis_models.training.loggers import Clock, LossTable, WandB, memory
 from smis_models.training.objective import Objective
 from smis_models.training.options import to_dict, to_json
 
@@ -563,6 +563,8 @@ def test_a_kept_state_survives_what_is_copied_over_the_last(tmp_path: Path) -> N
     until(config, tmp_path, 6, True)
     steps = sorted(path.stem for path in (tmp_path / "kept").glob("step_*.pt"))
     assert steps[-1] == "step_0000006"  # those of the course that was left are gone
+    weights = sorted(path.stem for path in (tmp_path / "kept").glob("step_*.safetensors"))
+    assert weights == steps
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
@@ -574,6 +576,16 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match=r"weights: generator\.conv_img\.weight is not finite"):
         run.save()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_average_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
+    run = Run(tiny("--optimizer.ema", "0.9"), tmp_path)
+    assert run.trainer.ema is not None
+    with torch.no_grad():
+        next(run.trainer.ema.averaged.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteLoss, match=r"weights: module\..* is not finite after step 0"):
+        run.save()
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_damaged_state_names_the_kept_ones(tmp_path: Path) -> None:
@@ -741,6 +753,8 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {"run/images_per_second", "run/memory", "run/waiting"} <= set(logged[1])
     assert logged[4]["samples"] == ("picture", (84 - 4, 6 * 68 - 4, 3))
     assert first.told[-1] == second.told[-1] == ("finish",)
+    WandB(tmp_path / "run", 0, {})  # a run that begins anew is another there
+    assert second.told[-2][1]["id"] != begun["id"]
 
 
 def test_the_best_are_judged_by_the_average(tmp_path: Path) -> None:

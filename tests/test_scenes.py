@@ -261,6 +261,20 @@ def test_a_generated_scene_is_drawn_by_these_numbers():
     assert len(seen) == 6
 
 
+@pytest.mark.parametrize(("split", "pixels", "mean"), [
+    ("train", [[[60, 141, 231], [67, 145, 232], [33, 126, 227]],
+               [[95, 165, 235], [26, 84, 99], [238, 143, 29]],
+               [[216, 187, 111], [233, 204, 128], [228, 199, 123]]], [155.795, 158.361, 143.72]),
+    ("val", [[[0, 0, 20], [0, 0, 20], [0, 0, 20]], [[3, 0, 30], [3, 0, 30], [188, 216, 245]],
+             [[231, 250, 55], [198, 120, 155], [203, 123, 156]]], [126.032, 114.477, 96.919]),
+])
+def test_generated_pictures_stay_what_they_were(split, pixels, mean):
+    """Weights were trained and measured on them: colours, jitter, textures and rounding."""
+    (picture,) = images.to_pictures(GeneratedScenes(1, (48, 96), split, seed=5)[0]["image"][None])
+    assert np.abs(picture[::16, ::32].astype(int) - pixels).max() <= 1  # sines differ by machine
+    np.testing.assert_allclose(picture.mean((0, 1)), mean, atol=0.05)
+
+
 def test_a_generated_sample():
     sample = GeneratedScenes(1, (40, 56))[0]
     assert sample["image"].shape == (3, 40, 56) and sample["image"].dtype == torch.float32
@@ -345,6 +359,14 @@ def test_the_classifier_says_what_it_sees_not_what_was_asked():
     assert _iou(reading.labels, sample["labels"][None])[0] > 0.9
     noise = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert _iou(judge.read(noise).labels, sample["labels"][None]).mean() < 0.3
+
+
+def test_the_classifier_reads_the_likeliest_class_in_all_its_modes(monkeypatch):
+    chance = torch.full((1, 1, 1, 8, 4), 0.3 / 24)
+    chance[..., 2, :], chance[..., 5, :] = torch.tensor([0.27, 0.01, 0.01, 0.01]), 0.1
+    monkeypatch.setattr(SceneClassifier, "log_probabilities", lambda self, images: chance.log())
+    reading = SceneClassifier([]).read(torch.zeros(1, 3, 1, 1))
+    assert reading.labels.item() == 5  # 0.4 of four modes, where 0.27 is the largest of one
 
 
 @pytest.mark.parametrize(
