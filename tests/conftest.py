@@ -18,6 +18,10 @@ from smis_kernels.acceleration.swap import at_any_size
 from smis_kernels.runtime.backend import missing, triton_interpreted
 from smis_kernels.runtime.native import cuda_emulated
 
+if triton_interpreted() and missing("triton") is None:
+    from interpreted import look_once
+
+    look_once()
 if cuda_emulated():
     from cuda_on_cpu.plugin import no_findings, pytest_terminal_summary  # noqa: F401
 

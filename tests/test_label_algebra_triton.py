@@ -298,10 +298,14 @@ def product_inputs(rows: int, channels: int, depth: int, groups: int) -> tuple[T
     return draw(rows, 9, 2 * channels), draw(rows, depth), *weights
 
 
+PRODUCTS = ((1, 1, 1, 1), (65, 33, 65, 1), (300, 6, 4, 2), (70, 9, 54, 3), (257, 64, 130, 2))
+
+
 @pytest.mark.triton
-@pytest.mark.parametrize("programs", [1, 40, 10**6])
-@pytest.mark.parametrize(("rows", "channels", "depth", "groups"), [
-    (1, 1, 1, 1), (65, 33, 65, 1), (300, 6, 4, 2), (70, 9, 54, 3), (257, 64, 130, 2)])
+@pytest.mark.parametrize(("rows", "channels", "depth", "groups", "programs"), [
+    *((*sizes, programs) for sizes in PRODUCTS for programs in (1, 40)),
+    # of the others the parts are the same as for 40
+    *((*sizes, 10**6) for sizes in PRODUCTS if sizes[0] > 256)])
 def test_products_of_gradients(rows: int, channels: int, depth: int, groups: int, programs: int,
                                monkeypatch: pytest.MonkeyPatch) -> None:
     from smis_kernels.ops.window_table import op

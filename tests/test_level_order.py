@@ -58,9 +58,10 @@ class Sorts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def blocks(seed: int = 0, images: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
+def blocks(seed: int = 0, images: int = 2, size: tuple[int, int] = SIZE,
+           cells: tuple[int, int] = (4, 3)) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randint(CLASSES, (images, 1, 4, 3), generator=generator).double()
+    coarse = torch.randint(CLASSES, (images, 1, *cells), generator=generator).double()
     return F.interpolate(coarse, size, mode="nearest")[:, 0].long()
 
 
@@ -377,7 +378,8 @@ def network() -> Iterator[Network]:
 
 def start(seed: int = 0, images: int = 2) -> tuple[Tensor, LabelLayout]:
     generator = torch.Generator().manual_seed(seed)
-    layout = LabelLayout.from_labels(blocks(seed, images, (8, 8)), CLASSES)
+    # Few cells: the interpreter runs a program for each tap of each window.
+    layout = LabelLayout.from_labels(blocks(seed, images, (8, 8), (2, 2)), CLASSES)
     layout = LabelLayout(layout.symbols, layout.vectors.double())
     return torch.randn(images, CHANNELS, 4, 4, generator=generator, dtype=torch.float64), layout
 

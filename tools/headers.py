@@ -22,6 +22,7 @@ from smis_kernels import build
 from smis_kernels.runtime.backend import CUDA_LEAST
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "headers"
 OLDEST = "{}.{}.0".format(*build.MINIMUM_TORCH)
 LEAST_GPU = "{}.{}".format(*CUDA_LEAST)
 
@@ -56,8 +57,10 @@ def headers(version: str, cache: Path) -> build.Torch:
 
 def main(version: str = OLDEST) -> None:
     """Compile every source that includes torch, for one architecture."""
-    cache = ROOT / "build" / "headers"
-    torch = headers(version, cache)
+    if version == "download":
+        headers(OLDEST, CACHE)
+        return
+    torch = headers(version, CACHE)
     print(f"headers of torch {torch.version}")
     os.environ["TORCH_CUDA_ARCH_LIST"] = LEAST_GPU
     for name, plan_of in build.PLANS.items():
@@ -68,7 +71,7 @@ def main(version: str = OLDEST) -> None:
             plan = dataclasses.replace(plan, ninja=plan.ninja.replace(" -O3 ", f" {quick} "))
             objects = re.findall(r"^build (\S+): compile .*/(?:cpu\.cpp|cuda\.cu)$", plan.ninja,
                                  re.M)
-            build.make(plan, cache / version / name, *objects)
+            build.make(plan, CACHE / version / name, *objects)
         except build.NotBuilt as problem:
             sys.exit(f"headers: {name} does not compile with torch {torch.version}: "
                      f"{problem.reason}")

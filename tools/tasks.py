@@ -170,7 +170,7 @@ def bench(*arguments: str) -> None:
 
 
 def headers(*version: str) -> None:
-    """Both libraries compiled against the oldest torch's headers: headers [VERSION]."""
+    """Both libraries compiled against the oldest torch's headers: headers [VERSION | download]."""
     _python("-m", "tools.headers", *version)
 
 
