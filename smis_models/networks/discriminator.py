@@ -26,20 +26,21 @@ def _shares(layer: nn.Sequential, pictures: Tensor) -> bool:
         requested() != "reference" and pictures.is_cpu
         and pictures.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu") and not hooked(layer, first)
-        and type(first) in (nn.Conv2d, WinogradConv2d) and first.groups == 1
-        and first.padding_mode == "zeros"
+        and isinstance(first, nn.Conv2d) and type(first) in (nn.Conv2d, WinogradConv2d)
+        and first.groups == 1 and first.padding_mode == "zeros"
     )
 
 
 def _shared(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> Tensor:
     """``layer(_with_maps(semantics, pictures))``: each map goes through the conv once, and none of
     its values gets a gradient."""
-    first, n = layer[0], semantics.shape[1]
-    options = first.stride, first.padding, first.dilation
+    first, *rest = layer
+    assert isinstance(first, nn.Conv2d)
+    n, options = semantics.shape[1], (first.stride, first.padding, first.dilation)
     x = F.conv2d(pictures, first.weight[:, n:], None, *options)
     of_maps = F.conv2d(semantics, first.weight[:, :n], first.bias, *options)
     x = (x.unflatten(0, (-1, len(semantics))) + of_maps).flatten(0, 1)
-    for module in layer[1:]:
+    for module in rest:
         x = module(x)
     return x
 
@@ -68,6 +69,7 @@ class PatchDiscriminator(nn.Module):
         features: list[Tensor] = []
         for layer in self.children():
             if semantics is not None and not features:
+                assert isinstance(layer, nn.Sequential)
                 x = (_shared(layer, semantics, x) if _shares(layer, x)
                      else layer(_with_maps(semantics, x)))
             else:
