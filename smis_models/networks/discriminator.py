@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ def _shared(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> Tensor
     its values gets a gradient."""
     first, *rest = layer
     assert isinstance(first, nn.Conv2d)
-    n, options = semantics.shape[1], (first.stride, first.padding, first.dilation)
+    n = semantics.shape[1]
+    options: tuple[Any, ...] = first.stride, first.padding, first.dilation
     x = F.conv2d(pictures, first.weight[:, n:], None, *options)
     of_maps = F.conv2d(semantics, first.weight[:, :n], first.bias, *options)
     x = (x.unflatten(0, (-1, len(semantics))) + of_maps).flatten(0, 1)
