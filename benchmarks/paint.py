@@ -30,6 +30,8 @@ from smis_models.app.painter import Labels, Painter
 from smis_models.app.server import create_app
 from smis_models.benchmark.records import markdown_table
 from smis_models.families import checkpoint_file
+from smis_models.io.images import write_atomically
+from smis_models.io.provenance import commit, processor, versions
 from smis_models.networks.semantics import compile_layout
 from smis_models.synthesis.codes import draw_code
 from smis_models.synthesis.synthesizer import frozen_copy
@@ -183,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="again for each; default: groupdnet_scenes and spade_celebamask")
     parser.add_argument("--checkpoint", type=Path, help="of the one model; else random weights")
     parser.add_argument("--strokes", type=int, default=40)
+    parser.add_argument("--out", type=Path, help="file to write the tables to")
     parser.add_argument("--radius", type=int, help="of the brush; default: a 16th of the map")
     given = parser.parse_args(arguments)
     names = given.model or ["groupdnet_scenes", "spade_celebamask"]
@@ -190,13 +193,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--checkpoint: expected one --model beside it, got {len(names)}")
     if given.strokes < 1 or (given.radius is not None and given.radius < 1):
         parser.error("--strokes, --radius: expected at least 1")
+    tables = []
     for name in names:
         weights = (shipped_weights(name) if given.checkpoint is None
                    else checkpoint_file(given.checkpoint))
         model = create_model(name, weights, init_gain=1.0).eval()
         times = measure(model, given.strokes, radius=given.radius, random_weights=weights is None)
-        print(report(f"{name}, {'random' if weights is None else 'trained'} weights",
-                     model.preset.image_size, times), end="\n\n")
+        tables.append(report(f"{name}, {'random' if weights is None else 'trained'} weights",
+                             model.preset.image_size, times))
+        print(tables[-1], end="\n\n")
+    if given.out is not None:
+        head = ", ".join((processor(), *(f"{k} {v}" for k, v in versions().items())))
+        text = "\n\n".join((f"Commit {commit()}; {head}.", *tables))
+        write_atomically(given.out, (text + "\n").encode())
     return 0
 
 

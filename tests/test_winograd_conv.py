@@ -163,12 +163,13 @@ def test_gradients_in_float32(shape, out, groups):
         assert_as_accurate(*three, what=name)
 
 
-# Pixels of the gradient one below, at and one above a group's outputs, where torch's takes over.
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize(("size", "padding", "groups"), [
-    ((5, 7), 1, 1), ((6, 6), 1, 1), ((37, 1), 1, 1), ((7, 7), 0, 1), ((8, 8), 0, 2)])
-def test_the_weights_gradient_by_products(size, padding, groups, layout):
-    x, w, *_ = _tensors((1, 4 * groups, *size), 36 * groups, groups, torch.float64)
+    ((5, 7), 1, 1), ((1, 1), 1, 2), ((37, 1), 1, 1), ((7, 4), 0, 1), ((3, 3), 0, 2)])
+@pytest.mark.parametrize(("channels", "outputs"), [(64, 64), (65, 64), (63, 65), (64, 63)])
+def test_the_weights_gradient_by_taps(size, padding, groups, channels, outputs, layout):
+    shape = (2, channels * groups, *size)
+    x, w, *_ = _tensors(shape, outputs * groups, groups, torch.float64)
     x = with_memory_format(x, layout)
     truth = reference.winograd_conv2d(x, w.requires_grad_(), None, None, groups, padding)
     grad = with_memory_format(torch.linspace(-1, 2, truth.numel(), dtype=x.dtype).view_as(truth),

@@ -6,20 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_WIDTH = 64  # channels and outputs of a group, below which torch's own is the faster one
+
 
 def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, padding: int, groups: int,
                     ) -> Tensor:
     """The gradient of the weight of ``F.conv2d(input, weight, padding=padding, groups=groups)``.
 
-    Where there are no more pixels than outputs of a group it is one product with the input's
-    windows, which are then no larger than the weight; else torch's.
+    A product for each of the nine taps; of narrow groups torch's.
 
     Shapes: input (N, C, H, W), grad (N, C', H', W'), weight (C', C / groups, 3, 3), whose values
         are not read -> (C', C / groups, 3, 3), in channels-last memory.
     """
-    n, outputs, height, width = grad.shape
-    if n * height * width <= outputs // groups:
-        return _product(input, grad, padding, groups)
+    outputs, channels = weight.shape[0] // groups, weight.shape[1]
+    if min(outputs, channels) >= LEAST_WIDTH:
+        return _by_taps(input, grad, padding, groups)
     # torch would copy a weight of another format, though it reads none
     like = torch.empty_like(weight, memory_format=torch.channels_last)
     found: Tensor = torch.ops.aten.convolution_backward(
@@ -28,14 +29,14 @@ def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, padding: int, g
     return found
 
 
-def _product(input: Tensor, grad: Tensor, padding: int, groups: int) -> Tensor:
-    n, outputs, height, width = grad.shape
-    each = input.shape[1] // groups
+def _by_taps(input: Tensor, grad: Tensor, padding: int, groups: int) -> Tensor:
+    (n, outputs, height, width), channels = grad.shape, input.shape[1]
+    pixels, m, k = n * height * width, outputs // groups, channels // groups
     x = F.pad(input.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-    a, b, c, d = x.stride()
-    shape, strides = (groups, n, height, width, 3, 3, each), (each * d, a, b, c, b, c, d)
-    windows = x.as_strided(shape, strides, x.storage_offset())
-    windows = windows.reshape(groups, n * height * width, 9 * each)
-    pixels = grad.permute(1, 0, 2, 3).reshape(groups, outputs // groups, n * height * width)
-    found = torch.bmm(pixels, windows)  # [group, output, (row, column, channel)]
-    return found.view(outputs, 3, 3, each).permute(0, 3, 1, 2)
+    left = grad.permute(0, 2, 3, 1).reshape(pixels, groups, m).permute(1, 2, 0)
+    found = input.new_empty((groups, m, 9, k))
+    for tap in range(9):
+        i, j = divmod(tap, 3)
+        shifted = x[:, i : i + height, j : j + width].reshape(pixels, groups, k)
+        found[:, :, tap] = torch.bmm(left, shifted.transpose(0, 1))
+    return found.view(outputs, 3, 3, k).permute(0, 3, 1, 2)
