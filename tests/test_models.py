@@ -285,7 +285,8 @@ def test_a_discriminator_sees_each_map_once(size: tuple[int, int], dtype: torch.
     state = copy.deepcopy(net.state_dict())
     planes, fake, real = torch.rand(2, 10, *size, dtype=dtype).split([4, 3, 3], 1)
     fake.requires_grad_()
-    leaves, results, called = [fake, *net.parameters()], [], []
+    planes.requires_grad_()
+    leaves, results, called = [fake, planes, *net.parameters()], [], []
     first = net.discriminator_0.model0[0]
     for backend, hook in (("auto", False), ("reference", False), ("auto", True)):
         net.load_state_dict(state)

@@ -33,8 +33,7 @@ def _shares(layer: nn.Sequential, pictures: Tensor) -> bool:
 
 
 def _shared(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> Tensor:
-    """``layer(_with_maps(semantics, pictures))``: each map goes through the conv once, and none of
-    its values gets a gradient."""
+    """``layer(_with_maps(semantics, pictures))``; each map goes through the conv once."""
     first, *rest = layer
     assert isinstance(first, nn.Conv2d)
     n = semantics.shape[1]
@@ -91,7 +90,7 @@ class MultiscaleDiscriminator(nn.Module):
 
     Shapes: x (N, channels, H, W), or with ``semantics`` (N, L, H, W) the pictures alone, any
         number of times N of them in the maps' order, (kN, channels - L, H, W) -> ``scales`` lists
-        of ``layers`` features and the prediction. No gradient flows to ``semantics``.
+        of ``layers`` features and the prediction.
 
     Raises:
         ValueError: channels or sizes that do not belong together.
@@ -117,7 +116,6 @@ class MultiscaleDiscriminator(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         if semantics is not None:
-            semantics = semantics.detach()
             if (semantics.shape[2:] != x.shape[2:] or len(x) % max(len(semantics), 1)
                     or not len(semantics)):
                 raise ValueError(f"semantics: expected (N, L, {x.shape[2]}, {x.shape[3]}), N a "
