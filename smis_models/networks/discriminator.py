@@ -20,12 +20,12 @@ def _with_maps(semantics: Tensor, pictures: Tensor) -> Tensor:
     return torch.cat([semantics.repeat(len(pictures) // len(semantics), 1, 1, 1), pictures], 1)
 
 
-def _shares(layer: nn.Sequential, pictures: Tensor) -> bool:
+def _shares(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> bool:
     """Whether :func:`_shared` computes what the layer would, as exactly: measured on a CPU."""
     first = layer[0]
     return (
         requested() != "reference" and pictures.is_cpu
-        and pictures.dtype in (torch.float32, torch.float64)
+        and semantics.dtype == pictures.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu") and not hooked(layer, first)
         and isinstance(first, nn.Conv2d) and type(first) in (nn.Conv2d, WinogradConv2d)
         and first.groups == 1 and first.padding_mode == "zeros"
@@ -71,7 +71,7 @@ class PatchDiscriminator(nn.Module):
         for layer in self.children():
             if semantics is not None and not features:
                 assert isinstance(layer, nn.Sequential)
-                x = (_shared(layer, semantics, x) if _shares(layer, x)
+                x = (_shared(layer, semantics, x) if _shares(layer, semantics, x)
                      else layer(_with_maps(semantics, x)))
             else:
                 x = layer(x)
@@ -115,11 +115,11 @@ class MultiscaleDiscriminator(nn.Module):
                 f"x: expected (N, {channels}, H, W), semantics and image concatenated; "
                 f"got {tuple(x.shape)}"
             )
-        if semantics is not None:
-            if (semantics.shape[2:] != x.shape[2:] or len(x) % max(len(semantics), 1)
-                    or not len(semantics)):
-                raise ValueError(f"semantics: expected (N, L, {x.shape[2]}, {x.shape[3]}), N a "
-                                 f"divisor of {len(x)} pictures; got {tuple(semantics.shape)}")
+        if semantics is not None and (
+                semantics.shape[2:] != x.shape[2:] or not len(semantics)
+                or len(x) % len(semantics)):
+            raise ValueError(f"semantics: expected (N, L, {x.shape[2]}, {x.shape[3]}), N a "
+                             f"divisor of {len(x)} pictures; got {tuple(semantics.shape)}")
         results: list[list[Tensor]] = []
         for scale in self.children():
             if results:
