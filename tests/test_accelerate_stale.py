@@ -413,3 +413,17 @@ def test_a_synthesizer_notices_what_it_was_made_from(change: Callable[[nn.Module
     change(model.generator)
     with pytest.raises(RuntimeError, match=r"model: .* since this Synthesizer was made"):
         s.sample()
+
+
+def test_statistics_that_are_no_longer_tracked_stay() -> None:
+    module = plain_norm().train()
+    twin = copy.deepcopy(module)
+    accelerate(module)
+    before = {key: value.clone() for key, value in twin.state_dict().items()}
+    for network in (module, twin):
+        (norm,) = (m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+        norm.track_running_stats = False
+    for _ in range(2):
+        torch.testing.assert_close(module(X, PLANES), twin(X, PLANES))
+    for network in (module, twin):
+        torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)

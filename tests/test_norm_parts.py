@@ -114,6 +114,15 @@ def test_statistics_that_are_not_tracked_stay(name: str) -> None:
         torch.testing.assert_close(module.param_free_norm.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_norm_with_weights_of_its_own_is_refused(name: str) -> None:
+    module, conditions = made(name)
+    for norm in (nn.BatchNorm2d(C).double(), nn.InstanceNorm2d(C, affine=True).double()):
+        module.param_free_norm = norm
+        with pytest.raises(ValueError, match=r"param_free_norm: .* give affine=False$"):
+            module(features(), *conditions)
+
+
 def test_a_pair_of_which_one_tracks_its_statistics() -> None:
     pairs = [[made("SPADE")[0].train() for _ in "ab"] for _ in "ab"]
     for _, second in pairs:

@@ -256,6 +256,7 @@ class ForeignNorm(CGNorm):
     form: Form
     counts: bool
     norm: nn.Module | None
+    takes_affine = True
 
     def __init__(self, owner: nn.Module, form: Form, counts: bool, channels: int,
                  label_channels: int) -> None:

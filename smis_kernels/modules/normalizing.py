@@ -64,6 +64,9 @@ class Normalizing(nn.Module):
             "none".
     """
 
+    takes_affine = False
+    """Whether weight and bias of the norm are read."""
+
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
         self.channels = channels
@@ -83,11 +86,17 @@ class Normalizing(nn.Module):
     def shared_arguments(self) -> dict[str, Any]:
         """Norm, mode, momentum and process group as keyword arguments of the op.
 
+        Raises:
+            ValueError: a norm with weight and bias, put in by hand.
+
         A batch norm's mode is its own: it may be frozen (``eval()``) inside a module that trains.
         """
         norm = child(self, "param_free_norm")
         if isinstance(norm, nn.Identity):
             return {"norm": "none", "training": self.training}
+        if not self.takes_affine and norm._parameters.get("weight") is not None:
+            raise ValueError("param_free_norm: expected one without weight and bias, which would "
+                             f"not be read; got {norm}; give affine=False")
         batch = not isinstance(norm, nn.InstanceNorm2d)
         synchronized = self.synchronized or isinstance(norm, nn.SyncBatchNorm)
         training = norm.training if batch else self.training
