@@ -31,7 +31,7 @@ from smis_models.app.server import create_app
 from smis_models.benchmark.records import markdown_table
 from smis_models.families import checkpoint_file
 from smis_models.io.images import write_atomically
-from smis_models.io.provenance import commit, processor, versions
+from smis_models.io.provenance import commit, versions
 from smis_models.networks.semantics import compile_layout
 from smis_models.synthesis.codes import draw_code
 from smis_models.synthesis.synthesizer import frozen_copy
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
                              model.preset.image_size, times))
         print(tables[-1], end="\n\n")
     if given.out is not None:
-        head = ", ".join((processor(), *(f"{k} {v}" for k, v in versions().items())))
+        head = ", ".join(f"{k} {v}" for k, v in versions().items())
         text = "\n\n".join((f"Commit {commit()}; {head}.", *tables))
         write_atomically(given.out, (text + "\n").encode())
     return 0

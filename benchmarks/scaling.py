@@ -24,7 +24,7 @@ from smis_models.benchmark.records import markdown_table
 from smis_models.benchmark.timing import interleave
 from smis_models.io.allocator import reuse_freed_memory
 from smis_models.io.images import write_atomically
-from smis_models.io.provenance import commit, processor, versions
+from smis_models.io.provenance import commit, versions
 
 MODELS = ("spade_coco", "groupdnet_ade20k")
 BATCHES = (1, 4, 16)
@@ -68,8 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     reuse_freed_memory()
     maps = Maps(given.maps).named("coco")
     found: dict[str, Any] = {
-        "processor": processor(), "threads": torch.get_num_threads(), "commit": commit(),
-        "versions": versions(), "milliseconds_a_picture": {}, "milliseconds_a_conv": {}}
+        "commit": commit(), "versions": versions(),
+        "milliseconds_a_picture": {}, "milliseconds_a_conv": {}}
     for name in MODELS:
         found["milliseconds_a_picture"][name] = batches(name, maps, given.seconds)
     for conv in CONVS:
