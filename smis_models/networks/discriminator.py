@@ -17,7 +17,8 @@ from .blocks import conv
 
 def _with_maps(semantics: Tensor, pictures: Tensor) -> Tensor:
     """(N, L, H, W) beside each of (kN, C, H, W): (kN, L + C, H, W)."""
-    return torch.cat([semantics.repeat(len(pictures) // len(semantics), 1, 1, 1), pictures], 1)
+    times = len(pictures) // max(len(semantics), 1)
+    return torch.cat([semantics.repeat(times, 1, 1, 1), pictures], 1)
 
 
 def _shares(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> bool:

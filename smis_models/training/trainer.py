@@ -162,7 +162,7 @@ class Trainer:
 
             def discriminator(batch: MicroBatch) -> Losses:
                 painted = self.objective.repaint(batch, next(pictures))
-                release_weights(self.model)
+                release_weights(self.model)  # the generator's, before the discriminator's forward
                 found: Losses = self._discriminator(batch, painted)
                 return found
 
