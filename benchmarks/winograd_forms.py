@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import winograd_conv2d
+from smis_kernels.ops.kept_weight import KeptWeight
 from smis_kernels.ops.winograd_conv.choice import form
-from smis_kernels.ops.winograd_conv.kept import KeptWeight
 from smis_kernels.ops.winograd_conv.op import TILES, transform_weight
 from smis_models.io.allocator import reuse_freed_memory
 

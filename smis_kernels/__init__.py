@@ -22,7 +22,7 @@ from .modules.pooling import InstanceAvgPool2d
 from .modules.spade import SPADE, CGNorm, modulate_pair
 from .modules.spatially_varying_conv import SpatiallyVaryingConv2d
 from .modules.spectral_norm import spectral_norm
-from .modules.winograd_conv import WinogradConv2d
+from .modules.winograd_conv import WinogradConv2d, WinogradConvTranspose2d
 from .ops.class_crops.op import class_boxes, class_crops
 from .ops.conditional_attention.op import conditional_attention
 from .ops.conditional_conv.op import conditional_conv2d
@@ -32,6 +32,7 @@ from .ops.instance_pool.op import InstanceMeans, instance_avg_pool2d, instance_m
 from .ops.label_windows.op import number_vectors, number_windows
 from .ops.modulation.op import modulation, modulation_pair
 from .ops.norm_act.op import norm_act
+from .ops.polyphase_conv.op import polyphase_conv2d, polyphase_conv_transpose2d
 from .ops.spatially_varying_conv.op import spatially_varying_conv2d
 from .ops.spectral_weight.op import spectral_weight
 from .ops.window_table.op import window_embedding, window_table
@@ -62,6 +63,7 @@ __all__ = [
     "Report",
     "SpatiallyVaryingConv2d",
     "WinogradConv2d",
+    "WinogradConvTranspose2d",
     "accelerate",
     "adain",
     "class_boxes",
@@ -81,6 +83,8 @@ __all__ = [
     "norm_act",
     "number_vectors",
     "number_windows",
+    "polyphase_conv2d",
+    "polyphase_conv_transpose2d",
     "restore",
     "share_layouts",
     "spatially_varying_conv2d",

@@ -11,6 +11,7 @@ from .modules.label_conv import LabelConv2d
 from .modules.spectral_norm import release_weights
 from .ops.content_digest.stamp import Stamp
 from .ops.modulation.op import channel_moments
+from .ops.polyphase_conv.choice import doubling_conv2d, strided_conv2d
 from .ops.winograd_conv.choice import conv3x3
 from .runtime.backend import no_fallback, requested, resolve
 from .runtime.constants import constant, keeps
@@ -34,6 +35,7 @@ __all__ = [
     "constant",
     "conv3x3",
     "difference",
+    "doubling_conv2d",
     "hooked",
     "keeps",
     "label_rows",
@@ -42,6 +44,7 @@ __all__ = [
     "release_weights",
     "requested",
     "resolve",
+    "strided_conv2d",
     "transformed",
     "with_norm",
 ]

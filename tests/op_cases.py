@@ -21,6 +21,8 @@ from smis_kernels import (
     modulation,
     modulation_pair,
     norm_act,
+    polyphase_conv2d,
+    polyphase_conv_transpose2d,
     spatially_varying_conv2d,
     spectral_weight,
     winograd_conv2d,
@@ -62,6 +64,9 @@ PUBLIC: dict[str, Call] = {
     "conditional_conv2d": lambda **o: conditional_conv2d(X, X, draw(36, 4, 3, 3), **o),
     "spatially_varying_conv2d": lambda **o: spatially_varying_conv2d(X, draw(2, 36, 6, 5), **o),
     "winograd_conv2d": lambda **o: winograd_conv2d(X, draw(6, 4, 3, 3), **o),
+    "polyphase_conv2d": lambda **o: polyphase_conv2d(X, draw(6, 4, 4, 4), **o),
+    "polyphase_conv_transpose2d": lambda **o: polyphase_conv_transpose2d(
+        X, draw(4, 6, 3, 3), **o),
     "spectral_weight": lambda **o: spectral_weight(draw(5, 4, 3, 3), draw(5), draw(36), **o),
     "window_table": lambda **o: window_table(*TABLES, WINDOWS, **o),
     "window_embedding": lambda **o: window_embedding(*TABLES[:3], WINDOWS, **o),
@@ -287,6 +292,37 @@ def _winograd(shape: Shape, random: Random, out: int, groups: int, padding: int,
                   random.normal(out * groups, c, 3, 3) / (3 * c**0.5), *extra)
 
 
+def _polyphase(shape: Shape, random: Random, out: int, groups: int, padding: Any,
+               form: tuple[int, int], bias: bool) -> Made:
+    n, c, h, w = shape
+    side, stride = form
+    y, x = (padding, padding) if isinstance(padding, int) else padding
+    h, w = max(h, side - 2 * y), max(w, side - 2 * x)
+
+    def call(x: Tensor, weight: Tensor, *rest: Tensor, backend: str) -> Tensor:
+        return polyphase_conv2d(x, weight, *rest, stride=stride, padding=padding, groups=groups,
+                                backend=backend)
+
+    return call, (random.normal(n, c * groups, h, w),
+                  random.normal(out * groups, c, side, side) / (side * c**0.5),
+                  *[random.normal(out * groups)] * bias)
+
+
+def _transposed(shape: Shape, random: Random, out: int, groups: int, padding: Any, side: int,
+                output_padding: Any, bias: bool) -> Made:
+    n, c, h, w = shape
+    h, w = max(h, 2), max(w, 2)
+
+    def call(x: Tensor, weight: Tensor, *rest: Tensor, backend: str) -> Tensor:
+        return polyphase_conv_transpose2d(
+            x, weight, *rest, padding=padding, output_padding=output_padding, groups=groups,
+            backend=backend)
+
+    return call, (random.normal(n, c * groups, h, w),
+                  random.normal(c * groups, out, side, side) / (side * c**0.5),
+                  *[random.normal(out * groups)] * bias)
+
+
 def _spectral(shape: Shape, random: Random, last: bool) -> Made:
     n, c, h, w = shape
     weight = random.normal(n + 2, 3 * c, min(h, 5), min(w, 5))
@@ -486,6 +522,13 @@ CASES: dict[str, OpCase] = {
     "winograd_conv2d": OpCase(
         _winograd, {"out": (5, 1, 24), "groups": (1, 2, 3), "padding": (1, 0),
                     "bias": (True, False), "residual": (True, False)}, dtypes=WIDE),
+    "polyphase_conv2d": OpCase(
+        _polyphase, {"out": (5, 1, 24), "groups": (1, 2, 3), "padding": (1, 0, 2, (1, 2)),
+                     "form": ((3, 2), (4, 2), (4, 1)), "bias": (True, False)}, dtypes=WIDE),
+    "polyphase_conv_transpose2d": OpCase(
+        _transposed, {"out": (5, 1, 24), "groups": (1, 2, 3), "padding": (1, 0, (0, 1)),
+                      "side": (3, 4), "output_padding": (1, 0, (0, 1)), "bias": (True, False)},
+        dtypes=WIDE),
     "spectral_weight": OpCase(_spectral, {"last": (False, True)}, dtypes=WIDE),
     "window_table": OpCase(_table, {"groups": (1, 3), "one_level": (False, True)}, "triton", WIDE),
     "window_embedding": OpCase(_embedding, {"groups": (1, 3), "bias": (True, False),

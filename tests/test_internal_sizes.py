@@ -22,6 +22,8 @@ from smis_kernels import (
     modulation,
     modulation_pair,
     norm_act,
+    polyphase_conv2d,
+    polyphase_conv_transpose2d,
     spatially_varying_conv2d,
     spectral_weight,
     winograd_conv2d,
@@ -214,6 +216,21 @@ def winograd(inputs: int, outputs: int, height: int = 4, width: int = 6) -> None
             assert max_error(narrow, truth) < 1e-5
 
 
+def polyphase(inputs: int, outputs: int, height: int = 5, width: int = 7) -> None:
+    x = draw(1, inputs, height, width, last=True)
+    for side, stride in ((3, 2), (4, 2), (4, 1)):
+        w = draw(outputs, inputs, side, side) / inputs
+        agree(partial(polyphase_conv2d, stride=stride, padding=1), x, w, draw(outputs))
+        truth = F.conv2d(x, w, None, stride, 1)
+        for weight in (w, w.contiguous(memory_format=torch.channels_last)):
+            narrow = polyphase_conv2d(x.float(), weight.float(), stride=stride, padding=1,
+                                      backend="cpu")
+            assert max_error(narrow, truth) < 1e-5
+    for side in (3, 4):
+        agree(partial(polyphase_conv_transpose2d, padding=1, output_padding=1), x,
+              draw(inputs, outputs, side, side), draw(outputs))
+
+
 def table(rows: int, width: int, depth: int = 5) -> None:
     hidden = draw(4, depth)
     hidden[0] = 0
@@ -303,12 +320,19 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[int], None]]] = [
     ("varying band() 2^18", (63, 64, 65, 129), banded),
     # csrc/spectral_weight/cpu_kernel.cpp
     ("spectral_weight kBlock 64", (63, 64, 65, 129, 193), spectral),
-    # csrc/winograd_conv: cpu_kernel.cpp kChunk, kSome, kPanelVectors; cpu.cpp kMostTiles, kRows
+    # csrc/winograd_conv: common/winograd_panels.h kChunk, kSome, kPanelVectors; common/conv_host.h
+    # kMostTiles, kRows
     ("winograd kChunk 160", (159, 160, 161, 320, 321), lambda k: winograd(k, 5)),
     ("winograd kSome 32", (31, 32, 33), lambda m: winograd(m, m)),
     ("winograd kPanelVectors", (23, 24, 25, 47, 48, 49, 97), lambda m: winograd(3, m)),
     ("winograd kMostTiles 128", (254, 256, 258, 509, 512, 513), lambda w: winograd(3, 4, 2, w)),
     ("winograd kRows 8", (14, 16, 18, 29, 32, 33), lambda w: winograd(3, 4, 2, w)),
+    # csrc/polyphase_conv, by common/winograd_panels.h and conv_host.h as above; kTile 3
+    ("polyphase kChunk 160", (159, 160, 161, 321), lambda k: polyphase(k, 5)),
+    ("polyphase kSome 288 / taps", (17, 18, 19, 31, 32, 33), lambda m: polyphase(m, m)),
+    ("polyphase kPanelVectors", (23, 24, 25, 47, 48, 49, 97), lambda m: polyphase(3, m)),
+    ("polyphase kMostTiles 128", (382, 384, 386, 770), lambda w: polyphase(3, 4, 6, w)),
+    ("polyphase kTile 3", (3, 4, 5, 6, 7, 8, 9, 10), lambda w: polyphase(3, 4, w, w + 1)),
     # csrc/window_table/cpu_kernel.cpp: rows and vectors of a register tile
     ("kOneLevelRows", (1, 2, 3, 5, 6, 7, 12, 13), lambda r: table(r, 9)),
     ("kWide", (7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65), lambda c: table(7, c)),

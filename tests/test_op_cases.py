@@ -26,7 +26,8 @@ SHAPES: tuple[Shape, ...] = (
 SMALL: tuple[Shape, ...] = ((2, 3, 5, 7), (1, 13, 11, 17))
 MEMORY_FORMATS = ("contiguous", "channels_last", "sliced")
 # Their first input is no map of features, or their output is channels-last whatever it is.
-WITHOUT_FORMAT = ("spectral_weight", "label_conv", "number_vectors", "winograd_conv2d")
+WITHOUT_FORMAT = ("spectral_weight", "label_conv", "number_vectors", "winograd_conv2d",
+                  "polyphase_conv2d", "polyphase_conv_transpose2d")
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 # Emulated, "cpu" runs the CUDA kernel of an op that has one.
 NAMES = [name for name, case in CASES.items() if not cuda_emulated() or case.gpu == "cuda"]
@@ -217,7 +218,7 @@ def test_opcheck(layout: str, name: str) -> None:
 def test_no_operator_is_left_out_of_opcheck() -> None:
     called = {overload.name().partition("::")[2].partition(".")[0]
               for name in CASES for overload, _ in raw_calls(name, "contiguous")}
-    own_file = {"content_digest", "winograd_weight",  # of any tensor; an opaque result
+    own_file = {"content_digest", "winograd_weight", "polyphase_weight",  # of any tensor; opaque
                 "fixed_statistics",  # of running statistics
                 "indexed_modulation_ordered_backward", "segment_sums",  # test_level_order.py
                 "number_labels", "number_levels"}  # no kernel on the CPU: cuda_on_cpu checks fakes

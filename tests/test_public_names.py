@@ -20,10 +20,12 @@ from smis_models.synthesis.scene import Scene
 KERNELS = """
 BackendError CGNorm ClassCrops ConditionalConv2d ConditionalNorm2d Explanation InstanceAvgPool2d
 InstanceEdges InstanceMeans InstanceNormAct2d LabelLayout MultiSPADE Report SPADE
-SpatiallyVaryingConv2d WinogradConv2d accelerate adain class_boxes class_crops
-conditional_attention conditional_conv2d explain indexed_modulation indexed_modulation_pair
+SpatiallyVaryingConv2d WinogradConv2d WinogradConvTranspose2d accelerate adain class_boxes
+class_crops conditional_attention conditional_conv2d explain indexed_modulation
+indexed_modulation_pair
 instance_avg_pool2d instance_edges instance_mean_table layout_scope modulate_pair modulation
-modulation_pair norm_act number_vectors number_windows restore share_layouts
+modulation_pair norm_act number_vectors number_windows polyphase_conv2d
+polyphase_conv_transpose2d restore share_layouts
 spatially_varying_conv2d spectral_norm spectral_weight use_backend use_path window_embedding
 window_table winograd_conv2d
 """

@@ -20,6 +20,7 @@ from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_m
 from smis_kernels.ops.instance_pool.op import instance_avg_pool2d
 from smis_kernels.ops.modulation.op import modulation, modulation_pair
 from smis_kernels.ops.norm_act.op import norm_act
+from smis_kernels.ops.polyphase_conv.op import polyphase_conv2d, polyphase_conv_transpose2d
 from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
 from smis_kernels.ops.spectral_weight.op import spectral_weight
 from smis_kernels.ops.window_table.op import window_embedding, window_table
@@ -89,6 +90,12 @@ CASES: dict[str, Case] = {
     "winograd_conv2d": ("_WinogradConv", lambda x, w, c, r, **b: winograd_conv2d(
         x, w, c, residual=r, groups=2, **b),
         (X, normal(6, 2, 3, 3, seed=1), normal(6), normal(2, 6, 6, 5, seed=2))),
+    "polyphase_conv2d": ("_PolyphaseConv", lambda x, w, c, **b: polyphase_conv2d(
+        x, w, c, stride=1, padding=(2, 1), groups=2, **b),
+        (X, normal(6, 2, 4, 4, seed=1), normal(6))),
+    "polyphase_conv_transpose2d": ("_PolyphaseConv", lambda x, w, c, **b: (
+        polyphase_conv_transpose2d(x, w, c, padding=(0, 1), output_padding=(1, 0), groups=2, **b)),
+        (X, normal(4, 3, 3, 3, seed=1), normal(6))),
     "conditional_conv2d": ("_ConditionalConv", conditional_conv2d,
                            (X, normal(2, 3, 6, 5, seed=1), normal(36, 3, 3, 3), normal(36))),
     "conditional_conv2d_plain": ("_ConditionalConv", conditional_conv2d,

@@ -19,10 +19,10 @@ from smis_kernels import (
     use_path,
     winograd_conv2d,
 )
+from smis_kernels.ops.kept_weight import KeptWeight
+from smis_kernels.ops.weight_gradient import weight_gradient
 from smis_kernels.ops.winograd_conv import choice, reference
-from smis_kernels.ops.winograd_conv.kept import KeptWeight
 from smis_kernels.ops.winograd_conv.op import transform_weight, transformed_size
-from smis_kernels.ops.winograd_conv.weight_gradient import weight_gradient
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     MEMORY_FORMATS,

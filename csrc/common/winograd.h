@@ -1,5 +1,6 @@
-// The maps of Winograd's F(m x m, 3x3) convolutions (Lavin and Gray, CVPR 2016) on vectors: a patch of
-// (m + 2)^2 inputs and a 3x3 kernel go to as many frequencies, their products to m x m pixels.
+// The maps of Winograd's convolutions (Lavin and Gray, CVPR 2016) on vectors: a patch of side^2 inputs and
+// a kernel go to as many frequencies, their products to m x m pixels. F(2x2, 3x3), F(4x4, 3x3), and of
+// kernels of two taps F(3x3, 2x2).
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -13,6 +14,7 @@ template <class V, int m = 2> struct Winograd;
 
 // Each map and, for the gradients, its transpose.
 template <class V> struct Winograd<V, 2> {
+  static constexpr int side = 4;
   static void input_row(const V* d, V* v, int64_t step) {  // 4 -> 4
     v[0] = d[0] - d[2 * step];
     v[step] = d[step] + d[2 * step];
@@ -84,9 +86,34 @@ template <class V> struct Winograd<V, 2> {
   }
 };
 
+// Interpolation at the points of F(2x2, 3x3): 0, +-1 and infinity.
+template <class V> struct Winograd<V, 3> {
+  static constexpr int side = 4;
+  static void input(const V* d, V* v) { Winograd<V, 2>::input(d, v); }
+  static void weight_row(const V* g, int64_t from, V* u, int64_t to) {  // 2 -> 4
+    const V even = g[0] / 2, odd = g[from] / 2;
+    u[0] = g[0], u[to] = even + odd, u[2 * to] = even - odd, u[3 * to] = g[from];
+  }
+  static void output_row(const V* m, int64_t from, V* w, int64_t to) {  // 4 -> 3
+    const V even = m[from] + m[2 * from];
+    w[0] = m[0] + even, w[to] = m[from] - m[2 * from], w[2 * to] = even - m[3 * from];
+  }
+  static void weight(const V* g, V* u) {  // 2x2 -> 4x4
+    V half[8];
+    for (int j = 0; j < 2; ++j) weight_row(g + j, 2, half + j, 2);
+    for (int i = 0; i < 4; ++i) weight_row(half + 2 * i, 1, u + 4 * i, 1);
+  }
+  static void output(const V* m, V* w) {  // 4x4 -> 3x3
+    V half[12];
+    for (int j = 0; j < 4; ++j) output_row(m + j, 4, half + j, 4);
+    for (int i = 0; i < 3; ++i) output_row(half + 4 * i, 1, w + 3 * i, 1);
+  }
+};
+
 // Interpolation at 0, +-a, +-b and infinity with a = sqrt(1/2), b = 2a: ab = 1 keeps most factors
 // powers of two, and at 0, +-1, +-2 the error is twice as large.
 template <class V> struct Winograd<V, 4> {
+  static constexpr int side = 6;
   using T = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
   static constexpr T a = T(0.70710678118654752440), b = 2 * a, third = T(1) / 3;
 

@@ -1,51 +1,18 @@
 // CPU implementation of the 3x3 convolution by Winograd's F(2x2, 3x3) and F(4x4, 3x3): scratch, threads.
 // The loops: cpu_kernel.cpp.
-#include "common/tensor.h"
+#include "common/conv_host.h"
 #include "winograd_conv/cpu_kernel.h"
 
 namespace smis {
 namespace {
 
-constexpr int64_t kMostTiles = 128, kRows = 8;
-constexpr int64_t kCache = 1800 << 10;  // bytes that stay in a core's second cache
 constexpr int64_t kMostStreamed = 64;   // tiles; each panel reads them again (choice.py: MOST_STREAMED)
-
-// Tiles of a block, in blocks that the threads share evenly: where the kernels fit the cache, as many
-// as fit beside them; else as many as pay for reading the kernels from further away.
-int64_t tiles_of_block(const WinogradArgs& a) {
-  const int64_t threads = torch::stable::get_num_threads(), all = a.all_tiles();
-  const int64_t bytes = a.frequencies() * (a.wide ? 8 : 4);
-  const int64_t beside = (kCache - bytes * a.K * a.M) / (bytes * (a.K + a.M));
-  const int64_t most = beside >= 2 * kRows ? std::min<int64_t>(beside, kMostTiles) : kMostTiles;
-  int64_t blocks = (all + most - 1) / most;
-  while (a.groups * blocks % threads != 0 && a.groups * blocks < 8 * threads) ++blocks;
-  return ((all + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
-}
-
-Tensor as_rows(const Tensor& t) {
-  const bool dense = t.stride(1) == 1 && rows_dense(t) && t.size(2) * t.size(3) > 1;
-  return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-Tensor scratch_like(const Tensor& like, int64_t count) {
-  return torch::stable::empty({count}, like.scalar_type(), std::nullopt, like.device());
-}
 
 // The kernels' side of the arguments; `w` is the weight as they read it.
 WinogradArgs of_weight(const Tensor& weight, int64_t groups, int64_t tile, bool flipped, Tensor& w) {
-  const bool last = !flipped && weight.size(1) > 1 && weight.stride(1) == 1 && weight.stride(3) == weight.size(1) &&
-                    weight.stride(2) == 3 * weight.size(1) && weight.stride(0) == 9 * weight.size(1);
-  w = last ? weight : torch::stable::contiguous(weight);
   WinogradArgs a;
-  a.wide = w.scalar_type() == ScalarType::Double;
+  read_weight(a, weight, groups, flipped, w);
   a.tile = tile;
-  a.groups = groups, a.K = w.size(1), a.M = w.size(0) / groups;
-  a.flipped = flipped;
-  if (flipped) std::swap(a.K, a.M);
-  if (flipped) a.k_step = 9 * a.M;
-  else a.out_step = 9 * a.K;
-  if (last) a.k_step = 1, a.tap_step = a.K;
-  a.weight = w.const_data_ptr();
   return a;
 }
 
@@ -114,7 +81,7 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Te
   }
   const Tensor u = transformed.has_value() ? *transformed : transform(a, x);
   a.u = u.const_data_ptr();
-  a.tiles = tiles_of_block(a);
+  a.tiles = tiles_of_block(a, a.all_tiles(), a.frequencies());
   const WinogradPlan plan = plan_of(a);
   const auto conv = winograd_conv_kernel_best();
   parallel(groups * a.blocks(), 1, [&](int64_t begin, int64_t end) {

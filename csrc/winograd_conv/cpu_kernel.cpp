@@ -3,38 +3,17 @@
 #include "winograd_conv/cpu_kernel.h"
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "common/element.h"
-#include "common/lanes.h"
-#include "common/transposed.h"
-#include "common/winograd.h"
+#include "common/winograd_panels.h"
 
 namespace smis::SMIS_ISA {
 namespace {
 
-constexpr int64_t kPanelVectors = 3;
-constexpr int64_t kSome = 32;    // kernels of an output that are transposed at a time
-constexpr int64_t kChunk = 160;  // channels at a time: a panel's chunk stays in the first cache
-
-template <class A> struct Shape {
-  static constexpr int64_t L = Lanes<A>::n;
-  int64_t frequencies, vectors, u_depth, depth, v_plane, p_row, p_plane;
-  explicit Shape(const WinogradArgs& a) {
-    frequencies = a.frequencies();
-    vectors = (a.M + L - 1) / L;
-    // One row or line more than needed: at powers of two they would share cache sets.
-    u_depth = a.K + 1;
-    depth = (a.K + L - 1) / L * L + L;
-    v_plane = a.tiles * depth + L;
-    p_row = vectors * L + L;
-    p_plane = a.tiles * p_row + L;
-  }
-  int64_t panels() const { return (vectors + kPanelVectors - 1) / kPanelVectors; }
-  int64_t panel_offset(int64_t vector) const { return vector * L * frequencies * u_depth; }
-};
+template <class A> using Shape = PanelShape<A>;
+template <class A> Shape<A> shape_of(const WinogradArgs& a) { return {a.frequencies(), a.K, a.M, a.tiles}; }
 
 // Channels [begin, end) of one panel of one group as u[f][k][column], `depth` rows a frequency:
 // `some` kernels of every output at a time are transposed to lanes.
@@ -42,33 +21,15 @@ template <class A, int m, int vecs>
 void panel_weights(const WinogradArgs& a, int64_t group, int64_t first, int64_t begin, int64_t end,
                    int64_t depth, A* u) {
   constexpr int64_t L = Lanes<A>::n, frequencies = (m + 2) * (m + 2);
-  alignas(kVectorBytes) A taps[kSome * 9 * vecs * L];
-  const A* w = static_cast<const A*>(a.weight) + group * a.M * a.K * 9 + first * L * a.out_step;
-  for (int64_t k = begin; k < end; k += kSome) {
-    const int64_t some = std::min(kSome, end - k);
-    // taps[j][i][l] of kernel j, tap i; or taps[i][j][l] where taps are apart in memory too.
-    const bool apart = a.tap_step != 1;
-    for (int v = 0; v < vecs; ++v) {
-      const int64_t count = std::min(L, a.M - (first + v) * L);
-      const A* from = w + v * L * a.out_step + k * a.k_step;
-      if (apart)
-        for (int64_t i = 0; i < 9; ++i)
-          transposed(from + i * a.tap_step, a.out_step, count, some,
-                     [&](int64_t j) { return taps + ((i * kSome + j) * vecs + v) * L; });
-      else if (a.flipped)
-        for (int64_t j = 0; j < some; ++j)
-          transposed(from + j * a.k_step, a.out_step, count, 9,
-                     [&](int64_t i) { return taps + ((j * 9 + 8 - i) * vecs + v) * L; });
-      else
-        transposed(from, a.out_step, count, some * 9,
-                   [&](int64_t i) { return taps + (i * vecs + v) * L; });
-    }
-    const int64_t tap = (apart ? kSome : 1) * vecs * L, kernel = (apart ? 1 : 9) * vecs * L;
+  KernelsInLanes<A, 9, vecs> kernels;
+  for (int64_t k = begin; k < end; k += kernels.kSome) {
+    const int64_t some = std::min(kernels.kSome, end - k);
+    kernels.read(a, group, first, k, some);
     for (int64_t j = 0; j < some; ++j)
       for (int v = 0; v < vecs; ++v) {
         Vec<A> g[9], out[frequencies];
 #pragma GCC unroll 9
-        for (int i = 0; i < 9; ++i) g[i] = get(taps + j * kernel + i * tap + v * L);
+        for (int i = 0; i < 9; ++i) g[i] = kernels.tap(j, i, v);
         Winograd<Vec<A>, m>::weight(g, out);
 #pragma GCC unroll 36
         for (int64_t f = 0; f < frequencies; ++f)
@@ -77,17 +38,9 @@ void panel_weights(const WinogradArgs& a, int64_t group, int64_t first, int64_t 
   }
 }
 
-// fn(vecs as a constant), the vectors of the panel that begins with vector `first`.
-template <class A, class F> void with_panel(const Shape<A>& s, int64_t first, const F& fn) {
-  const int64_t vecs = std::min(kPanelVectors, s.vectors - first);
-  if (vecs == 3) fn(std::integral_constant<int, 3>());
-  else if (vecs == 2) fn(std::integral_constant<int, 2>());
-  else fn(std::integral_constant<int, 1>());
-}
-
 template <class A, int m>
 void weights(const WinogradArgs& a, void* u, int64_t begin, int64_t end) {
-  const Shape<A> s(a);
+  const Shape<A> s = shape_of<A>(a);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / s.panels(), first = item % s.panels() * kPanelVectors;
     A* to = static_cast<A*>(u) + group * a.transformed() + s.panel_offset(first);
@@ -117,85 +70,25 @@ void transform_tile(const WinogradArgs& a, const Shape<A>& s, const Tile& t, int
                            (y * a.W + x) * a.pixel_step + group * a.K
                      : zeros;
   }
-  const auto transform = [&](int64_t k, const auto& read) {
-    Vec<A> d[frequencies], out[frequencies];
-#pragma GCC unroll 36
-    for (int i = 0; i < frequencies; ++i) d[i] = read(from[i] + k);
-    Winograd<Vec<A>, m>::input(d, out);
-#pragma GCC unroll 36
-    for (int f = 0; f < frequencies; ++f) put(v + f * s.v_plane + k, out[f]);
-  };
-  over_vectors<A>(
-      a.K, [&](int64_t k) { transform(k, [](const A* p) { return get(p); }); },
-      [&] { transform(0, [&](const A* p) { return get_some(p, a.K); }); });
-}
-
-template <class A, int vecs>
-void panel(const WinogradArgs& a, const Shape<A>& s, const A* v, const A* u, A* p) {
-  constexpr int64_t L = Lanes<A>::n;
-  const int64_t chunks = (a.K + kChunk - 1) / kChunk, step = (a.K + chunks - 1) / chunks;
-  for (int64_t k = 0; k < a.K; k += step) {
-    const int64_t depth = std::min(step, a.K - k);
-    for (int64_t t = 0; t < a.tiles; t += kTileRows) {
-      const A* left = v + t * s.depth + k;
-      const A* right = u + k * vecs * L;
-      A* out = p + t * s.p_row;
-      if (k == 0)
-        product_tile<A, vecs, false>(left, s.depth, 1, right, vecs * L, depth, out, s.p_row);
-      else
-        product_tile<A, vecs, true>(left, s.depth, 1, right, vecs * L, depth, out, s.p_row);
-    }
-  }
-}
-
-template <class A>
-void products(const WinogradArgs& a, const Shape<A>& s, const A* v, const A* u, A* p) {
-  constexpr int64_t L = Lanes<A>::n;
-  for (int64_t f = 0; f < s.frequencies; ++f)
-    for (int64_t first = 0; first < s.vectors; first += kPanelVectors)
-      with_panel(s, first, [&](auto vecs) {
-        panel<A, vecs()>(a, s, v + f * s.v_plane,
-                         u + s.panel_offset(first) + f * s.u_depth * vecs() * L,
-                         p + f * s.p_plane + first * L);
-      });
+  transform_pixels<A, m>(from, a.K, v, s.v_plane);
 }
 
 // `count` outputs of a group from the one numbered `column`: the first of p.
 template <class A, int m>
 void write_tile(const WinogradArgs& a, const Tile& t, int64_t group, int64_t column, int64_t count,
                 const A* p, int64_t p_plane) {
-  constexpr int frequencies = (m + 2) * (m + 2);
   const int64_t channels = a.groups * a.M, h = a.height(), w = a.width();
   const int64_t output = group * a.M + column, at = ((t.n * h + t.y) * w + t.x) * channels + output;
-  A* y = static_cast<A*>(a.y) + at;
-  const A* residual = a.residual ? static_cast<const A*>(a.residual) + at : nullptr;
-  const A* bias = a.bias ? static_cast<const A*>(a.bias) + output : nullptr;
-  const auto finish = [&](int64_t c, const auto& read, const auto& write) {
-    Vec<A> in[frequencies], out[m * m];
-#pragma GCC unroll 36
-    for (int f = 0; f < frequencies; ++f) in[f] = get(p + f * p_plane + c);
-    Winograd<Vec<A>, m>::output(in, out);
-    for (int q = 0; q < m * m; ++q) {
-      if (t.y + q / m >= h || t.x + q % m >= w) continue;
-      const int64_t to = (q / m * w + q % m) * channels + c;
-      if (bias) out[q] += read(bias + c);
-      if (residual) out[q] += read(residual + to);
-      write(y + to, out[q]);
-    }
-  };
-  over_vectors<A>(
-      count,
-      [&](int64_t c) {
-        finish(c, [](const A* p) { return get(p); }, [](A* p, Vec<A> value) { put(p, value); });
-      },
-      [&] {
-        finish(0, [&](const A* p) { return get_some(p, count); },
-               [&](A* p, Vec<A> value) { std::memcpy(p, &value, size_t(count) * sizeof(A)); });
-      });
+  int64_t to[m * m];
+  for (int q = 0; q < m * m; ++q)
+    to[q] = t.y + q / m < h && t.x + q % m < w ? (q / m * w + q % m) * channels : kOutside;
+  write_pixels<A, m>(p, p_plane, count, a.bias ? static_cast<const A*>(a.bias) + output : nullptr,
+                     a.residual ? static_cast<const A*>(a.residual) + at : nullptr,
+                     static_cast<A*>(a.y) + at, to);
 }
 
 template <class A, int m> void conv(const WinogradArgs& a, int64_t begin, int64_t end, void* scratch) {
-  const Shape<A> s(a);
+  const Shape<A> s = shape_of<A>(a);
   A* zeros = static_cast<A*>(scratch);
   A* v = zeros + s.depth;
   A* p = v + s.frequencies * s.v_plane;
@@ -205,7 +98,8 @@ template <class A, int m> void conv(const WinogradArgs& a, int64_t begin, int64_
     const int64_t count = std::min(a.tiles, a.all_tiles() - first);
     for (int64_t i = 0; i < count; ++i)
       transform_tile<A, m>(a, s, Tile(a, first + i), group, zeros, v + i * s.depth);
-    products<A>(a, s, v, static_cast<const A*>(a.u) + group * a.transformed(), p);
+    const A* u = static_cast<const A*>(a.u) + group * a.transformed();
+    for (int64_t f = 0; f < s.frequencies; ++f) product_of_frequency<false>(s, f, v, u, p);
     for (int64_t i = 0; i < count; ++i)
       write_tile<A, m>(a, Tile(a, first + i), group, 0, a.M, p + i * s.p_row, s.p_plane);
   }
@@ -215,7 +109,7 @@ template <class A, int m> void conv(const WinogradArgs& a, int64_t begin, int64_
 // channels at a time, and multiplies all tiles while they are in cache.
 template <class A, int m>
 void transform_tiles(const WinogradArgs& a, void* v, int64_t begin, int64_t end) {
-  const Shape<A> s(a);
+  const Shape<A> s = shape_of<A>(a);
   const std::vector<A> zeros(size_t(s.depth), A(0));
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / a.tiles, i = item % a.tiles;
@@ -251,7 +145,7 @@ void streamed_panel(const WinogradArgs& a, const Shape<A>& s, int64_t group, int
 
 template <class A, int m>
 void streamed(const WinogradArgs& a, const void* v, int64_t begin, int64_t end, void* scratch) {
-  const Shape<A> s(a);
+  const Shape<A> s = shape_of<A>(a);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / s.panels(), first = item % s.panels() * kPanelVectors;
     const A* from = static_cast<const A*>(v) + group * s.frequencies * s.v_plane;
@@ -262,7 +156,7 @@ void streamed(const WinogradArgs& a, const void* v, int64_t begin, int64_t end, 
 }
 
 template <class A> WinogradPlan plan(const WinogradArgs& a) {
-  const Shape<A> s(a);
+  const Shape<A> s = shape_of<A>(a);
   const int64_t row = kPanelVectors * s.L;
   return {s.panels(), s.depth + s.frequencies * (s.v_plane + s.p_plane), s.frequencies * s.v_plane,
           s.frequencies * ((kChunk + 1 + a.tiles) * row + s.L)};

@@ -6,23 +6,17 @@
 // outputs. Where there are few tiles a panel's kernels are transformed where they are multiplied, by
 // all tiles, and are never in memory.
 #pragma once
+#include "common/conv_weight.h"
 #include "common/isa.h"
 
 namespace smis {
 
-struct WinogradArgs {
-  bool wide = false;                       // fp64, else fp32
+struct WinogradArgs : ConvWeight {
   int64_t tile = 2;                        // m
   int64_t N = 0, H = 0, W = 0, padding = 0;
-  int64_t groups = 1, K = 0, M = 0;        // channels and outputs of one group
   int64_t batch_step = 0, pixel_step = 0;  // of x, in elements
-  // Of the weight, (groups * M, K, 3, 3): (9 K, 9, 1), or (9 K, 1, K) if channels-last. Flipped, it is
-  // (groups * K, M, 3, 3) with its taps in reverse, (9, 9 M, 1): that of the input's gradient.
-  int64_t out_step = 9, k_step = 9, tap_step = 1;
-  bool flipped = false;
   int64_t tiles = 0;                       // of a block
   const void* x = nullptr;
-  const void* weight = nullptr;
   const void* bias = nullptr;              // (groups * M) or null
   const void* residual = nullptr;          // as y, added to it; or null
   const void* u = nullptr;                 // of all groups
@@ -35,9 +29,8 @@ struct WinogradArgs {
   int64_t all_tiles() const { return N * tiles_down() * tiles_across(); }
   int64_t blocks() const { return (all_tiles() + tiles - 1) / tiles; }
   int64_t frequencies() const { return (tile + 2) * (tile + 2); }
-  // Elements of u for one group: full vectors of every instruction set, and one row more than needed
-  // (at powers of two they would share cache sets). ops/winograd_conv/op.py makes the same sum.
-  int64_t transformed() const { return (M + 15) / 16 * 16 * frequencies() * (K + 1); }
+  // Elements of u for one group; ops/winograd_conv/op.py makes the same sum.
+  int64_t transformed() const { return transformed_weight(frequencies()); }
 };
 
 // Panels of a group, and sizes in elements: a thread's scratch for blocks of tiles; where weights are

@@ -1,14 +1,15 @@
-"""nn.Conv2d that takes the Winograd form where that is the faster one."""
+"""torch's convs, in the form with fewer multiplications where that is the faster one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.kept_weight import KeptWeight
+from ..ops.polyphase_conv.choice import doubling_conv2d, strided_conv2d, takes_polyphase
 from ..ops.winograd_conv.choice import conv3x3, plus, takes_winograd
-from ..ops.winograd_conv.kept import KeptWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -16,14 +17,40 @@ if TYPE_CHECKING:
 _KEPT = "_smis_kept"  # neither a setting nor a part of the state
 
 
-class WinogradConv2d(nn.Conv2d):
-    r"""Drop-in for a 3x3 :class:`torch.nn.Conv2d` of stride 1, which may also add a tensor.
+class _KeepsTransform(nn.Module):
+    """Keeps a weight's transform in eval mode where ``keep_transform`` is set."""
+
+    keep_transform: bool = False
+
+    def _kept(self) -> KeptWeight | None:
+        if self.training or not self.keep_transform:
+            vars(self).pop(_KEPT, None)
+            return None
+        kept: KeptWeight = vars(self).setdefault(_KEPT, KeptWeight())
+        return kept
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory that a kept transform takes now."""
+        kept: KeptWeight | None = vars(self).get(_KEPT)
+        return 0 if kept is None else kept.nbytes
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch as every module does; training gives a kept transform back."""
+        if mode:
+            vars(self).pop(_KEPT, None)
+        return super().train(mode)
+
+
+class WinogradConv2d(_KeepsTransform, nn.Conv2d):
+    r"""Drop-in for :class:`torch.nn.Conv2d`, which may also add a tensor.
 
     .. math:: y = \mathrm{conv2d}(x, W, b) \ (+ \mathrm{residual})
 
-    Same arguments, parameters and state dict. On the CPU in float32 and float64 wide convs run as
-    :func:`winograd_conv2d`, of 2x2 or, in eval mode, 4x4 tiles (``SMIS_WINOGRAD=2``: 2x2 only);
-    everything else (other kernels, strides and paddings, narrow or small convs, 16-bit types,
+    Same arguments, parameters and state dict. On the CPU in float32 and float64 wide convs 3x3 of
+    stride 1 run as :func:`winograd_conv2d`, of 2x2 or, in eval mode, 4x4 tiles
+    (``SMIS_WINOGRAD=2``: 2x2 only); of stride 2, and 4x4 ones, as :func:`polyphase_conv2d`.
+    Everything else (other kernels, strides and paddings, narrow or small convs, 16-bit types,
     GPUs, autocast) is :class:`torch.nn.Conv2d` itself.
 
     With ``keep_transform`` set the weight's transform is kept in eval mode, 4 times the weight's
@@ -40,28 +67,9 @@ class WinogradConv2d(nn.Conv2d):
         >>> y = conv(torch.randn(1, 64, 128, 128))
     """
 
-    keep_transform: bool = False
-
-    def _options(self) -> dict[str, Any]:
-        """What training forbids: large tiles and a kept transform."""
-        kept: KeptWeight | None = None
-        if self.training or not self.keep_transform:
-            vars(self).pop(_KEPT, None)
-        else:
-            kept = vars(self).setdefault(_KEPT, KeptWeight())
-        return {"largest": 2 if self.training else 4, "kept": kept}
-
-    @property
-    def kept_bytes(self) -> int:
-        """The memory that a kept transform takes now."""
-        kept: KeptWeight | None = vars(self).get(_KEPT)
-        return 0 if kept is None else kept.nbytes
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch as every module does; training gives a kept transform back."""
-        if mode:
-            vars(self).pop(_KEPT, None)
-        return super().train(mode)
+    def _largest(self) -> int:
+        """The largest tile of 3x3 convs: training's gradients are those of small ones."""
+        return 2 if self.training else 4
 
     def _plain(self) -> bool:
         return (
@@ -69,23 +77,66 @@ class WinogradConv2d(nn.Conv2d):
             and self.padding in ((0, 0), (1, 1)) and self.padding_mode == "zeros"
         )
 
+    def _strided(self) -> bool:
+        return (self.dilation == (1, 1) and self.stride in ((1, 1), (2, 2))
+                and not isinstance(self.padding, str) and self.padding_mode == "zeros"
+                and self.kernel_size[0] == self.kernel_size[1])
+
+    def _padding(self) -> tuple[int, int]:
+        return int(self.padding[0]), int(self.padding[1])
+
     def weight_format(self, input: Tensor) -> torch.memory_format:
         """How the weight is best stored for ``input``: as it is, else it is copied at every call.
 
-        torch's convs want the weight channels-last where the input is; the Winograd form does not.
+        torch's convs want the weight channels-last where the input is; other forms do not.
         """
         last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
-        options = self._options()
-        options["kept"] = options["kept"] is not None
-        if last and not (self._plain() and takes_winograd(
-                input, self.out_channels, self.groups, int(self.padding[0]), **options)):
-            return torch.channels_last
-        return torch.contiguous_format
+        if not last:
+            return torch.contiguous_format
+        kept = self._kept() is not None
+        if self._plain():
+            ours = takes_winograd(input, self.out_channels, self.groups, self._padding()[0],
+                                  largest=self._largest(), kept=kept)
+        else:
+            ours = self._strided() and takes_polyphase(
+                input, self.out_channels, self.groups, self.kernel_size[0], self.stride[0],
+                self._padding(), kept=kept)
+        return torch.contiguous_format if ours else torch.channels_last
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The conv, plus ``residual`` where one is given."""
         if self._plain():
             return conv3x3(input, self.weight, self.bias, residual=residual,
-                           padding=int(self.padding[0]), groups=self.groups,
-                           **self._options())
+                           padding=self._padding()[0], groups=self.groups,
+                           largest=self._largest(), kept=self._kept())
+        if self._strided():
+            y = strided_conv2d(input, self.weight, self.bias, stride=self.stride[0],
+                               padding=self._padding(), groups=self.groups, kept=self._kept())
+            return plus(y, residual)
         return plus(super().forward(input), residual)
+
+
+class WinogradConvTranspose2d(_KeepsTransform, nn.ConvTranspose2d):
+    r"""Drop-in for :class:`torch.nn.ConvTranspose2d`.
+
+    Same arguments, parameters and state dict. On the CPU in float32 and float64 wide ones 3x3 and
+    4x4 of stride 2 run as :func:`polyphase_conv_transpose2d`; everything else is
+    :class:`torch.nn.ConvTranspose2d` itself. ``keep_transform``: see :class:`WinogradConv2d`.
+
+    Shapes: x (N, C, H, W) -> (N, C', H', W').
+
+    Paper: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
+
+    Example:
+        >>> conv = WinogradConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1)
+        >>> y = conv(torch.randn(1, 64, 32, 32))  # (1, 32, 64, 64)
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The conv; ``output_size`` as :class:`torch.nn.ConvTranspose2d` reads it."""
+        if output_size is not None or (self.stride, self.dilation) != ((2, 2), (1, 1)):
+            return super().forward(input, output_size)
+        padding, more = (int(self.padding[0]), int(self.padding[1])), self.output_padding
+        return doubling_conv2d(input, self.weight, self.bias, padding=padding,
+                               output_padding=(more[0], more[1]), groups=self.groups,
+                               kept=self._kept())

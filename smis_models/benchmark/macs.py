@@ -70,11 +70,26 @@ def _winograd_conv(input: Shape, weight: Shape, bias: Any, residual: Any, groups
     return tiles * (tile + 2) ** 2 * weight[0] * weight[1]
 
 
+def _polyphase_conv(input: Shape, weight: Shape, bias: Any, groups: int, stride: int,
+                    padding_y: int, padding_x: int, transposed: bool, height: int, width: int,
+                    *_: Any, **__: Any) -> int:
+    """F(3x3, 2x2) of four phases: 16 products each; of three taps the second phase needs 12 and 9.
+
+    The padding of a transposed conv decides how many rows its phases have.
+    """
+    products = 49 if weight[2] == 3 else 64
+    if transposed and stride == 2:
+        height, width = ((size - 1 + p) // 2 - p // 2 + 1
+                         for size, p in ((height, padding_y), (width, padding_x)))
+    return input[0] * -(-height // 3) * -(-width // 3) * products * weight[0] * weight[1]
+
+
 # Ops that multiply; the others only sum, pick or scale.
 _FORMULAS: dict[str, Callable[..., int]] = {
     "window_table": _window_table, "level_product": _level_product,
     "conditional_conv": _conditional_conv,
     "varying_conv": _varying_conv, "winograd_conv": _winograd_conv,
+    "polyphase_conv": _polyphase_conv,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_kernels import LabelLayout, norm_act
+from smis_kernels import LabelLayout, WinogradConv2d, WinogradConvTranspose2d, norm_act
 
 from ..networks.blocks import check_maps, check_semantics, fast_format
 from ..networks.encoder import CodeEncoder
@@ -98,7 +98,7 @@ _SLOPE = 0.2
 
 
 def _halving(channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, 4, stride=2, padding=1)
+    return WinogradConv2d(channels, out_channels, 4, stride=2, padding=1)
 
 
 @network("generator", UNetPreset)
@@ -137,7 +137,8 @@ class UNetGenerator(nn.Module):
             channels = width
         for i in reversed(range(preset.depth)):
             out = widths[i - 1] if i else 3
-            self.add_module(f"up{i}", nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1))
+            layer = WinogradConvTranspose2d(channels, out, 4, stride=2, padding=1)
+            self.add_module(f"up{i}", layer)
             channels = 2 * out
 
     def sample_latent(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
@@ -174,8 +175,8 @@ class _ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv_0 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv_0 = WinogradConv2d(channels, channels, 3, padding=1)
+        self.conv_1 = WinogradConv2d(channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:

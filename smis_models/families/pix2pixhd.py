@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_kernels import InstanceNormAct2d, LabelLayout, WinogradConv2d, instance_avg_pool2d
+from smis_kernels import (
+    InstanceNormAct2d,
+    LabelLayout,
+    WinogradConv2d,
+    WinogradConvTranspose2d,
+    instance_avg_pool2d,
+)
 from smis_kernels.interface import prepare_map
 
 from ..networks import tiled_inference
@@ -123,7 +129,8 @@ def _down(channels: int) -> list[nn.Module]:
 
 def _up(channels: int) -> list[nn.Module]:
     """Twice the size, half the channels."""
-    layer = nn.ConvTranspose2d(channels, channels // 2, 3, stride=2, padding=1, output_padding=1)
+    layer = WinogradConvTranspose2d(
+        channels, channels // 2, 3, stride=2, padding=1, output_padding=1)
     return [layer, *_norm(channels // 2)]
 
 

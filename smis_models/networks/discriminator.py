@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import WinogradConv2d
-from smis_kernels.interface import hooked, requested
+from smis_kernels.interface import hooked, requested, strided_conv2d
 
 from .blocks import conv
 
@@ -29,7 +29,8 @@ def _shares(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> bool:
         and semantics.dtype == pictures.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu") and not hooked(layer, first)
         and isinstance(first, nn.Conv2d) and type(first) in (nn.Conv2d, WinogradConv2d)
-        and first.groups == 1 and first.padding_mode == "zeros"
+        and first.groups == 1 and first.padding_mode == "zeros" and first.dilation == (1, 1)
+        and first.stride[0] == first.stride[1] and not isinstance(first.padding, str)
     )
 
 
@@ -38,9 +39,9 @@ def _shared(layer: nn.Sequential, semantics: Tensor, pictures: Tensor) -> Tensor
     first, *rest = layer
     assert isinstance(first, nn.Conv2d)
     n = semantics.shape[1]
-    options: tuple[Any, ...] = first.stride, first.padding, first.dilation
-    x = F.conv2d(pictures, first.weight[:, n:], None, *options)
-    of_maps = F.conv2d(semantics, first.weight[:, :n], first.bias, *options)
+    options: dict[str, Any] = {"stride": first.stride[0], "padding": first.padding}
+    x = strided_conv2d(pictures, first.weight[:, n:], None, **options)
+    of_maps = strided_conv2d(semantics, first.weight[:, :n], first.bias, **options)
     x = (x.unflatten(0, (-1, len(semantics))) + of_maps).flatten(0, 1)
     for module in rest:
         x = module(x)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from smis_kernels import norm_act
+from smis_kernels.interface import strided_conv2d
 
 from .blocks import conv, fast_format
 
@@ -66,7 +66,7 @@ class StridedEncoder(nn.Module):
                 x = layer(x)
             else:
                 weight = _conv_weight(layer, classes, self.groups)
-                x = F.conv2d(x, weight, None, layer.stride, layer.padding, 1, len(classes))
+                x = strided_conv2d(x, weight, stride=2, padding=1, groups=len(classes))
             kind = "none" if x.shape[2:].numel() == 1 else "instance"
             x = norm_act(x, norm=kind, eps=norm.eps, activation="leaky_relu", negative_slope=0.2)
         return x

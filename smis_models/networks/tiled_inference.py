@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, norm_act
-from smis_kernels.interface import LabelConv2d, channel_moments, resolve, transformed
+from smis_kernels.interface import (
+    LabelConv2d,
+    channel_moments,
+    doubling_conv2d,
+    resolve,
+    strided_conv2d,
+    transformed,
+)
 
 ROWS = 64
 _MOST_SYMBOLS = 2048  # larger tables leave the cache and win nothing
@@ -80,7 +87,7 @@ def stem(rows: Rows, norm: nn.Module, down: nn.Module, height: int) -> Tensor:
         x = features(max(first - 1, 0), last)
         if first == 0:
             x = F.pad(x, (0, 0, 1, 0))
-        parts.append(F.conv2d(x, down.weight, down.bias, stride=2, padding=(0, 1)))
+        parts.append(strided_conv2d(x, down.weight, down.bias, stride=2, padding=(0, 1)))
     return torch.cat(parts, 2)
 
 
@@ -92,8 +99,8 @@ def _doubled_rows(x: Tensor, up: nn.ConvTranspose2d) -> Rows:
         # Output rows 2i and 2i + 1 read input rows i and i + 1.
         begin, end = first // 2, min((last + 1) // 2 + 1, height)
         at_end = int(end == height)
-        y = F.conv_transpose2d(x[:, :, begin:end], up.weight, up.bias, stride=2, padding=1,
-                               output_padding=(at_end, 1))
+        y = doubling_conv2d(x[:, :, begin:end], up.weight, up.bias, padding=1,
+                            output_padding=(at_end, 1))
         return y[:, :, first - 2 * begin : last - 2 * begin]
 
     return rows

@@ -5,28 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...runtime.backend import requested, resolve
-from ...runtime.derivatives import transformed
+from ...runtime.backend import requested
 from ...runtime.explain import record
 from ...runtime.tensors import is_channels_last
+from ..conv_choice import DIRECT_KERNEL, DIRECT_RATE, batch_of, is_wide, runs_on_cpu
+from ..kept_weight import KeptWeight
 from .grouped import direct_conv3x3
-from .kept import KeptWeight
-from .op import KINDS, TILES, WIDE, winograd_conv2d
+from .op import TILES, winograd_conv2d
 
 ENVIRONMENT = "SMIS_WINOGRAD"
-# Of one core with AVX2, by benchmarks/winograd_forms.py --fit: multiply-adds per nanosecond,
-# nanoseconds for each transformed value of a tile, and for each 3x3 kernel that is reordered,
-# transformed or, where that is kept, read. Only their ratios matter.
-DIRECT_RATE, DIRECT_KERNEL = 35.0, 14.0
+# Beside ops/conv_choice.py's, by benchmarks/winograd_forms.py --fit: multiply-adds per nanosecond,
+# nanoseconds for each transformed value of a tile, and for each 3x3 kernel that is transformed or,
+# where that is kept, read.
 PRODUCT_RATE, TILE_VALUE = {2: 33.5, 4: 33.5}, {2: 0.4, 4: 0.85}
 KERNEL, KEPT_KERNEL = {2: 17.0, 4: 34.0}, {2: 13.0, 4: 21.5}
 # Where few tiles read many kernels, these are transformed in cache (csrc/winograd_conv/cpu.cpp).
 STREAMED_KERNEL, MOST_STREAMED, CACHE = {2: 11.5, 4: 14.0}, 64, 1800 << 10
-LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles stay half empty
 
 
 def largest_tile() -> int:
@@ -40,11 +37,9 @@ def largest_tile() -> int:
 def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest: int = 2,
          kept: bool = False) -> int:
     """The tile of the form expected to be fastest; 0 is a direct conv."""
-    n, channels, height, width = input.shape
-    if not isinstance(n, int):  # torch.export for batches of any size: as for one image
-        n = 1
-    k, m = channels // groups, outputs // groups
-    if input.dtype not in WIDE or min(k, m) < LEAST_WIDTH:
+    _, channels, height, width = input.shape
+    n, k, m = batch_of(input), channels // groups, outputs // groups
+    if not is_wide(input, k, m):
         return 0
     height, width = height + 2 * padding - 2, width + 2 * padding - 2
 
@@ -67,12 +62,7 @@ def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest:
 
 
 def _runs(input: Tensor, padding: int) -> bool:
-    return (
-        transformed() is None and input.is_cpu and input.dim() == 4 and padding in (0, 1)
-        and requested() in ("auto", "cpu")
-        and not torch.is_autocast_enabled("cpu")
-        and resolve("winograd_conv2d", input, None, KINDS) == "cpu"
-    )
+    return padding in (0, 1) and runs_on_cpu("winograd_conv2d", input)
 
 
 def takes_winograd(input: Tensor, outputs: int, groups: int, padding: int = 1, *,

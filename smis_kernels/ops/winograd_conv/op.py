@@ -12,11 +12,11 @@ from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
 from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.explain import record
 from ...runtime.library import RawOp
+from ..weight_gradient import weight_gradient
 from . import reference
-from .weight_gradient import weight_gradient
 
 if TYPE_CHECKING:
-    from .kept import KeptWeight
+    from ..kept_weight import KeptWeight
 
 KINDS = ("cpu",)
 WIDE = (torch.float32, torch.float64)
@@ -168,7 +168,8 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
         record("winograd_conv2d", kind, input, groups=groups, tile=tile)
     if kind == "reference":
         return reference.winograd_conv2d(input, weight, bias, residual, groups, padding)
-    transformed = None if kept is None else kept.of(weight, groups, tile)
+    transformed = None if kept is None else kept.of(
+        weight, (groups, tile), lambda w: transform_weight(w, groups, tile))
     y: Tensor = applied(_WinogradConv, input, weight, bias, residual, groups, padding, tile,
                                     transformed, kind)
     return y

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..content_digest.stamp import Stamp
-from .op import transform_weight
+from .content_digest.stamp import Stamp
 
 
 class KeptWeight:
-    """Keeps the transform of one weight: (m + 2)² / 9 of the weight's size for F(m x m, 3x3).
+    """Keeps the transform of one weight: (m + 2)² / 9 of the weight's size for F(m x m, 3x3),
+    4 (4x4) or 7.1 (3x3) times its size for a conv by phases.
 
     Kept from the second call in a row with the same tensor on, so that weights made anew at every
     call take no memory. Each use compares the weight's content with what it was, in one read of it.
@@ -22,7 +23,7 @@ class KeptWeight:
     def __init__(self) -> None:
         self._last: weakref.ref[Tensor] | None = None
         self._seen: weakref.ref[Tensor] | None = None
-        self._kept: tuple[tuple[int, int], Stamp, Tensor] | None = None
+        self._kept: tuple[Hashable, Stamp, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -36,11 +37,12 @@ class KeptWeight:
         before, self._seen = self._seen, weakref.ref(weight)
         return before is None or before() is weight
 
-    def of(self, weight: Tensor, groups: int, tile: int) -> Tensor | None:
-        """The transform of ``weight`` as it is now; None where none is kept."""
+    def of(self, weight: Tensor, key: Hashable, transform: Callable[[Tensor], Tensor],
+           ) -> Tensor | None:
+        """``transform(weight)``, named ``key``, as it is now; None where none is kept."""
         if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
             return None
-        key, kept = (groups, tile), self._kept
+        kept = self._kept
         if kept is not None and kept[0] == key and kept[1].holds([weight]):
             return kept[2]
         self._kept = None
@@ -51,7 +53,7 @@ class KeptWeight:
         # No inference tensor: later calls may ask for gradients of their inputs.
         with torch.inference_mode(False), torch.no_grad():
             stamp = Stamp([weight])
-            made = transform_weight(weight, groups, tile)
+            made = transform(weight)
         self._kept = key, stamp, made
         return made
 

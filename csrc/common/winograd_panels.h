@@ -1,0 +1,153 @@
+// The steps of Winograd's convs: pixels to v[f][tile][k], kernels to u[panel][f][k][column], their products
+// p[f][tile][column] to pixels. A panel is what the register tile takes of the outputs.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "conv_weight.h"
+#include "lanes.h"
+#include "transposed.h"
+#include "winograd.h"
+
+namespace smis::SMIS_ISA {
+
+constexpr int64_t kPanelVectors = 3;
+constexpr int64_t kChunk = 160;  // channels at a time: a panel's chunk stays in the first cache
+
+template <class A> struct PanelShape {
+  static constexpr int64_t L = Lanes<A>::n;
+  int64_t frequencies, K, tiles, vectors, u_depth, depth, v_plane, p_row, p_plane;
+  PanelShape(int64_t frequencies, int64_t K, int64_t M, int64_t tiles)
+      : frequencies(frequencies), K(K), tiles(tiles) {
+    vectors = (M + L - 1) / L;
+    // One row or line more than needed: at powers of two they would share cache sets.
+    u_depth = K + 1;
+    depth = (K + L - 1) / L * L + L;
+    v_plane = tiles * depth + L;
+    p_row = vectors * L + L;
+    p_plane = tiles * p_row + L;
+  }
+  int64_t panels() const { return (vectors + kPanelVectors - 1) / kPanelVectors; }
+  int64_t panel_offset(int64_t vector) const { return vector * L * frequencies * u_depth; }
+};
+
+// fn(vecs as a constant), the vectors of the panel that begins with vector `first`.
+template <class A, class F> void with_panel(const PanelShape<A>& s, int64_t first, const F& fn) {
+  const int64_t vecs = std::min(kPanelVectors, s.vectors - first);
+  if (vecs == 3) fn(std::integral_constant<int, 3>());
+  else if (vecs == 2) fn(std::integral_constant<int, 2>());
+  else fn(std::integral_constant<int, 1>());
+}
+
+// Kernels of a panel's outputs, transposed to lanes: kSome channels of each at a time.
+template <class A, int taps, int vecs> struct KernelsInLanes {
+  static constexpr int64_t L = Lanes<A>::n, kSome = 288 / taps;
+  alignas(kVectorBytes) A values[kSome * taps * vecs * L];
+  int64_t tap_step = 0, kernel_step = 0;
+
+  Vec<A> tap(int64_t kernel, int64_t i, int64_t v) const {
+    return get(values + kernel * kernel_step + i * tap_step + v * L);
+  }
+  // `some` kernels from channel k on, of the outputs from vector `first` on.
+  void read(const ConvWeight& a, int64_t group, int64_t first, int64_t k, int64_t some) {
+    const A* w = static_cast<const A*>(a.weight) + group * a.M * a.K * taps + first * L * a.out_step;
+    // Taps that are apart in memory are apart here too.
+    const bool apart = a.tap_step != 1;
+    tap_step = (apart ? kSome : 1) * vecs * L, kernel_step = (apart ? 1 : taps) * vecs * L;
+    for (int v = 0; v < vecs; ++v) {
+      const int64_t count = std::min(L, a.M - (first + v) * L);
+      const A* from = w + v * L * a.out_step + k * a.k_step;
+      A* to = values + v * L;
+      if (apart)
+        for (int64_t i = 0; i < taps; ++i)
+          transposed(from + i * a.tap_step, a.out_step, count, some,
+                     [&](int64_t j) { return to + i * tap_step + j * kernel_step; });
+      else if (a.flipped)
+        for (int64_t j = 0; j < some; ++j)
+          transposed(from + j * a.k_step, a.out_step, count, taps,
+                     [&](int64_t i) { return to + j * kernel_step + (taps - 1 - i) * tap_step; });
+      else
+        transposed(from, a.out_step, count, some * taps,
+                   [&](int64_t i) { return to + i * tap_step; });
+    }
+  }
+};
+
+// A tile's patch, `from` its pixels, of K channels each.
+template <class A, int m>
+void transform_pixels(const A* const* from, int64_t K, A* v, int64_t v_plane) {
+  constexpr int frequencies = Winograd<Vec<A>, m>::side * Winograd<Vec<A>, m>::side;
+  const auto transform = [&](int64_t k, const auto& read) {
+    Vec<A> d[frequencies], out[frequencies];
+#pragma GCC unroll 36
+    for (int i = 0; i < frequencies; ++i) d[i] = read(from[i] + k);
+    Winograd<Vec<A>, m>::input(d, out);
+#pragma GCC unroll 36
+    for (int f = 0; f < frequencies; ++f) put(v + f * v_plane + k, out[f]);
+  };
+  over_vectors<A>(
+      K, [&](int64_t k) { transform(k, [](const A* p) { return get(p); }); },
+      [&] { transform(0, [&](const A* p) { return get_some(p, K); }); });
+}
+
+constexpr int64_t kOutside = -1;
+
+// `count` outputs of a tile, `to` the offsets of its pixels in y and the residual, or kOutside.
+template <class A, int m>
+void write_pixels(const A* p, int64_t p_plane, int64_t count, const A* bias, const A* residual, A* y,
+                  const int64_t* to) {
+  constexpr int frequencies = Winograd<Vec<A>, m>::side * Winograd<Vec<A>, m>::side;
+  const auto finish = [&](int64_t c, const auto& read, const auto& write) {
+    Vec<A> in[frequencies], out[m * m];
+#pragma GCC unroll 36
+    for (int f = 0; f < frequencies; ++f) in[f] = get(p + f * p_plane + c);
+    Winograd<Vec<A>, m>::output(in, out);
+    for (int q = 0; q < m * m; ++q) {
+      if (to[q] == kOutside) continue;
+      if (bias) out[q] += read(bias + c);
+      if (residual) out[q] += read(residual + to[q] + c);
+      write(y + to[q] + c, out[q]);
+    }
+  };
+  over_vectors<A>(
+      count,
+      [&](int64_t c) {
+        finish(c, [](const A* p) { return get(p); }, [](A* p, Vec<A> value) { put(p, value); });
+      },
+      [&] {
+        finish(0, [&](const A* p) { return get_some(p, count); },
+               [&](A* p, Vec<A> value) { std::memcpy(p, &value, size_t(count) * sizeof(A)); });
+      });
+}
+
+template <bool add, class A, int vecs>
+void product_of_panel(const PanelShape<A>& s, const A* v, const A* u, A* p) {
+  constexpr int64_t L = Lanes<A>::n;
+  const int64_t chunks = (s.K + kChunk - 1) / kChunk, step = (s.K + chunks - 1) / chunks;
+  for (int64_t k = 0; k < s.K; k += step) {
+    const int64_t depth = std::min(step, s.K - k);
+    for (int64_t t = 0; t < s.tiles; t += kTileRows) {
+      const A* left = v + t * s.depth + k;
+      const A* right = u + k * vecs * L;
+      A* out = p + t * s.p_row;
+      if (k == 0 && !add)
+        product_tile<A, vecs, false>(left, s.depth, 1, right, vecs * L, depth, out, s.p_row);
+      else
+        product_tile<A, vecs, true>(left, s.depth, 1, right, vecs * L, depth, out, s.p_row);
+    }
+  }
+}
+
+// All tiles of a block and all outputs of a group at one frequency; `add`: to what p holds.
+template <bool add, class A>
+void product_of_frequency(const PanelShape<A>& s, int64_t f, const A* v, const A* u, A* p) {
+  for (int64_t first = 0; first < s.vectors; first += kPanelVectors)
+    with_panel(s, first, [&](auto vecs) {
+      product_of_panel<add, A, vecs()>(s, v + f * s.v_plane,
+                                       u + s.panel_offset(first) + f * s.u_depth * vecs() * s.L,
+                                       p + f * s.p_plane + first * s.L);
+    });
+}
+
+}  // namespace smis::SMIS_ISA

@@ -1,0 +1,93 @@
+"""Which form a strided or transposed conv takes, direct or by phases, by expected cost."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..conv_choice import DIRECT_KERNEL, DIRECT_RATE, batch_of, is_wide, runs_on_cpu
+from ..kept_weight import KeptWeight
+from .op import FORMS, Pair, polyphase_conv2d, polyphase_conv_transpose2d
+
+# Beside ops/conv_choice.py's, by benchmarks/polyphase_forms.py --fit: multiply-adds per nanosecond,
+# nanoseconds for each transformed value of a tile, and, by a kernel's side, for each that is
+# transformed or, where that is kept, read.
+PRODUCT_RATE, TILE_VALUE = 32.0, 0.45
+KERNEL, KEPT_KERNEL = {3: 38.0, 4: 50.0}, {3: 17.0, 4: 30.0}
+_PRODUCTS = {3: 49, 4: 64}  # of a tile of 3x3 outputs: of three taps the second phase has but one
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else value
+
+
+def terms(input: Tensor, outputs: int, groups: int, side: int, stride: int, padding: int | Pair,
+          output_padding: int | Pair = 0) -> tuple[float, float, float]:
+    """Of each pair of a channel and an output: direct multiply-adds, products, transformed values.
+
+    ``stride`` 0 stands for a transposed conv of stride 2.
+    """
+    n, k, m = batch_of(input), input.shape[1] // groups, outputs // groups
+    sizes, pads, more = input.shape[2:], _pair(padding), _pair(output_padding)
+    if stride:
+        height, width = ((s + 2 * p - side) // stride + 1 for s, p in zip(sizes, pads, strict=True))
+        direct, tiles = height * width, -(-height // 3) * -(-width // 3)
+        values = 64 / m + 16 / k
+    else:
+        down, across = ((2 * (s - 1) - p + side + o - 1) // 2 - p // 2 + 1
+                        for s, p, o in zip(sizes, pads, more, strict=True))
+        direct, tiles = sizes[0] * sizes[1], -(-down // 3) * -(-across // 3)
+        values = 16 / m + 64 / k
+    return n * direct * side * side, n * tiles * _PRODUCTS[side], n * tiles * values
+
+
+def takes_polyphase(input: Tensor, outputs: int, groups: int, side: int, stride: int,
+                    padding: int | Pair, output_padding: int | Pair = 0, *, kept: bool = False,
+                    ) -> bool:
+    """Whether the form by phases is expected to be faster; ``stride`` 0: transposed."""
+    name = "polyphase_conv2d" if stride else "polyphase_conv_transpose2d"
+    if (side, stride or 2) not in FORMS or not runs_on_cpu(name, input) or not is_wide(
+            input, input.shape[1] // groups, outputs // groups):
+        return False
+    if not all(0 <= p < side for p in _pair(padding)) or not all(
+            o in (0, 1) for o in _pair(output_padding)):
+        return False
+    direct, products, values = terms(input, outputs, groups, side, stride, padding, output_padding)
+    kernel = (KEPT_KERNEL if kept else KERNEL)[side]
+    return (kernel + products / PRODUCT_RATE + values * TILE_VALUE
+            < DIRECT_KERNEL + direct / DIRECT_RATE)
+
+
+def strided_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1,
+                   padding: int | Pair = 0, groups: int = 1, kept: KeptWeight | None = None,
+                   ) -> Tensor:
+    """``F.conv2d(input, weight, bias, stride, padding, groups=groups)`` in the faster form.
+
+    By phases it runs where the kernel is 3x3 or 4x4, wide and of stride 2 (4x4: or 1), in float32
+    and float64 on the CPU; else it is ``F.conv2d``.
+
+    Shapes: input (N, C, H, W), weight (C', C / groups, k, l) -> (N, C', H', W').
+    """
+    outputs, side = weight.shape[0], weight.shape[2]
+    if weight.shape[3] == side and takes_polyphase(
+            input, outputs, groups, side, stride, padding,
+            kept=kept is not None and kept.expects(weight)):
+        return polyphase_conv2d(input, weight, bias, stride=stride, padding=padding, groups=groups,
+                                kept=kept)
+    return F.conv2d(input, weight, bias, stride, padding, 1, groups)
+
+
+def doubling_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+                    padding: int | Pair = 0, output_padding: int | Pair = 0, groups: int = 1,
+                    kept: KeptWeight | None = None) -> Tensor:
+    """``F.conv_transpose2d(input, weight, bias, 2, padding, output_padding, groups)``, as above.
+
+    Shapes: input (N, C, H, W), weight (C, C' / groups, k, l) -> (N, C', H', W').
+    """
+    outputs, side = groups * weight.shape[1], weight.shape[2]
+    if weight.shape[3] == side and takes_polyphase(
+            input, outputs, groups, side, 0, padding, output_padding,
+            kept=kept is not None and kept.expects(weight)):
+        return polyphase_conv_transpose2d(input, weight, bias, padding=padding,
+                                          output_padding=output_padding, groups=groups, kept=kept)
+    return F.conv_transpose2d(input, weight, bias, 2, padding, output_padding, groups)
