@@ -31,6 +31,7 @@ from .ops.instance_edges.op import instance_edges
 from .ops.instance_pool.op import InstanceMeans, instance_avg_pool2d, instance_mean_table
 from .ops.label_windows.op import number_vectors, number_windows
 from .ops.modulation.op import modulation, modulation_pair
+from .ops.narrow_conv.op import narrow_conv2d
 from .ops.norm_act.op import norm_act
 from .ops.polyphase_conv.op import polyphase_conv2d, polyphase_conv_transpose2d
 from .ops.spatially_varying_conv.op import spatially_varying_conv2d
@@ -80,6 +81,7 @@ __all__ = [
     "modulate_pair",
     "modulation",
     "modulation_pair",
+    "narrow_conv2d",
     "norm_act",
     "number_vectors",
     "number_windows",

@@ -20,6 +20,7 @@ from smis_kernels import (
     instance_mean_table,
     modulation,
     modulation_pair,
+    narrow_conv2d,
     norm_act,
     polyphase_conv2d,
     polyphase_conv_transpose2d,
@@ -64,6 +65,7 @@ PUBLIC: dict[str, Call] = {
     "conditional_conv2d": lambda **o: conditional_conv2d(X, X, draw(36, 4, 3, 3), **o),
     "spatially_varying_conv2d": lambda **o: spatially_varying_conv2d(X, draw(2, 36, 6, 5), **o),
     "winograd_conv2d": lambda **o: winograd_conv2d(X, draw(6, 4, 3, 3), **o),
+    "narrow_conv2d": lambda **o: narrow_conv2d(X, draw(3, 4, 3, 3), **o),
     "polyphase_conv2d": lambda **o: polyphase_conv2d(X, draw(6, 4, 4, 4), **o),
     "polyphase_conv_transpose2d": lambda **o: polyphase_conv_transpose2d(
         X, draw(4, 6, 3, 3), **o),
@@ -290,6 +292,17 @@ def _winograd(shape: Shape, random: Random, out: int, groups: int, padding: int,
 
     return call, (random.normal(n, c * groups, h, w),
                   random.normal(out * groups, c, 3, 3) / (3 * c**0.5), *extra)
+
+
+def _narrow(shape: Shape, random: Random, out: int, side: int, padding: int, bias: bool) -> Made:
+    n, c, h, w = shape
+    h, w = (max(s, side - 2 * padding) for s in (h, w))
+
+    def call(x: Tensor, weight: Tensor, *rest: Tensor, backend: str) -> Tensor:
+        return narrow_conv2d(x, weight, *rest, padding=padding, backend=backend)
+
+    return call, (random.normal(n, c, h, w), random.normal(out, c, side, side) / (side * c**0.5),
+                  *[random.normal(out)] * bias)
 
 
 def _polyphase(shape: Shape, random: Random, out: int, groups: int, padding: Any,
@@ -522,6 +535,9 @@ CASES: dict[str, OpCase] = {
     "winograd_conv2d": OpCase(
         _winograd, {"out": (5, 1, 24), "groups": (1, 2, 3), "padding": (1, 0),
                     "bias": (True, False), "residual": (True, False)}, dtypes=WIDE),
+    "narrow_conv2d": OpCase(
+        _narrow, {"out": (3, 1, 2, 4), "side": (3, 1, 4, 7), "padding": (1, 0, 2),
+                  "bias": (True, False)}, dtypes=WIDE),
     "polyphase_conv2d": OpCase(
         _polyphase, {"out": (5, 1, 24), "groups": (1, 2, 3), "padding": (1, 0, 2, (1, 2)),
                      "form": ((3, 2), (4, 2), (4, 1)), "bias": (True, False)}, dtypes=WIDE),

@@ -19,6 +19,7 @@ from smis_kernels.ops.conditional_conv.op import conditional_conv2d
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from smis_kernels.ops.instance_pool.op import instance_avg_pool2d
 from smis_kernels.ops.modulation.op import modulation, modulation_pair
+from smis_kernels.ops.narrow_conv.op import narrow_conv2d
 from smis_kernels.ops.norm_act.op import norm_act
 from smis_kernels.ops.polyphase_conv.op import polyphase_conv2d, polyphase_conv_transpose2d
 from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
@@ -90,6 +91,8 @@ CASES: dict[str, Case] = {
     "winograd_conv2d": ("_WinogradConv", lambda x, w, c, r, **b: winograd_conv2d(
         x, w, c, residual=r, groups=2, **b),
         (X, normal(6, 2, 3, 3, seed=1), normal(6), normal(2, 6, 6, 5, seed=2))),
+    "narrow_conv2d": ("_NarrowConv", lambda x, w, c, **b: narrow_conv2d(x, w, c, padding=1, **b),
+                      (X, normal(3, 4, 3, 3, seed=1), normal(3))),
     "polyphase_conv2d": ("_PolyphaseConv", lambda x, w, c, **b: polyphase_conv2d(
         x, w, c, stride=1, padding=(2, 1), groups=2, **b),
         (X, normal(6, 2, 4, 4, seed=1), normal(6))),

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.spade import CGNorm, modulate_pair
-from ..modules.winograd_conv import WinogradConv2d
-from ..runtime.derivatives import transformed
-from ..runtime.tensors import is_channels_last
+from .convs import FusedConv, conv_change
 from .formats import channels_last, gradient_in_format, in_format_of, network_call
 from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
 from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
@@ -21,7 +19,7 @@ from .norms import FusedNorm, NormPlan, inputs_of, is_small_call, of_another_siz
 from .probe import Trial, agreeing, detached_copy, probe_size, unit_outputs
 from .sequences import activation_of
 from .served import Evaluation
-from .swap import PLAN, Accelerated, Change, Fused, FusionPlan, arguments_of
+from .swap import PLAN, Change, Fused, FusionPlan, arguments_of
 from .watch import hooked, original_type
 
 MOST_NORMS = 3
@@ -333,22 +331,10 @@ def judge(block: nn.Module, plans: list[BlockPlan], norms: Norms) -> tuple[int |
         twin, FusedBlock, plan)] for plan in plans])
 
 
-class FusedConv(Accelerated, WinogradConv2d):
-    """A block's conv, by Winograd's algorithm where that is faster."""
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        # Elsewhere the output is to have the input's format.
-        if is_channels_last(input) and transformed() is None:
-            return super().forward(input, residual)
-        y: Tensor = super(WinogradConv2d, self).forward(input)
-        return y if residual is None else residual + y
-
-
 def conv_changes(block: nn.Module, plan: BlockPlan) -> list[Change]:
     """The convs of a block that are swapped."""
-    convs = (block.get_submodule(name) for name in plan.convs)
-    return [Change(conv, FusedConv) for conv in convs
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)]
+    changes = (conv_change(block.get_submodule(name)) for name in plan.convs)
+    return [change for change in changes if change is not None]
 
 
 class FusedBlock(Fused):

@@ -108,9 +108,17 @@ class Recognition:
                 found.append(self._judged(name, module, INSTANCE_POOL, judge))
             elif sequences.is_sequence(module) and module not in inside:
                 judge = partial(sequences.judge, module, self._inference)
-                found.append(self._judged(name, module, NORM_ACT, judge))
+                sequence = self._judged(name, module, NORM_ACT, judge)
+                found += [sequence, *_convs(sequence)]
             found.append(_spectral_norm(name, module, self._inference))
-        return [finding for finding in found if finding is not None]
+        convs: set[nn.Module] = set()  # one may be in a block and in a sequence of it
+        kept = []
+        for finding in found:
+            if finding is None or (finding.kind == CONV and finding.module in convs):
+                continue
+            kept.append(finding)
+            convs.update([finding.module] if finding.kind == CONV else [])
+        return kept
 
     def _judged(self, name: str, module: nn.Module, kind: str,
                 judge: Callable[[], Verdict | None]) -> Finding | None:
@@ -211,14 +219,19 @@ class Recognition:
         return found
 
 
-def _convs(block: Finding | None) -> list[Finding]:
-    """The convs of a block that can be fused."""
-    if block is None or not isinstance(block.change, Change):
+def _convs(whole: Finding | None) -> list[Finding]:
+    """The convs of a block or sequence that can be fused."""
+    if whole is None or not isinstance(whole.change, Change):
         return []
-    assert isinstance(block.change.plan, blocks.BlockPlan)
-    names = {child: name for name, child in block.module.named_modules()}
-    return [Finding(f"{block.name}.{names[c.module]}".lstrip("."), c.module, CONV, c)
-            for c in blocks.conv_changes(block.module, block.change.plan)]
+    plan = whole.change.plan
+    if isinstance(plan, blocks.BlockPlan):
+        changes = blocks.conv_changes(whole.module, plan)
+    else:
+        assert isinstance(plan, sequences.SequencePlan)
+        changes = sequences.conv_changes(whole.module, plan)
+    names = {child: name for name, child in whole.module.named_modules()}
+    return [Finding(f"{whole.name}.{names[c.module]}".lstrip("."), c.module, CONV, c)
+            for c in changes]
 
 
 def _spectral_norm(name: str, module: nn.Module, inference: bool) -> Finding | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..ops.conv_choice import LEAST_WIDTH
 from ..ops.norm_act.op import norm_act
 from ..runtime.tensors import acc_dtype
+from .convs import conv_change
 from .folding import Folded, constant
 from .formats import channels_last, gradient_in_format
 from .graph import is_plain_conv
@@ -149,6 +152,15 @@ def with_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         shift = shift + conv.bias.to(dtype)
     bias = shift * scale if norm.bias is None else shift * scale + norm.bias.to(dtype)
     return conv.weight.to(dtype) * scale.view(-1, 1, 1, 1), bias
+
+
+def conv_changes(sequence: nn.Module, plan: SequencePlan) -> list[Change]:
+    """The convs of a sequence that are swapped: those that no norm may go into."""
+    steps = list(layers_of(sequence))
+    folded = {conv for conv, norm in pairwise(steps) if plan.fold and foldable(conv, norm)}
+    changes = (conv_change(step, LEAST_WIDTH) for step in dict.fromkeys(steps)
+               if step not in folded)
+    return [change for change in changes if change is not None]
 
 
 def judge(sequence: nn.Module, inference: bool) -> Verdict | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.kept_weight import KeptWeight
+from ..ops.narrow_conv.choice import takes_narrow
+from ..ops.narrow_conv.op import narrow_conv2d
 from ..ops.polyphase_conv.choice import doubling_conv2d, strided_conv2d, takes_polyphase
 from ..ops.winograd_conv.choice import conv3x3, plus, takes_winograd
 
@@ -49,9 +51,9 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
 
     Same arguments, parameters and state dict. On the CPU in float32 and float64 wide convs 3x3 of
     stride 1 run as :func:`winograd_conv2d`, of 2x2 or, in eval mode, 4x4 tiles
-    (``SMIS_WINOGRAD=2``: 2x2 only); of stride 2, and 4x4 ones, as :func:`polyphase_conv2d`.
-    Everything else (other kernels, strides and paddings, narrow or small convs, 16-bit types,
-    GPUs, autocast) is :class:`torch.nn.Conv2d` itself.
+    (``SMIS_WINOGRAD=2``: 2x2 only); of stride 2, and 4x4 ones, as :func:`polyphase_conv2d`;
+    to at most four outputs, as :func:`narrow_conv2d`. Everything else (other kernels, strides and
+    paddings, small convs, 16-bit types, GPUs, autocast) is :class:`torch.nn.Conv2d` itself.
 
     With ``keep_transform`` set the weight's transform is kept in eval mode, 4 times the weight's
     size with 4x4 tiles, until the weight changes or training begins.
@@ -77,10 +79,12 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
             and self.padding in ((0, 0), (1, 1)) and self.padding_mode == "zeros"
         )
 
+    def _square(self) -> bool:
+        return (self.dilation == (1, 1) and self.kernel_size[0] == self.kernel_size[1]
+                and not isinstance(self.padding, str) and self.padding_mode == "zeros")
+
     def _strided(self) -> bool:
-        return (self.dilation == (1, 1) and self.stride in ((1, 1), (2, 2))
-                and not isinstance(self.padding, str) and self.padding_mode == "zeros"
-                and self.kernel_size[0] == self.kernel_size[1])
+        return self._square() and self.stride in ((1, 1), (2, 2))
 
     def _padding(self) -> tuple[int, int]:
         return int(self.padding[0]), int(self.padding[1])
@@ -105,6 +109,10 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The conv, plus ``residual`` where one is given."""
+        if self._square() and self.stride == (1, 1) and takes_narrow(
+                input, self.out_channels, self.groups, self._padding()):
+            y = narrow_conv2d(input, self.weight, self.bias, padding=self._padding()[0])
+            return plus(y, residual)
         if self._plain():
             return conv3x3(input, self.weight, self.bias, residual=residual,
                            padding=self._padding()[0], groups=self.groups,

@@ -84,12 +84,17 @@ def _polyphase_conv(input: Shape, weight: Shape, bias: Any, groups: int, stride:
     return input[0] * -(-height // 3) * -(-width // 3) * products * weight[0] * weight[1]
 
 
+def _narrow_conv(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return prod(out_shape) * prod(weight[1:])
+
+
 # Ops that multiply; the others only sum, pick or scale.
 _FORMULAS: dict[str, Callable[..., int]] = {
     "window_table": _window_table, "level_product": _level_product,
     "conditional_conv": _conditional_conv,
     "varying_conv": _varying_conv, "winograd_conv": _winograd_conv,
     "polyphase_conv": _polyphase_conv,
+    "narrow_conv": _narrow_conv,
 }
 
 

@@ -118,20 +118,5 @@ def head(x: Tensor, up: nn.Module, norm: nn.Module, conv: nn.Module) -> Tensor:
         top, bottom = max(pad - first, 0), max(last + pad - height, 0)
         y = features(max(first - pad, 0), min(last + pad, height))
         y = F.pad(y, (pad, pad, top, bottom), mode="reflect")
-        parts.append(torch.tanh(_narrow_conv(y, conv)))
+        parts.append(torch.tanh(conv.forward(y)))
     return torch.cat(parts, 2)
-
-
-def _narrow_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A k x k conv to few channels: k x 1 to k times as many, which fill a register, then a sum."""
-    out_channels, channels, size, _ = conv.weight.shape
-    weight = conv.weight.permute(0, 3, 1, 2).reshape(-1, channels, size, 1)
-    columns = F.conv2d(x, weight).contiguous()
-    width = columns.shape[3] - size + 1
-    taps = columns.view(x.shape[0], out_channels, size, -1, columns.shape[3])
-    out = taps[:, :, 0, :, :width].clone()
-    for i in range(1, size):
-        out += taps[:, :, i, :, i : i + width]
-    if conv.bias is not None:
-        out += conv.bias.view(-1, 1, 1)
-    return out

@@ -1,0 +1,48 @@
+"""Convs of fused blocks and sequences, in the form with fewer multiplications."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..modules.winograd_conv import WinogradConv2d, WinogradConvTranspose2d
+from ..runtime.derivatives import transformed
+from ..runtime.tensors import is_channels_last
+from .graph import is_plain_conv
+from .swap import Accelerated, Change
+
+_SIDES = (3, 4)  # of the kernels that have such a form
+
+
+class FusedConv(Accelerated, WinogradConv2d):
+    """A conv, by Winograd's algorithm where that is faster."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        # Elsewhere the output is to have the input's format.
+        if is_channels_last(input) and transformed() is None:
+            return super().forward(input, residual)
+        y: Tensor = super(WinogradConv2d, self).forward(input)
+        return y if residual is None else residual + y
+
+
+class FusedConvTranspose(Accelerated, WinogradConvTranspose2d):
+    """A transposed conv, by Winograd's algorithm where that is faster."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if is_channels_last(input) and transformed() is None:
+            return super().forward(input, output_size)
+        y: Tensor = super(WinogradConvTranspose2d, self).forward(input, output_size)
+        return y
+
+
+def conv_change(module: nn.Module, least_width: int = 0) -> Change | None:
+    """What a conv becomes; None where it is narrow, has no such form, or code of its own."""
+    if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        return None
+    if min(module.in_channels, module.out_channels) < least_width * module.groups:
+        return None
+    if module.kernel_size not in [(side, side) for side in _SIDES] or module.dilation != (1, 1):
+        return None
+    if isinstance(module, nn.Conv2d):
+        return Change(module, FusedConv) if is_plain_conv(module) else None
+    plain = type(module).forward is nn.ConvTranspose2d.forward
+    return Change(module, FusedConvTranspose) if plain else None
