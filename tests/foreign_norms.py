@@ -213,7 +213,7 @@ def width_list(width: int, planes: int) -> dict[str, Callable[[], nn.Module]]:
         "blocks": lambda: Blocks(width, planes),
         "blocks_affine": lambda: Blocks(width, planes, norm=nn.GroupNorm(3, width), inner=None),
         "blocks_batch": lambda: Blocks(width, planes, norm=nn.BatchNorm2d(width), inner=(
-            lambda c: nn.InstanceNorm2d(c, affine=True))),
+            lambda c: nn.InstanceNorm2d(c, affine=True, eps=0.1))),
         "separate": lambda: Separate(width, planes),
         "separate_3": lambda: Separate(width, planes, size=3),
         "reflected": lambda: Reflected(width, planes),

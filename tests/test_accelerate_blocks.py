@@ -291,6 +291,23 @@ def test_own_norms_of_a_block_are_never_replaced_themselves() -> None:
         assert torch.equal(network.eval()(IMAGE, PLANES), original.eval()(IMAGE, PLANES))
 
 
+@pytest.mark.parametrize("change", [
+    lambda norm: norm.eval(), lambda norm: setattr(norm.param_free_norm, "eps", 1.0),
+], ids=["frozen", "eps"])
+def test_own_norms_of_one_input_keep_settings_of_their_own(
+        change: Callable[[Any], Any]) -> None:
+    """One read serves both only while they are set alike."""
+    network, original = BLOCKS["from_config"]().train(), BLOCKS["from_config"]().train()
+    accelerate(network)
+    before = original(X, PLANES)
+    assert isinstance(network, swap.Fused) and max_error(network(X, PLANES), before) < 1e-10
+    for block in (network, original):
+        change(block.norm_s)
+    expected = original(X, PLANES)
+    assert max_error(expected, before) > 1e-3
+    assert max_error(network(X, PLANES), expected) < 1e-10
+
+
 @needs_cpu
 @pytest.mark.parametrize("hidden", [(16, 0), (0, 16)])
 def test_norms_of_different_reach_pick_from_their_own_tables(hidden: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ import foreign_layers
 import pytest
 import torch
 from foreign_cases import accelerated_painter, label_map, lively, normal
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -120,6 +120,34 @@ def test_hooks_on_folded_layers_are_obeyed(kind: str, place: int) -> None:
         assert max_error(network(x), original(x)) < 1e-10
 
 
+def test_a_batch_norm_in_training_is_not_folded() -> None:
+    """Its convs may be in eval mode meanwhile."""
+    network = lively(nn.Sequential(nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6))).eval()
+    original, x = copy.deepcopy(network), normal(2, 5, 8, 8)
+    accelerate(network, inference=True)
+    with torch.no_grad():
+        for m in (network, original):
+            m[1].train()
+        assert max_error(network(x), original(x)) < 1e-10
+    assert max_error(network[1].running_mean, original[1].running_mean) < 1e-12
+
+
+class Raised(nn.BatchNorm2d):
+    """A batch norm of somebody's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_a_batch_norm_of_ones_own_is_not_folded() -> None:
+    network = lively(nn.Sequential(nn.Conv2d(5, 6, 3), Raised(6), nn.Conv2d(6, 4, 3),
+                                   nn.BatchNorm2d(4))).eval()
+    original, x = copy.deepcopy(network), normal(2, 5, 8, 8)
+    assert accelerate(network, inference=True).replaced
+    with torch.no_grad():
+        assert max_error(network(x), original(x)) < 1e-10
+
+
 @pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, parametrizations.spectral_norm],
                          ids=["hook", "parametrization"])
 def test_a_folded_weight_that_is_written_to_is_computed_anew(
@@ -132,6 +160,73 @@ def test_a_folded_weight_that_is_written_to_is_computed_anew(
         for _ in range(2):
             conv.weight.mul_(2)  # what the hook makes, not what it makes it of
             assert max_error(conv(x), expected) < 1e-12
+
+
+def doubled(*given: Any) -> Any:
+    return 2 * given[-1]
+
+
+def test_hooks_on_a_folded_parametrization_are_obeyed() -> None:
+    conv = lively_parametrized()
+    with torch.no_grad():
+        accelerate(conv, inference=True)
+        before = conv.weight.clone()
+        conv.parametrizations.weight[0].register_forward_hook(doubled)
+        assert torch.equal(conv.weight, 2 * before)
+
+
+class Noisy(nn.Module):
+    """A parametrization that gives another weight in every call."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+def test_spectral_norm_beside_another_parametrization_is_not_kept() -> None:
+    conv = lively_parametrized()
+    nn.utils.parametrize.register_parametrization(conv, "weight", Noisy())
+    with torch.no_grad():
+        assert not accelerate(conv, inference=True).replaced
+        assert not torch.equal(conv.weight, conv.weight)
+
+
+class Halved(SpectralNorm):
+    """Spectral norm of somebody's own: sigma is twice as large."""
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        return super().compute_weight(module, do_power_iteration) / 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_spectral_norm_of_ones_own_is_left(inference: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    conv = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)).double().train(training)
+    (hook,) = conv._forward_pre_hooks.values()
+    hook.__class__ = Halved
+    original, x = copy.deepcopy(conv), normal(1, 3, 6, 6)
+    accelerate(conv, inference=inference)
+    with torch.no_grad():
+        assert torch.equal(conv(x), original(x))
+
+
+@pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, parametrizations.spectral_norm],
+                         ids=["hook", "parametrization"])
+def test_weights_under_vmap_are_their_own(
+        spectral_norm: Callable[[nn.Module], nn.Module]) -> None:
+    """Several weights at once are no constant."""
+    torch.manual_seed(0)
+    conv, x = spectral_norm(nn.Conv2d(3, 4, 3)).double().eval(), normal(1, 3, 6, 6)
+    key = next(name for name, _ in conv.named_parameters() if name != "bias")
+    weights = conv.get_parameter(key).detach() * torch.tensor([1.0, -1.0]).view(2, 1, 1, 1, 1)
+    with torch.no_grad():
+        expected = conv(x)
+        accelerate(conv, inference=True)
+        conv(x)
+        found = torch.func.vmap(lambda w: torch.func.functional_call(conv, {key: w}, (x,)))(weights)
+        for one in found:  # sigma changes its sign, too: no difference
+            assert max_error(one, expected) < 1e-12
+        assert max_error(conv(x), expected) < 1e-12
 
 
 def lively_parametrized() -> nn.Module:

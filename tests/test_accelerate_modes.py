@@ -256,3 +256,13 @@ def test_pixel_kernels_keep_their_dtype_under_autocast(dtype: torch.dtype) -> No
         y, expected = fused(x, weight), network(x, weight)
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected)
+
+
+def test_pixel_kernels_of_another_dtype_are_applied_as_before() -> None:
+    network = foreign_layers.PixelKernels(4).eval()
+    fused = copy.deepcopy(network)
+    assert accelerate(fused).replaced
+    x, weight = normal(2, 4, 6, 6).float(), normal(2, 36, 6, 6)
+    y = fused(x, weight)
+    assert y.dtype == torch.float64  # torch promotes
+    torch.testing.assert_close(y, network(x, weight))

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from foreign_cases import (
+    LABELS,
     NETWORKS,
     accelerated_painter,
     block_of,
@@ -24,6 +25,7 @@ from foreign_cases import (
     normal,
     small_painter,
 )
+from foreign_norms import width_list
 from torch import Tensor, nn
 
 import smis_kernels.layout.label_layout as layout_module
@@ -33,6 +35,7 @@ from smis_kernels.acceleration.swap import Accelerated
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 
+NORMS = width_list(6, LABELS)
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason="no native CPU library")
 
 
@@ -266,12 +269,13 @@ def test_verify_shows_what_the_probe_cannot_know() -> None:
     assert report.difference.largest > 0.1
 
 
-@pytest.mark.parametrize("ids", ["float", "negative", "fraction"])
+@pytest.mark.parametrize("ids", ["float", "negative", "fraction", "two planes"])
 def test_ids_of_other_kinds_are_pooled_as_before(ids: str) -> None:
     encoder = lively(foreign_layers.InstanceEncoder()).eval()
     image = normal(1, 3, 16, 16)
     inst = label_map(16, batch=1).argmax(1, keepdim=True)
-    inst = {"float": inst.double(), "negative": inst - 3, "fraction": inst + 0.5}[ids]
+    inst = {"float": inst.double(), "negative": inst - 3, "fraction": inst + 0.5,
+            "two planes": torch.cat([inst, inst + 1], 1)}[ids]
     with torch.no_grad():
         expected = encoder(image, inst)
         accelerate(encoder)
@@ -291,6 +295,46 @@ def test_features_of_another_dtype_are_computed_as_before() -> None:
     assert max_error(found, expected) < 1e-12
 
 
+class Residual(nn.Sequential):
+    """Called with its children in turn, and more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sequence_with_a_forward_of_its_own_is_called(inside: bool, inference: bool) -> None:
+    network: nn.Module = Residual(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4),
+                                  nn.InstanceNorm2d(4), nn.ReLU())
+    network = lively(nn.Sequential(network, nn.InstanceNorm2d(4), nn.ReLU()) if inside else network)
+    original, x = copy.deepcopy(network.eval()), normal(1, 4, 16, 16)
+    accelerate(network, inference=inference)
+    with torch.no_grad():
+        assert max_error(network(x), original(x)) < 1e-10
+
+
+def test_a_hook_on_a_sequence_inside_another_is_called() -> None:
+    network = nn.Sequential(nn.Sequential(nn.InstanceNorm2d(4), nn.ReLU()), nn.InstanceNorm2d(4),
+                            nn.LeakyReLU(0.2))
+    original, x = copy.deepcopy(network), normal(1, 4, 16, 16)
+    assert accelerate(network).replaced
+    for m in (network, original):
+        m[0].register_forward_hook(lambda _, __, out: out.cumsum(2))
+    assert max_error(network(x), original(x)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["one channel", "one pixel", "one map"])
+def test_inputs_that_broadcast_are_computed_as_before(kind: str) -> None:
+    norm = lively(NORMS["unnormalised"]()).eval()
+    original, x, planes = copy.deepcopy(norm), normal(2, 6, 8, 8), label_map(8)
+    assert len(accelerate(norm).replaced) == 1
+    given = {"one channel": (x[:, :1], planes), "one pixel": (x, planes[:, :, :1, :1]),
+             "one map": (x, planes[:1])}[kind]
+    with torch.no_grad():
+        assert max_error(norm(*given), original(*given)) < 1e-10
+
+
 def test_a_hook_on_an_activation_is_called() -> None:
     network = lively(foreign_layers.image_network()).eval()
     accelerate(network)
@@ -299,6 +343,36 @@ def test_a_hook_on_an_activation_is_called() -> None:
     network(normal(1, 3, 16, 16))
     assert len(seen) == 3
     assert bool((seen[0] >= 0).all())
+
+
+class Rising(nn.LeakyReLU):
+    """No LeakyReLU but by its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m[1], "negative_slope", 1.5), lambda m: setattr(m[1], "negative_slope", -0.5),
+    lambda m: setattr(m[1], "__class__", Rising), lambda m: setattr(m[0], "eps", 1.0),
+    lambda m: setattr(m[0], "weight", nn.Parameter(torch.full((4,), 2.0).double())),
+], ids=["steep", "negative", "class", "eps", "weight"])
+def test_layers_of_a_sequence_may_change_afterwards(change: Any) -> None:
+    network = nn.Sequential(nn.InstanceNorm2d(4), nn.LeakyReLU(0.2))
+    original, x = copy.deepcopy(network), normal(1, 4, 16, 16)
+    assert accelerate(network).replaced
+    for m in (network, original):
+        change(m)
+    assert max_error(network(x), original(x)) < 1e-10
+
+
+def test_a_hook_on_an_instance_norm_is_called() -> None:
+    network = nn.Sequential(nn.InstanceNorm2d(4), nn.LeakyReLU(0.2))
+    original, x = copy.deepcopy(network), normal(1, 4, 16, 16)
+    accelerate(network)
+    for m in (network, original):
+        m[0].register_forward_hook(lambda _, __, out: out + 1)
+    assert max_error(network(x), original(x)) < 1e-10
 
 
 def test_autocast_computes_as_before() -> None:
