@@ -396,3 +396,22 @@ def test_numbers_are_told_apart_as_they_are_written() -> None:
         assert noted.change() is None  # NaN is itself
         module.scale = after
         assert noted.change() == "it has another scale"
+
+
+class Gained(foreign.LayoutNorm):
+    """A norm with a number that is a tensor, neither parameter nor buffer."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__(6, LABELS, 8)
+        self.gain = torch.tensor(gain, dtype=torch.float64)
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
+        return super().forward(x, segmap) * self.gain
+
+
+def test_norms_that_differ_in_a_plain_tensor_alone_keep_their_own() -> None:
+    norms_of_gains = stirred(nn.ModuleList(map(Gained, (2.0, 3.0, 2.0))))
+    originals = copy.deepcopy(norms_of_gains)
+    assert len(accelerate(norms_of_gains).replaced) == 3
+    for norm, original in zip(norms_of_gains, originals, strict=True):
+        assert max_error(norm(X, PLANES), original(X, PLANES)) < 1e-10

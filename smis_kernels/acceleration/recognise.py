@@ -71,6 +71,8 @@ def _settings(module: nn.Module, widths: Collection[int] | None = None) -> Itera
         plain = {k: _masked_attribute(k, v, widths) for k, v in vars(part).items()
                  if k not in _NOT_SETTINGS and not k.startswith(OWN)
                  and not isinstance(v, Tensor)}
+        plain |= {k: repr((v.dtype, v.item())) for k, v in vars(part).items()  # numbers of a graph
+                  if isinstance(v, Tensor) and v.dim() == 0 and not v.is_meta}
         hooks = tuple(type(hook) for hook in weight_hooks(part).values())
         yield name, original_type(part), hooks, tuple(sorted(plain.items()))
         for key, t in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
