@@ -252,6 +252,42 @@ def test_codes_are_those_of_their_seed() -> None:
     assert torch.equal(s.resample(1, seed=9, z=code), changed)
 
 
+def test_a_class_is_drawn_anew_in_the_code_that_is_given() -> None:
+    """Whatever was painted before; of nothing painted, in seed 0's. No code is written to."""
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels, instances)
+    channels = model.generator.class_channels(1)
+    for given, start in ((None, s.code(0)), (s.code(4), s.code(4))):
+        s.resample(1, seed=9, z=given)
+        expected = start.clone()
+        expected[:, channels] = s.code(9)[:, channels]
+        assert torch.equal(s.z, expected)
+        assert given is None or torch.equal(given, start)
+    held = s.z
+    before = held.clone()
+    s.resample(2, seed=5)
+    assert torch.equal(held, before)
+
+
+def test_a_model_in_training_is_painted_with_in_eval_mode() -> None:
+    model, labels, instances = small("groupdnet_deepfashion")
+    expected = Synthesizer(model, labels, instances).sample(seed=1)
+    statistics = [b.clone() for b in model.train().buffers()]
+    assert torch.equal(Synthesizer(model, labels, instances).sample(seed=1), expected)
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), statistics, strict=True))
+
+
+def test_a_layout_that_is_given_stays_its_owners() -> None:
+    model, labels, _ = small("groupdnet_deepfashion")
+    layout = LabelLayout.from_labels(labels, model.preset.classes)
+    expected = Synthesizer(model, labels).sample(seed=1)
+    s = Synthesizer(model, layout)
+    assert layout.tables is None
+    layout.vectors.mul_(2)
+    assert torch.equal(s.sample(seed=1), expected)
+
+
 def test_freezing_leaves_the_model_alone() -> None:
     model, labels, instances = small("groupdnet_deepfashion")
     before = {k: v.clone() for k, v in model.state_dict().items()}
