@@ -19,6 +19,7 @@ from smis_models.synthesis import applications
 from smis_models.synthesis.codes import draw_code, interpolate, resample_class
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
 from smis_models.synthesis.features import FeatureClusters
+from smis_models.synthesis.pictures import read_pictures
 from smis_models.synthesis.scene import (
     Scene,
     calibrate,
@@ -87,6 +88,10 @@ def test_mixture_takes_each_class_from_its_picture(model):
     largest = [c for c in np.argsort(-area, kind="stable") if area[c]]
     assert [frame.caption for frame in every] == ["all from picture 0", *(
         f"class {c} from picture {1 + k % 2}" for k, c in enumerate(largest))]
+    others = applications.mixed_code(model, codes, {2: 1}, rest=2)
+    expected = codes[2].clone()
+    expected[:, model.generator.class_channels(2)] = codes[1][:, model.generator.class_channels(2)]
+    assert torch.equal(others, expected)
     with pytest.raises(ValueError, match=r"take: expected a picture 0\.\.2 for class 1, got 7"):
         list(applications.mix(model, layout, codes, {1: 7}))
 
@@ -153,6 +158,9 @@ def test_instance_features_of_pix2pixhd():
     with torch.no_grad():
         expected = painter(semantics(painter, layout), planes)
     assert _close(frames[2].picture, images.to_pictures(expected)[0])
+    for samples, shown in ((2, 2), (9, 4)):  # there are four clusters
+        some = list(applications.edit_features(painter, layout, clusters, instance, 1, samples))
+        assert [f.picture.tobytes() for f in some] == [f.picture.tobytes() for f in frames[:shown]]
     with pytest.raises(ValueError, match="chosen: expected instances of the map, got 99999"):
         list(applications.edit_features(painter, layout, clusters, 99999))
 
@@ -232,6 +240,30 @@ def test_regions_touch_at_corners_and_have_a_least_size():
         (1, 2)]
 
 
+def test_an_instance_is_a_shape_of_the_class_alone():
+    labels, ids = _boxes()
+    ids[12, 3:7] = 1000  # of another class below
+    assert sorted(int(mask.sum()) for mask in regions(Scene("s", labels, ids), 1)) == [9, 24]
+
+
+def test_unknown_pixels_of_pictures_may_be_given_a_class(model, tmp_path):
+    images.write_png(tmp_path / "images/a.png", np.zeros((64, 64, 3), np.uint8))
+    images.write_indices(tmp_path / "labels/a.png", np.full((64, 64), 255))
+    folders = [tmp_path / "images"], [tmp_path / "labels"]
+    (picture,) = read_pictures(*folders, model.preset, unknown=6)
+    assert bool((picture.labels == 6).all())
+    with pytest.raises(images.ImageError, match="got 255"):
+        read_pictures(*folders, model.preset)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_shape_that_a_side_cuts_off_is_none(turns):
+    labels = np.zeros((16, 16), np.int64)
+    labels[:4, 6:10] = 1
+    library = ShapeLibrary.from_scenes([Scene("cut", np.rot90(labels, turns).copy(), None)])
+    assert 1 not in library.shapes
+
+
 def test_edits_in_words_fill_these_pixels():
     labels, ids = _boxes()
     edited = painted(Scene("boxes", labels, ids), "5:2,4,7,10", 8)
@@ -242,6 +274,10 @@ def test_edits_in_words_fill_these_pixels():
     edited = relabelled(Scene("boxes", labels, ids), "1=6", 8)
     np.testing.assert_array_equal(edited.labels, np.where(labels == 1, 6, labels))
     np.testing.assert_array_equal(edited.instances, np.where(labels == 1, 6, ids))
+
+
+def test_a_picture_is_taken_by_its_name_before_its_number():
+    assert parse_takes(["1=1", "0=2"], ["1", "0", "c"], ["x", "y"]) == {1: 0, 0: 2}
 
 
 def test_untrained_weights_get_these_deviations():
@@ -300,6 +336,8 @@ def test_animated_files(format, suffix, tmp_path):
         (lambda x: painted(x, "1:2,3", 8), "paint: expected CLASS:TOP"),
         (lambda x: painted(x, "9:0,0,1,1", 8), r"paint: expected a class 0\.\.7, got 9"),
         (lambda x: painted(x, "1:0,0,99,1", 8), "paint: expected a box inside 16x20"),
+        (lambda x: painted(x, "1:3,0,3,1", 8), "paint: expected a box inside 16x20"),
+        (lambda x: painted(x, "1:0,4,1,4", 8), "paint: expected a box inside 16x20"),
         (lambda x: relabelled(x, "5", 8), "relabel: expected FROM=TO"),
         (lambda x: relabelled(x, "5=1", 8), r"relabel: expected a class of boxes, 0, 1, 2; got 5"),
         (lambda x: parse_takes(["1:2"], ["a"], ["x", "y"]), "take: expected CLASS=PICTURE"),

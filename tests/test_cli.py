@@ -188,6 +188,16 @@ def test_instances_are_matched_by_scene_and_keep_sixteen_bits(scene):
         np.testing.assert_array_equal(classes, layout.labels)
 
 
+def test_a_slice_of_scenes_is_read_alike(tmp_path):
+    preset = _small_model("groupdnet_deepfashion", part="generator", device="meta").preset
+    for k in range(3):
+        images.write_indices(tmp_path / f"{k}.png", np.full((64, 64), 255 if k else 1))
+    names = tuple("abcdefgh")
+    scenes = synthesis.read_scenes(tmp_path, None, preset, 5, names)
+    assert [(x.name, x.present, x.class_name(5)) for x in scenes[1:]] == [
+        ("1", [5], "f"), ("2", [5], "f")]
+
+
 @pytest.fixture
 def bad(scene):
     """Files that are not what they are given as."""
@@ -401,6 +411,8 @@ def test_one_class_is_resampled_and_the_rest_held():
     changed = codes.resample_class(model, z, 3, seed=9)
     channels = model.generator.class_channels(3)
     assert not torch.equal(changed[:, channels], z[:, channels])
+    drawn = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(changed[:, channels], drawn[:, channels])  # where Synthesizer draws it too
     changed[:, channels] = z[:, channels]
     assert torch.equal(changed, z)
 
@@ -426,6 +438,20 @@ def test_a_morph_is_spherical_for_each_class_and_holds_what_both_ends_share():
     assert torch.isfinite(opposite).all()
     with pytest.raises(ValueError, match="end: expected the start's shape"):
         codes.interpolate(start, end[:, :2], 0.5)
+
+
+def test_a_morph_between_codes_of_one_direction_is_a_straight_line():
+    """Of which the sphere's formula divides nothing by nothing; both ends are copies."""
+    start = torch.tensor([[1.0, 2.0, -3.0, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(codes.interpolate(start, 3 * start, 0.25, parts=2), 1.5 * start)
+    turned = torch.tensor([[2.0, -1.0, 4.0, 3.0]], dtype=torch.float64)  # by 90 degrees
+    found = codes.interpolate(start, turned, 1 / 3, parts=2)
+    expected = 3**0.5 / 2 * start + turned / 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+    for t, code in ((0, start), (1, turned)):
+        before = code.clone()
+        codes.interpolate(start, turned, t).zero_()
+        assert torch.equal(code, before)
 
 
 def test_further_samples_build_no_further_tables(smis, scene, tmp_path, monkeypatch):
