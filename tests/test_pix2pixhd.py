@@ -120,6 +120,26 @@ def test_gradients_of_both_paths() -> None:
         torch.testing.assert_close(gradient, found[1][key], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+def test_a_frozen_generator_has_derivatives_of_its_input(mode: str) -> None:
+    """Tiles have none: they are for inference."""
+    model = tiny("pix2pixhd_cityscapes", image_size=(96, 64)).double().requires_grad_(False)
+    semantics = inputs(model)[0]
+    direction = torch.randn(semantics.shape, generator=torch.Generator().manual_seed(0)).double()
+
+    def derivative() -> Tensor:
+        if mode == "forward":
+            tangent: Tensor = torch.func.jvp(model.generator, (semantics,), (direction,))[1]
+            return tangent
+        leaf = semantics.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model.generator(leaf).square().sum(), leaf)
+        return gradient
+
+    found = derivative()
+    with use_backend("reference"):
+        torch.testing.assert_close(found, derivative(), rtol=1e-6, atol=1e-9)
+
+
 def test_the_last_scale_sees_full_resolution() -> None:
     preset = with_options(PIX2PIXHD_CITYSCAPES, {"ndf": 4, "discriminator_scales": 3}, "test")
     discriminator = Pix2pixHDDiscriminator(preset).eval()
