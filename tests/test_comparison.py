@@ -139,13 +139,14 @@ def test_every_system_trains_a_step(name: str) -> None:
     assert sum(moved) > 0.9 * len(moved)  # biases before a norm have no gradient but rounding
 
 
-def test_mulnet_paints_every_class_from_its_own_code() -> None:
+@pytest.mark.parametrize("edge", [False, True])
+def test_mulnet_paints_every_class_from_its_own_code(edge: bool) -> None:
     """Inside a class, a pixel off its border, other classes' codes have no gradient."""
-    model = tiny("mulnet_deepfashion", dtype=torch.float64).eval()
+    model = tiny("mulnet_deepfashion", dtype=torch.float64, instance_edge=edge).eval()
     labels = torch.zeros(1, *SIZE, dtype=torch.long)
     labels[:, :, 32:] = 3
     z = code(model, 1).requires_grad_()
-    image = model(model.semantics(labels), z)
+    image = model(model.semantics(labels, labels if edge else None), z)
     for columns, own in ((slice(0, 31), 0), (slice(33, 64), 3)):
         (gradient,) = torch.autograd.grad(image[..., columns].sum(), z, retain_graph=True)
         moved = gradient.view(8, -1).abs().amax(1) > 0

@@ -215,6 +215,22 @@ def test_input_gradient_of_an_absent_class_is_not_lost() -> None:
     assert grad[:, 6:9].abs().max() > 0
 
 
+def test_forward_mode_goes_through_an_absent_class() -> None:
+    module = encoder().eval()
+    x = class_crops(images(1), maps([[1, 4]]), CLASSES, size=SIZE)
+    direction = torch.zeros_like(x)
+    direction[:, 6:9] = 1e-3 * images(1)  # of class 2
+
+    def tangent() -> Tensor:
+        found: Tensor = torch.func.jvp(module, (x,), (direction,))[1][0]
+        return found
+
+    with use_backend("reference"):
+        expected = tangent()
+    assert expected[:, 16:24].abs().max() > 0
+    assert max_error(tangent(), expected) < 1e-10
+
+
 def test_without_spectral_norm() -> None:
     module = encoder().eval()
     for name, layer in module.named_modules():

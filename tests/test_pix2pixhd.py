@@ -221,6 +221,7 @@ def test_bad_input() -> None:
     for call, message in (
         (lambda: model(semantics[:, :4]), r"semantics: expected \(N, 6, H, W\)"),
         (lambda: model(semantics[..., :63]), "semantics: expected height and width .* multiples"),
+        (lambda: model(semantics[..., :16]), "at least 32; got"),
         (lambda: model(semantics, features), "features: this model reads none"),
         (lambda: featured(semantics), "features: this model reads instance features"),
         (lambda: featured(semantics, features[:, :2]), r"features: expected \(1, 3, 64, 64\)"),
