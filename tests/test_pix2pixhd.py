@@ -151,6 +151,15 @@ def test_the_last_scale_sees_full_resolution() -> None:
     assert [len(scale) for scale in predictions] == [5, 5, 5]
 
 
+def test_a_deeper_discriminator_is_at_most_512_wide() -> None:
+    """As published; each scale halves by five convs then, of 4x4 as the two after them."""
+    model = create_model("pix2pixhd_cityscapes", part="discriminator", device="meta",
+                         discriminator_layers=5)
+    convs = [model.get_submodule(f"scale0_layer{j}")[0] for j in range(7)]
+    assert [conv.out_channels for conv in convs] == [64, 128, 256, 512, 512, 512, 1]
+    assert [conv.stride[0] for conv in convs] == [2, 2, 2, 2, 2, 1, 1]
+
+
 def test_any_number_of_enhancers_around_a_trained_generator() -> None:
     presets = [
         with_options(PIX2PIXHD_CITYSCAPES, {**TINY, "ngf": 8 // 2**n, "enhancers": n,
@@ -189,6 +198,14 @@ def test_freezing_the_global_generator() -> None:
         if key.endswith("weight"):
             assert torch.equal(value, before[key]) == key.startswith("model."), key
     assert all(p.requires_grad for p in generator.freeze_global(False).parameters())
+
+
+def test_freezing_leaves_the_last_enhancer_of_several() -> None:
+    generator = create_model("pix2pixhd_cityscapes_1024", part="generator", device="meta",
+                             enhancers=2).freeze_global()
+    trained = {name for name, part in generator.named_children()
+               if any(p.requires_grad for p in part.parameters())}
+    assert trained == {"model2_1", "model2_2"}
 
 
 def test_losses_weigh_as_published() -> None:
