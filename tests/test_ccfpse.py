@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, explain, use_backend
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 from smis_models import create_model
-from smis_models.families.ccfpse import _kept, discriminate_pairs, pyramid_matching_loss
+from smis_models.families import ccfpse
+from smis_models.families.ccfpse import (
+    SynchronizedBatchNorm,
+    _kept,
+    discriminate_pairs,
+    pyramid_matching_loss,
+)
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 SMALL = {"ngf": 4, "ndf": 8, "hidden": 16, "image_size": (64, 64), "latent_channels": 8}
@@ -151,3 +159,27 @@ def test_only_frozen_networks_keep_what_they_predict() -> None:
         with use_backend("reference"):
             assert kept() is None
     assert kept() is None  # gradients are wanted
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+def test_synchronized_norms_are_batch_norm_whatever_their_settings(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with several processes, of which there is one here: its batch is all of them."""
+    torch.manual_seed(0)
+    norm, plain = (cls(5, momentum=0.3, eps=0.1).double()
+                   for cls in (SynchronizedBatchNorm, nn.BatchNorm2d))
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    plain.load_state_dict(norm.state_dict())
+    x = torch.randn(2, 5, 4, 6, dtype=torch.float64)
+    monkeypatch.setattr(ccfpse, "dist", SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2,
+        group=dist.group))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for _ in range(2):
+            assert max_error(norm(x), plain(x)) < 1e-12
+    finally:
+        dist.destroy_process_group()
+    for key, expected in plain.state_dict().items():
+        assert max_error(norm.state_dict()[key], expected) < 1e-12, key
