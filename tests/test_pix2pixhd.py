@@ -105,6 +105,8 @@ def test_a_layout_serves_as_semantics() -> None:
     with torch.no_grad():
         expected = model(model.semantics(labels))
         torch.testing.assert_close(model(layout), expected, rtol=1e-4, atol=1e-4)
+    found = model.double()(layout)  # with gradients: no tiles
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_both_paths() -> None:
@@ -152,7 +154,7 @@ def test_the_last_scale_sees_full_resolution() -> None:
 
 
 def test_a_deeper_discriminator_is_at_most_512_wide() -> None:
-    """As published; each scale halves by five convs then, of 4x4 as the two after them."""
+    """As published."""
     model = create_model("pix2pixhd_cityscapes", part="discriminator", device="meta",
                          discriminator_layers=5)
     convs = [model.get_submodule(f"scale0_layer{j}")[0] for j in range(7)]
@@ -198,6 +200,14 @@ def test_freezing_the_global_generator() -> None:
         if key.endswith("weight"):
             assert torch.equal(value, before[key]) == key.startswith("model."), key
     assert all(p.requires_grad for p in generator.freeze_global(False).parameters())
+
+
+def test_the_encoder_halves_as_often_as_its_own_option_says() -> None:
+    for halvings in (2, 4):
+        encoder = create_model("pix2pixhd_cityscapes_features", part="encoder", device="meta",
+                               encoder_downsamplings=halvings)
+        strides = [m.stride[0] for m in encoder.modules() if type(m).__name__ == "WinogradConv2d"]
+        assert strides == [1] + [2] * halvings + [1]
 
 
 def test_freezing_leaves_the_last_enhancer_of_several() -> None:
