@@ -109,6 +109,14 @@ def test_a_layout_serves_as_semantics() -> None:
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_features_come_after_the_semantics() -> None:
+    model = tiny("pix2pixhd_cityscapes_features")
+    semantics, features, _ = inputs(model)
+    with torch.no_grad():
+        expected = model.generator.model(torch.cat([semantics, features], 1))
+        torch.testing.assert_close(model(semantics, features), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_gradients_of_both_paths() -> None:
     model = tiny("pix2pixhd_cityscapes").double().train()
     semantics, _, _ = inputs(model)
