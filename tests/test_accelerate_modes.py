@@ -266,3 +266,14 @@ def test_pixel_kernels_of_another_dtype_are_applied_as_before() -> None:
     y = fused(x, weight)
     assert y.dtype == torch.float64  # torch promotes
     torch.testing.assert_close(y, network(x, weight))
+
+
+class StrongerKernels(foreign_layers.PixelKernels):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return 1.002 * super().forward(x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_thousandths_are_a_difference(dtype: torch.dtype) -> None:
+    (row,) = accelerate(StrongerKernels(4).to(dtype)).rows
+    assert not row.replaced and "differs by 2.0e-03" in row.note
