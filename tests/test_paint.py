@@ -436,6 +436,14 @@ def test_the_page_is_told_of_the_model(client: TestClient, painter: Painter,
         "edges": False, "seed": 5}
 
 
+def test_unknown_pixels_of_a_map_become_dont_care() -> None:
+    own = Painter(create_model("groupdnet_scenes", ngf=8, nef=8, dont_care=7).eval())
+    file = io.BytesIO()
+    Image.new("L", (32, 16), 255).save(file, "PNG")
+    labels, size = own.read_map(file.getvalue())
+    assert size == (16, 32) and bool((labels == 7).all())
+
+
 def test_the_page_is_told_how_long_it_took(client: TestClient, painter: Painter,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count(0, 0.25)
