@@ -101,6 +101,14 @@ def test_synthesize_writes_samples_and_a_grid(smis, small, scene, totals, tmp_pa
     assert np.array_equal(first, _read(tmp_path / "b/0_0.png"))
 
 
+def test_pictures_of_an_earlier_run_with_more_samples_go(tmp_path):
+    for name in ("a_0", "a_1", "a_2", "a_3", "b_2"):
+        images.write_png(tmp_path / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a_7.png")  # somebody else's
+    cli.synthesis._remove_older(cli.synthesis._numbered, tmp_path / "a", 2)
+    assert {path.stem for path in tmp_path.iterdir()} == {"a_0", "a_1", "b_2", "a_7"}
+
+
 def test_a_checkpoint_is_used_as_it_is(smis, small, scene, tmp_path):
     model = _small_model("groupdnet_deepfashion", seed=5, init_gain=1.0).eval()
     torch.save(model.generator.state_dict(), tmp_path / "latest_net_G.pth")

@@ -127,6 +127,16 @@ def test_pictures_are_not_overwritten_by_later_ones() -> None:
     torch.testing.assert_close(frames, plain.morph(plain.code(0), plain.code(1), steps=3))
 
 
+def test_a_graph_writes_to_no_code_that_is_given() -> None:
+    fast, _, recorder = graphed("spade_coco_vae")
+    codes = [fast.code(seed) for seed in range(3)]
+    before = [code.clone() for code in codes]
+    for code in codes:
+        fast.sample(code)
+    assert recorder.replays > 1
+    assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True))
+
+
 def test_a_code_of_another_shape_is_refused() -> None:
     fast, plain, _ = graphed("spade_coco_vae")
     agree(fast, plain, range(3))
