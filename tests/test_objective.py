@@ -150,10 +150,10 @@ TERMS = {"adversarial": "gan", **{name: name for name in (
 
 
 class _Grey(nn.Module):
-    """Stands for the VGG19 loss."""
+    """Stands for the VGG19 loss, whose second picture gets no gradient."""
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:
-        return (fake.mean(1) - real.mean(1)).abs().mean()
+        return (fake.mean(1) - real.detach().mean(1)).abs().mean()
 
 
 @pytest.mark.parametrize("weight", TERMS)
@@ -171,6 +171,13 @@ def test_a_weight_doubles_its_term_alone(trainer: Trainer, batch: MicroBatch, we
     again = of(trainer, **{weight: 2 * value} if weight != "prior" else {}).discriminator(
         batch, [batch.image, batch.image])
     torch.testing.assert_close(again, judged)  # no generator's weight enters there
+
+
+@pytest.mark.parametrize("term", ["prior", "latent", "diversity"])
+def test_one_term_of_drawn_codes_is_enough(trainer: Trainer, batch: MicroBatch, term: str) -> None:
+    alone = {"prior": 0.0, "latent": 0.0, "diversity": 0.0, term: 1.0}
+    values, painted = of(trainer, **alone).generator(batch)
+    assert set(values) == {"gan", "feature_matching", "kl", "pixel", term} and len(painted) == 2
 
 
 # Term: the networks whose weights it has a gradient for.
@@ -201,6 +208,30 @@ def test_gradients_reach_the_right_network(trainer: Trainer, batch: MicroBatch) 
         "fake": {"discriminator"}, "real": {"discriminator"}}
     assert all(p.requires_grad for p in model.parameters())
 
+
+def test_what_was_frozen_before_stays_frozen() -> None:
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    with frozen_parameters(module):
+        assert not any(p.requires_grad for p in module.parameters())
+    assert module.weight.requires_grad and not module.bias.requires_grad
+
+
+def test_both_pictures_of_two_codes_move_the_generator(trainer: Trainer, batch: MicroBatch) -> None:
+    """The gradient of the paper's formula, in which neither picture is held fixed."""
+    model = trainer.model
+    values, _ = of(trainer, diversity_bound=1e3).generator(batch)
+    shape = model.generator.sample_latent(2).shape
+    codes = [batch.noise(torch.empty(shape), draw) for draw in (1, 2)]
+    one, other = (model.generator(batch.planes, z) for z in codes)
+    apart = (codes[0] - codes[1]).abs().mean((1, 2, 3)) + 1e-5
+    expected = -1.1 * ((one - other).abs().mean((1, 2, 3)) / apart).mean()
+    weight = model.generator.fc.weight
+    found, truth = (torch.autograd.grad(x, weight)[0] for x in (values["diversity"], expected))
+    scale = float(truth.abs().max())
+    torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3 * scale)
+    bounded, _ = of(trainer, diversity_bound=1e-6).generator(batch)
+    assert bounded["diversity"].item() == pytest.approx(-1.1e-6)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
@@ -311,7 +342,8 @@ def test_every_code_of_a_step_is_of_its_own(
 def test_terms_of_the_other_families(name: str) -> None:
     """Values from each discriminator's own outputs, in the family's own forms."""
     few = {"ngf": 2, "ndf": 4, "image_size": [64, 64], "classes": 8, "dont_care": None}
-    more = {"pix2pixhd_cityscapes": {"blocks": 1}, "ccfpse_ade20k": {"hidden": 32},
+    more = {"pix2pixhd_cityscapes": {"blocks": 1, "discriminator_layers": 2},
+            "ccfpse_ade20k": {"hidden": 32},
             "pix2pixhd_cityscapes_features": {"blocks": 1, "nef": 4},
             "spade_ade20k": {"hidden": 32}}[name]
     made = Trainer(from_dict({
@@ -333,7 +365,9 @@ def test_terms_of_the_other_families(name: str) -> None:
         every = [model.discriminator(torch.cat([batch.planes, image], 1))
                  for image in (fake, batch.image)]
         fakes, reals = ([scale[-1] for scale in image] for image in every)
-        matching = 10 / 2 * sum(
+        # pix2pixHD's weight falls with the layers: 4 / (n_layers + 1), of 2 and of 3 here.
+        share = 4 / 3 if name == "pix2pixhd_cityscapes" else 1
+        matching = share * 10 / 2 * sum(
             (f - r).abs().mean() for a, b in zip(*every, strict=True)
             for f, r in zip(a[:-1], b[:-1], strict=True))
     if name.startswith("pix2pixhd"):
@@ -348,6 +382,10 @@ def test_terms_of_the_other_families(name: str) -> None:
     found = {**values, **judged}
     for term, value in {**expected, "feature_matching": matching}.items():
         torch.testing.assert_close(found[term], value, rtol=1e-4, atol=1e-5, msg=term)
+    for term, value in (("gan", expected["gan"]), ("feature_matching", matching)):
+        moves, truth = (torch.autograd.grad(x, fake, retain_graph=True)[0]
+                        for x in (values[term], value))
+        torch.testing.assert_close(moves, truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max()))
 
 
 def test_a_step_sums_the_terms_with_weight_one(trainer: Trainer, batch: MicroBatch) -> None:
