@@ -550,6 +550,34 @@ def test_micro_batches_sum_up(tmp_path: Path) -> None:
     assert_same_gradients(grads_2, grads_1)
 
 
+def test_a_picture_is_judged_beside_its_own_map(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of micro-batches, all of which are painted before the first is judged."""
+    run = Run(tiny("--optimizer.accumulate", "2", "--optimizer.reuse_fake", "true",
+                   "--init_gain", "1"), tmp_path)
+    objective = run.trainer.objective
+    paint, judge = objective.generator, objective.discriminator
+    painted: list[tuple[Tensor, Tensor]] = []
+    judged: list[tuple[Tensor, Tensor]] = []
+
+    def painting(batch: MicroBatch) -> Any:
+        made = paint(batch)
+        painted.append((batch.labels, made[1][0].detach()))
+        return made
+
+    def judging(batch: MicroBatch, fakes: Any) -> Any:
+        judged.append((batch.labels, fakes[0]))
+        return judge(batch, fakes)
+
+    monkeypatch.setattr(objective, "generator", painting)
+    monkeypatch.setattr(objective, "discriminator", judging)
+    run.trainer.step(run.batches.step(), 0)
+    assert len(painted) == len(judged) == 2 and not torch.equal(painted[0][1], painted[1][1])
+    for labels, fake in judged:
+        (own,) = (picture for of, picture in painted if torch.equal(of, labels))
+        assert torch.equal(fake, own)
+
+
 def test_gradients_are_shared_after_the_last_micro_batch(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
@@ -568,9 +596,10 @@ def test_gradients_are_shared_after_the_last_micro_batch(
 def test_the_loss_scale_moves_and_goes_on(tmp_path: Path) -> None:
     run = Run(tiny("--precision", "fp16"), tmp_path)
     run.trainer._scaler.load_state_dict({**run.trainer._scaler.state_dict(), "scale": 8.0})
-    run.trainer.step(run.batches.step(), 0)
-    scale = run.trainer._scaler.state_dict()
-    assert (scale["scale"], scale["_growth_tracker"]) == (8.0, 1)
+    for step in (1, 2):
+        run.trainer.step(run.batches.step(), 0)
+        scale = run.trainer._scaler.state_dict()
+        assert (scale["scale"], scale["_growth_tracker"]) == (8.0, step)
     run.save()
     resumed = Run(tiny("--precision", "fp16"), tmp_path, resume=True)
     assert resumed.trainer._scaler.state_dict() == scale
@@ -641,6 +670,29 @@ def test_the_global_generator_thaws_with_a_new_optimizer(tmp_path: Path) -> None
         each.trainer.step(each.batches.step(), 1)
     assert run.trainer._optimizer_g is not first and not torch.equal(weight, begin)
     assert torch.equal(resumed.trainer.model.generator.model[1].weight, weight)
+
+
+def test_a_thawed_run_goes_on(tmp_path: Path) -> None:
+    """Its saved moments are of the global generator too."""
+    config = small("pix2pixhd_cityscapes_1024", "--data.count", "4", "--schedule.epochs", "2",
+                   "--schedule.decay_epochs", "0")
+    run = Run(config, tmp_path)
+    run(stop=lambda: run.trainer.step_count == 3)  # two steps an epoch, the first one frozen
+    resumed = Run(config, tmp_path, resume=True)
+    for each in (run, resumed):
+        each.trainer.step(each.batches.step(), 1)
+    weights = resumed.trainer.model.state_dict()
+    for name, value in run.trainer.model.state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_enhancers_start_from_the_file_of_a_whole_model(tmp_path: Path) -> None:
+    config = small("pix2pixhd_cityscapes_1024")
+    inner = create_model("pix2pixhd_cityscapes", seed=5, **{
+        **vars(replace(config.network, enhancers=0)), "ngf": 2 * config.network.ngf})
+    save_checkpoint(inner, tmp_path / "g1.safetensors")
+    found = Trainer(replace(config, init=str(tmp_path / "g1.safetensors"))).model.generator
+    assert torch.equal(found.model[1].weight, inner.generator.model[1].weight)
 
 
 def test_grids_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
