@@ -179,6 +179,25 @@ def test_what_cannot_go_on_is_one_line(smis: Any, tmp_path: Path) -> None:
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
+def test_a_stopped_run_goes_on_when_called_again(tmp_path: Path) -> None:
+    config = tiny("--schedule.decay_epochs", "0")
+    expected = train(config, tmp_path / "whole").folder
+    run = until(config, tmp_path / "run", 2)
+    run()
+    assert rows(tmp_path / "run") == rows(expected)
+
+
+def test_a_run_goes_on_without_the_file_that_it_started_from(tmp_path: Path) -> None:
+    until(tiny("--seed", "5"), tmp_path / "first", 1)
+    start = tmp_path / "first/model.safetensors"
+    config = tiny("--init", str(start))
+    until(config, tmp_path / "run", 1)
+    start.unlink()
+    found = Run(config, tmp_path / "run", resume=True).trainer.model.state_dict()
+    expected = saved(tmp_path / "run")["model"]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 # Places
 
 
@@ -427,13 +446,14 @@ def test_a_loss_that_is_no_number_loses_no_step(
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.parametrize(("side", "term"), [("generator", "kl"), ("discriminator", "real")])
 def test_an_infinite_gradient_of_a_finite_loss_is_seen(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        side: str, term: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def harm(made: dict[str, Tensor]) -> None:
-        kl = made["kl"]
-        made["kl"] = kl + (kl - kl.detach()).sqrt()  # 0, with a slope of infinity
+        value = made[term]
+        made[term] = value + (value - value.detach()).sqrt()  # 0, with a slope of infinity
 
-    broken_at(3, "generator", monkeypatch, harm)
+    broken_at(3, side, monkeypatch, harm)
     run = Run(tiny(), tmp_path)
     with pytest.raises(NonFiniteLoss, match="a gradient became infinite or NaN in step 3") as error:
         run()
