@@ -70,6 +70,13 @@ def test_codes_follow_seed_and_step_alone() -> None:
                for pair, whole in zip(zip(*shares, strict=True), first, strict=True))
 
 
+def test_a_class_of_one_pixel_is_shown() -> None:
+    labels = torch.zeros(2, 4, 5, dtype=torch.uint8)
+    labels[0, 3, 4], labels[1, 1, 0] = 2, 3
+    found = MicroBatch(torch.empty(2, 3, 4, 5), labels).shown(4)
+    assert found.tolist() == [[True, False, True, False], [True, False, False, True]]
+
+
 def test_a_derived_seed_stays_what_it_was() -> None:
     """Of runs that go on, and of samples that are painted again."""
     assert [derived_seed(*numbers) for numbers in ((0,), (0, 1), (1, 0), (3, 1, 4, 1, 5))] == [
@@ -121,6 +128,7 @@ def test_generated_pictures_are_of_their_split(
     seen = [image.numpy().tobytes() for _ in range(3) for batch in run.batches.step()
             for image in batch.image]
     assert set(seen) == known  # an epoch shows each once
+    assert len(dataset(config, "val", 20)) == 20  # not the 12 of an epoch
     held_out = GeneratedScenes(2, 64, "val", seed=3)
     assert run._shown is not None
     for i in range(2):
