@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from small_models import SMALL_TRAINING
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +45,7 @@ from smis_models.training import (
     train,
 )
 from smis_models.training.batches import Batches, MicroBatch, Order, dataset
-from smis_models.training.distributed import Processes, unsynchronized
+from smis_models.training.distributed import Processes, process_group, unsynchronized
 from smis_models.training.loggers import TensorBoard
 from smis_models.training.trainer import Trainer
 from smis_models.training.whiten import whiten_codes
@@ -230,8 +231,13 @@ def test_a_run_starts_from_whitened_codes(tmp_path: Path, monkeypatch: pytest.Mo
     whiten_codes(model.eval(), [batch])
     assert all(module.training for module in trained.modules())
     found = trained.state_dict()
+    deviation = (found["encoder.fc_var.bias"] / 2).exp()
+    torch.testing.assert_close(deviation, torch.full_like(deviation, 0.3))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    monkeypatch.setattr("smis_models.training.trainer._WHITENED", 2)  # no more than a code's values
+    with pytest.raises(ValueError, match="expected more than 2 pictures that show class 0, got 2"):
+        Trainer(config)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -258,6 +264,7 @@ def test_learning_rates_fall_linearly_by_epoch() -> None:
     (TINY, ["--data.batch", "0"], "data.batch: expected at least 1, got 0"),
     (TINY, ["--optimizer.accumulate", "2", "--data.batch", "3"], "data.batch: expected a multiple"),
     (TINY, ["--optimizer.ema", "1"], "optimizer.ema: expected a decay below 1"),
+    (TINY, ["--optimizer.betas", "[0.5,1]"], "optimizer.betas: expected two numbers in"),
     (TINY, ["--losses.adversarial", "0"], "losses.feature_matching: expected 0 where"),
     (TINY, ["--losses.pixel_mean", "images"], 'key "losses.pixel_mean"'),
     (TINY, ["--precision", "fp8"], 'key "precision"'),
@@ -512,6 +519,35 @@ def test_two_processes_equal_one_with_both_batches(recipe: str, tmp_path: Path) 
             torch.testing.assert_close(pair["buffers"][name], buffer, rtol=1e-4, atol=1e-5)
 
 
+def test_a_group_of_processes_ends_where_it_was_begun(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program's own stays; that of torchrun's environment ends with the training."""
+    cpu, begin = torch.device("cpu"), dist.init_process_group
+    begun: list[str] = []
+
+    def beginning(backend: str) -> None:
+        begun.append(backend)
+        begin(backend, init_method=f"file://{tmp_path}/{len(begun)}", rank=0, world_size=1)
+
+    monkeypatch.setattr(dist, "init_process_group", beginning)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with process_group(cpu) as found:
+        assert found == (Processes(0, 1), cpu) and not begun
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("LOCAL_RANK", "1")
+        with process_group(cpu) as found:
+            assert found == (Processes(1, 2), cpu) and begun == ["gloo"]
+        assert not dist.is_initialized()
+    beginning("gloo")
+    try:
+        with process_group(cpu) as found:
+            assert found == (Processes(1, 2), cpu) and len(begun) == 2
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_worst_of_the_processes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_another(value: Tensor, op: object) -> None:  # whose number is 1
         most = op == torch.distributed.ReduceOp.MAX
@@ -686,13 +722,18 @@ def test_a_thawed_run_goes_on(tmp_path: Path) -> None:
         assert torch.equal(weights[name], value), name
 
 
-def test_enhancers_start_from_the_file_of_a_whole_model(tmp_path: Path) -> None:
-    config = small("pix2pixhd_cityscapes_1024")
+@pytest.mark.parametrize("enhancers", [1, 2])
+def test_enhancers_start_from_the_file_of_a_whole_model(enhancers: int, tmp_path: Path) -> None:
+    """Of the global generator, or of one with fewer enhancers."""
+    config = small("pix2pixhd_cityscapes_1024", "--network.enhancers", str(enhancers),
+                   "--network.image_size", "[128,128]")
     inner = create_model("pix2pixhd_cityscapes", seed=5, **{
-        **vars(replace(config.network, enhancers=0)), "ngf": 2 * config.network.ngf})
-    save_checkpoint(inner, tmp_path / "g1.safetensors")
-    found = Trainer(replace(config, init=str(tmp_path / "g1.safetensors"))).model.generator
+        **vars(replace(config.network, enhancers=enhancers - 1)), "ngf": 2 * config.network.ngf})
+    save_checkpoint(inner, tmp_path / "inner.safetensors")
+    found = Trainer(replace(config, init=str(tmp_path / "inner.safetensors"))).model.generator
     assert torch.equal(found.model[1].weight, inner.generator.model[1].weight)
+    if enhancers == 2:
+        assert torch.equal(found.model1_1[1].weight, inner.generator.model1_1[1].weight)
 
 
 def test_grids_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

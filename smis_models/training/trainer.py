@@ -265,7 +265,8 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
     if isinstance(generator, LocalEnhancer):
         state = read_checkpoint(config.init)
         state = {key.removeprefix("generator."): value for key, value in state.items()}
-        if not any(key.startswith("model1_1") for key in state):
+        last = f"model{generator.preset.enhancers}_"  # which a generator that lies inside lacks
+        if not any(key.startswith(last) for key in state):
             generator.load_global(state)
             _warn_of_random(config, [name for name, _ in model.named_children()
                                      if name != "generator"])
