@@ -141,6 +141,16 @@ def test_what_is_given_on_the_way_is_told_and_recorded(smis: Any, tmp_path: Path
     assert json.loads((run / "config.json").read_text()) == to_dict(config)
 
 
+def test_what_was_changed_before_stays_in_the_record(tmp_path: Path) -> None:
+    until(tiny(), tmp_path, 1)
+    changed = tiny("--losses.kl", "0")
+    with pytest.warns(UserWarning, match=r"losses\.kl was"):
+        until(changed, tmp_path, 2, True)
+    until(changed, tmp_path, 3, True)
+    assert facts(tmp_path / "model.safetensors")["changes"] == [
+        {"step": 1, "changed": {"losses.kl": [0.0125, 0.0]}}]
+
+
 def test_other_decays_reach_the_optimizers(tmp_path: Path) -> None:
     until(tiny(), tmp_path, 1)
     with pytest.warns(UserWarning, match=r"optimizer\.betas was \[0\.0, 0\.9\] up to step 1"):
@@ -236,6 +246,13 @@ def test_epochs_are_those_of_the_pictures(tmp_path: Path) -> None:
     assert [int(row["epoch"]) for row in rows(tmp_path)] == [0] * 4 + [1] * 4 + [2] * 4
     assert [float(row["rate_generator"]) for row in rows(tmp_path)][-8:] == (
         [1e-4] * 4 + [pytest.approx(0.5e-4)] * 4)
+
+
+def test_less_than_a_batch_of_an_epoch_is_left_out(tmp_path: Path) -> None:
+    until(tiny(), tmp_path, 3)  # two of eight pictures are left
+    with pytest.warns(UserWarning, match=r"resume: data\.batch was 2"):
+        run = Run(tiny("--data.batch", "4"), tmp_path, resume=True)
+    assert (run.place, run.steps) == (Place(1, 0), 3 + 2)
 
 
 # What is saved
@@ -627,7 +644,7 @@ def test_a_state_is_read_without_its_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("option", "value"), [
     ("schedule.freeze_global_epochs", "3"), ("seed", "1"), ("network.ngf", "8"),
-    ("init_gain", "1"),
+    ("init_gain", "1"), ("whiten", "true"),
 ])
 def test_what_saved_tensors_depend_on_is_fixed(option: str, value: str, tmp_path: Path) -> None:
     name = {"recipe": "pix2pixhd_cityscapes_1024"}
@@ -686,6 +703,8 @@ def test_half_a_row_of_losses_goes(tmp_path: Path) -> None:
 def test_memory_is_in_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3_000_000))
     assert memory(torch.device("cpu")) == 3000
+    monkeypatch.setattr("sys.platform", "darwin")  # which counts bytes
+    assert memory(torch.device("cpu")) == 3
 
 
 def test_speed_is_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,8 +729,9 @@ def test_progress_tells_epoch_and_time_left(
                         SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr("smis_models.training.loggers.time",
                         SimpleNamespace(perf_counter=lambda: now[0]))
-    until(tiny(), tmp_path, 2)
-    run = Run(tiny(), tmp_path, resume=True)
+    config = tiny("--optimizer.accumulate", "2")
+    until(config, tmp_path, 2)
+    run = Run(config, tmp_path, resume=True)
     step, fetch = run.trainer.step, run.batches.step
 
     def slow(*arguments: Any) -> dict[str, float]:
