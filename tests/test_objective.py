@@ -71,6 +71,8 @@ def test_kl_by_hand() -> None:
     for reduction, count in (("sum", 1), ("batchmean", 2), ("mean", 4)):
         assert kl_loss(mu, logvar, reduction=reduction).item() == pytest.approx(sum(each) / count)
     assert kl_loss(mu, logvar).item() == pytest.approx(sum(each))  # as published
+    alone = kl_loss(mu.view(1, 4), logvar.view(1, 4), reduction="batchmean")
+    assert alone.item() == pytest.approx(sum(each))
     normal = torch.distributions.Normal(mu, (0.5 * logvar).exp())
     truth = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0))
     torch.testing.assert_close(kl_loss(mu, logvar), truth.sum())
@@ -116,11 +118,16 @@ def test_losses_of_16_bits_are_those_in_fp32(name: str, dtype: torch.dtype) -> N
 def test_codes_found_again_and_diversity_by_hand() -> None:
     mean, z = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]], requires_grad=True)
     assert latent_regression_loss(mean, z).item() == pytest.approx(1.5)
+    assert not latent_regression_loss(mean, z).requires_grad  # none goes to the code
     images = torch.zeros(2, 3, 1, 1), torch.full((2, 3, 1, 1), 0.5)
     codes = torch.zeros(2, 4), torch.tensor([[0.25] * 4, [0.01] * 4])
     # Ratios 2 and 50, the second cut at the bound.
     assert diversity_loss(*images, *codes).item() == pytest.approx(-(2 + 10) / 2, rel=1e-4)
     assert diversity_loss(*images, *codes, bound=30).item() == pytest.approx(-(2 + 30) / 2, 1e-4)
+    whole = diversity_loss(*images, codes[0].requires_grad_(), codes[1], bound=100)
+    # 1e-5 keeps equal codes from dividing by zero.
+    assert whole.item() == pytest.approx(-(0.5 / 0.25001 + 0.5 / 0.01001) / 2, 1e-5)
+    assert not whole.requires_grad
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ def test_only_the_fake_picture_gets_a_gradient(state: dict[str, Tensor]) -> None
     assert fake.grad is not None and fake.grad.abs().max() > 0
     assert real.grad is None
     assert not loss.state_dict() and not list(loss.parameters())
+    assert not any(weight.requires_grad for weight in loss._network[0].parameters())
 
 
 def test_bad_input(state: dict[str, Tensor]) -> None:
