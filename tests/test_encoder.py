@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import class_crops, use_backend
@@ -15,6 +16,7 @@ from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import assert_as_accurate, max_error
 from smis_models.families import ADE20K
 from smis_models.families.groupdnet import GroupDNetEncoder
+from smis_models.networks.encoder import StridedEncoder
 
 CLASSES, SIZE = 9, (64, 64)
 Codes = tuple[Tensor, Tensor]
@@ -125,6 +127,19 @@ def test_codes_have_the_size_at_which_the_generator_starts(
 
 
 @pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+def test_a_strided_encoder_is_the_published_one() -> None:
+    """SPADE's: widths up to eight times the first, spectral and instance norm, slope 0.2."""
+    net = StridedEncoder(3, 4, 5).eval()
+    state, x = net.state_dict(), torch.rand(2, 3, 64, 64)
+    found = net.strided(x)
+    for i, width in enumerate((4, 8, 16, 32, 32), 1):
+        weight, u, v = (state[f"layer{i}.0.weight_{name}"] for name in ("orig", "u", "v"))
+        x = F.conv2d(x, weight / (u @ weight.flatten(1) @ v), None, 2, 1)
+        x = F.leaky_relu(F.instance_norm(x), 0.2)
+        assert x.shape[1] == width
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+
+
 def test_fp32_is_as_accurate_as_the_dense_network() -> None:
     module, wide = encoder(torch.float32), encoder()
     batch = [[1, 4, 8], [0, 2]]

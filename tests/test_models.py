@@ -14,7 +14,11 @@ from smis_kernels import SPADE, class_crops, use_backend
 from smis_models import SynthesisModel, create_model, list_models, reparameterize
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, MODELS
 from smis_models.networks.blocks import SPADEResBlock, init_weights
-from smis_models.networks.discriminator import MultiscaleDiscriminator, discriminate
+from smis_models.networks.discriminator import (
+    MultiscaleDiscriminator,
+    PatchDiscriminator,
+    discriminate,
+)
 from smis_models.networks.losses import class_l1_loss, feature_matching_loss, gan_loss, kl_loss
 from smis_models.networks.semantics import prepare_labels, semantics
 
@@ -266,6 +270,25 @@ def test_block_folds_the_upsampling(out_channels: int, training: bool) -> None:
     torch.testing.assert_close(after, dict(block.state_dict()))
 
 
+def test_a_patch_discriminator_is_the_published_one() -> None:
+    """pix2pixHD's convs and slopes, SPADE's spectral and instance norm, at most 512 channels."""
+    net = PatchDiscriminator(5, 96).eval()
+    state, x = net.state_dict(), torch.rand(1, 5, 32, 32)
+    found = net(x)
+    assert len(found) == 5
+    for i, (stride, width) in enumerate(((2, 96), (2, 192), (2, 384), (1, 512), (1, 1))):
+        if i in (0, 4):
+            x = F.conv2d(x, state[f"model{i}.0.weight"], state[f"model{i}.0.bias"], stride, 2)
+        else:
+            weight, u, v = (state[f"model{i}.0.0.weight_{name}"] for name in ("orig", "u", "v"))
+            x = F.conv2d(x, weight / (u @ weight.flatten(1) @ v), None, stride, 2)
+            x = F.instance_norm(x)
+            assert f"model{i}.0.0.bias" not in state
+        x = F.leaky_relu(x, 0.2) if i < 4 else x
+        assert x.shape[1] == width
+        torch.testing.assert_close(found[i], x, rtol=1e-4, atol=1e-5)
+
+
 def test_discriminate_is_two_passes_in_one() -> None:
     net = MultiscaleDiscriminator(5, 4).eval()
     planes, fake, real = torch.rand(2, 8, 32, 32).split([2, 3, 3], 1)
@@ -306,6 +329,14 @@ def test_a_discriminator_sees_each_map_once(size: tuple[int, int], dtype: torch.
     first.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape))
     net(torch.cat([fake, real]), planes)
     assert widths == [(4, 7, *size)]
+
+
+def test_a_hooked_discriminator_is_given_maps_and_pictures_as_one() -> None:
+    net, seen = MultiscaleDiscriminator(5, 4), []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append([x.shape for x in inputs]))
+    planes, fake, real = torch.rand(2, 8, 16, 16).split([2, 3, 3], 1)
+    discriminate(net, planes, fake, real)
+    assert seen == [[(4, 5, 16, 16)]]
 
 
 def test_a_discriminator_refuses_maps_that_do_not_fit() -> None:
