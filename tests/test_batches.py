@@ -174,6 +174,8 @@ def test_options_of_the_data_reach_the_pictures(folder: Path) -> None:
         assert isinstance(found, FileScenes)
         assert found.preprocess == replace(given, augment=split == "train")
         assert (found.unknown, found.seed, found.option) == (3, 6, "--data.unknown")
+    first = dataset(tiny(*here, "--data.unknown", "0"), "train")  # a class as any other
+    assert isinstance(first, FileScenes) and first.unknown == 0
     plain = dataset(tiny(*here), "train")
     assert isinstance(plain, FileScenes) and plain.unknown is None
     assert plain.preprocess == Preprocess("resize_and_crop", (64, 64), (72, 72))

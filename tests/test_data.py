@@ -246,6 +246,13 @@ def test_generated_scenes_are_as_high_and_wide_as_the_model():
     assert (found["image"].shape, found["labels"].shape) == ((3, 32, 64), (32, 64))
 
 
+def test_generated_scenes_are_of_their_seed_split_and_index():
+    every = [GeneratedScenes(2, 32, split, seed)[i] for seed in (0, 1)
+             for split in ("train", "val", "test") for i in range(2)]
+    for key in ("labels", "image"):
+        assert len({scene[key].numpy().tobytes() for scene in every}) == 12, key
+
+
 def test_a_batchs_edges_are_between_instances():
     samples = [GeneratedScenes(2, SIZE)[i] for i in range(2)]
     planes = Collate(replace(SMALL, instance_edge=True))(samples)["layout"].dense()
