@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Workers share the processors: a thread that waits by spinning keeps those of others from ending.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read where torch is imported
+
 import pytest
 import torch
 from require import unmet

@@ -290,7 +290,7 @@ def _warn_of_random(config: TrainConfig, parts: list[str]) -> None:
 
 
 def _first_pictures(config: TrainConfig, device: torch.device) -> Iterator[MicroBatch]:
-    """The first training pictures, as they are, in batches."""
+    """The first training pictures, as the first epoch crops and mirrors them, in batches."""
     pictures = dataset(config, "train", _WHITENED)
     collate, size = Collate(config.network), config.data.batch
     for first in range(0, min(_WHITENED, len(pictures)), size):
