@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.kept_weight import KeptWeight
 from ..ops.narrow_conv.choice import takes_narrow
-from ..ops.narrow_conv.op import narrow_conv2d
+from ..ops.narrow_conv.op import MOST, narrow_conv2d
 from ..ops.polyphase_conv.choice import doubling_conv2d, strided_conv2d, takes_polyphase
 from ..ops.winograd_conv.choice import conv3x3, plus, takes_winograd
 
@@ -109,7 +109,7 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The conv, plus ``residual`` where one is given."""
-        if self._square() and self.stride == (1, 1) and takes_narrow(
+        if self.out_channels <= MOST and self._square() and self.stride == (1, 1) and takes_narrow(
                 input, self.out_channels, self.groups, self._padding()):
             y = narrow_conv2d(input, self.weight, self.bias, padding=self._padding()[0])
             return plus(y, residual)

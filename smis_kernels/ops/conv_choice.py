@@ -18,7 +18,7 @@ LEAST_WIDTH = 32  # channels and outputs of a group, below which register tiles 
 def runs_on_cpu(op: str, input: Tensor) -> bool:
     """Whether the op's CPU kernel may serve the call."""
     return (
-        transformed() is None and input.is_cpu and input.dim() == 4
+        input.is_cpu and transformed() is None and input.dim() == 4
         and requested() in ("auto", "cpu")
         and not torch.is_autocast_enabled("cpu")
         and resolve(op, input, None, ("cpu",)) == "cpu"
