@@ -9,9 +9,9 @@ from ..conv_choice import DIRECT_KERNEL, DIRECT_RATE, batch_of, is_wide, runs_on
 from ..kept_weight import KeptWeight
 from .op import FORMS, Pair, polyphase_conv2d, polyphase_conv_transpose2d
 
-# Beside ops/conv_choice.py's, by benchmarks/polyphase_forms.py --fit: multiply-adds per nanosecond,
-# nanoseconds for each transformed value of a tile, and, by a kernel's side, for each that is
-# transformed or, where that is kept, read.
+# Beside ops/conv_choice.py's, by benchmarks/polyphase_forms.py --fit on a core with AVX-512, scaled
+# to the direct rate there: multiply-adds per nanosecond, nanoseconds for each transformed value of
+# a tile, and, by a kernel's side, for each that is transformed or, where that is kept, read.
 PRODUCT_RATE, TILE_VALUE = 32.0, 0.45
 KERNEL, KEPT_KERNEL = {3: 38.0, 4: 50.0}, {3: 17.0, 4: 30.0}
 _PRODUCTS = {3: 49, 4: 64}  # of a tile of 3x3 outputs: of three taps the second phase has but one
