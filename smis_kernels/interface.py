@@ -18,6 +18,7 @@ from .runtime.constants import constant, keeps
 from .runtime.derivatives import transformed
 from .runtime.graphs import capture, circumstances, difference
 from .runtime.library import NAMESPACE
+from .runtime.native import instruction_set
 
 __all__ = [
     "NAMESPACE",
@@ -37,6 +38,7 @@ __all__ = [
     "difference",
     "doubling_conv2d",
     "hooked",
+    "instruction_set",
     "keeps",
     "label_rows",
     "no_fallback",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from smis_kernels.runtime import native
 from smis_models import benchmark as harness
 from smis_models import cli
 from smis_models.benchmark import evaluation, records, timing, training
@@ -530,3 +531,12 @@ def test_committed_records_give_their_committed_tables(path):
         return [line for line in text.splitlines() if line.startswith("|")]
 
     assert lines(harness.markdown(harness.load(path))) == lines(path.with_suffix(".md").read_text())
+
+
+def test_records_name_the_instruction_set() -> None:
+    """Two machines of one name may differ in it, and their ratios with it."""
+    code = "from smis_models.io.provenance import versions; print(versions()['instructions'])"
+    for wanted in ("baseline", ""):
+        done = subprocess.run((sys.executable, "-c", code), text=True, capture_output=True,
+                              check=True, env={**os.environ, "SMIS_ISA": wanted})
+        assert done.stdout.strip() == (wanted or native.STATUS["cpu"].isa or "none")

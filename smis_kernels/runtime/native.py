@@ -80,6 +80,12 @@ def _load(name: str) -> NativeStatus:
     return NativeStatus(name, True, str(path), isa=_isa(path) if name == "cpu" else "")
 
 
+def instruction_set() -> str:
+    """What the CPU kernels run on ("avx2"); "none" where they are not loaded."""
+    status = STATUS["cpu"]
+    return status.isa if status.loaded and status.isa else "none"
+
+
 def _isa(path: Path) -> str:
     library = ctypes.CDLL(str(path))
     if not hasattr(library, "smis_isa"):

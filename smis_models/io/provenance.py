@@ -27,11 +27,12 @@ def commit() -> str:
 def versions() -> dict[str, str]:
     """What the times depend on besides the commit."""
     import smis_kernels
+    from smis_kernels.interface import instruction_set
 
     found = {
         "smis_kernels": smis_kernels.__version__, "torch": torch.__version__,
         "python": platform.python_version(), "processor": processor(),
-        "threads": str(torch.get_num_threads()),
+        "instructions": instruction_set(), "threads": str(torch.get_num_threads()),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
