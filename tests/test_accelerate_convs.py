@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from foreign_cases import lively, normal
-from foreign_layers import image_network
+from foreign_layers import global_generator, image_network
 from torch import Tensor, nn
 
 from smis_kernels import accelerate, explain, restore
@@ -130,3 +130,16 @@ def test_a_layer_that_is_called_twice_is_swapped_once() -> None:
         assert max_error(network(x), original(x)) < 1e-10
     restore(network)
     assert type(shared) is nn.Conv2d
+
+
+def test_convs_of_residual_blocks_are_swapped_too() -> None:
+    network = lively(global_generator(3, 32, 1, 2)).eval()
+    original, x = copy.deepcopy(network), normal(1, 3, 64, 48)
+    report = accelerate(network)
+    assert {row.kind for row in report.replaced} == {"conv", "norm_act"}
+    # a halving, two convs in each block; the transposed one
+    assert sum(isinstance(m, FusedConv) for m in network.modules()) == 5
+    assert sum(isinstance(m, FusedConvTranspose) for m in network.modules()) == 1
+    with torch.no_grad():
+        assert "winograd_conv2d" in _ops(network, x)
+        assert max_error(network(x), original(x)) < 1e-10
