@@ -24,7 +24,7 @@ from smis_models.io.allocator import reuse_freed_memory
 
 
 class Shape(NamedTuple):
-    """One conv; ``stride`` 0 is a transposed one of stride 2."""
+    """One conv."""
 
     side: int
     stride: int
@@ -34,11 +34,12 @@ class Shape(NamedTuple):
     batch: int
     height: int
     width: int
+    transposed: bool = False
 
     @property
     def padding(self) -> int:
         """Of encoders and generators 1, of discriminators 2."""
-        return 1 if self.side == 3 else 2
+        return 1 if self.side == 3 or self.transposed else 2
 
 
 SHAPES = (
@@ -48,22 +49,22 @@ SHAPES = (
     Shape(3, 2, 256, 512, 1, 1, 32, 32), Shape(3, 2, 512, 512, 1, 1, 16, 16),
     Shape(3, 2, 512, 512, 1, 1, 8, 8), Shape(3, 2, 512, 1024, 8, 1, 64, 64),
     Shape(3, 2, 1024, 1024, 8, 1, 32, 32), Shape(3, 2, 512, 512, 1, 1, 64, 64),
-    Shape(3, 0, 1024, 512, 1, 1, 32, 64), Shape(3, 0, 512, 256, 1, 1, 64, 128),
-    Shape(3, 0, 256, 128, 1, 1, 128, 256), Shape(3, 0, 128, 64, 1, 1, 128, 512),
-    Shape(3, 0, 512, 256, 1, 1, 32, 32), Shape(3, 0, 256, 128, 1, 1, 16, 16),
+    Shape(3, 2, 1024, 512, 1, 1, 32, 64, True), Shape(3, 2, 512, 256, 1, 1, 64, 128, True),
+    Shape(3, 2, 256, 128, 1, 1, 128, 256, True), Shape(3, 2, 128, 64, 1, 1, 128, 512, True),
+    Shape(3, 2, 512, 256, 1, 1, 32, 32, True), Shape(3, 2, 256, 128, 1, 1, 16, 16, True),
     Shape(4, 2, 64, 128, 1, 4, 65, 65), Shape(4, 2, 128, 256, 1, 4, 33, 33),
     Shape(4, 1, 256, 512, 1, 4, 17, 17), Shape(4, 2, 64, 128, 1, 4, 33, 33),
     Shape(4, 2, 128, 256, 1, 4, 17, 17), Shape(4, 1, 256, 512, 1, 4, 9, 9),
     Shape(4, 2, 64, 128, 1, 2, 129, 257), Shape(4, 1, 256, 512, 1, 1, 33, 65),
-    Shape(4, 0, 512, 256, 1, 1, 32, 32), Shape(4, 0, 256, 64, 1, 1, 64, 64),
+    Shape(4, 2, 512, 256, 1, 1, 32, 32, True), Shape(4, 2, 256, 64, 1, 1, 64, 64, True),
 )
 
 
 def forms(shape: Shape) -> Forms:
     """The calls that compute one conv of random features."""
-    side, stride, channels, outputs, groups, batch, height, width = shape
+    side, stride, channels, outputs, groups, batch, height, width, transposed = shape
     x = torch.randn(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
-    if stride:
+    if not transposed:
         weight = torch.randn(outputs, channels // groups, side, side)
         last = weight.contiguous(memory_format=torch.channels_last)
         call = partial(polyphase_conv2d, x, weight, stride=stride, padding=shape.padding,
@@ -76,7 +77,7 @@ def forms(shape: Shape) -> Forms:
                        groups=groups, backend="cpu")
         direct = partial(F.conv_transpose2d, x, weight, None, 2, 1, more, groups)
     return {"direct": direct, "phases": call, "phases kept": partial(call, kept=KeptWeight()),
-            "transform": partial(transform_weight, weight, groups, stride or 2, not stride)}
+            "transform": partial(transform_weight, weight, groups, stride, transposed)}
 
 
 def fitted(rows: Sequence[tuple[Shape, dict[str, tuple[float, float]]]], name: str,
@@ -90,7 +91,7 @@ def fitted(rows: Sequence[tuple[Shape, dict[str, tuple[float, float]]]], name: s
         nanoseconds = found[name][0] * 1e9 / pairs
         x = torch.empty(shape.batch, shape.channels, shape.height, shape.width, device="meta")
         direct, products, values = terms(x, shape.outputs, shape.groups, shape.side, shape.stride,
-                                         1 if not shape.stride else shape.padding)
+                                         shape.padding, transposed=shape.transposed)
         row = [1.0, direct] if name == "direct" else [1.0, products, values]
         left.append([t / nanoseconds for t in row])
         right.append(1.0)
@@ -116,9 +117,9 @@ def main() -> None:
         rows.append((shape, found))
         x = torch.empty(shape.batch, shape.channels, shape.height, shape.width)
         chosen = [takes_polyphase(x, shape.outputs, shape.groups, shape.side, shape.stride,
-                                  shape.padding if shape.stride else 1, kept=kept)
+                                  shape.padding, transposed=shape.transposed, kept=kept)
                   for kept in (False, True)]
-        what = f"stride {shape.stride}" if shape.stride else "transposed"
+        what = "transposed" if shape.transposed else f"stride {shape.stride}"
         kernels = shape.channels * shape.outputs // shape.groups
         print(f"{shape.side}x{shape.side} {what}, {shape.channels} -> {shape.outputs}, "
               f"{shape.groups} groups, {shape.batch} of {shape.height}x{shape.width}: direct "

@@ -401,7 +401,7 @@ def test_the_terms_of_the_choice() -> None:
         2 * 8 * 11 * 9, 2 * 3 * 4 * 49, pytest.approx(2 * 3 * 4 * (64 / 48 + 16 / 32)))
     assert choice.terms(x, 96, 2, 4, 1, 2) == (
         2 * 17 * 23 * 16, 2 * 6 * 8 * 64, pytest.approx(2 * 6 * 8 * (64 / 48 + 16 / 32)))
-    assert choice.terms(x, 96, 2, 3, 0, 1, 1) == (
+    assert choice.terms(x, 96, 2, 3, 2, 1, 1, transposed=True) == (
         2 * 16 * 22 * 9, 2 * 6 * 8 * 49, pytest.approx(2 * 6 * 8 * (16 / 48 + 64 / 32)))
 
 

@@ -22,14 +22,13 @@ def _pair(value: int | Pair) -> Pair:
 
 
 def terms(input: Tensor, outputs: int, groups: int, side: int, stride: int, padding: int | Pair,
-          output_padding: int | Pair = 0) -> tuple[float, float, float]:
+          output_padding: int | Pair = 0, *, transposed: bool = False,
+          ) -> tuple[float, float, float]:
     """Of each pair of a channel and an output: direct multiply-adds, products, transformed values.
-
-    ``stride`` 0 stands for a transposed conv of stride 2.
     """
     n, k, m = batch_of(input), input.shape[1] // groups, outputs // groups
     sizes, pads, more = input.shape[2:], _pair(padding), _pair(output_padding)
-    if stride:
+    if not transposed:
         height, width = ((s + 2 * p - side) // stride + 1 for s, p in zip(sizes, pads, strict=True))
         direct, tiles = height * width, -(-height // 3) * -(-width // 3)
         values = 64 / m + 16 / k
@@ -42,17 +41,18 @@ def terms(input: Tensor, outputs: int, groups: int, side: int, stride: int, padd
 
 
 def takes_polyphase(input: Tensor, outputs: int, groups: int, side: int, stride: int,
-                    padding: int | Pair, output_padding: int | Pair = 0, *, kept: bool = False,
-                    ) -> bool:
-    """Whether the form by phases is expected to be faster; ``stride`` 0: transposed."""
-    name = "polyphase_conv2d" if stride else "polyphase_conv_transpose2d"
-    if (side, stride or 2) not in FORMS or not runs_on_cpu(name, input) or not is_wide(
+                    padding: int | Pair, output_padding: int | Pair = 0, *,
+                    transposed: bool = False, kept: bool = False) -> bool:
+    """Whether the form by phases is expected to be faster."""
+    name = "polyphase_conv_transpose2d" if transposed else "polyphase_conv2d"
+    if (side, stride) not in FORMS or not runs_on_cpu(name, input) or not is_wide(
             input, input.shape[1] // groups, outputs // groups):
         return False
     if not all(0 <= p < side for p in _pair(padding)) or not all(
             o in (0, 1) for o in _pair(output_padding)):
         return False
-    direct, products, values = terms(input, outputs, groups, side, stride, padding, output_padding)
+    direct, products, values = terms(input, outputs, groups, side, stride, padding, output_padding,
+                                     transposed=transposed)
     kernel = (KEPT_KERNEL if kept else KERNEL)[side]
     return (kernel + products / PRODUCT_RATE + values * TILE_VALUE
             < DIRECT_KERNEL + direct / DIRECT_RATE)
@@ -86,7 +86,7 @@ def doubling_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     """
     outputs, side = groups * weight.shape[1], weight.shape[2]
     if weight.shape[3] == side and takes_polyphase(
-            input, outputs, groups, side, 0, padding, output_padding,
+            input, outputs, groups, side, 2, padding, output_padding, transposed=True,
             kept=kept is not None and kept.expects(weight)):
         return polyphase_conv_transpose2d(input, weight, bias, padding=padding,
                                           output_padding=output_padding, groups=groups, kept=kept)
