@@ -27,7 +27,7 @@ from smis_models.benchmark.measure import measure
 from smis_models.benchmark.records import Record, markdown, save
 from smis_models.benchmark.training import settle
 from smis_models.io.allocator import reuse_freed_memory
-from tests import foreign, foreign_families, foreign_layers
+from tests import foreign, foreign_families
 
 NOISE = 64
 Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -90,7 +90,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Draw, 
                             wrap=parametrizations.weight_norm), paint, nothing, 1.0),
     "spectral_norm": (partial(painter, foreign_families.ParametrizedNorm, wrap=spectral_norm),
                       paint, nothing, 1.0),
-    "pix2pixhd": (partial(foreign_layers.global_generator, COCO_CLASSES), paint, nothing, 1.0),
+    "pix2pixhd": (partial(foreign_families.global_generator, COCO_CLASSES), paint, nothing, 1.0),
 }
 
 

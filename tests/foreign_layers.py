@@ -70,37 +70,6 @@ def image_network(out: int = 3, width: int = 8, planes: int = 3) -> nn.Sequentia
         nn.ReflectionPad2d(3), nn.Conv2d(width, out, 7), nn.Tanh())
 
 
-class ReflectedBlock(nn.Module):
-    """pix2pixHD's residual block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width),
-            nn.ReLU(True),
-            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.conv_block(x)
-        return out
-
-
-def global_generator(planes: int, width: int = 64, depth: int = 4, blocks: int = 9,
-                     ) -> nn.Sequential:
-    """pix2pixHD's global generator as published."""
-    layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(planes, width, 7),
-                               nn.InstanceNorm2d(width), nn.ReLU(True)]
-    for i in range(depth):
-        wide = width * 2**i
-        layers += [nn.Conv2d(wide, 2 * wide, 3, 2, 1), nn.InstanceNorm2d(2 * wide), nn.ReLU(True)]
-    layers += [ReflectedBlock(width * 2**depth) for _ in range(blocks)]
-    for i in reversed(range(depth)):
-        wide = width * 2**i
-        layers += [nn.ConvTranspose2d(2 * wide, wide, 3, 2, 1, 1), nn.InstanceNorm2d(wide),
-                   nn.ReLU(True)]
-    return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7), nn.Tanh())
-
-
 class InstanceEncoder(nn.Module):
     """pix2pixHD's feature encoder: the published loop over instances, images and channels."""
 

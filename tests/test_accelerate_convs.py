@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from foreign_cases import lively, normal
-from foreign_layers import global_generator, image_network
+from foreign_families import global_generator
+from foreign_layers import image_network
 from torch import Tensor, nn
 
 from smis_kernels import accelerate, explain, restore

@@ -540,3 +540,12 @@ def test_records_name_the_instruction_set() -> None:
         done = subprocess.run((sys.executable, "-c", code), text=True, capture_output=True,
                               check=True, env={**os.environ, "SMIS_ISA": wanted})
         assert done.stdout.strip() == (wanted or native.STATUS["cpu"].isa or "none")
+
+
+def test_every_driver_is_imported_from_the_root_alone() -> None:
+    """As ``python -m benchmarks.NAME`` does: what only pytest puts on the path is not there."""
+    root = Path(__file__).parents[1]
+    names = sorted(f"benchmarks.{path.stem}" for path in (root / "benchmarks").glob("[a-z]*.py"))
+    assert "benchmarks.foreign" in names
+    subprocess.run((sys.executable, "-c", f"import {', '.join(names)}"), cwd=root, check=True,
+                   env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
