@@ -343,7 +343,8 @@ def test_copies_and_turns():
 def test_figures_in_words():
     assert [records.duration(s) for s in (2.0, 1.0, 0.5, 1e-3, 2.5e-6)] == [
         "2 s", "1 s", "500 ms", "1 ms", "2.5 µs"]
-    assert [records.times_text(x) for x in (None, 2.314, 12.3)] == ["-", "2.31x", "12x"]
+    assert [records.times_text(x) for x in (None, 2.314, 12.34, 123.4)] == [
+        "-", "2.31x", "12.3x", "123x"]
     assert _record("fused", 0.0, times=[4.0, 1.0, 2.0, 3.0]).quartiles == (1.75, 3.25)
     assert records.scratch_share(_record("fused", 1.0, peak_memory=150)) == 0.5
     assert records.scratch_share(_record("fused", 1.0, peak_memory=50)) == 0

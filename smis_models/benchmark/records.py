@@ -219,8 +219,8 @@ def duration(seconds: float) -> str:
 
 
 def times_text(value: float | None) -> str:
-    """A ratio, such as 2.31x."""
-    return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+    """A ratio, such as 2.31x: three digits."""
+    return "-" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x"
 
 
 def check_text(target: str, value: float | None, wanted: float, reached: bool) -> str:
