@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.winograd_forms import Forms, measured
+from benchmarks.winograd_forms import Forms, fitted, measured
 from smis_kernels import polyphase_conv2d, polyphase_conv_transpose2d
 from smis_kernels.ops.kept_weight import KeptWeight
 from smis_kernels.ops.polyphase_conv.choice import takes_polyphase, terms
@@ -80,24 +79,19 @@ def forms(shape: Shape) -> Forms:
             "transform": partial(transform_weight, weight, groups, stride, transposed)}
 
 
-def fitted(rows: Sequence[tuple[Shape, dict[str, tuple[float, float]]]], name: str,
-           chosen: Sequence[bool]) -> str:
-    """Least squares, relative, of nanoseconds = kernel + products / rate + values * value."""
-    left, right = [], []
-    for (shape, found), use in zip(rows, chosen, strict=True):
-        if not use:
+def terms_of(rows: Sequence[tuple[Shape, dict[str, tuple[float, float]]]], name: str,
+             sides: Sequence[int]) -> list[tuple[float, Sequence[float]]]:
+    """Of every shape the form's nanoseconds a kernel, and what they are expected to follow from."""
+    made: list[tuple[float, Sequence[float]]] = []
+    for shape, found in rows:
+        if shape.side not in sides:
             continue
-        pairs = shape.channels * shape.outputs // shape.groups
-        nanoseconds = found[name][0] * 1e9 / pairs
         x = torch.empty(shape.batch, shape.channels, shape.height, shape.width, device="meta")
-        direct, products, values = terms(x, shape.outputs, shape.groups, shape.side, shape.stride,
-                                         shape.padding, transposed=shape.transposed)
-        row = [1.0, direct] if name == "direct" else [1.0, products, values]
-        left.append([t / nanoseconds for t in row])
-        right.append(1.0)
-    (kernel, product, *rest), *_ = np.linalg.lstsq(np.array(left), np.array(right), rcond=None)
-    return f"{name}: kernel {kernel:.1f}, rate {1 / product:.1f}" + "".join(
-        f", tile value {value:.2f}" for value in rest)
+        direct, *rest = terms(x, shape.outputs, shape.groups, shape.side, shape.stride,
+                              shape.padding, transposed=shape.transposed)
+        pairs = shape.channels * shape.outputs // shape.groups
+        made.append((found[name][0] * 1e9 / pairs, [direct] if name == "direct" else rest))
+    return made
 
 
 @torch.no_grad()
@@ -128,11 +122,10 @@ def main() -> None:
               f"transform {found['transform'][0] * 1e9 / kernels:.0f} ns a kernel  "
               f"chosen {chosen[0]}, kept {chosen[1]}", flush=True)
     if arguments.fit:
-        sides = {side: [s.side == side for s in SHAPES] for side in (3, 4)}
-        print(fitted(rows, "direct", [True] * len(rows)))
+        print(fitted("direct", terms_of(rows, "direct", (3, 4))))
         for name in ("phases", "phases kept"):
-            for side, chosen in sides.items():
-                print(f"{side}x{side}", fitted(rows, name, chosen))
+            for side in (3, 4):
+                print(fitted(f"{side}x{side} {name}", terms_of(rows, name, (side,))))
 
 
 if __name__ == "__main__":

@@ -64,23 +64,27 @@ def measured(calls: Forms, rounds: int) -> dict[str, tuple[float, float]]:
             for name, t in times.items()}
 
 
-def fitted(rows: Sequence[tuple[tuple[int, ...], dict[str, tuple[float, float]]]], name: str,
-           tile: int) -> str:
-    """Least squares, relative, of nanoseconds = kernel + products / rate + values * tile_value."""
-    left, right = [], []
+def fitted(name: str, rows: Sequence[tuple[float, Sequence[float]]]) -> str:
+    """Least squares, relative: nanoseconds = kernel + products / rate (+ values * tile_value)."""
+    left = [[t / nanoseconds for t in (1.0, *terms)] for nanoseconds, terms in rows]
+    (kernel, product, *rest), *_ = np.linalg.lstsq(np.array(left), np.ones(len(left)), rcond=None)
+    return f"{name}: kernel {kernel:.1f}, rate {1 / product:.1f}" + "".join(
+        f", tile value {value:.2f}" for value in rest)
+
+
+def terms_of(rows: Sequence[tuple[tuple[int, ...], dict[str, tuple[float, float]]]], name: str,
+             tile: int) -> list[tuple[float, Sequence[float]]]:
+    """Of every shape the form's nanoseconds a kernel, and what they are expected to follow from."""
+    made: list[tuple[float, Sequence[float]]] = []
     for (channels, outputs, groups, height, width), found in rows:
         k, m = channels // groups, outputs // groups
         if tile:
             values = -(-height // tile) * -(-width // tile) * (tile + 2) ** 2
-            terms = [1.0, values, values * (1 / k + 1 / m)]
+            terms = [float(values), values * (1 / k + 1 / m)]
         else:
-            terms = [1.0, height * width * 9]
-        nanoseconds = found[name][0] * 1e9 / (k * m * groups)
-        left.append([t / nanoseconds for t in terms])
-        right.append(1.0)
-    (kernel, product, *rest), *_ = np.linalg.lstsq(np.array(left), np.array(right), rcond=None)
-    return f"{name}: kernel {kernel:.1f}, rate {1 / product:.1f}" + "".join(
-        f", tile value {value:.2f}" for value in rest)
+            terms = [height * width * 9.0]
+        made.append((found[name][0] * 1e9 / (k * m * groups), terms))
+    return made
 
 
 @torch.no_grad()
@@ -114,7 +118,7 @@ def main() -> None:
               f"chosen {chosen[0]}, kept {chosen[1]}", flush=True)
     if arguments.fit:
         for name, tile in (("direct", 0), *((f"F{t}{k}", t) for t in TILES for k in ("", " kept"))):
-            print(fitted(rows, name, tile))
+            print(fitted(name, terms_of(rows, name, tile)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def _ops(module: nn.Module, x: Tensor) -> set[str]:
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_wide_convs_of_a_sequence_are_swapped(inference: bool) -> None:
-    network, x = _network(), normal(1, 3, 96, 80)
+    network, x = _network(), normal(1, 3, 192, 160)
     original, before = copy.deepcopy(network), [type(m) for m in network.modules()]
     report = accelerate(network, inference=inference)
     assert {row.kind for row in report.replaced} == {"conv", "norm_act"}
@@ -66,14 +66,14 @@ def test_a_trained_sequence_has_the_gradients_that_it_had() -> None:
 
 
 def test_a_conv_takes_its_hooks_and_its_format_along() -> None:
-    network, x = _network(), normal(1, 3, 96, 80)
+    network, x = _network(), normal(1, 3, 192, 160)
     accelerate(network)
     seen: list[tuple[int, ...]] = []
     conv = next(m for m in network.modules() if isinstance(m, FusedConvTranspose))
     conv.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
     with torch.no_grad():
         network(x)
-        assert seen == [(1, 64, 96, 80)]
+        assert seen == [(1, 64, 192, 160)]
         features = normal(1, 128, 48, 40)
         assert conv(features).is_contiguous()
         assert conv(features.contiguous(memory_format=LAST)).is_contiguous(memory_format=LAST)

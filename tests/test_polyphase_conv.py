@@ -251,10 +251,10 @@ def _ran(module: nn.Module, x: Tensor) -> str:
 
 
 MODULES: dict[str, tuple[type[nn.Module], type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
-    "3x3": (WinogradConv2d, nn.Conv2d, (64, 96, 3), {"stride": 2, "padding": 1}),
+    "3x3": (WinogradConv2d, nn.Conv2d, (128, 160, 3), {"stride": 2, "padding": 1}),
     "4x4": (WinogradConv2d, nn.Conv2d, (64, 96, 4), {"stride": 2, "padding": 2}),
     "4x4 stride 1": (WinogradConv2d, nn.Conv2d, (64, 96, 4), {"padding": (2, 1), "bias": False}),
-    "up 3x3": (WinogradConvTranspose2d, nn.ConvTranspose2d, (96, 64, 3),
+    "up 3x3": (WinogradConvTranspose2d, nn.ConvTranspose2d, (160, 128, 3),
                {"stride": 2, "padding": 1, "output_padding": 1}),
     "up 4x4": (WinogradConvTranspose2d, nn.ConvTranspose2d, (96, 64, 4),
                {"stride": 2, "padding": (1, 0), "groups": 2}),
@@ -373,7 +373,7 @@ def test_functions_choose_and_pass_on_what_they_are_given() -> None:
                                    F.conv2d(x, w, b, 2, padding))
     torch.testing.assert_close(strided_conv2d(x, w[:, :16], b, groups=4, padding=5),
                                F.conv2d(x, w[:, :16], b, 1, 5, 1, 4))
-    x, w, b = _tensors((1, 64, 60, 56), 96, 3, transposed=True)
+    x, w, b = _tensors((1, 128, 60, 56), 96, 3, transposed=True)
     for padding, more in ((1, 1), ((0, 1), (1, 0))):
         assert "polyphase_conv_transpose2d" in str(explain(
             doubling_conv2d, x, w, b, padding=padding, output_padding=more))

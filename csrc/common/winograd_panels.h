@@ -32,6 +32,18 @@ template <class A> struct PanelShape {
   int64_t panel_offset(int64_t vector) const { return vector * L * frequencies * u_depth; }
 };
 
+// A thread's scratch for blocks of tiles: zeros for pixels outside, v and p. Rows of v that no tile
+// writes are zero.
+template <class A> struct BlockScratch {
+  A *zeros, *v, *p;
+  BlockScratch(const PanelShape<A>& s, void* scratch) : zeros(static_cast<A*>(scratch)) {
+    v = zeros + s.depth;
+    p = v + s.frequencies * s.v_plane;
+    std::fill(zeros, p, A(0));
+  }
+  static int64_t size(const PanelShape<A>& s) { return s.depth + s.frequencies * (s.v_plane + s.p_plane); }
+};
+
 // fn(vecs as a constant), the vectors of the panel that begins with vector `first`.
 template <class A, class F> void with_panel(const PanelShape<A>& s, int64_t first, const F& fn) {
   const int64_t vecs = std::min(kPanelVectors, s.vectors - first);

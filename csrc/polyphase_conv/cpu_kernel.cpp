@@ -118,10 +118,7 @@ void products(const PolyphaseArgs& a, const PanelShape<A>& s, int phase, const A
 
 template <class A> void conv(const PolyphaseArgs& a, int64_t begin, int64_t end, void* scratch) {
   const PanelShape<A> s = shape_of<A>(a);
-  A* zeros = static_cast<A*>(scratch);
-  A* v = zeros + s.depth;
-  A* p = v + s.frequencies * s.v_plane;
-  std::fill(zeros, v + s.frequencies * s.v_plane, A(0));
+  const auto [zeros, v, p] = BlockScratch<A>(s, scratch);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / a.blocks(), first = item % a.blocks() * a.tiles;
     const int64_t count = std::min(a.tiles, a.all_tiles() - first);
@@ -139,13 +136,15 @@ template <class A> void conv(const PolyphaseArgs& a, int64_t begin, int64_t end,
   }
 }
 
+template <class A> PolyphasePlan plan(const PolyphaseArgs& a) {
+  const PanelShape<A> s = shape_of<A>(a);
+  return {s.panels(), BlockScratch<A>::size(s)};
+}
+
 }  // namespace
 
 void polyphase_plan(const PolyphaseArgs& a, PolyphasePlan* found) {
-  const auto plan = [](const auto& s) {
-    return PolyphasePlan{s.panels(), s.depth + s.frequencies * (s.v_plane + s.p_plane)};
-  };
-  *found = a.wide ? plan(shape_of<double>(a)) : plan(shape_of<float>(a));
+  *found = a.wide ? plan<double>(a) : plan<float>(a);
 }
 void polyphase_weight_kernel(const PolyphaseArgs& a, void* u, int64_t begin, int64_t end) {
   if (a.taps == 9) a.wide ? weights<double, 9>(a, u, begin, end) : weights<float, 9>(a, u, begin, end);

@@ -89,10 +89,7 @@ void write_tile(const WinogradArgs& a, const Tile& t, int64_t group, int64_t col
 
 template <class A, int m> void conv(const WinogradArgs& a, int64_t begin, int64_t end, void* scratch) {
   const Shape<A> s = shape_of<A>(a);
-  A* zeros = static_cast<A*>(scratch);
-  A* v = zeros + s.depth;
-  A* p = v + s.frequencies * s.v_plane;
-  std::fill(zeros, v + s.frequencies * s.v_plane, A(0));
+  const auto [zeros, v, p] = BlockScratch<A>(s, scratch);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / a.blocks(), first = item % a.blocks() * a.tiles;
     const int64_t count = std::min(a.tiles, a.all_tiles() - first);
@@ -158,7 +155,7 @@ void streamed(const WinogradArgs& a, const void* v, int64_t begin, int64_t end, 
 template <class A> WinogradPlan plan(const WinogradArgs& a) {
   const Shape<A> s = shape_of<A>(a);
   const int64_t row = kPanelVectors * s.L;
-  return {s.panels(), s.depth + s.frequencies * (s.v_plane + s.p_plane), s.frequencies * s.v_plane,
+  return {s.panels(), BlockScratch<A>::size(s), s.frequencies * s.v_plane,
           s.frequencies * ((kChunk + 1 + a.tiles) * row + s.L)};
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..ops.conv_choice import LEAST_WIDTH
+from ..ops.convs import LEAST_WIDTH
 from ..ops.norm_act.op import norm_act
 from ..runtime.tensors import acc_dtype
 from .convs import conv_change

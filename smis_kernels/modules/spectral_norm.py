@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as torch_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..ops.spectral_weight.op import KINDS, WIDE, spectral_weight
+from ..ops.spectral_weight.op import KINDS, spectral_weight
 from ..runtime.backend import requested, resolve
+from ..runtime.check import WIDE
 from ..runtime.derivatives import transformed
 from .winograd_conv import WinogradConv2d
 

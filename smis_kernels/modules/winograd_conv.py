@@ -127,9 +127,12 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
 class WinogradConvTranspose2d(_KeepsTransform, nn.ConvTranspose2d):
     r"""Drop-in for :class:`torch.nn.ConvTranspose2d`.
 
+    .. math:: y = \mathrm{conv\_transpose2d}(x, W, b)
+
     Same arguments, parameters and state dict. On the CPU in float32 and float64 wide ones 3x3 and
     4x4 of stride 2 run as :func:`polyphase_conv_transpose2d`; everything else is
-    :class:`torch.nn.ConvTranspose2d` itself. ``keep_transform``: see :class:`WinogradConv2d`.
+    :class:`torch.nn.ConvTranspose2d` itself, contiguous or channels-last as it returns them; the
+    form by phases is channels-last. ``keep_transform``: see :class:`WinogradConv2d`.
 
     Shapes: x (N, C, H, W) -> (N, C', H', W').
 

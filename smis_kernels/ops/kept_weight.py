@@ -13,8 +13,10 @@ from .content_digest.stamp import Stamp
 
 
 class KeptWeight:
-    """Keeps the transform of one weight: (m + 2)² / 9 of the weight's size for F(m x m, 3x3),
-    4 (4x4) or 7.1 (3x3) times its size for a conv by phases.
+    """Keeps the transform of one weight.
+
+    It takes (m + 2)² / 9 of the weight's size for F(m x m, 3x3), 4 (4x4) or 7.1 (3x3) times its
+    size for a conv by phases.
 
     Kept from the second call in a row with the same tensor on, so that weights made anew at every
     call take no memory. Each use compares the weight's content with what it was, in one read of it.

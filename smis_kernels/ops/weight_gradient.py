@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .convs import Pair, pair
+
 LEAST_WIDTH = 64  # channels and outputs of a group, below which torch's own is the faster one
 
 
-def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, padding: int | tuple[int, int],
+def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, padding: int | Pair,
                     groups: int, stride: int = 1) -> Tensor:
     """The gradient of the weight of ``F.conv2d(input, weight, None, stride, padding, 1, groups)``.
 
@@ -19,7 +21,7 @@ def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, padding: int | 
         are not read -> (C', C / groups, k, l), in channels-last memory.
     """
     outputs, channels = weight.shape[0] // groups, weight.shape[1]
-    pads = (padding, padding) if isinstance(padding, int) else padding
+    pads = pair(padding)
     if min(outputs, channels) >= LEAST_WIDTH and weight.shape[2:] == (3, 3):
         return _by_taps(input, grad, pads, groups, stride)
     # torch would copy a weight of another format, though it reads none
@@ -30,7 +32,7 @@ def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, padding: int | 
     return found
 
 
-def _by_taps(input: Tensor, grad: Tensor, padding: tuple[int, int], groups: int, stride: int,
+def _by_taps(input: Tensor, grad: Tensor, padding: Pair, groups: int, stride: int,
              ) -> Tensor:
     (n, outputs, height, width), channels = grad.shape, input.shape[1]
     pixels, m, k = n * height * width, outputs // groups, channels // groups

@@ -16,6 +16,7 @@ from .tensors import capturing
 VALUES_CHECKED = os.environ.get("SMIS_CHECK", "0") not in ("", "0")
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WIDE = (torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...runtime.check import WIDE
 from ...runtime.tensors import is_channels_last
-from ..conv_choice import WIDE, runs_on_cpu
+from ..convs import runs_on_cpu
 from .op import MOST
 
 LEAST_CHANNELS = 16  # below which lanes stay idle here too

@@ -7,15 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
 from ...runtime.derivatives import applied, recorded_gradients
-from ...runtime.explain import record
 from ...runtime.library import RawOp
-from ..conv_choice import WIDE
+from ..convs import backend_of, check_bias, check_channels
 from . import reference
 
-KINDS = ("cpu",)
 MOST = 4  # outputs, whose sums stay in registers (csrc/narrow_conv/cpu_kernel.h)
 
 
@@ -86,28 +83,19 @@ def narrow_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
     check_tensor("weight", weight, 4, "(C', C, k, k)", (input.dtype,))
     outputs, side = weight.shape[0], weight.shape[2]
-    if input.shape[1] < 1:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    check_channels(input)
     if not 1 <= outputs <= MOST:
         raise ValueError(f"weight: expected 1 to {MOST} outputs, got {outputs}; use F.conv2d")
     check_shape("weight", weight, (outputs, input.shape[1], side, side),
                 f"for input {tuple(input.shape)}")
     check_device("weight", weight, input, "input")
-    if bias is not None:
-        check_tensor("bias", bias, 1, "(C',)", (input.dtype,))
-        check_shape("bias", bias, (outputs,), f"to match weight {tuple(weight.shape)}")
-        check_device("bias", bias, input, "input")
+    check_bias(bias, outputs, weight, input)
     if not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding: expected an integer of at least 0, got {padding}")
     if side < 1 or min(input.shape[2:]) + 2 * padding < side:
         raise ValueError(f"input: expected at least {side}x{side} pixels with their padding, got "
                          f"{tuple(input.shape[2:])} and {padding}")
-    kind = resolve("narrow_conv2d", input, backend, KINDS)
-    if kind != "reference" and input.dtype not in WIDE:
-        record("narrow_conv2d", "reference", input, reason="16-bit convs have matrix units")
-        kind = "reference"
-    else:
-        record("narrow_conv2d", kind, input)
+    kind = backend_of("narrow_conv2d", input, backend)
     if kind == "reference":
         return reference.narrow_conv2d(input, weight, bias, padding)
     y: Tensor = applied(_NarrowConv, input, weight, bias, padding, kind)

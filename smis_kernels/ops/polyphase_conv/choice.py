@@ -5,20 +5,25 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..conv_choice import DIRECT_KERNEL, DIRECT_RATE, batch_of, is_wide, runs_on_cpu
+from ..convs import (
+    DIRECT_KERNEL,
+    DIRECT_RATE,
+    Pair,
+    batch_of,
+    is_wide,
+    pair,
+    runs_on_cpu,
+)
 from ..kept_weight import KeptWeight
-from .op import FORMS, Pair, polyphase_conv2d, polyphase_conv_transpose2d
+from .op import FORMS, polyphase_conv2d, polyphase_conv_transpose2d
 
-# Beside ops/conv_choice.py's, by benchmarks/polyphase_forms.py --fit on a core with AVX-512, scaled
+# Beside ops/convs.py's, by benchmarks/polyphase_forms.py --fit on a core with AVX-512, scaled
 # to the direct rate there: multiply-adds per nanosecond, nanoseconds for each transformed value of
 # a tile, and, by a kernel's side, for each that is transformed or, where that is kept, read.
 PRODUCT_RATE, TILE_VALUE = 32.0, 0.45
 KERNEL, KEPT_KERNEL = {3: 38.0, 4: 50.0}, {3: 17.0, 4: 30.0}
+WORTH = 0.92  # of the direct form's expected time: nearer than that the model does not tell
 _PRODUCTS = {3: 49, 4: 64}  # of a tile of 3x3 outputs: of three taps the second phase has but one
-
-
-def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else value
 
 
 def terms(input: Tensor, outputs: int, groups: int, side: int, stride: int, padding: int | Pair,
@@ -27,7 +32,7 @@ def terms(input: Tensor, outputs: int, groups: int, side: int, stride: int, padd
     """Of each pair of a channel and an output: direct multiply-adds, products, transformed values.
     """
     n, k, m = batch_of(input), input.shape[1] // groups, outputs // groups
-    sizes, pads, more = input.shape[2:], _pair(padding), _pair(output_padding)
+    sizes, pads, more = input.shape[2:], pair(padding), pair(output_padding)
     if not transposed:
         height, width = ((s + 2 * p - side) // stride + 1 for s, p in zip(sizes, pads, strict=True))
         direct, tiles = height * width, -(-height // 3) * -(-width // 3)
@@ -48,14 +53,14 @@ def takes_polyphase(input: Tensor, outputs: int, groups: int, side: int, stride:
     if (side, stride) not in FORMS or not runs_on_cpu(name, input) or not is_wide(
             input, input.shape[1] // groups, outputs // groups):
         return False
-    if not all(0 <= p < side for p in _pair(padding)) or not all(
-            o in (0, 1) for o in _pair(output_padding)):
+    if not all(0 <= p < side for p in pair(padding)) or not all(
+            o in (0, 1) for o in pair(output_padding)):
         return False
     direct, products, values = terms(input, outputs, groups, side, stride, padding, output_padding,
                                      transposed=transposed)
     kernel = (KEPT_KERNEL if kept else KERNEL)[side]
     return (kernel + products / PRODUCT_RATE + values * TILE_VALUE
-            < DIRECT_KERNEL + direct / DIRECT_RATE)
+            < WORTH * (DIRECT_KERNEL + direct / DIRECT_RATE))
 
 
 def strided_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1,

@@ -7,22 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
 from ...runtime.derivatives import applied, recorded_gradients
-from ...runtime.explain import record
 from ...runtime.library import RawOp
+from ..convs import Pair, backend_of, check_bias, check_channels, pair
 from ..weight_gradient import weight_gradient
 from . import reference
 
 if TYPE_CHECKING:
     from ..kept_weight import KeptWeight
 
-KINDS = ("cpu",)
-WIDE = (torch.float32, torch.float64)
 FORMS = ((3, 2), (4, 2), (4, 1))  # sides of a kernel and strides
 _PHASES, _FREQUENCIES = 4, 16
-Pair = tuple[int, int]
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, stride: int,
@@ -110,11 +106,11 @@ def _output_padding(input: Tensor, weight: Tensor, padding: Pair, size: Pair) ->
     return y, x
 
 
-def _pair(name: str, value: int | Pair, most: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and 0 <= v <= most for v in pair):
+def _checked_pair(name: str, value: int | Pair, most: int) -> Pair:
+    both = tuple(pair(value))
+    if len(both) != 2 or not all(isinstance(v, int) and 0 <= v <= most for v in both):
         raise ValueError(f"{name}: expected 0 to {most}, or two such numbers, got {value}")
-    return pair
+    return both[0], both[1]
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int,
@@ -123,8 +119,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, grou
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
     check_tensor("weight", weight, 4, meaning, (input.dtype,))
     channels, side = input.shape[1], weight.shape[2]
-    if channels < 1:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    check_channels(input)
     if weight.shape[3] != side or (side, stride) not in FORMS:
         known = " or ".join(f"{k}x{k} of stride {s}" for k, s in FORMS if not transposed or s == 2)
         raise ValueError(f"weight: expected a kernel {known}; got {side}x{weight.shape[3]} of "
@@ -138,19 +133,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, grou
                 f"for input {tuple(input.shape)} and {groups} groups")
     check_device("weight", weight, input, "input")
     outputs = groups * weight.shape[1] if transposed else weight.shape[0]
-    if bias is not None:
-        check_tensor("bias", bias, 1, "(C',)", (input.dtype,))
-        check_shape("bias", bias, (outputs,), f"to match weight {tuple(weight.shape)}")
-        check_device("bias", bias, input, "input")
-
-
-def _backend(name: str, input: Tensor, backend: str | None, **options: Any) -> str:
-    kind = resolve(name, input, backend, KINDS)
-    if kind != "reference" and input.dtype not in WIDE:
-        record(name, "reference", input, reason="16-bit convs have matrix units")
-        return "reference"
-    record(name, kind, input, **options)
-    return kind
+    check_bias(bias, outputs, weight, input)
 
 
 def polyphase_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 2,
@@ -192,13 +175,13 @@ def polyphase_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, 
     """
     _check(input, weight, bias, stride, groups, False)
     side = weight.shape[2]
-    pads = _pair("padding", padding, side - 1)
+    pads = _checked_pair("padding", padding, side - 1)
     height, width = ((n + 2 * p - side) // stride + 1
                      for n, p in zip(input.shape[2:], pads, strict=True))
     if min(height, width) < 1:
         raise ValueError(f"input: expected at least {side}x{side} pixels with their padding, got "
                          f"{tuple(input.shape[2:])} and {pads}")
-    kind = _backend("polyphase_conv2d", input, backend, groups=groups, stride=stride)
+    kind = backend_of("polyphase_conv2d", input, backend, groups=groups, stride=stride)
     if kind == "reference":
         return reference.polyphase_conv2d(input, weight, bias, stride, pads, groups)
     transformed = None if kept is None else kept.of(
@@ -247,13 +230,14 @@ def polyphase_conv_transpose2d(input: Tensor, weight: Tensor, bias: Tensor | Non
     """
     _check(input, weight, bias, 2, groups, True)
     side = weight.shape[2]
-    pads, more = _pair("padding", padding, side - 1), _pair("output_padding", output_padding, 1)
+    pads = _checked_pair("padding", padding, side - 1)
+    more = _checked_pair("output_padding", output_padding, 1)
     height, width = (2 * (n - 1) - 2 * p + side + o
                      for n, p, o in zip(input.shape[2:], pads, more, strict=True))
     if min(height, width) < 1:
         raise ValueError(f"input: expected pixels enough for an output with padding {pads}, got "
                          f"{tuple(input.shape[2:])}")
-    kind = _backend("polyphase_conv_transpose2d", input, backend, groups=groups)
+    kind = backend_of("polyphase_conv_transpose2d", input, backend, groups=groups)
     if kind == "reference":
         return reference.polyphase_conv_transpose2d(input, weight, bias, pads, more, groups)
     transformed = None if kept is None else kept.of(

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
+from ...runtime.check import FLOATS, WIDE, check_device, check_shape, check_tensor
 from ...runtime.derivatives import applied
 from ...runtime.explain import record
 from ...runtime.library import RawOp
 from . import reference
 
 KINDS = ("cpu",)
-WIDE = (torch.float32, torch.float64)
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
 

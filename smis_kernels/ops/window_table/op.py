@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...runtime.backend import resolve
 from ...runtime.check import (
+    WIDE,
     autocast_enabled,
     check_device,
     check_rows,
@@ -26,7 +27,6 @@ from . import reference
 
 KINDS = ("cpu", "triton")
 _TRITON = "smis_kernels.ops.window_table.triton:"
-_WIDE = (torch.float32, torch.float64)
 _LOW = (torch.float16, torch.bfloat16)
 
 
@@ -66,7 +66,7 @@ def window_embedding(
         >>> hidden.shape
         torch.Size([7, 6])
     """
-    check_tensor("vectors", vectors, 2, "(S, K)", _WIDE)
+    check_tensor("vectors", vectors, 2, "(S, K)", WIDE)
     own = windows if isinstance(windows, GroupWindows) else None
     if not isinstance(windows, GroupWindows):
         _check_windows(windows, vectors, "vectors")
@@ -138,7 +138,7 @@ def window_table(
         >>> window_table(hidden, gamma, torch.zeros(8), beta, torch.zeros(8), windows).shape
         torch.Size([7, 16])
     """
-    check_tensor("hidden", hidden, 2, "(V, D)", _WIDE)
+    check_tensor("hidden", hidden, 2, "(V, D)", WIDE)
     _check_windows(windows, hidden, "hidden")
     channels, depth = weight_gamma.shape[0], hidden.shape[1]
     _check_groups(groups, depth, channels)

@@ -11,13 +11,13 @@ from torch import Tensor
 from ...runtime.backend import requested
 from ...runtime.explain import record
 from ...runtime.tensors import is_channels_last
-from ..conv_choice import DIRECT_KERNEL, DIRECT_RATE, batch_of, is_wide, runs_on_cpu
+from ..convs import DIRECT_KERNEL, DIRECT_RATE, batch_of, is_wide, runs_on_cpu
 from ..kept_weight import KeptWeight
 from .grouped import direct_conv3x3
 from .op import TILES, winograd_conv2d
 
 ENVIRONMENT = "SMIS_WINOGRAD"
-# Beside ops/conv_choice.py's, by benchmarks/winograd_forms.py --fit: multiply-adds per nanosecond,
+# Beside ops/convs.py's, by benchmarks/winograd_forms.py --fit: multiply-adds per nanosecond,
 # nanoseconds for each transformed value of a tile, and for each 3x3 kernel that is transformed or,
 # where that is kept, read.
 PRODUCT_RATE, TILE_VALUE = {2: 33.5, 4: 33.5}, {2: 0.4, 4: 0.85}

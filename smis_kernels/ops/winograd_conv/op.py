@@ -7,19 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...runtime.backend import resolve
 from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
 from ...runtime.derivatives import applied, recorded_gradients
-from ...runtime.explain import record
 from ...runtime.library import RawOp
+from ..convs import backend_of, check_bias, check_channels
 from ..weight_gradient import weight_gradient
 from . import reference
 
 if TYPE_CHECKING:
     from ..kept_weight import KeptWeight
 
-KINDS = ("cpu",)
-WIDE = (torch.float32, torch.float64)
 TILES = (2, 4)
 
 
@@ -137,8 +134,7 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     check_tensor("weight", weight, 4, "(C', C / groups, 3, 3)", (input.dtype,))
     _, channels, h, w = input.shape
     out = weight.shape[0]
-    if channels < 1:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    check_channels(input)
     if groups < 1 or channels % groups or out % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels and {out} outputs, "
                          f"got {groups}")
@@ -152,20 +148,12 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     shape = _shape(input, out, padding)
     if min(shape[2:]) < 0 or (not padding and min(h, w) < 3):
         raise ValueError(f"input: expected at least 3x3 pixels without padding, got ({h}, {w})")
-    if bias is not None:
-        check_tensor("bias", bias, 1, "(C',)", (input.dtype,))
-        check_shape("bias", bias, (out,), f"to match weight {tuple(weight.shape)}")
-        check_device("bias", bias, input, "input")
+    check_bias(bias, out, weight, input)
     if residual is not None:
         check_tensor("residual", residual, 4, "(N, C', H', W')", (input.dtype,))
         check_shape("residual", residual, shape, "as the output")
         check_device("residual", residual, input, "input")
-    kind = resolve("winograd_conv2d", input, backend, KINDS)
-    if kind != "reference" and input.dtype not in WIDE:
-        record("winograd_conv2d", "reference", input, reason="16-bit convs have matrix units")
-        kind = "reference"
-    else:
-        record("winograd_conv2d", kind, input, groups=groups, tile=tile)
+    kind = backend_of("winograd_conv2d", input, backend, groups=groups, tile=tile)
     if kind == "reference":
         return reference.winograd_conv2d(input, weight, bias, residual, groups, padding)
     transformed = None if kept is None else kept.of(
