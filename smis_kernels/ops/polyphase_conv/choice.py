@@ -29,8 +29,7 @@ _PRODUCTS = {3: 49, 4: 64}  # of a tile of 3x3 outputs: of three taps the second
 def terms(input: Tensor, outputs: int, groups: int, side: int, stride: int, padding: int | Pair,
           output_padding: int | Pair = 0, *, transposed: bool = False,
           ) -> tuple[float, float, float]:
-    """Of each pair of a channel and an output: direct multiply-adds, products, transformed values.
-    """
+    """Direct multiply-adds, products and transformed values of each pair of channel and output."""
     n, k, m = batch_of(input), input.shape[1] // groups, outputs // groups
     sizes, pads, more = input.shape[2:], pair(padding), pair(output_padding)
     if not transposed:

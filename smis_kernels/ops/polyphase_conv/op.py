@@ -127,9 +127,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, grou
     if groups < 1 or channels % groups or weight.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels and the weight's "
                          f"{weight.shape[0]}, got {groups}")
-    expected = channels if transposed else channels // groups
-    check_shape("weight", weight, (channels, *weight.shape[1:]) if transposed
-                else (weight.shape[0], expected, side, side),
+    size = (channels, weight.shape[1]) if transposed else (weight.shape[0], channels // groups)
+    check_shape("weight", weight, (*size, side, side),
                 f"for input {tuple(input.shape)} and {groups} groups")
     check_device("weight", weight, input, "input")
     outputs = groups * weight.shape[1] if transposed else weight.shape[0]
