@@ -1,5 +1,6 @@
 """``python -m smis_kernels.info``: what is here, what is not, and the command that changes it."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -34,6 +35,8 @@ def test_every_op_is_listed_with_the_kinds_it_has_files_for():
         assert ("triton" in kinds) == (package / "ops" / op / "triton.py").exists()
         for kind in set(kinds) - {"reference"}:
             assert kinds[kind] or _backend.missing(kind) is None
+        stated = importlib.import_module(f"smis_kernels.ops.{op}.op").KINDS
+        assert set(stated) == set(kinds) - {"reference"}, op
 
 
 @pytest.mark.parametrize("loaded", [True, False])

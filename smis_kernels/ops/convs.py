@@ -12,7 +12,6 @@ from ..runtime.check import WIDE, check_device, check_shape, check_tensor
 from ..runtime.derivatives import transformed
 from ..runtime.explain import record
 
-KINDS = ("cpu",)
 # Of one core with AVX2, by benchmarks/winograd_forms.py --fit: multiply-adds per nanosecond, and
 # nanoseconds for each kernel, in which it is reordered. Only the ratios of such numbers matter.
 DIRECT_RATE, DIRECT_KERNEL = 35.0, 14.0
@@ -39,9 +38,10 @@ def check_bias(bias: Tensor | None, outputs: int, weight: Tensor, input: Tensor)
         check_device("bias", bias, input, "input")
 
 
-def backend_of(op: str, input: Tensor, backend: str | None, **options: Any) -> str:
+def backend_of(op: str, input: Tensor, backend: str | None, kinds: tuple[str, ...],
+               **options: Any) -> str:
     """The backend that runs the op, recorded; 16-bit types take the definition."""
-    kind = resolve(op, input, backend, KINDS)
+    kind = resolve(op, input, backend, kinds)
     if kind != "reference" and input.dtype not in WIDE:
         record(op, "reference", input, reason="16-bit convs have matrix units")
         return "reference"
@@ -55,7 +55,7 @@ def runs_on_cpu(op: str, input: Tensor) -> bool:
         input.is_cpu and transformed() is None and input.dim() == 4
         and requested() in ("auto", "cpu")
         and not torch.is_autocast_enabled("cpu")
-        and resolve(op, input, None, KINDS) == "cpu"
+        and resolve(op, input, None, ("cpu",)) == "cpu"
     )
 
 

@@ -13,6 +13,7 @@ from ...runtime.library import RawOp
 from ..convs import backend_of, check_bias, check_channels
 from . import reference
 
+KINDS = ("cpu",)
 MOST = 4  # outputs, whose sums stay in registers (csrc/narrow_conv/cpu_kernel.h)
 
 
@@ -95,7 +96,7 @@ def narrow_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     if side < 1 or min(input.shape[2:]) + 2 * padding < side:
         raise ValueError(f"input: expected at least {side}x{side} pixels with their padding, got "
                          f"{tuple(input.shape[2:])} and {padding}")
-    kind = backend_of("narrow_conv2d", input, backend)
+    kind = backend_of("narrow_conv2d", input, backend, KINDS)
     if kind == "reference":
         return reference.narrow_conv2d(input, weight, bias, padding)
     y: Tensor = applied(_NarrowConv, input, weight, bias, padding, kind)

@@ -17,6 +17,7 @@ from . import reference
 if TYPE_CHECKING:
     from ..kept_weight import KeptWeight
 
+KINDS = ("cpu",)
 FORMS = ((3, 2), (4, 2), (4, 1))  # sides of a kernel and strides
 _PHASES, _FREQUENCIES = 4, 16
 
@@ -180,7 +181,7 @@ def polyphase_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, 
     if min(height, width) < 1:
         raise ValueError(f"input: expected at least {side}x{side} pixels with their padding, got "
                          f"{tuple(input.shape[2:])} and {pads}")
-    kind = backend_of("polyphase_conv2d", input, backend, groups=groups, stride=stride)
+    kind = backend_of("polyphase_conv2d", input, backend, KINDS, groups=groups, stride=stride)
     if kind == "reference":
         return reference.polyphase_conv2d(input, weight, bias, stride, pads, groups)
     transformed = None if kept is None else kept.of(
@@ -236,7 +237,7 @@ def polyphase_conv_transpose2d(input: Tensor, weight: Tensor, bias: Tensor | Non
     if min(height, width) < 1:
         raise ValueError(f"input: expected pixels enough for an output with padding {pads}, got "
                          f"{tuple(input.shape[2:])}")
-    kind = backend_of("polyphase_conv_transpose2d", input, backend, groups=groups)
+    kind = backend_of("polyphase_conv_transpose2d", input, backend, KINDS, groups=groups)
     if kind == "reference":
         return reference.polyphase_conv_transpose2d(input, weight, bias, pads, more, groups)
     transformed = None if kept is None else kept.of(

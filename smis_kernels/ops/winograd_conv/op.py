@@ -17,6 +17,7 @@ from . import reference
 if TYPE_CHECKING:
     from ..kept_weight import KeptWeight
 
+KINDS = ("cpu",)
 TILES = (2, 4)
 
 
@@ -153,7 +154,7 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
         check_tensor("residual", residual, 4, "(N, C', H', W')", (input.dtype,))
         check_shape("residual", residual, shape, "as the output")
         check_device("residual", residual, input, "input")
-    kind = backend_of("winograd_conv2d", input, backend, groups=groups, tile=tile)
+    kind = backend_of("winograd_conv2d", input, backend, KINDS, groups=groups, tile=tile)
     if kind == "reference":
         return reference.winograd_conv2d(input, weight, bias, residual, groups, padding)
     transformed = None if kept is None else kept.of(
