@@ -86,11 +86,23 @@ template <class A, int taps, int vecs> struct KernelsInLanes {
   }
 };
 
-// A tile's patch, `from` its pixels, of K channels each.
+// The pixels that a tile is computed from, K channels each.
+template <class A, int m> struct Patch {
+  static constexpr int side = Winograd<Vec<A>, m>::side;
+  const A* at[side * side];
+};
+
+// A patch to a row of each plane of v. The columns of `next` that this one lacks are asked for: so
+// many streams of so few lines are no pattern that a core foresees.
 template <class A, int m>
-void transform_pixels(const A* const* from, int64_t K, A* v, int64_t v_plane) {
-  constexpr int frequencies = Winograd<Vec<A>, m>::side * Winograd<Vec<A>, m>::side;
+void transform_pixels(const Patch<A, m>& patch, const Patch<A, m>& next, int64_t K, A* v,
+                      int64_t v_plane) {
+  constexpr int side = Patch<A, m>::side, frequencies = side * side;
+  const A* const* from = patch.at;
   const auto transform = [&](int64_t k, const auto& read) {
+#pragma GCC unroll 36
+    for (int i = 0; i < frequencies; ++i)
+      if (i % side >= side - m) __builtin_prefetch(next.at[i] + k);
     Vec<A> d[frequencies], out[frequencies];
 #pragma GCC unroll 36
     for (int i = 0; i < frequencies; ++i) d[i] = read(from[i] + k);
@@ -103,12 +115,24 @@ void transform_pixels(const A* const* from, int64_t K, A* v, int64_t v_plane) {
       [&] { transform(0, [&](const A* p) { return get_some(p, K); }); });
 }
 
+// The patches of `count` tiles, patch_of(i), to rows of v.
+template <class A, int m, class F>
+void transform_patches(const PanelShape<A>& s, int64_t count, A* v, const F& patch_of) {
+  Patch<A, m> patch = patch_of(0);
+  for (int64_t i = 0; i < count; ++i) {
+    const Patch<A, m> next = patch_of(std::min(i + 1, count - 1));
+    transform_pixels<A, m>(patch, next, s.K, v + i * s.depth, s.v_plane);
+    patch = next;
+  }
+}
+
 constexpr int64_t kOutside = -1;
 
-// `count` outputs of a tile, `to` the offsets of its pixels in y and the residual, or kOutside.
+// `count` outputs of a tile, `to` the offsets of its pixels in y and the residual, or kOutside; those
+// of the next tile, `step` elements on, are asked for.
 template <class A, int m>
 void write_pixels(const A* p, int64_t p_plane, int64_t count, const A* bias, const A* residual, A* y,
-                  const int64_t* to) {
+                  const int64_t* to, int64_t step) {
   constexpr int frequencies = Winograd<Vec<A>, m>::side * Winograd<Vec<A>, m>::side;
   const auto finish = [&](int64_t c, const auto& read, const auto& write) {
     Vec<A> in[frequencies], out[m * m];
@@ -117,8 +141,12 @@ void write_pixels(const A* p, int64_t p_plane, int64_t count, const A* bias, con
     Winograd<Vec<A>, m>::output(in, out);
     for (int q = 0; q < m * m; ++q) {
       if (to[q] == kOutside) continue;
+      __builtin_prefetch(y + to[q] + c + step, 1);
       if (bias) out[q] += read(bias + c);
-      if (residual) out[q] += read(residual + to[q] + c);
+      if (residual) {
+        __builtin_prefetch(residual + to[q] + c + step);
+        out[q] += read(residual + to[q] + c);
+      }
       write(y + to[q] + c, out[q]);
     }
   };

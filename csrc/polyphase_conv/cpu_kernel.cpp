@@ -76,20 +76,19 @@ struct Tile {
 };
 
 template <class A>
-void transform_tile(const PolyphaseArgs& a, const PanelShape<A>& s, const Tile& t, int phase,
-                    int64_t group, const A* zeros, A* v) {
+Patch<A, kTile> patch_of(const PolyphaseArgs& a, const Tile& t, int phase, int64_t group, const A* zeros) {
   const int64_t step = a.transposed ? 1 : a.stride, apart = a.transposed ? 0 : a.stride == 2 ? 1 : 2;
   const int64_t top = t.y * step + phase / 2 * apart - (a.transposed ? 1 : a.padding_y);
   const int64_t left = t.x * step + phase % 2 * apart - (a.transposed ? 1 : a.padding_x);
-  const A* from[kSide * kSide];
+  Patch<A, kTile> patch;
   for (int64_t i = 0; i < kSide * kSide; ++i) {
     const int64_t y = top + i / kSide * step, x = left + i % kSide * step;
     const bool inside = y >= 0 && y < a.H && x >= 0 && x < a.W;
-    from[i] = inside ? static_cast<const A*>(a.x) + t.n * a.batch_step +
-                           (y * a.W + x) * a.pixel_step + group * a.K
-                     : zeros;
+    patch.at[i] = inside ? static_cast<const A*>(a.x) + t.n * a.batch_step +
+                               (y * a.W + x) * a.pixel_step + group * a.K
+                         : zeros;
   }
-  transform_pixels<A, kTile>(from, a.K, v, s.v_plane);
+  return patch;
 }
 
 template <class A>
@@ -106,7 +105,7 @@ void write_tile(const PolyphaseArgs& a, const Tile& t, int phase, int64_t group,
   }
   A* y = static_cast<A*>(a.y) + t.n * a.height * a.width * channels + group * a.M;
   const A* bias = a.bias ? static_cast<const A*>(a.bias) + group * a.M : nullptr;
-  write_pixels<A, kTile>(p, p_plane, a.M, bias, nullptr, y, to);
+  write_pixels<A, kTile>(p, p_plane, a.M, bias, nullptr, y, to, kTile * step * channels);
 }
 
 template <bool add, class A>
@@ -119,14 +118,16 @@ void products(const PolyphaseArgs& a, const PanelShape<A>& s, int phase, const A
 template <class A> void conv(const PolyphaseArgs& a, int64_t begin, int64_t end, void* scratch) {
   const PanelShape<A> s = shape_of<A>(a);
   const auto [zeros, v, p] = BlockScratch<A>(s, scratch);
+  const A* outside = zeros;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / a.blocks(), first = item % a.blocks() * a.tiles;
     const int64_t count = std::min(a.tiles, a.all_tiles() - first);
     for (int phase = 0; phase < kPhases; ++phase) {
       const A* u = static_cast<const A*>(a.u) + (group * kPhases + phase) * a.transformed();
       if (phase == 0 || !a.transposed)
-        for (int64_t i = 0; i < count; ++i)
-          transform_tile(a, s, Tile(a, first + i), phase, group, zeros, v + i * s.depth);
+        transform_patches<A, kTile>(s, count, v, [&](int64_t i) {
+          return patch_of(a, Tile(a, first + i), phase, group, outside);
+        });
       if (phase == 0 || a.transposed) products<false>(a, s, phase, v, u, p);
       else products<true>(a, s, phase, v, u, p);
       if (phase == kPhases - 1 || a.transposed)

@@ -59,18 +59,16 @@ struct Tile {
 };
 
 template <class A, int m>
-void transform_tile(const WinogradArgs& a, const Shape<A>& s, const Tile& t, int64_t group,
-                    const A* zeros, A* v) {
-  constexpr int side = m + 2, frequencies = side * side;
-  const A* from[frequencies];
-  for (int64_t i = 0; i < frequencies; ++i) {
-    const int64_t y = t.y + i / side - a.padding, x = t.x + i % side - a.padding;
+Patch<A, m> patch_of(const WinogradArgs& a, const Tile& t, int64_t group, const A* zeros) {
+  Patch<A, m> patch;
+  for (int64_t i = 0; i < patch.side * patch.side; ++i) {
+    const int64_t y = t.y + i / patch.side - a.padding, x = t.x + i % patch.side - a.padding;
     const bool inside = y >= 0 && y < a.H && x >= 0 && x < a.W;
-    from[i] = inside ? static_cast<const A*>(a.x) + t.n * a.batch_step +
-                           (y * a.W + x) * a.pixel_step + group * a.K
-                     : zeros;
+    patch.at[i] = inside ? static_cast<const A*>(a.x) + t.n * a.batch_step +
+                               (y * a.W + x) * a.pixel_step + group * a.K
+                         : zeros;
   }
-  transform_pixels<A, m>(from, a.K, v, s.v_plane);
+  return patch;
 }
 
 // `count` outputs of a group from the one numbered `column`: the first of p.
@@ -84,17 +82,19 @@ void write_tile(const WinogradArgs& a, const Tile& t, int64_t group, int64_t col
     to[q] = t.y + q / m < h && t.x + q % m < w ? (q / m * w + q % m) * channels : kOutside;
   write_pixels<A, m>(p, p_plane, count, a.bias ? static_cast<const A*>(a.bias) + output : nullptr,
                      a.residual ? static_cast<const A*>(a.residual) + at : nullptr,
-                     static_cast<A*>(a.y) + at, to);
+                     static_cast<A*>(a.y) + at, to, m * channels);
 }
 
 template <class A, int m> void conv(const WinogradArgs& a, int64_t begin, int64_t end, void* scratch) {
   const Shape<A> s = shape_of<A>(a);
   const auto [zeros, v, p] = BlockScratch<A>(s, scratch);
+  const A* outside = zeros;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / a.blocks(), first = item % a.blocks() * a.tiles;
     const int64_t count = std::min(a.tiles, a.all_tiles() - first);
-    for (int64_t i = 0; i < count; ++i)
-      transform_tile<A, m>(a, s, Tile(a, first + i), group, zeros, v + i * s.depth);
+    transform_patches<A, m>(s, count, v, [&](int64_t i) {
+      return patch_of<A, m>(a, Tile(a, first + i), group, outside);
+    });
     const A* u = static_cast<const A*>(a.u) + group * a.transformed();
     for (int64_t f = 0; f < s.frequencies; ++f) product_of_frequency<false>(s, f, v, u, p);
     for (int64_t i = 0; i < count; ++i)
@@ -111,7 +111,10 @@ void transform_tiles(const WinogradArgs& a, void* v, int64_t begin, int64_t end)
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / a.tiles, i = item % a.tiles;
     A* to = static_cast<A*>(v) + group * s.frequencies * s.v_plane + i * s.depth;
-    if (i < a.all_tiles()) transform_tile<A, m>(a, s, Tile(a, i), group, zeros.data(), to);
+    if (i < a.all_tiles())
+      transform_patches<A, m>(s, 1, to, [&](int64_t) {
+        return patch_of<A, m>(a, Tile(a, i), group, zeros.data());
+      });
     else for (int64_t f = 0; f < s.frequencies; ++f) std::fill_n(to + f * s.v_plane, s.depth, A(0));
   }
 }
