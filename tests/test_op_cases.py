@@ -219,6 +219,7 @@ def test_no_operator_is_left_out_of_opcheck() -> None:
     called = {overload.name().partition("::")[2].partition(".")[0]
               for name in CASES for overload, _ in raw_calls(name, "contiguous")}
     own_file = {"content_digest", "winograd_weight", "polyphase_weight",  # of any tensor; opaque
+                "winograd_weight_gradient",  # test_weight_gradient.py
                 "fixed_statistics",  # of running statistics
                 "indexed_modulation_ordered_backward", "segment_sums",  # test_level_order.py
                 "number_labels", "number_levels"}  # no kernel on the CPU: cuda_on_cpu checks fakes

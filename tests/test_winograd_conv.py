@@ -20,7 +20,6 @@ from smis_kernels import (
     winograd_conv2d,
 )
 from smis_kernels.ops.kept_weight import KeptWeight
-from smis_kernels.ops.weight_gradient import weight_gradient
 from smis_kernels.ops.winograd_conv import choice, reference
 from smis_kernels.ops.winograd_conv.op import transform_weight, transformed_size
 from smis_kernels.runtime.backend import missing
@@ -161,23 +160,6 @@ def test_gradients_in_float32(shape, out, groups):
     truth = gradients(call("reference"), tuple(t.double() for t in tensors))
     for name, *three in zip("xwbr", found, expected, truth, strict=True):
         assert_as_accurate(*three, what=name)
-
-
-@pytest.mark.parametrize("layout", MEMORY_FORMATS)
-@pytest.mark.parametrize(("size", "padding", "groups"), [
-    ((5, 7), 1, 1), ((1, 1), 1, 2), ((37, 1), 1, 1), ((7, 4), 0, 1), ((3, 3), 0, 2)])
-@pytest.mark.parametrize(("channels", "outputs"), [(64, 64), (65, 64), (63, 65), (64, 63)])
-def test_the_weights_gradient_by_taps(size, padding, groups, channels, outputs, layout):
-    shape = (2, channels * groups, *size)
-    x, w, *_ = _tensors(shape, outputs * groups, groups, torch.float64)
-    x = with_memory_format(x, layout)
-    truth = reference.winograd_conv2d(x, w.requires_grad_(), None, None, groups, padding)
-    grad = with_memory_format(torch.linspace(-1, 2, truth.numel(), dtype=x.dtype).view_as(truth),
-                              layout)
-    (expected,) = torch.autograd.grad(truth, w, grad)
-    with poisoned_empty():
-        found = weight_gradient(x, grad, w.detach().fill_(torch.nan), padding, groups)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

@@ -6,6 +6,8 @@
 namespace smis {
 namespace {
 
+constexpr int64_t kBlockBytes = 4 << 20, kLeastTiles = 128;  // of the weight's gradient
+constexpr int64_t kMostRows = 64, kLeastRows = 16;            // multiples of gradient.h's D
 constexpr int64_t kMostStreamed = 64;   // tiles; each panel reads them again (choice.py: MOST_STREAMED)
 
 // The kernels' side of the arguments; `w` is the weight as they read it.
@@ -91,11 +93,54 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Te
   return y;
 }
 
+// In channels-last memory. Both sides' transforms of a block of tiles stay in the last cache.
+Tensor winograd_weight_gradient(const Tensor& input, const Tensor& grad, int64_t groups, int64_t padding) {
+  const Tensor x = as_rows(input), g = as_rows(grad);
+  WinogradGradientArgs a;
+  a.wide = x.scalar_type() == ScalarType::Double;
+  a.groups = groups, a.K = x.size(1) / groups, a.M = g.size(1) / groups, a.padding = padding;
+  a.N = x.size(0), a.H = x.size(2), a.W = x.size(3), a.height = g.size(2), a.width = g.size(3);
+  a.x_batch = x.stride(0), a.x_pixel = x.stride(a.W > 1 ? 3 : 2);
+  a.grad_batch = g.stride(0), a.grad_pixel = g.stride(a.width > 1 ? 3 : 2);
+  a.x = x.const_data_ptr(), a.grad = g.const_data_ptr();
+  Tensor out = empty_nchw(groups * a.M, a.K, 3, 3, true, x);
+  const int64_t all = a.all_tiles();
+  if (all == 0 || out.numel() == 0) return torch::stable::zero_(out);
+  a.dweight = out.mutable_data_ptr();
+
+  const int64_t most = kBlockBytes / (16 * groups * (a.K + a.M) * (a.wide ? 8 : 4));
+  const int64_t blocks = (all + std::max(most, kLeastTiles) - 1) / std::max(most, kLeastTiles);
+  a.tiles = (all + blocks - 1) / blocks;
+  const auto plan_of = [&] {
+    WinogradGradientPlan plan;
+    winograd_gradient_plan_best()(a, &plan);
+    return plan;
+  };
+  a.rows = kMostRows;
+  while (a.rows > kLeastRows && plan_of().items < 4 * int64_t(torch::stable::get_num_threads())) a.rows /= 2;
+  const WinogradGradientPlan plan = plan_of();
+  Tensor v = scratch_like(x, plan.v), d = scratch_like(x, plan.d), u = scratch_like(x, blocks > 1 ? plan.u : 0);
+  a.v = v.mutable_data_ptr(), a.d = d.mutable_data_ptr();
+  a.u = blocks > 1 ? u.mutable_data_ptr() : nullptr;
+  const auto transform = winograd_gradient_tiles_kernel_best();
+  const auto multiply = winograd_gradient_kernel_best();
+  for (a.first = 0; a.first < all; a.first += a.tiles) {
+    a.count = std::min(a.tiles, all - a.first);
+    parallel(a.count, 8, [&](int64_t begin, int64_t end) { transform(a, begin, end); });
+    parallel(plan.items, 1, [&](int64_t begin, int64_t end) {
+      Tensor each = scratch_like(x, blocks > 1 ? 0 : plan.scratch);
+      multiply(a, begin, end, each.mutable_data_ptr());
+    });
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(smis_kernels, CPU, m) {
   m.impl("winograd_weight", TORCH_BOX(&winograd_weight));
   m.impl("winograd_conv", TORCH_BOX(&winograd_conv));
+  m.impl("winograd_weight_gradient", TORCH_BOX(&winograd_weight_gradient));
 }
 
 }  // namespace smis

@@ -8,6 +8,7 @@
 
 #include "common/element.h"
 #include "common/winograd_panels.h"
+#include "winograd_conv/gradient.h"
 
 namespace smis::SMIS_ISA {
 namespace {
@@ -185,6 +186,15 @@ void winograd_tiles_kernel(const WinogradArgs& a, void* v, int64_t begin, int64_
 }
 void winograd_streamed_kernel(const WinogradArgs& a, const void* v, int64_t begin, int64_t end, void* scratch) {
   with_form(a, [&](auto e, auto m) { streamed<decltype(e), m()>(a, v, begin, end, scratch); });
+}
+void winograd_gradient_plan(const WinogradGradientArgs& a, WinogradGradientPlan* found) {
+  *found = a.wide ? gradient_plan<double>(a) : gradient_plan<float>(a);
+}
+void winograd_gradient_tiles_kernel(const WinogradGradientArgs& a, int64_t begin, int64_t end) {
+  a.wide ? gradient_tiles<double>(a, begin, end) : gradient_tiles<float>(a, begin, end);
+}
+void winograd_gradient_kernel(const WinogradGradientArgs& a, int64_t begin, int64_t end, void* scratch) {
+  a.wide ? gradient_items<double>(a, begin, end, scratch) : gradient_items<float>(a, begin, end, scratch);
 }
 
 }  // namespace smis::SMIS_ISA

@@ -39,6 +39,27 @@ struct WinogradPlan {
   int64_t panels = 0, scratch = 0, group_tiles = 0, panel_scratch = 0;
 };
 
+// The weight's gradient, from features (N, H, W, groups * K) and a gradient (N, height, width, groups * M):
+// (groups * M, 9, K). Layouts: gradient.h.
+struct WinogradGradientArgs {
+  bool wide = false;                     // fp64, else fp32
+  int64_t groups = 1, K = 0, M = 0, N = 0, H = 0, W = 0, height = 0, width = 0, padding = 0;
+  int64_t x_batch = 0, x_pixel = 0, grad_batch = 0, grad_pixel = 0;  // steps in elements
+  const void *x = nullptr, *grad = nullptr;
+  void *v = nullptr, *d = nullptr, *dweight = nullptr;
+  void* u = nullptr;                     // sums of blocks, or null where there is but one
+  int64_t tiles = 0;                     // of a block
+  int64_t first = 0, count = 0;          // tiles of this one
+  int64_t rows = 0;                      // of an item
+
+  int64_t all_tiles() const { return N * ((height + 1) / 2) * ((width + 1) / 2); }
+};
+
+// Items of a block's products, and sizes in elements: of v, d and u, and of one thread's sums.
+struct WinogradGradientPlan {
+  int64_t items = 0, v = 0, d = 0, u = 0, scratch = 0;
+};
+
 }  // namespace smis
 
 SMIS_DECLARE_KERNEL(winograd_plan, const WinogradArgs&, WinogradPlan*)
@@ -50,3 +71,8 @@ SMIS_DECLARE_KERNEL(winograd_conv_kernel, const WinogradArgs&, int64_t begin, in
 SMIS_DECLARE_KERNEL(winograd_tiles_kernel, const WinogradArgs&, void* v, int64_t begin, int64_t end)
 // Items: (group, panel). Multiplies all tiles with weights that it transforms itself.
 SMIS_DECLARE_KERNEL(winograd_streamed_kernel, const WinogradArgs&, const void* v, int64_t begin, int64_t end, void* scratch)
+SMIS_DECLARE_KERNEL(winograd_gradient_plan, const WinogradGradientArgs&, WinogradGradientPlan*)
+// Items: tiles of the block. Writes v and d.
+SMIS_DECLARE_KERNEL(winograd_gradient_tiles_kernel, const WinogradGradientArgs&, int64_t begin, int64_t end)
+// Items: (group, panel, some rows). Adds to u; with the last tiles writes dweight.
+SMIS_DECLARE_KERNEL(winograd_gradient_kernel, const WinogradGradientArgs&, int64_t begin, int64_t end, void* scratch)
