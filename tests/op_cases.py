@@ -31,6 +31,7 @@ from smis_kernels import (
 from smis_kernels.modules.label_conv import LabelConv2d
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
 from smis_kernels.ops.indexed_relu.op import indexed_relu
+from smis_kernels.ops.indexed_shortcut.op import indexed_shortcut
 from smis_kernels.ops.label_windows.op import (
     GroupWindows,
     group_windows,
@@ -60,6 +61,7 @@ PUBLIC: dict[str, Call] = {
     "indexed_modulation": lambda **o: indexed_modulation(X, INDEX, draw(3, 8), **o),
     "indexed_modulation_pair": lambda **o: indexed_modulation_pair(
         X, INDEX, draw(3, 8), draw(3, 8), **o),
+    "indexed_shortcut": lambda **o: indexed_shortcut(X, INDEX, draw(3, 8), draw(5, 4, 1, 1), **o),
     "indexed_relu": lambda **o: indexed_relu(X, INDEX, draw(3, 4), 2, **o),
     "conditional_attention": lambda **o: conditional_attention(X, X, **o),
     "conditional_conv2d": lambda **o: conditional_conv2d(X, X, draw(36, 4, 3, 3), **o),
@@ -229,6 +231,21 @@ def _indexed(pair: bool) -> Callable[..., Made]:
         return call, (random.normal(*shape) + 1,
                       *(random.normal(rows, 2 * c) for _ in range(2 if pair else 1)))
     return make
+
+
+def _shortcut(shape: Shape, random: Random, norm: str, training: bool, upsample: bool, rows: int,
+              out: int, groups: int) -> Made:
+    n, c, h, w = shape
+    channels, up = c * groups, 2 if upsample else 1
+    index = random.below(rows, n, up * h, up * w).int()
+    options = {**_statistics((n, channels, h, w), random, norm, training), "upsample": upsample}
+
+    def call(x: Tensor, table: Tensor, weight: Tensor, backend: str) -> Tensor:
+        return indexed_shortcut(x, index, table, weight, groups=groups, backend=backend,
+                                **_fitting(x, options))
+
+    return call, (random.normal(n, channels, h, w) + 1, random.normal(rows, 2 * channels),
+                  random.normal(out * groups, c, 1, 1) / c**0.5)
 
 
 def _parts(shape: Shape, random: Random, parts: int, rows: int) -> Made:
@@ -525,6 +542,10 @@ CASES: dict[str, OpCase] = {
     "norm_act": OpCase(_norm_act, {**_NORMS, "residual": (True, False)}, "triton"),
     "indexed_modulation": OpCase(_indexed(False), {**_ENLARGED, "rows": (5, 1, 12)}, "triton"),
     "indexed_modulation_pair": OpCase(_indexed(True), {**_ENLARGED, "rows": (5, 1, 12)}, "triton"),
+    "indexed_shortcut": OpCase(
+        _shortcut, {"norm": _NORMS["norm"], "training": (True, False), "upsample": (False, True),
+                    "rows": (5, 1, 12), "out": (5, 1, 24), "groups": (1, 2, 3)},
+        dtypes=WIDE, leaves=0),
     "indexed_relu": OpCase(_parts, {"parts": (3, 1, 4), "rows": (5, 1, 12)}, "triton", leaves=0),
     "conditional_attention": OpCase(_attention, {}, "triton"),
     "conditional_conv2d": OpCase(_conditional, {"depth": (4, 1, 17), "bias": (True, False)},

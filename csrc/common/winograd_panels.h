@@ -13,7 +13,7 @@
 namespace smis::SMIS_ISA {
 
 constexpr int64_t kPanelVectors = 3;
-constexpr int64_t kChunk = 160;  // channels at a time: a panel's chunk stays in the first cache
+constexpr int64_t kDepth = 160;  // channels at a time: a panel's chunk stays in the first cache
 
 template <class A> struct PanelShape {
   static constexpr int64_t L = Lanes<A>::n;
@@ -164,7 +164,7 @@ void write_pixels(const A* p, int64_t p_plane, int64_t count, const A* bias, con
 template <bool add, class A, int vecs>
 void product_of_panel(const PanelShape<A>& s, const A* v, const A* u, A* p) {
   constexpr int64_t L = Lanes<A>::n;
-  const int64_t chunks = (s.K + kChunk - 1) / kChunk, step = (s.K + chunks - 1) / chunks;
+  const int64_t chunks = (s.K + kDepth - 1) / kDepth, step = (s.K + chunks - 1) / chunks;
   for (int64_t k = 0; k < s.K; k += step) {
     const int64_t depth = std::min(step, s.K - k);
     for (int64_t t = 0; t < s.tiles; t += kTileRows) {

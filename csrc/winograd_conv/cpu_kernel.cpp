@@ -124,9 +124,9 @@ template <class A, int m, int vecs>
 void streamed_panel(const WinogradArgs& a, const Shape<A>& s, int64_t group, int64_t first, const A* v,
                     A* u) {
   constexpr int64_t L = Lanes<A>::n, row = vecs * L;
-  const int64_t u_depth = kChunk + 1, p_plane = a.tiles * row + L;
+  const int64_t u_depth = kDepth + 1, p_plane = a.tiles * row + L;
   A* p = u + s.frequencies * u_depth * row;
-  const int64_t chunks = (a.K + kChunk - 1) / kChunk, step = (a.K + chunks - 1) / chunks;
+  const int64_t chunks = (a.K + kDepth - 1) / kDepth, step = (a.K + chunks - 1) / chunks;
   for (int64_t k = 0; k < a.K; k += step) {
     const int64_t depth = std::min(step, a.K - k);
     panel_weights<A, m, vecs>(a, group, first, k, k + depth, u_depth, u);
@@ -160,7 +160,7 @@ template <class A> WinogradPlan plan(const WinogradArgs& a) {
   const Shape<A> s = shape_of<A>(a);
   const int64_t row = kPanelVectors * s.L;
   return {s.panels(), BlockScratch<A>::size(s), s.frequencies * s.v_plane,
-          s.frequencies * ((kChunk + 1 + a.tiles) * row + s.L)};
+          s.frequencies * ((kDepth + 1 + a.tiles) * row + s.L)};
 }
 
 // fn(the element, m), both as constants.

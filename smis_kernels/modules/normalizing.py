@@ -42,9 +42,14 @@ def is_told_by_weights(layer: Any, kind: Any) -> bool:
 
     Not with hooks, nor of a subclass or instance with a forward of its own, nor without a bias.
     """
-    own, cls = layer.__dict__, type(layer)
-    return ((cls is kind or cls.forward is kind.forward) and "forward" not in own
-            and not has_hooks(layer) and own["_parameters"].get("bias") is not None)
+    return is_as_defined(layer, kind) and layer.__dict__["_parameters"].get("bias") is not None
+
+
+def is_as_defined(layer: Any, *kinds: Any) -> bool:
+    """Whether calling the layer does what one of ``kinds`` does, and nothing beside."""
+    cls = type(layer)
+    return ((cls in kinds or any(cls.forward is kind.forward for kind in kinds))
+            and "forward" not in layer.__dict__ and not has_hooks(layer))
 
 
 def _tracks(norm: Any) -> bool:

@@ -15,13 +15,16 @@ from ..layout.label_layout import LabelLayout
 from ..layout.planner import choose, own_windows
 from ..layout.shared_tables import shared_table
 from ..ops.indexed_modulation.op import indexed_modulation, indexed_modulation_pair
+from ..ops.indexed_shortcut.choice import takes_shortcut
+from ..ops.indexed_shortcut.op import indexed_shortcut
 from ..ops.level_tables.op import NormConvs
 from ..ops.modulation.op import modulation, modulation_pair
 from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
 from ..runtime.constants import constant
 from ..runtime.tensors import acc_dtype
-from .normalizing import Normalizing, child, has_hooks, is_told_by_weights
+from .normalizing import Normalizing, child, has_hooks, is_as_defined, is_told_by_weights
+from .winograd_conv import WinogradConv2d
 
 _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
 
@@ -322,11 +325,14 @@ class SPADE(CGNorm):
 def modulate_pair(
     norm_0: CGNorm, norm_s: CGNorm, input: Tensor, segmap: Tensor | LabelLayout, *,
     activation: str | None = "leaky_relu", negative_slope: float = 0.2, upsample: bool = False,
+    conv_s: nn.Conv2d | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``norm_0`` (activated) and the shortcut's ``norm_s`` (not) from one read of ``input``.
 
     Equals ``norm_0(input, segmap, activation=...), norm_s(input, segmap)``; both have the same
     kind of norm. Where only one of them is frozen, or other statistics are kept, these are made.
+    The second output is ``conv_s`` of that, where one is given: outside of training a CPU computes
+    a plain 1x1 conv by :func:`indexed_shortcut`, and ``norm_s(input)`` is never written.
 
     Example:
         >>> x, seg = torch.randn(1, 64, 32, 32), torch.randn(1, 8, 64, 64)
@@ -341,7 +347,7 @@ def modulate_pair(
     if norm_0.rows != norm_s.rows or shared != shared_s or not alike:
         first = norm_0(input, segmap, activation=activation, negative_slope=negative_slope,
                        upsample=upsample)
-        return first, norm_s(input, segmap, upsample=upsample)
+        return _shortened(first, norm_s(input, segmap, upsample=upsample), conv_s)
     size = norm_0.output_size(input, upsample)
     plan = choose((norm_0, norm_s), input, segmap, size)
     options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,
@@ -351,8 +357,22 @@ def modulate_pair(
     if plan.layout is None:
         affine = (*norm_0.gamma_beta(plan.dense(size), size, plan.fused),
                   *norm_s.gamma_beta(plan.dense(size), size, plan.fused))
-        return modulation_pair(input, *affine, **options)
-    tables = (norm.table(plan.layout, size, plan.path) for norm in (norm_0, norm_s))
+        return _shortened(*modulation_pair(input, *affine, **options), conv_s)
+    table, table_s = (norm.table(plan.layout, size, plan.path) for norm in (norm_0, norm_s))
     index = norm_0.index(plan.layout, size)
-    return indexed_modulation_pair(input, index, *tables, order=plan.layout.pixel_order(index),
-                                   **options)
+    if conv_s is not None and not norm_s.training and (
+            is_as_defined(conv_s, nn.Conv2d, WinogradConv2d)
+            and takes_shortcut(conv_s, input, table_s, norm_s.backend)):
+        first = indexed_modulation(
+            input, index, table, activation=activation, negative_slope=negative_slope,
+            upsample=upsample, backend=norm_0.backend, **running, **shared)
+        return first, indexed_shortcut(
+            input, index, table_s, conv_s.weight, groups=conv_s.groups, upsample=upsample,
+            backend=norm_s.backend, **norm_s.norm_arguments(), **shared)
+    pair = indexed_modulation_pair(input, index, table, table_s,
+                                   order=plan.layout.pixel_order(index), **options)
+    return _shortened(*pair, conv_s)
+
+
+def _shortened(first: Tensor, second: Tensor, conv: nn.Conv2d | None) -> tuple[Tensor, Tensor]:
+    return first, second if conv is None else conv(second)

@@ -88,13 +88,19 @@ def _narrow_conv(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: A
     return prod(out_shape) * prod(weight[1:])
 
 
+def _shortcut(input: Shape, mean: Shape, rstd: Shape, index: Shape, table: Shape, weight: Shape,
+              *_: Any, **__: Any) -> int:
+    """At least once a pixel of the features: where windows differ, each of up to four in turn."""
+    return input[0] * prod(input[2:]) * weight[0] * weight[1]
+
+
 # Ops that multiply; the others only sum, pick or scale.
 _FORMULAS: dict[str, Callable[..., int]] = {
     "window_table": _window_table, "level_product": _level_product,
     "conditional_conv": _conditional_conv,
     "varying_conv": _varying_conv, "winograd_conv": _winograd_conv,
     "polyphase_conv": _polyphase_conv,
-    "narrow_conv": _narrow_conv,
+    "narrow_conv": _narrow_conv, "indexed_shortcut": _shortcut,
 }
 
 

@@ -95,8 +95,8 @@ class SPADEResBlock(nn.Module):
 
     def forward(self, x: Tensor, segmap: Tensor | LabelLayout, upsample: bool = False) -> Tensor:
         if self.learned_shortcut:
-            h, shortcut = modulate_pair(self.norm_0, self.norm_s, x, segmap, upsample=upsample)
-            shortcut = self.conv_s(shortcut)
+            h, shortcut = modulate_pair(self.norm_0, self.norm_s, x, segmap, upsample=upsample,
+                                        conv_s=self.conv_s)
         else:
             h = self.norm_0(x, segmap, activation="leaky_relu", upsample=upsample)
             shortcut = x  # which conv_1 upsamples as it adds it
