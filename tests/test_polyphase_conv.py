@@ -19,6 +19,7 @@ from smis_kernels import (
     polyphase_conv2d,
     polyphase_conv_transpose2d,
     use_backend,
+    winograd_conv2d,
 )
 from smis_kernels.interface import doubling_conv2d, strided_conv2d
 from smis_kernels.ops.kept_weight import KeptWeight
@@ -208,6 +209,20 @@ def test_empty_batch_and_sixteen_bits() -> None:
     assert "reference" in str(explain(polyphase_conv2d, *half))
 
 
+@pytest.mark.parametrize("stride", [2, 0])
+def test_a_batch_of_gradients(stride: int) -> None:
+    transposed = not stride
+    x, w, b = (t.requires_grad_() for t in _tensors((1, 64, 5, 5), 64, 3, transposed=transposed))
+    ours = polyphase_conv_transpose2d if transposed else polyphase_conv2d
+    theirs = F.conv_transpose2d if transposed else F.conv2d
+    y, expected = ours(x, w, b, backend="cpu"), theirs(x, w, b, 2)
+    grads = torch.randn(3, *y.shape, dtype=F64)
+    for found, wanted in zip(torch.autograd.grad(y, (x, w, b), grads, is_grads_batched=True),
+                             torch.autograd.grad(expected, (x, w, b), grads, is_grads_batched=True),
+                             strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"weight": (32, 16, 3, 3)}, "weight: expected shape"),
     ({"weight": (32, 32, 5, 5)}, "weight: expected a kernel 3x3 of stride 2 or 4x4 of stride 2"),
@@ -218,9 +233,12 @@ def test_empty_batch_and_sixteen_bits() -> None:
     ({"padding": 3}, "padding: expected 0 to 2, or two such numbers, got 3"),
     ({"padding": -1}, "padding: expected 0 to 2"),
     ({"padding": (1, 1, 1)}, "padding: expected 0 to 2"),
+    ({"padding": 1.0}, "padding: expected 0 to 2, or two such numbers, got 1.0"),
+    ({"padding": None}, "padding: expected 0 to 2, or two such numbers, got None"),
     ({"bias": (31,)}, "bias: expected shape"),
     ({"input": (32, 8, 8)}, "input: expected"),
     ({"input": (1, 0, 8, 8), "weight": (32, 0, 3, 3)}, "input: expected at least one channel"),
+    ({"weight": (0, 32, 3, 3)}, "weight: expected at least one output"),
     ({"input": (1, 32, 2, 8)}, "input: expected at least 3x3 pixels with their padding"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
@@ -235,6 +253,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     ({"weight": (16, 32, 3, 3)}, "weight: expected shape"),
     ({"weight": (32, 32, 5, 5)}, "weight: expected a kernel 3x3 of stride 2 or 4x4 of stride 2;"),
     ({"output_padding": 2}, "output_padding: expected 0 to 1"),
+    ({"weight": (32, 0, 3, 3)}, "weight: expected at least one output"),
     ({"bias": (31,)}, "bias: expected shape"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_mistakes_of_transposed_convs_are_named(change: dict[str, Any], message: str) -> None:
@@ -353,6 +372,31 @@ def test_one_keeper_serves_other_strides_and_groups_in_turn() -> None:
                                      backend="cpu")
             expected = F.conv2d(x, weight, None, stride, 0, 1, groups)
         torch.testing.assert_close(found, expected)
+
+
+def test_one_keeper_serves_both_algorithms_in_turn() -> None:
+    x, w, _ = _tensors((1, 64, 12, 12), 64, 3)
+    kept = KeptWeight()
+    for stride in (2, 2, 1, 1, 0, 0, 2, 2, 0, 0, 1):
+        if stride == 1:
+            found = winograd_conv2d(x, w, tile=2, kept=kept, backend="cpu")
+        elif stride:
+            found = polyphase_conv2d(x, w, padding=1, kept=kept, backend="cpu")
+        else:
+            found = polyphase_conv_transpose2d(x, w, kept=kept, backend="cpu")
+        expected = F.conv2d(x, w, None, stride, 1) if stride else F.conv_transpose2d(x, w, None, 2)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_module_whose_stride_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMIS_WINOGRAD", "2")
+    conv, x = WinogradConv2d(64, 64, 3, 2, 1).eval(), torch.randn(1, 64, 64, 64)
+    conv.keep_transform = True
+    with torch.no_grad():
+        for stride in ((2, 2), (2, 2), (1, 1)):
+            conv.stride = stride
+            torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, stride, 1),
+                                       rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -223,6 +224,17 @@ def test_not_a_number_stays_in_reach_of_its_tile():
     assert not bad[8:].any()
 
 
+def test_a_batch_of_gradients():
+    x, w, b, _ = (t.double().requires_grad_() for t in _tensors((1, 64, 5, 5), 64, 1))
+    y = winograd_conv2d(x, w, b, backend="cpu")
+    grads = torch.randn(3, *y.shape, dtype=torch.float64)
+    for found, wanted in zip(
+            torch.autograd.grad(y, (x, w, b), grads, is_grads_batched=True),
+            torch.autograd.grad(F.conv2d(x, w, b, padding=1), (x, w, b), grads,
+                                is_grads_batched=True), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_empty_batch_and_sixteen_bits():
     x, w, b, _ = _tensors((1, 32, 8, 8), 32, 1)
     assert winograd_conv2d(x[:0], w, b).shape == (0, 32, 8, 8)
@@ -239,6 +251,8 @@ def test_empty_batch_and_sixteen_bits():
         ({"weight": (32, 32, 5, 5)}, "weight: expected shape"),
         ({"groups": 5}, "groups: expected a divisor"),
         ({"padding": 2}, "padding: expected 0 or 1"),
+        ({"padding": 1.0}, "padding: expected 0 or 1, got 1.0"),
+        ({"weight": (0, 32, 3, 3)}, "weight: expected at least one output"),
         ({"tile": 3}, "tile: expected 2 or 4"),
         ({"bias": (31,)}, "bias: expected shape"),
         ({"residual": (1, 32, 8, 7)}, "residual: expected shape"),

@@ -24,10 +24,12 @@ def pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else value
 
 
-def check_channels(input: Tensor) -> None:
-    """At least one channel."""
+def check_channels(input: Tensor, weight: Tensor, outputs: int) -> None:
+    """At least one channel and, as torch has it, one output."""
     if input.shape[1] < 1:
         raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    if outputs < 1:
+        raise ValueError(f"weight: expected at least one output, got shape {tuple(weight.shape)}")
 
 
 def check_bias(bias: Tensor | None, outputs: int, weight: Tensor, input: Tensor) -> None:

@@ -84,9 +84,9 @@ def narrow_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
     check_tensor("weight", weight, 4, "(C', C, k, k)", (input.dtype,))
     outputs, side = weight.shape[0], weight.shape[2]
-    check_channels(input)
     if not 1 <= outputs <= MOST:
         raise ValueError(f"weight: expected 1 to {MOST} outputs, got {outputs}; use F.conv2d")
+    check_channels(input, weight, outputs)
     check_shape("weight", weight, (outputs, input.shape[1], side, side),
                 f"for input {tuple(input.shape)}")
     check_device("weight", weight, input, "input")

@@ -108,8 +108,9 @@ def _output_padding(input: Tensor, weight: Tensor, padding: Pair, size: Pair) ->
 
 
 def _checked_pair(name: str, value: int | Pair, most: int) -> Pair:
-    both = tuple(pair(value))
-    if len(both) != 2 or not all(isinstance(v, int) and 0 <= v <= most for v in both):
+    both = pair(value)
+    if not isinstance(both, (tuple, list)) or len(both) != 2 or not all(
+            isinstance(v, int) and 0 <= v <= most for v in both):
         raise ValueError(f"{name}: expected 0 to {most}, or two such numbers, got {value}")
     return both[0], both[1]
 
@@ -120,7 +121,6 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, grou
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
     check_tensor("weight", weight, 4, meaning, (input.dtype,))
     channels, side = input.shape[1], weight.shape[2]
-    check_channels(input)
     if weight.shape[3] != side or (side, stride) not in FORMS:
         known = " or ".join(f"{k}x{k} of stride {s}" for k, s in FORMS if not transposed or s == 2)
         raise ValueError(f"weight: expected a kernel {known}; got {side}x{weight.shape[3]} of "
@@ -133,6 +133,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, grou
                 f"for input {tuple(input.shape)} and {groups} groups")
     check_device("weight", weight, input, "input")
     outputs = groups * weight.shape[1] if transposed else weight.shape[0]
+    check_channels(input, weight, outputs)
     check_bias(bias, outputs, weight, input)
 
 
@@ -185,7 +186,8 @@ def polyphase_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, 
     if kind == "reference":
         return reference.polyphase_conv2d(input, weight, bias, stride, pads, groups)
     transformed = None if kept is None else kept.of(
-        weight, (groups, stride), lambda w: transform_weight(w, groups, stride))
+        weight, ("polyphase_conv2d", groups, stride),
+        lambda w: transform_weight(w, groups, stride))
     y: Tensor = applied(_PolyphaseConv, input, weight, bias, groups, stride, pads, False,
                         (height, width), transformed, kind)
     return y
@@ -241,7 +243,8 @@ def polyphase_conv_transpose2d(input: Tensor, weight: Tensor, bias: Tensor | Non
     if kind == "reference":
         return reference.polyphase_conv_transpose2d(input, weight, bias, pads, more, groups)
     transformed = None if kept is None else kept.of(
-        weight, (groups, "transposed"), lambda w: transform_weight(w, groups, 2, True))
+        weight, ("polyphase_conv_transpose2d", groups),
+        lambda w: transform_weight(w, groups, 2, True))
     y: Tensor = applied(_PolyphaseConv, input, weight, bias, groups, 2, pads, True,
                         (height, width), transformed, kind)
     return y

@@ -135,14 +135,14 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     check_tensor("weight", weight, 4, "(C', C / groups, 3, 3)", (input.dtype,))
     _, channels, h, w = input.shape
     out = weight.shape[0]
-    check_channels(input)
+    check_channels(input, weight, out)
     if groups < 1 or channels % groups or out % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels and {out} outputs, "
                          f"got {groups}")
     check_shape("weight", weight, (out, channels // groups, 3, 3),
                 f"for input {tuple(input.shape)} and {groups} groups")
     check_device("weight", weight, input, "input")
-    if padding not in (0, 1):
+    if not isinstance(padding, int) or padding not in (0, 1):
         raise ValueError(f"padding: expected 0 or 1, got {padding}")
     if tile not in TILES:
         raise ValueError(f"tile: expected 2 or 4, got {tile}")
@@ -158,7 +158,7 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     if kind == "reference":
         return reference.winograd_conv2d(input, weight, bias, residual, groups, padding)
     transformed = None if kept is None else kept.of(
-        weight, (groups, tile), lambda w: transform_weight(w, groups, tile))
+        weight, ("winograd_conv2d", groups, tile), lambda w: transform_weight(w, groups, tile))
     y: Tensor = applied(_WinogradConv, input, weight, bias, residual, groups, padding, tile,
                                     transformed, kind)
     return y
