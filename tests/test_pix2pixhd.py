@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smis_kernels import LabelLayout, explain, instance_avg_pool2d, use_backend
 from smis_kernels.runtime.backend import missing
@@ -96,6 +96,37 @@ def test_tiles_make_the_same_picture(name: str, kind: str) -> None:
         with use_backend("reference"):
             expected = model(semantics.double(), features)
     torch.testing.assert_close(tiled, expected, rtol=1e-9, atol=1e-9)
+
+
+def _turned(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return 1 - output
+
+
+class _TurnedConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 1 - super().forward(input)
+
+
+@needs_cpu
+@pytest.mark.parametrize(("part", "change"), [
+    *((part, "hook") for part in (1, 2, 4, -6, -5, -2, -1)), (1, "class"), (4, "class"),
+    (-2, "class"), (-2, "spectral"), (0, "whole")])
+def test_tiles_pass_over_no_hook_and_no_code(part: int, change: str) -> None:
+    model = tiny("pix2pixhd_cityscapes", image_size=(160, 96))
+    generator, semantics = model.generator, inputs(model)[0]
+    with torch.no_grad():
+        before, layer = generator(semantics), generator.model[part]
+        if change == "class":
+            layer.__class__ = _TurnedConv
+        elif change == "spectral":
+            nn.utils.spectral_norm(layer)
+        else:
+            (layer if change == "hook" else generator.model).register_forward_hook(_turned)
+        found = generator(semantics)
+        with use_backend("reference"):
+            expected = generator(semantics)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found, before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_layout_serves_as_semantics() -> None:

@@ -18,7 +18,7 @@ from smis_kernels import (
     WinogradConvTranspose2d,
     instance_avg_pool2d,
 )
-from smis_kernels.interface import prepare_map
+from smis_kernels.interface import hooked, prepare_map
 
 from ..networks import tiled_inference
 from ..networks.blocks import check_maps, check_semantics, fast_format
@@ -224,7 +224,7 @@ class _Generator(nn.Module):
     def run(self, layers: nn.Module, source: Tensor | LabelLayout, image: bool) -> Tensor:
         """``layers`` on the input; in inference, stem and (``image``) last layers in tiles."""
         assert isinstance(layers, nn.Sequential)
-        if not tiled_inference.serves(self, source):
+        if hooked(layers) or not tiled_inference.serves(self, source, list(layers)[:_STEM]):
             out: Tensor = layers(fast_format(self.dense(source)))
             return out
         source = prepare_map(source, next(self.parameters()))
@@ -239,7 +239,7 @@ class _Generator(nn.Module):
         """``layers`` from ``start`` on; in inference, those that make the image in tiles."""
         assert isinstance(layers, nn.Sequential)
         rest = list(layers)[start:]
-        tiled = image and tiled_inference.serves(self, x)
+        tiled = image and tiled_inference.serves(self, x, rest[-_HEAD :])
         for layer in rest[: -_HEAD] if tiled else rest:
             x = layer(x)
         if not tiled:

@@ -6,17 +6,24 @@ once for them, once to be used. What is computed twice is cheap: a label conv, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_kernels import LabelLayout, norm_act
+from smis_kernels import (
+    InstanceNormAct2d,
+    LabelLayout,
+    WinogradConv2d,
+    WinogradConvTranspose2d,
+    norm_act,
+)
 from smis_kernels.interface import (
     LabelConv2d,
     channel_moments,
     doubling_conv2d,
+    hooked,
     resolve,
     strided_conv2d,
     transformed,
@@ -25,13 +32,22 @@ from smis_kernels.interface import (
 ROWS = 64
 _MOST_SYMBOLS = 2048  # larger tables leave the cache and win nothing
 
+_FORWARDS = {layer.forward for layer in (
+    nn.Identity, nn.ReflectionPad2d, nn.Tanh, InstanceNormAct2d, WinogradConv2d,
+    WinogradConvTranspose2d)}
+
 Rows = Callable[[int, int], Tensor]
 
 
-def serves(module: nn.Module, input: Tensor | LabelLayout) -> bool:
-    """Whether tiles may run: on a CPU's kernels, with nothing to differentiate."""
+def serves(module: nn.Module, input: Tensor | LabelLayout, layers: Sequence[nn.Module]) -> bool:
+    """Whether tiles may stand for ``layers``: on a CPU's kernels, with nothing to differentiate.
+
+    Not where a layer has hooks, or code of somebody's own, which tiles would not call.
+    """
     weight = next(module.parameters())
     if torch.compiler.is_compiling() or transformed() is not None:
+        return False
+    if hooked(*layers) or not all(type(layer).forward in _FORWARDS for layer in layers):
         return False
     if resolve("norm_act", weight, None, ("cpu",)) != "cpu":
         return False
