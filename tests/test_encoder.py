@@ -164,6 +164,31 @@ def test_only_the_present_classes_are_computed(groups: list[int]) -> None:
     assert groups == [5] * 2 * (module.depth + 2)
 
 
+@pytest.mark.parametrize("name", ["", "layer1.0", "layer2.0", "fc_mu"])
+def test_hooks_see_every_class(name: str) -> None:
+    module, seen = encoder().eval(), []
+
+    def hook(_: Any, inputs: Any, output: Any) -> None:
+        seen.append(inputs[0].shape[1])
+
+    part = module.get_submodule(name)
+    part.register_forward_hook(hook)
+    with torch.no_grad():
+        module.encode(images(1), maps([[0, 2]]))
+    assert seen == [getattr(part, "in_channels", 3 * CLASSES)]
+
+
+def test_spectral_norm_of_the_heads() -> None:
+    module = encoder().eval()
+    torch.nn.utils.spectral_norm(module.fc_mu)
+    arguments = images(1), maps([[0, 2]])
+    with torch.no_grad():
+        found = module.encode(*arguments)
+        with use_backend("reference"):
+            expected = module.encode(*arguments)
+    torch.testing.assert_close(found, expected)
+
+
 def test_an_absent_class_has_the_bias_as_its_code() -> None:
     module = encoder().eval()
     mu, logvar = module.encode(images(1), maps([[2]]))

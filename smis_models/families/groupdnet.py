@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import CGNorm, LabelLayout, class_boxes, class_crops
-from smis_kernels.interface import requested, transformed
+from smis_kernels.interface import hooked, requested, transformed
 
 from ..networks.blocks import NormFactory, SPADEResBlock, check_maps, conv, fast_format
 from ..networks.encoder import StridedEncoder, of_classes
@@ -397,9 +397,11 @@ class GroupDNetEncoder(StridedEncoder):
         return self._spread(self._codes(crops, pairs.classes), pairs, len(image))
 
     def _all_computed(self) -> bool:
-        """Whether absent classes are computed like the others."""
+        """Whether absent classes are computed like the others; hooks are to see all of them."""
         return (self.groups != self.classes or requested() == "reference"
-                or torch.compiler.is_compiling() or transformed() is not None)
+                or torch.compiler.is_compiling() or transformed() is not None
+                or hooked(self, self.fc_mu, self.fc_var)
+                or hooked(*self.modules(), weights=False))
 
     def _present(self, present: Tensor) -> _Pairs | None:
         """The pairs of a mask (N, classes); None where there is nothing to leave out, or all."""
