@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import cProfile
 import pstats
+from array import array
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -422,7 +423,18 @@ class Weighted(foreign.LayoutNorm):
         return super().forward(x, segmap) * float(self.gains[1000])
 
 
-@pytest.mark.parametrize("norm", [Gained, Weighted])
+class Arrayed(foreign.LayoutNorm):
+    """A norm with an array that is none of numpy's."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__(6, LABELS, 8)
+        self.gains = array("d", [gain])
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
+        return super().forward(x, segmap) * self.gains[0]
+
+
+@pytest.mark.parametrize("norm", [Gained, Weighted, Arrayed])
 def test_norms_that_differ_in_one_number_alone_keep_their_own(
         norm: Callable[[float], nn.Module]) -> None:
     norms_of_gains = stirred(nn.ModuleList(map(norm, (2.0, 3.0, 2.0))))

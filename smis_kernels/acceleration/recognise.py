@@ -45,8 +45,9 @@ def _widths(module: nn.Module) -> set[int]:
 
 def _masked(value: Any, widths: Collection[int]) -> Any:
     """A value without its widths, to compare."""
-    if hasattr(value, "tobytes"):  # numpy's, whose repr leaves digits and entries out
-        return str(value.dtype), value.shape, value.tobytes()
+    if hasattr(value, "tobytes"):  # numpy's, whose repr leaves digits and entries out, and arrays
+        described = (str(getattr(value, name, None)) for name in ("dtype", "shape", "typecode"))
+        return type(value), *described, value.tobytes()
     if isinstance(value, (tuple, list)):
         return tuple(_masked(v, widths) for v in value)
     return "width" if type(value) is int and value in widths else value
