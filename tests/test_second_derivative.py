@@ -235,6 +235,33 @@ def test_a_kernel_refuses_forward_mode(name: str) -> None:
             outputs(call, duals, "cpu")
 
 
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_of_a_gradient_is_right_or_refused(name: str, transform: bool) -> None:
+    _, call, values = CASES[name]
+
+    def tangents(backend: str) -> list[Tensor]:
+        leaves = tuple(v.clone().requires_grad_() for v in values)
+        made = outputs(call, leaves, backend)
+        grads = tuple(normal(*y.shape, seed=7) for y in made)
+
+        def gradient(*grads: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(made, leaves, grads, materialize_grads=True)
+
+        if transform:
+            return list(torch.func.jvp(gradient, grads, grads)[1])
+        with forward_ad.dual_level():
+            found = gradient(*(forward_ad.make_dual(g, g) for g in grads))
+            return [forward_ad.unpack_dual(d).tangent for d in found]
+
+    try:
+        found = tangents("auto")
+    except RuntimeError:
+        return
+    for a, b in zip(found, tangents("reference"), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_vmap_is_right_or_refused(name: str) -> None:
     _, call, values = CASES[name]

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
 
 from . import native as _native
+from .backend import BackendError
 
 NAMESPACE = "smis_kernels"
 
@@ -69,12 +72,25 @@ class RawOp:
         if torch.compiler.is_compiling():
             return self._called(backend, *args)
         try:
-            return self._called(backend, *args)
+            out = self._called(backend, *args)
         except RuntimeError as error:  # all that the C++ library can raise
             line = str(error).partition("\n")[0]
             if _REFUSAL.match(line):
                 raise ValueError(line) from error
             raise
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args, out)
+        return out
+
+    def _refuse_tangents(self, args: tuple[Any, ...], out: Any) -> None:
+        """A backward of a forward outside of the level: its kernels would lose the tangents."""
+        made = out if isinstance(out, tuple) else (out,)
+        if any(t.is_floating_point() for t in made) and any(
+                isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None
+                for a in args):
+            raise BackendError(
+                f"backend: the kernel {self.name!r} has no forward-mode derivative; compute what "
+                "is differentiated inside the dual level too, or under use_backend('reference')")
 
     def _called(self, backend: str, *args: Any) -> Any:
         # Triton's interpreter runs on CPU tensors, where the dispatcher would pick the C++ kernel.
