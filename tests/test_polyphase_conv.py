@@ -388,6 +388,15 @@ def test_one_keeper_serves_both_algorithms_in_turn() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_a_compiled_call_is_not_chosen_as_if_it_kept_a_transform() -> None:
+    conv, x = WinogradConv2d(64, 64, 4, 2, 1).eval(), torch.randn(1, 64, 24, 24)
+    chosen = [choice.takes_polyphase(x, 64, 1, 4, 2, 1, kept=kept) for kept in (False, True)]
+    assert chosen == [False, True]
+    conv.keep_transform = True
+    graph = torch.export.export(conv, (x,)).graph
+    assert not any("polyphase" in str(node.target) for node in graph.nodes)
+
+
 def test_a_module_whose_stride_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMIS_WINOGRAD", "2")
     conv, x = WinogradConv2d(64, 64, 3, 2, 1).eval(), torch.randn(1, 64, 64, 64)

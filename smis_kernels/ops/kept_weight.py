@@ -33,9 +33,12 @@ class KeptWeight:
         return 0 if self._kept is None else self._kept[2].nbytes
 
     def expects(self, weight: Tensor) -> bool:
-        """Whether the weight is the one of the call before, or the first one: it may be kept."""
+        """Whether the weight is the one of the call before, or the first one: it may be kept.
+
+        Compiled calls keep none.
+        """
         if torch.compiler.is_compiling():
-            return True
+            return False
         before, self._seen = self._seen, weakref.ref(weight)
         return before is None or before() is weight
 
