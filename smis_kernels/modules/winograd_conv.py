@@ -24,13 +24,6 @@ class _KeepsTransform(nn.Module):
 
     keep_transform: bool = False
 
-    def _kept(self) -> KeptWeight | None:
-        if self.training or not self.keep_transform:
-            vars(self).pop(_KEPT, None)
-            return None
-        kept: KeptWeight = vars(self).setdefault(_KEPT, KeptWeight())
-        return kept
-
     @property
     def kept_bytes(self) -> int:
         """The memory that a kept transform takes now."""
@@ -42,6 +35,41 @@ class _KeepsTransform(nn.Module):
         if mode:
             vars(self).pop(_KEPT, None)
         return super().train(mode)
+
+
+# Functions, no methods: a module to which accelerate() gives this class may have attributes of such
+# names.
+def _largest(conv: nn.Conv2d) -> int:
+    """The largest tile of 3x3 convs: training's gradients are those of small ones."""
+    return 2 if conv.training else 4
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    return (
+        (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+        and conv.padding in ((0, 0), (1, 1)) and conv.padding_mode == "zeros"
+    )
+
+
+def _is_square(conv: nn.Conv2d) -> bool:
+    return (conv.dilation == (1, 1) and conv.kernel_size[0] == conv.kernel_size[1]
+            and not isinstance(conv.padding, str) and conv.padding_mode == "zeros")
+
+
+def _is_strided(conv: nn.Conv2d) -> bool:
+    return _is_square(conv) and conv.stride in ((1, 1), (2, 2))
+
+
+def _padding(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[int, int]:
+    return int(conv.padding[0]), int(conv.padding[1])
+
+
+def _kept(module: _KeepsTransform) -> KeptWeight | None:
+    if module.training or not module.keep_transform:
+        vars(module).pop(_KEPT, None)
+        return None
+    kept: KeptWeight = vars(module).setdefault(_KEPT, KeptWeight())
+    return kept
 
 
 class WinogradConv2d(_KeepsTransform, nn.Conv2d):
@@ -69,26 +97,6 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
         >>> y = conv(torch.randn(1, 64, 128, 128))
     """
 
-    def _largest(self) -> int:
-        """The largest tile of 3x3 convs: training's gradients are those of small ones."""
-        return 2 if self.training else 4
-
-    def _plain(self) -> bool:
-        return (
-            (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
-            and self.padding in ((0, 0), (1, 1)) and self.padding_mode == "zeros"
-        )
-
-    def _square(self) -> bool:
-        return (self.dilation == (1, 1) and self.kernel_size[0] == self.kernel_size[1]
-                and not isinstance(self.padding, str) and self.padding_mode == "zeros")
-
-    def _strided(self) -> bool:
-        return self._square() and self.stride in ((1, 1), (2, 2))
-
-    def _padding(self) -> tuple[int, int]:
-        return int(self.padding[0]), int(self.padding[1])
-
     def weight_format(self, input: Tensor) -> torch.memory_format:
         """How the weight is best stored for ``input``: as it is, else it is copied at every call.
 
@@ -97,29 +105,29 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
         last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
         if not last:
             return torch.contiguous_format
-        kept = self._kept() is not None
-        if self._plain():
-            ours = takes_winograd(input, self.out_channels, self.groups, self._padding()[0],
-                                  largest=self._largest(), kept=kept)
+        kept = _kept(self) is not None
+        if _is_plain(self):
+            ours = takes_winograd(input, self.out_channels, self.groups, _padding(self)[0],
+                                  largest=_largest(self), kept=kept)
         else:
-            ours = self._strided() and takes_polyphase(
+            ours = _is_strided(self) and takes_polyphase(
                 input, self.out_channels, self.groups, self.kernel_size[0], self.stride[0],
-                self._padding(), kept=kept)
+                _padding(self), kept=kept)
         return torch.contiguous_format if ours else torch.channels_last
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The conv, plus ``residual`` where one is given."""
-        if self.out_channels <= MOST and self._square() and self.stride == (1, 1) and takes_narrow(
-                input, self.out_channels, self.groups, self._padding()):
-            y = narrow_conv2d(input, self.weight, self.bias, padding=self._padding()[0])
+        if self.out_channels <= MOST and _is_square(self) and self.stride == (1, 1) and (
+                takes_narrow(input, self.out_channels, self.groups, _padding(self))):
+            y = narrow_conv2d(input, self.weight, self.bias, padding=_padding(self)[0])
             return plus(y, residual)
-        if self._plain():
+        if _is_plain(self):
             return conv3x3(input, self.weight, self.bias, residual=residual,
-                           padding=self._padding()[0], groups=self.groups,
-                           largest=self._largest(), kept=self._kept())
-        if self._strided():
+                           padding=_padding(self)[0], groups=self.groups,
+                           largest=_largest(self), kept=_kept(self))
+        if _is_strided(self):
             y = strided_conv2d(input, self.weight, self.bias, stride=self.stride[0],
-                               padding=self._padding(), groups=self.groups, kept=self._kept())
+                               padding=_padding(self), groups=self.groups, kept=_kept(self))
             return plus(y, residual)
         return plus(super().forward(input), residual)
 
@@ -147,7 +155,7 @@ class WinogradConvTranspose2d(_KeepsTransform, nn.ConvTranspose2d):
         """The conv; ``output_size`` as :class:`torch.nn.ConvTranspose2d` reads it."""
         if output_size is not None or (self.stride, self.dilation) != ((2, 2), (1, 1)):
             return super().forward(input, output_size)
-        padding, more = (int(self.padding[0]), int(self.padding[1])), self.output_padding
+        padding, more = _padding(self), self.output_padding
         return doubling_conv2d(input, self.weight, self.bias, padding=padding,
                                output_padding=(more[0], more[1]), groups=self.groups,
-                               kept=self._kept())
+                               kept=_kept(self))
