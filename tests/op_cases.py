@@ -162,14 +162,18 @@ def outputs_of(found: Any) -> list[Tensor]:
 
 
 def results(case: OpCase, call: Call, inputs: tuple[Tensor, ...], backend: str,
-            against: list[Tensor] | None = None) -> list[Tensor]:
-    """Outputs, then the gradients of the first ``case.leaves`` inputs."""
+            against: list[Tensor] | None = None, laid: Callable[[Tensor], Tensor] = lambda t: t,
+            ) -> list[Tensor]:
+    """Outputs, then the gradients of the first ``case.leaves`` inputs.
+
+    ``laid`` lays out in memory what they are taken against.
+    """
     count = min(case.leaves, len(inputs))
     leaves = [t.detach().requires_grad_(i < count) for i, t in enumerate(inputs)]
     outputs = outputs_of(call(*leaves, backend=backend))
     if count == 0:
         return outputs
-    given = cotangents(outputs) if against is None else against
+    given = [laid(t) for t in (cotangents(outputs) if against is None else against)]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves[:count], given)]
 
 

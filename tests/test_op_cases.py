@@ -40,14 +40,18 @@ def shown(size: object) -> str:
 
 
 def agree(case: OpCase, shape: Shape, layout: str, options: Mapping[str, Any], dtype: torch.dtype,
-          backend: str, seed: int = 0, view: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+          backend: str, seed: int = 0, view: Callable[[Tensor], Tensor] = lambda t: t,
+          other: Callable[[Tensor], Tensor] = lambda t: t) -> None:
     """The kernel against the definition in fp64, judged by the definition's own error."""
-    call, inputs = case.build(shape, layout, dtype, options, seed)
-    inputs = tuple(view(t) if t.dim() == 4 else t for t in inputs)
-    exact = results(case, call, tuple(t.double() for t in inputs), "reference")
+    def laid(t: Tensor) -> Tensor:
+        return view(t) if t.dim() == 4 else other(t)
+
+    call, drawn = case.build(shape, layout, dtype, options, seed)
+    inputs = tuple(laid(t) for t in drawn)
+    exact = results(case, call, tuple(t.double() for t in inputs), "reference", laid=laid)
     with poisoned_empty():
-        found = results(case, call, inputs, backend)
-    reference = results(case, call, inputs, "reference")
+        found = results(case, call, inputs, backend, laid=laid)
+    reference = results(case, call, inputs, "reference", laid=laid)
     for i, (a, b, truth) in enumerate(zip(found, reference, exact, strict=True)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), f"result {i}"
         if not a.is_floating_point():
@@ -79,6 +83,12 @@ def inside(t: Tensor, channels: int, pixels: int) -> Tensor:
     return view.copy_(t)
 
 
+def spaced(t: Tensor) -> Tensor:
+    """The values as every second one of a larger tensor, along each axis."""
+    large = t.new_full([2 * size for size in t.shape], torch.nan)
+    return large[(slice(None, None, 2),) * t.dim()].copy_(t)
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels": partial(inside, channels=1, pixels=0),
     "crop": partial(inside, channels=0, pixels=1),
@@ -95,7 +105,8 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_views_of_channels_last(shape: Shape, view: str, name: str) -> None:
     """A single column's or row's pixels lie as far apart as those of the tensor it is cut from."""
     case = CASES[name]
-    agree(case, shape, "contiguous", case.default(), torch.float64, "cpu", view=VIEWS[view])
+    agree(case, shape, "contiguous", case.default(), torch.float64, "cpu", view=VIEWS[view],
+          other=spaced)
     call, inputs = case.build(shape, "contiguous", torch.float64, case.default())
     if inputs[0].dim() == 4 and name not in WITHOUT_FORMAT:
         x = VIEWS[view](inputs[0])
