@@ -329,6 +329,7 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[int], None]]] = [
     ("winograd kRows 8", (14, 16, 18, 29, 32, 33), lambda w: winograd(3, 4, 2, w)),
     # csrc/polyphase_conv, by common/winograd_panels.h and conv_host.h as above; kTile 3
     ("polyphase kDepth 160", (159, 160, 161, 321), lambda k: polyphase(k, 5)),
+    ("polyphase kDepth 160, many tiles", (161,), lambda k: polyphase(k, 5, 26, 52)),
     ("polyphase kSome 288 / taps", (17, 18, 19, 31, 32, 33), lambda m: polyphase(m, m)),
     ("polyphase kPanelVectors", (23, 24, 25, 47, 48, 49, 97), lambda m: polyphase(3, m)),
     ("polyphase kMostTiles 128", (382, 384, 386, 770), lambda w: polyphase(3, 4, 6, w)),

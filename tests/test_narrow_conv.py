@@ -20,24 +20,31 @@ pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("
 F64, LAST = torch.float64, torch.channels_last
 
 
-# Channels below, at and beyond one vector of every instruction set; pixels beside each tile's.
-@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+# Channels below, at and beyond one vector of every instruction set and dtype; pixels beside each
+# tile's, and tiles that touch no border.
+@pytest.mark.parametrize("layout", [*MEMORY_FORMATS, "channels of more"])
 @pytest.mark.parametrize("outputs", [1, 2, 3, 4])
-@pytest.mark.parametrize("channels", [1, 3, 4, 7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("channels", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33])
 def test_every_rest_of_a_vector_and_a_tile(channels: int, outputs: int, layout: str) -> None:
     torch.manual_seed(channels)
-    for width in range(1, 9):
-        x = with_memory_format(torch.randn(2, channels, 9 - width, width, dtype=F64), layout)
+    for height, width in (*((9 - width, width) for width in range(1, 9)), (6, 19)):
+        x = torch.randn(2, channels, height, width, dtype=F64)
+        if layout == "channels of more":
+            x = torch.cat([x, x], 1).contiguous(memory_format=LAST)[:, channels:]
+        else:
+            x = with_memory_format(x, layout)
         for side, padding in ((3, 1), (1, 0), (4, 2), (3, 3)):
             w = torch.randn(outputs, channels, side, side, dtype=F64)
             b = torch.randn(outputs, dtype=F64)
             if min(x.shape[2:]) + 2 * padding < side:
                 continue
             for bias in (None, b):
+                expected = F.conv2d(x, w, bias, padding=padding)
                 with poisoned_empty():
                     found = narrow_conv2d(x, w, bias, padding=padding, backend="cpu")
-                torch.testing.assert_close(found, F.conv2d(x, w, bias, padding=padding),
-                                           rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        narrow = narrow_conv2d(x.float(), w.float(), b.float(), padding=padding, backend="cpu")
+        torch.testing.assert_close(narrow.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

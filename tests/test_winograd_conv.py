@@ -88,22 +88,27 @@ def test_tiles_compute_the_conv(tile):
 
 
 # Kernels that outgrow a core's cache, at most 64 tiles: transformed where they are multiplied.
-# Channels below, at and beyond a chunk's 160; outputs that end in part of a vector, and of a panel.
+# Channels below, at and beyond a chunk's 160, of the input's gradient too; outputs that end in part
+# of a vector, and panels of one, two and three.
 @pytest.mark.parametrize("size", [(1, 2, 2), (1, 9, 11), (3, 13, 5), (1, 32, 32), (1, 32, 36),
                                   (2, 8, 7)])
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [
-    (159, 99, 1), (160, 96, 1), (161, 75, 1), (330, 90, 1), (2 * 165, 2 * 90, 2)])
+    (159, 75, 1), (160, 96, 1), (161, 99, 1), (330, 90, 1), (2 * 165, 2 * 90, 2), (330, 85, 1),
+    (90, 330, 1), (2 * 90, 2 * 165, 2)])
 def test_few_tiles_of_many_kernels(size, channels, outputs, groups):
     n, height, width = size
     x, w, b, r = _tensors((n, channels, height, width), outputs, groups, torch.float64)
-    expected = reference.winograd_conv2d(x, w, b, r, groups, 1)
+    expected = reference.winograd_conv2d(x.requires_grad_(), w, b, r, groups, 1)
+    (expected_grad,) = torch.autograd.grad(expected, x, r)
     for tile, weight in ((2, w), (4, w), (4, w.contiguous(memory_format=torch.channels_last))):
         with poisoned_empty():
             found = winograd_conv2d(x, weight, b, residual=r, groups=groups, tile=tile,
                                     backend="cpu")
+            (grad,) = torch.autograd.grad(found, x, r)
             plain = winograd_conv2d(x, weight, groups=groups, padding=0, tile=tile, backend="cpu"
                                     ) if min(height, width) > 2 else None
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-11, atol=1e-11)
         if plain is not None:
             torch.testing.assert_close(
                 plain, reference.winograd_conv2d(x, w, None, None, groups, 0), rtol=1e-11,
