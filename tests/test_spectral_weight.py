@@ -25,7 +25,7 @@ from smis_kernels.testing import (
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 SHAPES = ((2, 1, 1, 1), (5, 7, 3, 3), (16, 65, 3, 3), (3, 130, 4, 4), (7, 6, 5, 2), (4, 1, 3, 3),
-          (2, 3, 9, 9), (64, 33))
+          (2, 3, 9, 9), (7, 66, 5, 2), (64, 33), (3, 129))
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -69,13 +69,19 @@ def test_value_and_gradient(shape: tuple[int, ...], form: torch.memory_format,
                 assert_as_accurate(*three, what=name)
 
 
-@pytest.mark.parametrize("layout", MEMORY_FORMATS)
-def test_gradients_of_any_layout(layout: str) -> None:
-    weight, u, v = _tensors((9, 70, 3, 3), torch.float64)
+@pytest.mark.parametrize("layout", [*MEMORY_FORMATS, "channels of more"])
+@pytest.mark.parametrize("shape", [(9, 70, 3, 3), (3, 130, 4, 4), (7, 66, 5, 2)], ids=str)
+def test_gradients_of_any_layout(shape: tuple[int, ...], layout: str) -> None:
+    weight, u, v = _tensors(shape, torch.float64)
     sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
-    grad = torch.randn(weight.shape, dtype=torch.float64)
-    plain = grad / sigma - (grad * weight).sum() / sigma**2 * torch.outer(u, v).view(weight.shape)
-    found = _backward("cpu", with_memory_format(grad, layout), weight, u, v, sigma)
+    grad = torch.randn(shape, dtype=torch.float64)
+    plain = grad / sigma - (grad * weight).sum() / sigma**2 * torch.outer(u, v).view(shape)
+    if layout == "channels of more":
+        grad = torch.cat([grad, grad], 1).contiguous(memory_format=FORMATS[1])[:, shape[1]:]
+    else:
+        grad = with_memory_format(grad, layout)
+    spaced = (t.repeat_interleave(2)[::2] for t in (u, v))
+    found = _backward("cpu", grad, weight, *spaced, sigma)
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
 
 
