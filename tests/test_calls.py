@@ -526,10 +526,11 @@ def test_fixed_statistics_are_those_of_torch(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     for channels in (1, 2, 17, 130):
         mean, var = torch.rand((2, channels, 3), generator=generator, dtype=dtype)[..., 1].unbind(0)
-        found = fixed_statistics("cpu", mean, var, 1e-5)
-        assert torch.equal(found[0], mean[None])
-        assert torch.equal(found[1], torch.rsqrt(var + 1e-5)[None])
-        assert all(t.is_contiguous() for t in found)
+        for dense in (mean, mean.contiguous()):
+            found = fixed_statistics("cpu", dense, var, 1e-5)
+            assert torch.equal(found[0], mean[None])
+            assert torch.equal(found[1], torch.rsqrt(var + 1e-5)[None])
+            assert all(t.is_contiguous() for t in found)
     special = torch.tensor([0.0, torch.inf, torch.nan, -1.0, 1e-30], dtype=dtype)
     found = fixed_statistics("cpu", torch.zeros(5, dtype=dtype), special, 0.0)[1][0]
     torch.testing.assert_close(found, torch.rsqrt(special), equal_nan=True, rtol=0, atol=0)

@@ -233,6 +233,41 @@ def test_threads_do_not_change_the_result(layout: str, form: str) -> None:
 
 
 @needs_cpu
+def test_threads_leave_out_no_row_of_the_boxes() -> None:
+    image, rows = torch.ones(1, 3, 121, 300), torch.arange(121)
+    labels = rows[None, :, None].expand(1, 121, 300)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        boxes = class_boxes(image, labels, 121, backend="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    expected = torch.stack([rows, rows + 1, 0 * rows, 0 * rows + 300], 1)
+    assert torch.equal(boxes[0].long(), expected)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_that_rounds_to_zero_is_outside_the_box(dtype: torch.dtype) -> None:
+    image, mask = torch.ones(1, 1, 2, 3).to(dtype), torch.ones(1, 1, 2, 3).to(dtype)
+    image[..., 0], mask[..., 0] = torch.finfo(dtype).smallest_normal, 2.0**-12
+    mask[..., 2] = 0
+    found, expected = (class_boxes(image, mask, 1, backend=kind) for kind in ("cpu", "reference"))
+    assert torch.equal(found, expected)
+    assert found.tolist() == [[[0, 2, 1, 2]]]
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_a_class_beyond_the_labels_dtype_has_no_pixel(dtype: torch.dtype) -> None:
+    image = torch.ones(1, 1, 2, 3)
+    image[..., 1] = torch.inf  # which gives every class a box
+    labels = torch.zeros(1, 2, 3, dtype=dtype)
+    assert _same(*(class_crops(image, labels, 257, size=3, backend=kind)
+                   for kind in ("cpu", "reference")))
+
+
+@needs_cpu
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("form", ["labels", "planes", "soft"])

@@ -180,6 +180,15 @@ def test_sets_of_two_channels_are_told_apart() -> None:
 
 
 @needs_cpu
+def test_sets_of_three_channels_have_no_exact_key() -> None:
+    # 0 + 4 + 5 = 1 + 2 + 6, and the sums of their squares are equal, too
+    planes = torch.zeros(1, 7, 1, 2)
+    planes[0, [0, 4, 5], 0, 0] = planes[0, [1, 2, 6], 0, 1] = 1
+    for layout in MEMORY_FORMATS:
+        check_vectors(with_memory_format(planes, layout), 2)
+
+
+@needs_cpu
 def test_the_planes_of_cityscapes() -> None:
     map = random_map((2, 64, 48), 1000)
     planes = interleaved(map, 35)
@@ -202,8 +211,8 @@ def test_negative_zero_is_zero(dtype: torch.dtype, values: tuple[float, float]) 
         symbols, vectors = number_vectors(signed, 10, backend=backend)
         expected = number_vectors(plain, 10, backend=backend)
         assert_equal((symbols, vectors), expected)
-    mixed = torch.tensor([0.0, -0.0]).view(1, 1, 1, 2).to(dtype)
-    assert number_vectors(mixed, 10)[0].tolist() == [[[1, 1]]]
+    mixed = torch.tensor([0.0, -0.0, values[1]]).view(1, 1, 1, 3).to(dtype)
+    assert number_vectors(mixed, 10)[0].tolist() == [[[1, 1, 2]]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
