@@ -196,6 +196,15 @@ def test_the_commit_tells_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found() == "unknown"
 
 
+def test_a_record_tells_kinds_of_one_name_apart():
+    core = "model name\t: AMD EPYC\ncpu family\t: {}\nmodel\t\t: 2\n\n"
+    old, new = (provenance._processor_of(2 * core.format(family)) for family in (25, 26))
+    assert (old, new) == ("AMD EPYC (family 25 model 2), 2 cores",
+                          "AMD EPYC (family 26 model 2), 2 cores")
+    assert provenance._processor_of("model name : M1\n") == "M1, 1 cores"
+    assert provenance._processor_of("").endswith(", unknown cores")
+
+
 def test_what_is_read_is_never_written_over(tmp_path: Path, smis: Any, layout: Path) -> None:
     other = layout.with_name("edit_1.png")
     other.write_bytes(layout.read_bytes())

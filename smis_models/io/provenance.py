@@ -41,9 +41,16 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name and how many cores it shows."""
+    """The processor's name, its family and model where they are told, and the cores it shows."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, " \
-           f"{len(names) or 'unknown'} cores"
+    return _processor_of(path.read_text() if path.exists() else "")
+
+
+def _processor_of(text: str) -> str:
+    told = [line.partition(":")[::2] for line in text.splitlines() if ":" in line]
+    first = {key.strip(): value.strip() for key, value in reversed(told)}
+    name = first.get("model name") or platform.processor() or platform.machine()
+    kind = " ".join(f"{word} {first[key]}" for word, key in (("family", "cpu family"),
+                                                             ("model", "model")) if key in first)
+    cores = sum(key.strip() == "model name" for key, _ in told)
+    return f"{name}{f' ({kind})' if kind else ''}, {cores or 'unknown'} cores"
