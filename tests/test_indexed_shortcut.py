@@ -50,7 +50,8 @@ def check(tensors: tuple[Tensor, ...], options: Call) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
 
 
-# csrc: lanes and panels of every instruction set, kDepth; kPairs, also where four windows differ.
+# csrc: lanes and panels of every instruction set, kDepth; kPairs, also where four
+# windows differ; kMostPixels and the least of a block.
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 33, 159, 160, 161, 321])
 def test_channels(channels: int, upsample: bool) -> None:
@@ -63,7 +64,8 @@ def test_outputs(outputs: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 50])
-@pytest.mark.parametrize("pixels", [1, 7, 8, 9, 31, 32, 33, 127, 128, 129, 300])
+@pytest.mark.parametrize("pixels", [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300,
+                                    4095, 4097, 9000])
 @pytest.mark.parametrize("upsample", [False, True])
 def test_pairs(pixels: int, rows: int, upsample: bool) -> None:
     check(*made(4, 6, (1, pixels), rows=rows, upsample=upsample, batch=1))

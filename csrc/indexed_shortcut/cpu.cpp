@@ -1,5 +1,7 @@
 // CPU implementation of a block's shortcut, a 1x1 conv of modulated features: scratch, threads. The
 // loops: cpu_kernel.cpp.
+#include <numeric>
+
 #include "common/conv_host.h"
 #include "common/rows.h"
 #include "indexed_shortcut/cpu_kernel.h"
@@ -7,7 +9,8 @@
 namespace smis {
 namespace {
 
-constexpr int64_t kPairs = 128;  // at a time: weights are read once for so many
+constexpr int64_t kPairs = 128;       // at a time: weights are read once for so many
+constexpr int64_t kMostPixels = 512;  // of a block
 
 Tensor indexed_shortcut(const Tensor& input, const Tensor& mean, const Tensor& rstd, const Tensor& index,
                         const Tensor& table, const Tensor& weight, int64_t groups, bool upsample) {
@@ -35,8 +38,11 @@ Tensor indexed_shortcut(const Tensor& input, const Tensor& mean, const Tensor& r
   const auto pack = shortcut_weight_kernel_best();
   parallel(groups * plan.panels, 1, [&](int64_t begin, int64_t end) { pack(a, to, begin, end); });
   a.u = to;
+  a.block = std::clamp<int64_t>(a.pixels() / (8 * torch::stable::get_num_threads()), kPairs / 4, kMostPixels);
+  a.apart = std::max<int64_t>(a.blocks() * 5 / 8, 1);
+  while (std::gcd(a.apart, a.blocks()) != 1) ++a.apart;
   const auto kernel = shortcut_kernel_best();
-  parallel(a.N * a.H * a.W, kPairs / (up * up), [&](int64_t begin, int64_t end) {
+  parallel(a.blocks(), 1, [&](int64_t begin, int64_t end) {
     Tensor each = scratch_like(x, plan.scratch);
     kernel(a, begin, end, each.mutable_data_ptr());
   });

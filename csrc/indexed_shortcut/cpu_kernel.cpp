@@ -94,7 +94,10 @@ template <class A> class Shortcut {
 
 template <class A> void shortcut(const ShortcutArgs& a, int64_t begin, int64_t end, void* scratch) {
   Shortcut<A> pairs(a, scratch);
-  for (int64_t pixel = begin; pixel < end; ++pixel) pairs.add(pixel);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = a.first_pixel(item), last = std::min(first + a.block, a.pixels());
+    for (int64_t pixel = first; pixel < last; ++pixel) pairs.add(pixel);
+  }
   pairs.flush();
   if (a.stream) stream_fence();
 }

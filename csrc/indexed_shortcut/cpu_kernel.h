@@ -21,6 +21,13 @@ struct ShortcutArgs : ConvWeight {
   const void* u = nullptr;                 // of all groups
   void* y = nullptr;                       // (N, up H, up W, groups * M)
 
+  // Threads take ranges of blocks: neighbours lie apart, for some parts of a picture have more pairs.
+  int64_t block = 1;                       // pixels of x
+  int64_t apart = 1;                       // without a factor in common with blocks()
+
+  int64_t pixels() const { return N * H * W; }
+  int64_t blocks() const { return (pixels() + block - 1) / block; }
+  int64_t first_pixel(int64_t item) const { return item * apart % blocks() * block; }
   int64_t channels() const { return groups * K; }
   int64_t transformed() const { return transformed_weight(1); }
 };
@@ -35,5 +42,5 @@ struct ShortcutPlan {
 SMIS_DECLARE_KERNEL(shortcut_plan, const ShortcutArgs&, ShortcutPlan*)
 // Items: (group, panel). Writes u.
 SMIS_DECLARE_KERNEL(shortcut_weight_kernel, const ShortcutArgs&, void* u, int64_t begin, int64_t end)
-// Items: pixels of x.
+// Items: blocks of pixels of x.
 SMIS_DECLARE_KERNEL(shortcut_kernel, const ShortcutArgs&, int64_t begin, int64_t end, void* scratch)
