@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from smis_kernels.ops.content_digest.op import content_digest
+from smis_kernels.ops.content_digest.stamp import Stamp, content
 from smis_kernels.runtime.backend import missing
 
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason="no native CPU library")
@@ -54,3 +55,26 @@ def test_every_change_is_seen(change: object, backend: str) -> None:
     change(x.data)  # type: ignore[operator]
     assert x._version == version
     assert not torch.equal(content_digest(x, backend=backend), before)
+
+
+@needs_cpu
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 1, 0, 2), (1, 0, 2, 3)])
+def test_a_stamp_reads_memory_as_it_lies(order: tuple[int, ...]) -> None:
+    lying = values(360, torch.float32).view(3, 4, 5, 6)
+    x = lying.permute([order.index(i) for i in range(4)])
+    assert not x.is_contiguous()
+    stamp = Stamp([x])
+    with torch.profiler.profile() as profile:
+        found = content(x)
+    assert torch.equal(found, content_digest(lying))
+    assert stamp.holds([x])
+    names = {event.key for event in profile.key_averages()}
+    assert "smis_kernels::content_digest" in names
+    assert not names & {"aten::copy_", "aten::clone"}
+    x.data[1, 2, 0, 1] += 1
+    assert not stamp.holds([x])
+    every = lying[:, ::2].expand(2, *lying[:, ::2].shape)  # neither dense nor without overlaps
+    stamp = Stamp([every])
+    assert stamp.holds([every])
+    lying[1, 2, 0, 1] += 1
+    assert not stamp.holds([every])

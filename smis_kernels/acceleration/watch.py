@@ -14,8 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..ops.content_digest.op import content_digest
-from ..ops.content_digest.stamp import identity
+from ..ops.content_digest.stamp import content, identity
 
 OWN = "_smis_"  # prefix of what acceleration keeps on a module
 _INTERNAL = {*vars(nn.Module()), "training", "_compiled_call_impl"}
@@ -77,7 +76,7 @@ def _content_of(value: Any, depth: int = _DEPTH) -> Any:
         return (type(value), repr(value) if isinstance(value, (float, complex)) else value)
     if isinstance(value, Tensor):
         return (_Same(value), identity(value),
-                None if value.is_meta else int(content_digest(value, backend="auto")))
+                None if value.is_meta else int(content(value)))
     if depth and isinstance(value, Mapping):
         return (type(value), [(_content_of(k, depth - 1), _content_of(v, depth - 1))
                               for k, v in value.items()])

@@ -18,6 +18,14 @@ def identity(tensor: Tensor | None) -> tuple[Any, ...]:
     return (tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride())
 
 
+def content(tensor: Tensor) -> Tensor:
+    """The digest of values in the order of memory, which ``identity`` tells: none is copied."""
+    if not tensor.is_contiguous():  # a digest would copy it, at every check
+        strides = tensor.stride()
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=lambda i: -strides[i]))
+    return content_digest(tensor, backend="auto")
+
+
 class Stamp:
     """Tensors as they were: the same ones, at the same version, of the same content.
 
@@ -33,7 +41,7 @@ class Stamp:
         self._digests = self._content()
 
     def _content(self) -> list[int]:
-        found = [content_digest(t, backend="auto") for t in self._tensors
+        found = [content(t) for t in self._tensors
                  if t is not None and t.numel() and not t.is_meta]
         if not found:
             return []
