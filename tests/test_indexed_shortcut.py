@@ -71,13 +71,21 @@ def test_pairs(pixels: int, rows: int, upsample: bool) -> None:
     check(*made(4, 6, (1, pixels), rows=rows, upsample=upsample, batch=1))
 
 
+@pytest.mark.parametrize("rows", [2, 5, 40])
+def test_pixels_of_one_to_four_windows(rows: int) -> None:
+    """Whatever their number, no more pairs than there is room for are gathered."""
+    (x, index, table, weight), options = made(40, 6, (31, 29), rows=rows)
+    index = torch.randint(rows, index.shape, generator=torch.Generator().manual_seed(0)).int()
+    check((x, index, table, weight), options)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_and_large_outputs(threads: int) -> None:
     """Beyond 8 MiB stores pass the caches."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(*made(10, 33, (65, 61)))
+        check(*made(10, 33, (65, 64)))
         check(*made(6, 17, (3, 5), groups=3))
     finally:
         torch.set_num_threads(before)
