@@ -40,7 +40,8 @@ EMULATION_RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "asan": (("1", EMULATED),),
 }
 INSTRUCTION_TESTS = (*(f"tests/test_{name}.py" for name in (
-    "op_cases", "internal_sizes", "spectral_weight", "content_digest")),
+    "op_cases", "internal_sizes", "spectral_weight", "content_digest", "weight_gradient",
+    "indexed_shortcut")),
     "-k", "not opcheck and not gradcheck")  # gradients are compared with the definition's
 VALIDATED = tuple(f"tests/test_{name}.py" for name in (
     "independent_metrics", "preprocess", "recipes"))
