@@ -44,12 +44,15 @@ template <class A> struct BlockScratch {
   static int64_t size(const PanelShape<A>& s) { return s.depth + s.frequencies * (s.v_plane + s.p_plane); }
 };
 
-// fn(vecs as a constant), the vectors of the panel that begins with vector `first`.
-template <class A, class F> void with_panel(const PanelShape<A>& s, int64_t first, const F& fn) {
-  const int64_t vecs = std::min(kPanelVectors, s.vectors - first);
+// fn(vecs as a constant), the vectors of a panel.
+template <class F> void with_vecs(int64_t vecs, const F& fn) {
   if (vecs == 3) fn(std::integral_constant<int, 3>());
   else if (vecs == 2) fn(std::integral_constant<int, 2>());
   else fn(std::integral_constant<int, 1>());
+}
+// The same of the panel that begins with vector `first`.
+template <class A, class F> void with_panel(const PanelShape<A>& s, int64_t first, const F& fn) {
+  with_vecs(std::min(kPanelVectors, s.vectors - first), fn);
 }
 
 // Kernels of a panel's outputs, transposed to lanes: kSome channels of each at a time.
@@ -85,6 +88,18 @@ template <class A, int taps, int vecs> struct KernelsInLanes {
     }
   }
 };
+
+// The side x side pixels from (top, left) on, `step` apart, of an image of `height` x `width`; zeros
+// outside of it.
+template <class A, int side>
+void square_of(const A* image, int64_t top, int64_t left, int64_t step, int64_t height, int64_t width,
+               int64_t pixel_step, const A* zeros, const A** at) {
+  for (int64_t i = 0; i < side * side; ++i) {
+    const int64_t y = top + i / side * step, x = left + i % side * step;
+    const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+    at[i] = inside ? image + (y * width + x) * pixel_step : zeros;
+  }
+}
 
 // The pixels that a tile is computed from, K channels each.
 template <class A, int m> struct Patch {

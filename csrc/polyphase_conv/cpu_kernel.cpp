@@ -81,13 +81,8 @@ Patch<A, kTile> patch_of(const PolyphaseArgs& a, const Tile& t, int phase, int64
   const int64_t top = t.y * step + phase / 2 * apart - (a.transposed ? 1 : a.padding_y);
   const int64_t left = t.x * step + phase % 2 * apart - (a.transposed ? 1 : a.padding_x);
   Patch<A, kTile> patch;
-  for (int64_t i = 0; i < kSide * kSide; ++i) {
-    const int64_t y = top + i / kSide * step, x = left + i % kSide * step;
-    const bool inside = y >= 0 && y < a.H && x >= 0 && x < a.W;
-    patch.at[i] = inside ? static_cast<const A*>(a.x) + t.n * a.batch_step +
-                               (y * a.W + x) * a.pixel_step + group * a.K
-                         : zeros;
-  }
+  square_of<A, kSide>(static_cast<const A*>(a.x) + t.n * a.batch_step + group * a.K, top, left, step, a.H,
+                      a.W, a.pixel_step, zeros, patch.at);
   return patch;
 }
 

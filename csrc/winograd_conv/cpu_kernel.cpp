@@ -62,13 +62,8 @@ struct Tile {
 template <class A, int m>
 Patch<A, m> patch_of(const WinogradArgs& a, const Tile& t, int64_t group, const A* zeros) {
   Patch<A, m> patch;
-  for (int64_t i = 0; i < patch.side * patch.side; ++i) {
-    const int64_t y = t.y + i / patch.side - a.padding, x = t.x + i % patch.side - a.padding;
-    const bool inside = y >= 0 && y < a.H && x >= 0 && x < a.W;
-    patch.at[i] = inside ? static_cast<const A*>(a.x) + t.n * a.batch_step +
-                               (y * a.W + x) * a.pixel_step + group * a.K
-                         : zeros;
-  }
+  square_of<A, patch.side>(static_cast<const A*>(a.x) + t.n * a.batch_step + group * a.K, t.y - a.padding,
+                           t.x - a.padding, 1, a.H, a.W, a.pixel_step, zeros, patch.at);
   return patch;
 }
 
@@ -112,11 +107,12 @@ void transform_tiles(const WinogradArgs& a, void* v, int64_t begin, int64_t end)
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / a.tiles, i = item % a.tiles;
     A* to = static_cast<A*>(v) + group * s.frequencies * s.v_plane + i * s.depth;
-    if (i < a.all_tiles())
-      transform_patches<A, m>(s, 1, to, [&](int64_t) {
-        return patch_of<A, m>(a, Tile(a, i), group, zeros.data());
-      });
-    else for (int64_t f = 0; f < s.frequencies; ++f) std::fill_n(to + f * s.v_plane, s.depth, A(0));
+    if (i < a.all_tiles()) {
+      const Patch<A, m> patch = patch_of<A, m>(a, Tile(a, i), group, zeros.data());
+      transform_pixels<A, m>(patch, patch, a.K, to, s.v_plane);
+    } else {
+      for (int64_t f = 0; f < s.frequencies; ++f) std::fill_n(to + f * s.v_plane, s.depth, A(0));
+    }
   }
 }
 

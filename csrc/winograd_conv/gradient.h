@@ -33,12 +33,6 @@ template <class A> struct GradientShape {
   int64_t vecs(int64_t panel) const { return first(panel + 1) - first(panel); }
 };
 
-template <class A, class F> void with_vecs(int64_t vecs, const F& fn) {
-  if (vecs == 3) fn(std::integral_constant<int, 3>());
-  else if (vecs == 2) fn(std::integral_constant<int, 2>());
-  else fn(std::integral_constant<int, 1>());
-}
-
 // fn(first value, how to read a vector there) for each vector of `count` values; lanes beyond are zero.
 template <class A, class F> void by_lanes(int64_t count, const F& fn) {
   constexpr int64_t L = Lanes<A>::n;
@@ -55,25 +49,14 @@ struct GradientTile {
   }
 };
 
-// The side x side pixels at (top, left) of an image of `height` x `width`.
-template <class A, int side>
-void square_of(const A* image, int64_t top, int64_t left, int64_t height, int64_t width,
-               int64_t pixel_step, const A* zeros, const A** at) {
-  for (int64_t i = 0; i < side * side; ++i) {
-    const int64_t y = top + i / side, x = left + i % side;
-    const bool inside = y >= 0 && y < height && x >= 0 && x < width;
-    at[i] = inside ? image + (y * width + x) * pixel_step : zeros;
-  }
-}
-
 template <class A> struct GradientPatch {
   const A *x[16], *grad[4];
   GradientPatch(const WinogradGradientArgs& a, int64_t tile, int64_t group, const A* zeros) {
     const GradientTile t(a, tile);
     square_of<A, 4>(static_cast<const A*>(a.x) + t.n * a.x_batch + group * a.K, t.y - a.padding,
-                    t.x - a.padding, a.H, a.W, a.x_pixel, zeros, x);
+                    t.x - a.padding, 1, a.H, a.W, a.x_pixel, zeros, x);
     square_of<A, 2>(static_cast<const A*>(a.grad) + t.n * a.grad_batch + group * a.M, t.y, t.x,
-                    a.height, a.width, a.grad_pixel, zeros, grad);
+                    1, a.height, a.width, a.grad_pixel, zeros, grad);
   }
 };
 
@@ -159,7 +142,7 @@ template <class A> void gradient_items(const WinogradGradientArgs& a, int64_t be
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / each, panel = item % each / across, top = item % across * a.rows;
     const int64_t rows = std::min(a.rows, s.height - top);
-    with_vecs<A>(s.vecs(panel), [&](auto vecs) {
+    with_vecs(s.vecs(panel), [&](auto vecs) {
       A* u = static_cast<A*>(a.u ? a.u : scratch);
       if (a.u) u += ((group * s.vectors + s.first(panel)) * s.height + top * vecs()) * s.frequencies * s.L;
       gradient_products<A, vecs()>(a, s, group, panel, top, rows, u);

@@ -332,7 +332,8 @@ def modulate_pair(
     Equals ``norm_0(input, segmap, activation=...), norm_s(input, segmap)``; both have the same
     kind of norm. Where only one of them is frozen, or other statistics are kept, these are made.
     The second output is ``conv_s`` of that, where one is given: outside of training a CPU computes
-    a plain 1x1 conv by :func:`indexed_shortcut`, and ``norm_s(input)`` is never written.
+    a plain 1x1 conv, C to C' channels, by :func:`indexed_shortcut`, and ``norm_s(input)`` is never
+    written.
 
     Example:
         >>> x, seg = torch.randn(1, 64, 32, 32), torch.randn(1, 8, 64, 64)

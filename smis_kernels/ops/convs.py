@@ -32,6 +32,18 @@ def check_channels(input: Tensor, weight: Tensor, outputs: int) -> None:
         raise ValueError(f"weight: expected at least one output, got shape {tuple(weight.shape)}")
 
 
+def check_weight(weight: Tensor, input: Tensor, groups: int, sides: Pair) -> None:
+    """(C', C / groups, *sides) for the input's channels, on its device."""
+    channels, outputs = input.shape[1], weight.shape[0]
+    check_channels(input, weight, outputs)
+    if groups < 1 or channels % groups or outputs % groups:
+        raise ValueError(f"groups: expected a divisor of {channels} channels and {outputs} "
+                         f"outputs, got {groups}")
+    check_shape("weight", weight, (outputs, channels // groups, *sides),
+                f"for input {tuple(input.shape)} and {groups} groups")
+    check_device("weight", weight, input, "input")
+
+
 def check_bias(bias: Tensor | None, outputs: int, weight: Tensor, input: Tensor) -> None:
     """A bias of every output, or None."""
     if bias is not None:

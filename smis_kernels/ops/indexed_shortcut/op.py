@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime.backend import resolve
-from ...runtime.check import WIDE, check_device, check_shape, check_tensor
+from ...runtime.check import WIDE, check_tensor
 from ...runtime.derivatives import transformed
 from ...runtime.explain import record
 from ...runtime.library import RawOp
+from ..convs import check_weight
 from ..indexed_modulation.op import INDEXED, indexed_modulation
 from ..modulation.op import output_shape
 from ..normalization import Keywords, Options, check_input, statistics
@@ -49,7 +50,11 @@ def indexed_shortcut(
         (N, C', H, W), or (N, C', 2H, 2W) with ``upsample``; channels-last from the native kernel.
 
     Raises:
-        As :func:`indexed_modulation`.
+        As :func:`indexed_modulation`; ValueError, TypeError: a weight, or groups, of other
+            channels, dtype or device.
+
+    Source: the blocks of Park et al., "Semantic Image Synthesis with Spatially-Adaptive
+    Normalization", CVPR 2019.
 
     Example:
         >>> x, table = torch.randn(1, 8, 4, 4), torch.randn(3, 16)
@@ -60,14 +65,8 @@ def indexed_shortcut(
     settings, running = Options(**options), (running_mean, running_var)
     check_input(input, settings, running)
     rows = INDEXED.check("table", table, index, input, settings)
-    channels, outputs = input.shape[1], weight.shape[0]
     check_tensor("weight", weight, 4, "(C', C / groups, 1, 1)", (input.dtype,))
-    if groups < 1 or channels % groups or outputs % groups:
-        raise ValueError(f"groups: expected a divisor of {channels} channels and {outputs} "
-                         f"outputs, got {groups}")
-    check_shape("weight", weight, (outputs, channels // groups, 1, 1),
-                f"for input {tuple(input.shape)} and {groups} groups")
-    check_device("weight", weight, input, "input")
+    check_weight(weight, input, groups, (1, 1))
     kind = resolve("indexed_shortcut", input, backend, KINDS)
     if backend == "reference" or input.numel() == 0:
         record("indexed_shortcut", "reference", input)

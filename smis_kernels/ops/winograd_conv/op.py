@@ -10,7 +10,7 @@ from torch import Tensor
 from ...runtime.check import FLOATS, check_device, check_shape, check_tensor
 from ...runtime.derivatives import applied, recorded_gradients
 from ...runtime.library import RawOp
-from ..convs import backend_of, check_bias, check_channels
+from ..convs import backend_of, check_bias, check_weight
 from ..weight_gradient import weight_gradient
 from . import reference
 
@@ -133,15 +133,8 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *
     """
     check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
     check_tensor("weight", weight, 4, "(C', C / groups, 3, 3)", (input.dtype,))
-    _, channels, h, w = input.shape
-    out = weight.shape[0]
-    check_channels(input, weight, out)
-    if groups < 1 or channels % groups or out % groups:
-        raise ValueError(f"groups: expected a divisor of {channels} channels and {out} outputs, "
-                         f"got {groups}")
-    check_shape("weight", weight, (out, channels // groups, 3, 3),
-                f"for input {tuple(input.shape)} and {groups} groups")
-    check_device("weight", weight, input, "input")
+    check_weight(weight, input, groups, (3, 3))
+    (h, w), out = input.shape[2:], weight.shape[0]
     if not isinstance(padding, int) or padding not in (0, 1):
         raise ValueError(f"padding: expected 0 or 1, got {padding}")
     if tile not in TILES:
