@@ -16,6 +16,7 @@ template <class I> struct Strides {
 // Extents and strides; I is 32 bits wide where all offsets and counts are below 2^31.
 template <class I> struct Conv {
   I N = 0, C = 0, G = 0, H = 0, W = 0, OH = 0, OW = 0, stride = 1, padding = 0, dilation = 1;
+  int side = 1;  // of a kernel
   Strides<I> x, w, y;  // whichever is the result is written; y is the gradient in the backward
 };
 
@@ -49,18 +50,24 @@ template <class I> struct Grid {
   }
 };
 
+// Kernels KxK, unrolled, those of 5x5 by rows; K is 0 where the side is read: with 64-bit offsets.
+// All unrolled would take minutes to compile.
+template <int K, class I> __device__ int side(const Conv<I>& a) { return K == 0 ? a.side : K; }
+template <int K> constexpr int kUnrolled = K == 0 ? 1 : K == 5 ? 5 : K * K;
+
 // One output a thread: any kernel size, stride, dilation and number of groups.
 template <class T, int K, class I>
 __global__ void forward_kernel(Conv<I> a, Grid<I> places, Divider<I> by_group, int64_t total) {
+  const int k = side<K>(a);
   for (int64_t i = thread_index(); i < total; i += thread_stride()) {
     const auto at = places(I(i));
     const I top = at.y * a.stride - a.padding, left = at.x * a.stride - a.padding;
     const T* x = a.x.template at<const T>(at.n, at.c, 0);
-    const T* w = a.w.template at<const T>(at.n, by_group(at.c) * K * K, at.y * a.OW + at.x);
+    const T* w = a.w.template at<const T>(at.n, by_group(at.c) * k * k, at.y * a.OW + at.x);
     Acc<T> sum = 0;
-#pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) {
-      const I y = top + tap / K * a.dilation, column = left + tap % K * a.dilation;
+#pragma unroll kUnrolled<K>
+    for (int tap = 0; tap < k * k; ++tap) {
+      const I y = top + tap / k * a.dilation, column = left + tap % k * a.dilation;
       const bool inside = y >= 0 && y < a.H && column >= 0 && column < a.W;
       const Acc<T> value = inside ? load(x[(y * a.W + column) * a.x.p]) : Acc<T>(0);
       sum += load(w[tap * a.w.c]) * value;  // outside too: NaN weights survive
@@ -71,13 +78,14 @@ __global__ void forward_kernel(Conv<I> a, Grid<I> places, Divider<I> by_group, i
 
 template <class T, int K, class I>
 __global__ void grad_weight_kernel(Conv<I> a, Grid<I> places, I each, int64_t total) {
+  const int k = side<K>(a);
   for (int64_t i = thread_index(); i < total; i += thread_stride()) {
     const auto at = places(I(i));
     const I pixel = at.y * a.OW + at.x;
-#pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) {
-      const I y = at.y * a.stride - a.padding + tap / K * a.dilation;
-      const I x = at.x * a.stride - a.padding + tap % K * a.dilation;
+#pragma unroll kUnrolled<K>
+    for (int tap = 0; tap < k * k; ++tap) {
+      const I y = at.y * a.stride - a.padding + tap / k * a.dilation;
+      const I x = at.x * a.stride - a.padding + tap % k * a.dilation;
       const bool inside = y >= 0 && y < a.H && x >= 0 && x < a.W;
       Acc<T> sum = 0;
       for (I c = at.c * each; c < (at.c + 1) * each; ++c) {
@@ -85,7 +93,7 @@ __global__ void grad_weight_kernel(Conv<I> a, Grid<I> places, I each, int64_t to
             inside ? load(*a.x.template at<const T>(at.n, c, y * a.W + x)) : Acc<T>(0);
         sum += load(*a.y.template at<const T>(at.n, c, pixel)) * value;
       }
-      *a.w.template at<T>(at.n, at.c * K * K + tap, pixel) = rounded<T>(sum);
+      *a.w.template at<T>(at.n, at.c * k * k + tap, pixel) = rounded<T>(sum);
     }
   }
 }
@@ -93,15 +101,16 @@ __global__ void grad_weight_kernel(Conv<I> a, Grid<I> places, I each, int64_t to
 template <class T, int K, class I, bool unit>  // unit: of stride 1
 __global__ void grad_input_kernel(Conv<I> a, Grid<I> places, Divider<I> by_group,
                                   Divider<I> by_stride, int64_t total) {
+  const int k = side<K>(a);
   for (int64_t i = thread_index(); i < total; i += thread_stride()) {
     const auto at = places(I(i));
-    const T* w = a.w.template at<const T>(at.n, by_group(at.c) * K * K, 0);
+    const T* w = a.w.template at<const T>(at.n, by_group(at.c) * k * k, 0);
     const T* dy = a.y.template at<const T>(at.n, at.c, 0);
     Acc<T> sum = 0;
-#pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) {
-      const I y = at.y + a.padding - tap / K * a.dilation;
-      const I x = at.x + a.padding - tap % K * a.dilation;
+#pragma unroll kUnrolled<K>
+    for (int tap = 0; tap < k * k; ++tap) {
+      const I y = at.y + a.padding - tap / k * a.dilation;
+      const I x = at.x + a.padding - tap % k * a.dilation;
       bool inside = y >= 0 && x >= 0;
       I row = inside ? y : 0, column = inside ? x : 0;
       if (!unit) {
@@ -309,7 +318,8 @@ Conv<I> arguments(const Tensor& x, const Tensor& w, const Tensor& y, const Windo
   a.N = I(x.size(0)), a.C = I(x.size(1)), a.H = I(x.size(2)), a.W = I(x.size(3));
   a.OH = I(y.size(2)), a.OW = I(y.size(3));
   a.G = I(w.size(1) / (window.kernel_size * window.kernel_size));
-  a.stride = I(window.stride), a.padding = I(window.padding), a.dilation = I(window.dilation);
+  a.side = int(window.kernel_size), a.stride = I(window.stride);
+  a.padding = I(window.padding), a.dilation = I(window.dilation);
   a.x = strides<I>(x), a.w = strides<I>(w), a.y = strides<I>(y);
   return a;
 }
@@ -326,8 +336,9 @@ void with_offsets(const Tensor& x, const Tensor& w, const Tensor& y, const Windo
   });
 }
 
-template <class F> void with_kernel_size(int64_t size, const F& fn) {
-  if (size == 1) fn(std::integral_constant<int, 1>{});
+template <bool unrolled, class F> void with_kernel_size(int64_t size, const F& fn) {
+  if constexpr (!unrolled) fn(std::integral_constant<int, 0>{});
+  else if (size == 1) fn(std::integral_constant<int, 1>{});
   else if (size == 3) fn(std::integral_constant<int, 3>{});
   else fn(std::integral_constant<int, 5>{});
 }
@@ -381,7 +392,7 @@ void pass(const Launch& launch, const Tensor& x, const Tensor& w, const Tensor& 
     }
     if (kind != Form::any) return;
     const Grid<Offset> places(channels, a.OH, a.OW, channels_last(w));
-    with_kernel_size(window.kernel_size, [&](auto k) {
+    with_kernel_size<narrow>(window.kernel_size, [&](auto k) {
       if constexpr (gradient) {
         grad_weight_kernel<T, k(), Offset><<<blocks, kThreads, 0, launch.stream>>>(
             a, places, a.C / a.G, items);
@@ -440,7 +451,7 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
     }
     if (!rows) {
       const Grid<Offset> places(a.C, a.H, a.W, channels_last(w));
-      with_kernel_size(kernel_size, [&](auto k) {
+      with_kernel_size<narrow>(kernel_size, [&](auto k) {
         const Divider<Offset> by_group(a.C / a.G), by_stride(stride);
         if (narrow && stride == 1)
           grad_input_kernel<T, k(), Offset, narrow>
