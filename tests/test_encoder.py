@@ -164,18 +164,45 @@ def test_only_the_present_classes_are_computed(groups: list[int]) -> None:
     assert groups == [5] * 2 * (module.depth + 2)
 
 
-@pytest.mark.parametrize("name", ["", "layer1.0", "layer2.0", "fc_mu"])
-def test_hooks_see_every_class(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["", "layer1", "layer1.0", "layer1.1", "layer2", "layer2.0", "layer2.1", "fc_mu"])
+def test_hooks_see_every_class_and_change_what_they_return(name: str) -> None:
     module, seen = encoder().eval(), []
 
-    def hook(_: Any, inputs: Any, output: Any) -> None:
+    def hook(_: Any, inputs: Any, output: Any) -> Any:
         seen.append(inputs[0].shape[1])
+        return tuple(map(torch.square, output)) if isinstance(output, tuple) else output.square()
 
-    part = module.get_submodule(name)
-    part.register_forward_hook(hook)
+    def result() -> Tensor:
+        with torch.no_grad():
+            return module.encode(images(1), maps([[0, 2]]))[0]
+
+    before, part = result(), module.get_submodule(name)
+    handle = part.register_forward_hook(hook)
+    after = result()
+    widths = [3 * CLASSES, *(module.get_submodule(f"layer{i}.0").out_channels for i in (1, 2))]
+    normed = 1 if name.endswith(".1") else 0
+    expected = widths[int(name[5]) - 1 + normed] if name.startswith("layer") else getattr(
+        part, "in_channels", 3 * CLASSES)
+    assert seen == [expected]
+    assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
+    with use_backend("reference"):
+        torch.testing.assert_close(result(), after)
+    handle.remove()
+    assert torch.equal(result(), before)
+
+
+def test_a_plain_encoder_has_hooks_called() -> None:
+    module, seen = StridedEncoder(3, 8, 3).eval(), []
+    x = images(1, dtype=torch.float32)
     with torch.no_grad():
-        module.encode(images(1), maps([[0, 2]]))
-    assert seen == [getattr(part, "in_channels", 3 * CLASSES)]
+        before = module.strided(x)
+        for name in ("layer1", "layer3.1"):
+            module.get_submodule(name).register_forward_hook(
+                lambda m, inputs, output: seen.append(tuple(output.shape[1:])))
+        after = module.strided(x)
+    assert seen == [(8, 32, 32), (32, 8, 8)]
+    torch.testing.assert_close(after, before)
 
 
 def test_spectral_norm_of_the_heads() -> None:

@@ -356,6 +356,18 @@ def test_a_kept_transform_changes_no_value_and_is_given_back():
     assert conv.kept_bytes == 0
 
 
+@pytest.mark.parametrize(("size", "keeps"), [(8, False), (16, False), (17, True), (32, True)])
+def test_few_tiles_of_a_large_weight_keep_nothing(size: int, keeps: bool) -> None:
+    conv, x = WinogradConv2d(256, 256, 3, padding=1, bias=False).eval(), torch.randn(
+        1, 256, size, size)
+    conv.keep_transform = True
+    with torch.no_grad():
+        for _ in range(3):
+            found = conv(x)
+    assert (conv.kept_bytes > 0) == keeps
+    torch.testing.assert_close(found, F.conv2d(x, conv.weight, padding=1), rtol=1e-4, atol=1e-4)
+
+
 def _another(conv: WinogradConv2d) -> None:
     conv.weight = nn.Parameter(2 * conv.weight.detach())
 

@@ -24,6 +24,7 @@ PRODUCT_RATE, TILE_VALUE = {2: 33.5, 4: 33.5}, {2: 0.4, 4: 0.85}
 KERNEL, KEPT_KERNEL = {2: 17.0, 4: 34.0}, {2: 13.0, 4: 21.5}
 # Where few tiles read many kernels, these are transformed in cache (csrc/winograd_conv/cpu.cpp).
 STREAMED_KERNEL, MOST_STREAMED, CACHE = {2: 11.5, 4: 17.0}, 64, 1800 << 10
+MOST_UNKEPT = 16  # tiles, to which a kept transform is not faster than that
 
 
 def largest_tile() -> int:
@@ -32,6 +33,18 @@ def largest_tile() -> int:
     if value not in map(str, TILES):
         raise ValueError(f"{ENVIRONMENT}: expected 2 or 4, got {value!r}")
     return int(value)
+
+
+def _tiles(input: Tensor, padding: int, tile: int) -> int:
+    height, width = (size + 2 * padding - 2 for size in input.shape[2:])
+    return batch_of(input) * -(-height // tile) * -(-width // tile)
+
+
+def _streams(input: Tensor, outputs: int, groups: int, padding: int, tile: int,
+             most: int = MOST_STREAMED) -> bool:
+    """Whether kernels are transformed in cache: few tiles, a weight whose transform outgrows it."""
+    values = input.shape[1] // groups * (outputs // groups) * (tile + 2) ** 2
+    return _tiles(input, padding, tile) <= most and values * input.itemsize > CACHE
 
 
 def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest: int = 2,
@@ -46,10 +59,10 @@ def form(input: Tensor, outputs: int, groups: int, padding: int = 1, *, largest:
     def cost(tile: int) -> float:  # of each pair of a channel and an output, in nanoseconds
         if tile == 0:
             return DIRECT_KERNEL + n * height * width * 9 / DIRECT_RATE
-        tiles, frequencies = n * -(-height // tile) * -(-width // tile), (tile + 2) ** 2
-        values = tiles * frequencies
-        streamed = tiles <= MOST_STREAMED and k * m * frequencies * input.itemsize > CACHE
-        kernel = KEPT_KERNEL if kept else STREAMED_KERNEL if streamed else KERNEL
+        values = _tiles(input, padding, tile) * (tile + 2) ** 2
+        streamed = _streams(input, outputs, groups, padding, tile,
+                            MOST_UNKEPT if kept else MOST_STREAMED)
+        kernel = STREAMED_KERNEL if streamed else KEPT_KERNEL if kept else KERNEL
         return (kernel[tile] + values / PRODUCT_RATE[tile]
                 + values * (1 / k + 1 / m) * TILE_VALUE[tile])
 
@@ -86,7 +99,8 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     Args:
         largest: the largest Winograd tile that may be taken: 2, or 4 outside of training.
             ``SMIS_WINOGRAD=2`` forbids 4 everywhere.
-        kept: keeps the weight's transform for calls to come.
+        kept: keeps the weight's transform for calls to come, where reading it is faster than
+            making it.
 
     Raises:
         ValueError: ``SMIS_WINOGRAD`` is neither 2 nor 4.
@@ -98,6 +112,9 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
             if residual is not None:
                 size = [n + 2 * padding - 2 for n in input.shape[2:]]
                 residual = _at_size(residual, size)
+            if kept is not None and _streams(input, weight.shape[0], groups, padding, tile,
+                                             MOST_UNKEPT):
+                kept = None
             return winograd_conv2d(input, weight, bias, residual=residual, padding=padding,
                                    groups=groups, tile=tile, kept=kept)
         record("conv2d", "torch", input, reason="a direct conv is expected to be faster")
