@@ -39,7 +39,9 @@ from smis_kernels.ops.label_windows.op import (
     number_windows,
 )
 from smis_kernels.ops.level_tables.op import NormConvs, level_tables
+from smis_kernels.ops.reformat.op import reformat
 from smis_kernels.ops.window_table.op import window_embedding, window_table
+from smis_kernels.runtime.tensors import is_channels_last
 from smis_kernels.testing import with_memory_format
 
 
@@ -61,6 +63,7 @@ PUBLIC: dict[str, Call] = {
     "indexed_modulation": lambda **o: indexed_modulation(X, INDEX, draw(3, 8), **o),
     "indexed_modulation_pair": lambda **o: indexed_modulation_pair(
         X, INDEX, draw(3, 8), draw(3, 8), **o),
+    "reformat": lambda **o: reformat(X, torch.channels_last, **o),
     "indexed_shortcut": lambda **o: indexed_shortcut(X, INDEX, draw(3, 8), draw(5, 4, 1, 1), **o),
     "indexed_relu": lambda **o: indexed_relu(X, INDEX, draw(3, 4), 2, **o),
     "conditional_attention": lambda **o: conditional_attention(X, X, **o),
@@ -534,6 +537,14 @@ def _label_conv(shape: Shape, random: Random, kernel_size: int) -> Made:
     return call, (random.normal(c, 4, kernel_size, kernel_size), random.normal(c))
 
 
+def _reformat(shape: Shape, random: Random) -> Made:
+    def call(x: Tensor, backend: str) -> Tensor:
+        other = torch.contiguous_format if is_channels_last(x) else torch.channels_last
+        return reformat(x, other, backend=backend)
+
+    return call, (random.normal(*shape),)
+
+
 _ACTIVATIONS = ("leaky_relu", None, "relu")
 _NORMS: dict[str, tuple[Any, ...]] = {"norm": ("batch", "instance", "group", "none"),
                                       "training": (True, False), "activation": _ACTIVATIONS}
@@ -551,6 +562,7 @@ CASES: dict[str, OpCase] = {
                     "rows": (5, 1, 12), "out": (5, 1, 24), "groups": (1, 2, 3)},
         dtypes=WIDE, leaves=0),
     "indexed_relu": OpCase(_parts, {"parts": (3, 1, 4), "rows": (5, 1, 12)}, "triton", leaves=0),
+    "reformat": OpCase(_reformat),
     "conditional_attention": OpCase(_attention, {}, "triton"),
     "conditional_conv2d": OpCase(_conditional, {"depth": (4, 1, 17), "bias": (True, False)},
                                  "triton"),

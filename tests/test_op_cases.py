@@ -25,10 +25,11 @@ SHAPES: tuple[Shape, ...] = (
     *(() if cuda_emulated() else ((1, 40, 33, 50),)))  # too many fibers
 SMALL: tuple[Shape, ...] = ((2, 3, 5, 7), (1, 13, 11, 17))
 MEMORY_FORMATS = ("contiguous", "channels_last", "sliced")
-# Their first input is no map of features, or their output is channels-last whatever it is.
+# Their first input is no map of features, or their output is channels-last whatever it is, or in
+# the other format.
 WITHOUT_FORMAT = ("spectral_weight", "label_conv", "number_vectors", "winograd_conv2d",
                   "polyphase_conv2d", "polyphase_conv_transpose2d", "narrow_conv2d",
-                  "indexed_shortcut")
+                  "indexed_shortcut", "reformat")
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 # Emulated, "cpu" runs the CUDA kernel of an op that has one.
 NAMES = [name for name, case in CASES.items() if not cuda_emulated() or case.gpu == "cuda"]

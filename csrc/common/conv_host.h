@@ -1,7 +1,7 @@
 // What the CPU convs' cpu.cpp share: features by pixels, weights as they lie, blocks of tiles.
 #pragma once
 #include "conv_weight.h"
-#include "tensor.h"
+#include "reformat/host.h"
 
 namespace smis {
 
@@ -23,7 +23,7 @@ inline int64_t tiles_of_block(const ConvWeight& a, int64_t all, int64_t frequenc
 
 inline Tensor as_rows(const Tensor& t) {
   const bool dense = t.stride(1) == 1 && rows_dense(t) && t.size(2) * t.size(3) > 1;
-  return dense ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+  return dense ? t : reformatted(t, true);
 }
 
 inline Tensor scratch_like(const Tensor& like, int64_t count) {

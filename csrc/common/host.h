@@ -2,6 +2,9 @@
 #pragma once
 #include "operand.h"
 #include "tensor.h"
+#ifndef USE_CUDA
+#include "reformat/host.h"
+#endif
 
 namespace smis {
 
@@ -12,8 +15,12 @@ inline int64_t grain(int64_t elements_per_item) { return kGrain / std::max<int64
 // The tensor itself where its layout is the wanted one, else a copy.
 inline Tensor laid_out(const Tensor& t, bool last) {
   if (last ? rows_dense(t) : planes_dense(t)) return t;
+#ifdef USE_CUDA
   return torch::stable::contiguous(t, last ? torch::headeronly::MemoryFormat::ChannelsLast
                                            : torch::headeronly::MemoryFormat::Contiguous);
+#else
+  return reformatted(t, last);
+#endif
 }
 
 inline Operand operand(const Tensor& t) {

@@ -9,14 +9,9 @@ Tensor like(const Tensor& x, bool last) {
   return empty_nchw(x.size(0), x.size(1), x.size(2), x.size(3), last, x);
 }
 
-Tensor dense(const Tensor& t, bool last) {
-  return torch::stable::contiguous(t, last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                           : torch::headeronly::MemoryFormat::Contiguous);
-}
-
 Tensor conditional_attention(const Tensor& input, const Tensor& logits, double negative_slope) {
   const bool last = channels_last(input);
-  const Tensor x = dense(input, last), s = dense(logits, last);
+  const Tensor x = reformatted(input, last), s = reformatted(logits, last);
   Tensor y = like(x, last);
   ConditionalAttentionArgs a;
   a.element = element_of(x, "conditional_attention");
@@ -32,7 +27,7 @@ std::tuple<Tensor, Tensor> conditional_attention_backward(const Tensor& grad, co
                                                           const Tensor& logits,
                                                           double negative_slope) {
   const bool last = channels_last(input);
-  const Tensor x = dense(input, last), s = dense(logits, last), g = dense(grad, last);
+  const Tensor x = reformatted(input, last), s = reformatted(logits, last), g = reformatted(grad, last);
   Tensor dx = like(x, last), ds = like(x, last);
   ConditionalAttentionArgs a;
   a.element = element_of(x, "conditional_attention");

@@ -26,11 +26,6 @@ void run(Kernel kernel, const VaryingConvArgs& a, const Tensor& like, int64_t it
   });
 }
 
-Tensor as_format(const Tensor& t, bool last) {
-  return torch::stable::contiguous(t, last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                           : torch::headeronly::MemoryFormat::Contiguous);
-}
-
 // The weights, by far the largest operand, decide the layout; the input follows.
 Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_size, int64_t stride,
                     int64_t padding, int64_t dilation) {
@@ -38,7 +33,7 @@ Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_si
   const Tensor x = laid_out(input, last), w = laid_out(weight, last);
   const int64_t groups = w.size(1) / (kernel_size * kernel_size);
   Tensor y = empty_nchw(x.size(0), x.size(1), w.size(2), w.size(3), last, x);
-  if (y.numel() == 0) return last == wanted ? y : as_format(y, wanted);
+  if (y.numel() == 0) return last == wanted ? y : reformatted(y, wanted);
   VaryingConvArgs a = arguments(x, groups, y, kernel_size, stride, padding, dilation);
   a.x = operand(x), a.w = operand(w), a.y = operand(y);
   a.stream = last == wanted && y.numel() * int64_t(y.element_size()) >= kStreamBytes;
@@ -47,7 +42,7 @@ Tensor varying_conv(const Tensor& input, const Tensor& weight, int64_t kernel_si
   else
     run(varying_conv_planes_kernel_best(), a, x, a.N * a.G * a.blocks(),
         a.rows() * a.OW * a.taps() * a.per_group(), planes_scratch(a));
-  return last == wanted ? y : as_format(y, wanted);
+  return last == wanted ? y : reformatted(y, wanted);
 }
 
 Tensor varying_conv_grad_weight(const Tensor& grad, const Tensor& input, const Tensor& weight,
@@ -78,7 +73,7 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
   Tensor x = empty_nchw(grad.size(0), grad.size(1), height, width, last, y);
   if (y.numel() == 0) {
     torch::stable::fill_(x, 0.0);
-    return last == wanted ? x : as_format(x, wanted);
+    return last == wanted ? x : reformatted(x, wanted);
   }
   const int64_t groups = w.size(1) / (kernel_size * kernel_size);
   VaryingConvArgs a = arguments(x, groups, y, kernel_size, stride, padding, dilation);
@@ -91,7 +86,7 @@ Tensor varying_conv_grad_input(const Tensor& grad, const Tensor& weight, int64_t
   else
     run(varying_conv_grad_input_planes_kernel_best(), a, y, a.N * a.C, a.OH * a.OW * a.taps(),
         grad_input_planes_scratch(a));
-  return last == wanted ? x : as_format(x, wanted);
+  return last == wanted ? x : reformatted(x, wanted);
 }
 
 }  // namespace

@@ -70,8 +70,7 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, std::optional<Te
   Tensor y = empty_nchw(a.N, groups * a.M, a.height(), a.width(), true, x);
   if (y.numel() == 0) return y;
   Tensor r = y;
-  if (residual.has_value())
-    r = torch::stable::contiguous(*residual, torch::headeronly::MemoryFormat::ChannelsLast);
+  if (residual.has_value()) r = reformatted(*residual, true);
   a.batch_step = x.stride(0), a.pixel_step = x.stride(x.size(3) > 1 ? 3 : 2);
   a.x = x.const_data_ptr();
   a.bias = bias.has_value() ? b.const_data_ptr() : nullptr;

@@ -348,7 +348,7 @@ class FusedBlock(Fused):
     def _smis_small(self, *inputs: Any) -> bool:
         plan: BlockPlan = vars(self)[PLAN]
         x, segmap = inputs[::-1] if plan.swapped else inputs
-        return isinstance(segmap, Tensor) and is_small_call(x, plan.work)
+        return isinstance(segmap, Tensor) and is_small_call(x, segmap, plan.work)
 
     def _smis_ready(self, *inputs: Any) -> dict[str, CGNorm] | str:
         plan: BlockPlan = vars(self)[PLAN]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..layout.label_layout import layout_scope
+from ..ops.reformat.op import reformat
 from .swap import Accelerated
 
 
@@ -48,7 +49,12 @@ def _tracked(x: Tensor) -> Tensor:
 
 def channels_last(x: Tensor) -> Tensor:
     """Features in the format that convs and indexed modulation read fastest."""
-    return x.contiguous(memory_format=torch.channels_last)
+    return reformat(x, torch.channels_last)
+
+
+def planes(x: Tensor) -> Tensor:
+    """Features contiguous, as what was written for them expects."""
+    return reformat(x, torch.contiguous_format)
 
 
 def gradient_in_format(x: Tensor) -> Tensor:
@@ -61,7 +67,7 @@ def gradient_in_format(x: Tensor) -> Tensor:
         return x
     own = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
     same: Tensor = torch.ops.aten.alias.default(x)  # view_as gives one image other strides
-    same.register_hook(lambda gradient: gradient.contiguous(memory_format=own))
+    same.register_hook(lambda gradient: reformat(gradient, own))
     return same
 
 
@@ -82,7 +88,7 @@ def in_format_of(output: Any, inputs: Any) -> Any:
     tree_map_only(Tensor, look, inputs)
     if found:
         return output
-    return tree_map_only(Tensor, lambda x: x.contiguous() if _is_channels_last(x) else x, output)
+    return tree_map_only(Tensor, lambda x: planes(x) if _is_channels_last(x) else x, output)
 
 
 class Network(Accelerated):

@@ -16,7 +16,7 @@ from ..ops.norm_act.op import norm_act
 from ..runtime.tensors import acc_dtype
 from .convs import conv_change
 from .folding import Folded, constant
-from .formats import channels_last, gradient_in_format
+from .formats import channels_last, gradient_in_format, planes
 from .graph import is_plain_conv
 from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, detached_copy
 from .swap import FOLDED, PLAN, Change, Fused, FusionPlan, is_small, serves
@@ -115,7 +115,7 @@ class FusedSequence(Fused):
                     h = gradient_in_format(h)
         if plan.reformat and isinstance(h, Tensor) and h.dim() == 4:
             same = x.is_contiguous(memory_format=torch.channels_last)
-            return h if same else h.contiguous()
+            return h if same else planes(h)
         return h
 
     def _may_fold(self, conv: nn.Module, norm: nn.Module | None) -> bool:
