@@ -28,10 +28,10 @@ from smis_models.families import (
     with_options,
 )
 from smis_models.families.ccfpse import discriminate_pairs, pyramid_matching_loss
-from smis_models.families.pix2pixhd import pix2pixhd_losses
 from smis_models.networks.discriminator import discriminate
 from smis_models.networks.losses import feature_matching_loss, gan_loss, kl_loss
 from smis_models.networks.semantics import semantics
+from smis_models.training import recipe
 
 _PRESETS: dict[str, Preset] = {
     "smis_deepfashion": DEEPFASHION, "smis_cityscapes": CITYSCAPES, "smis_ade20k": ADE20K,
@@ -177,6 +177,19 @@ def _pooled_gradient(x: Tensor, ids: Tensor, cotangent: Tensor) -> Tensor:
     return grad
 
 
+def pix2pixhd_losses(fake: Any, real: Any, fake_detached: Any = None) -> dict[str, Tensor]:
+    """A step's terms by the published recipe; the discriminator's own without their weight."""
+    weights = recipe("pix2pixhd_cityscapes").losses
+    gan = partial(gan_loss, mode=weights.gan, reduction=weights.scales)
+    return {
+        "gan": gan(fake, True, discriminator=False),
+        "feature_matching": feature_matching_loss(fake, real, weights.feature_matching,
+                                                  weighting="pix2pixhd"),
+        "real": gan(real, True),
+        "fake": gan(fake if fake_detached is None else fake_detached, False),
+    }
+
+
 def ops_pix2pixhd(spec: None) -> dict[str, Callable[..., Any]]:
     """The op and loss cases of pix2pixHD."""
     lsgan = partial(gan_loss, mode="ls", reduction="sum")
@@ -191,8 +204,8 @@ def ops_pix2pixhd(spec: None) -> dict[str, Callable[..., Any]]:
         "gan_lsgan_single": lambda scale: lsgan([scale], target_is_real=True),
         "gan_bce_D_real_sigmoid": partial(bce, target_is_real=True),
         "gan_bce_D_fake_sigmoid": partial(bce, target_is_real=False),
-        "losses_numD2": lambda *pairs: list(pix2pixhd_losses(*pairs)),
-        "losses_numD3": lambda *pairs: list(pix2pixhd_losses(*pairs)),
+        "losses_numD2": lambda *pairs: list(pix2pixhd_losses(*pairs).values()),
+        "losses_numD3": lambda *pairs: list(pix2pixhd_losses(*pairs).values()),
         **{f"instance_avg_pool_b{n}": instance_avg_pool2d for n in (1, 2, 3)},
         "instance_avg_pool_b2_grad": _pooled_gradient,
     }

@@ -16,6 +16,7 @@ from smis_kernels import use_backend
 
 from ..data import Collate, Sample, SceneDataset
 from ..families import with_options
+from ..networks.blocks import settle
 from ..networks.semantics import semantics
 from ..training import TrainConfig, Trainer, recipe
 from ..training.batches import MicroBatch
@@ -59,18 +60,6 @@ def _config(name: str, setting: Setting) -> TrainConfig:
         optimizer=replace(config.optimizer, generator=0.0, discriminator=0.0),
         losses=replace(config.losses, perceptual=0.0),
     )
-
-
-@torch.no_grad()
-def settle(module: nn.Module, rounds: int = 30) -> None:
-    """Power iterations until the spectral norms no longer move from call to call."""
-    for layer in module.modules():
-        if "weight_u" in layer._buffers:
-            u, v = layer.get_buffer("weight_u"), layer.get_buffer("weight_v")
-            weight = layer.get_parameter("weight_orig").flatten(1)
-            for _ in range(rounds):
-                v.copy_(nn.functional.normalize(weight.mT @ u, dim=0))
-                u.copy_(nn.functional.normalize(weight @ v, dim=0))
 
 
 def _outcome(trainer: Trainer, batch: MicroBatch) -> Tensor:
@@ -119,7 +108,7 @@ def _make_inputs(name: str, setting: Setting) -> Inputs:
     """A trainer with published widths, samples, a loader's endless batches, and a picture."""
     config = _config(name, setting)
     trainer = Trainer(config)
-    settle(trainer.model)
+    settle(trainer.model, 30)
     scenes = _MapScenes(setting, kind_of(name), config.network)
     order = [i % len(scenes) for i in range(BATCH)]
     samples = [scenes[i] for i in order]

@@ -147,8 +147,7 @@ class UNetGenerator(nn.Module):
         return z.to(next(self.parameters()))
 
     def _conv(self, name: str, x: Tensor) -> Tensor:
-        out: Tensor = self.get_submodule(name)(x)
-        return out
+        return self.get_submodule(name)(x)
 
     def forward(self, semantics: Tensor | LabelLayout, z: Tensor) -> Tensor:
         preset, last = self.preset, self.preset.depth - 1

@@ -250,13 +250,11 @@ class Predictions:
 
     def convolved(self, part: Predictor, x: Tensor) -> Tensor:
         """``x`` under the kernels of a predictor."""
-        y: Tensor = part.last(x, self.condition(part.first))
-        return y
+        return part.last(x, self.condition(part.first))
 
     def gate(self, part: Predictor) -> Tensor:
         """The logits of an attention, (N, C, H, W)."""
-        logits: Tensor = part.last(self.condition(part.first))
-        return logits
+        return part.last(self.condition(part.first))
 
     def affine(self, norm: SPADE) -> tuple[Tensor, Tensor]:
         """Gamma and beta of the shortcut's norm."""
@@ -335,9 +333,8 @@ class ConditionalBlock(nn.Module):
         norm = self.norm_s
         norm.count_batch()
         gamma, beta = predicted.affine(norm)
-        out: Tensor = self.conv_s(modulation(
+        return self.conv_s(modulation(
             x, gamma, beta, **norm.norm_arguments(), **norm.shared_arguments()))
-        return out
 
     def _predictions(self, segmap: Tensor | LabelLayout, features: Tensor) -> Predictions:
         convs = [part.first for part in (self.gen_weights1, self.gen_weights2,
@@ -353,8 +350,7 @@ class ConditionalBlock(nn.Module):
         predicted: Predictions | None = _kept(
             segmap, self, channels * x[:, 0].numel() * x.element_size(),
             lambda: KeptPredictions(self, self._predictions(segmap, features)))
-        if predicted is None:
-            predicted = self._predictions(segmap, features)
+        predicted = predicted or self._predictions(segmap, features)
         shortcut = self._shortcut(x, predicted)
         h = predicted.convolved(self.gen_weights1, self.norm_1(x))
         h = conditional_attention(self.conv_1(h), predicted.gate(self.gen_se_weights1))
@@ -416,8 +412,7 @@ class CCFPSEGenerator(CodeGenerator):
         area = semantics.shape[0] * size[0] * size[1]
         pyramid = _kept(segmap, self, 2 * area * self.preset.ngf * self.conv_img.weight.itemsize,
                         lambda: self._pyramid(segmap))
-        if pyramid is None:
-            pyramid = self._pyramid(segmap)
+        pyramid = pyramid or self._pyramid(segmap)
         x = fast_format(self._start(semantics, z))
         level = 0
         for name in WIDTHS:
@@ -461,8 +456,7 @@ class CCFPSEGenerator(CodeGenerator):
         else:
             table = label_rows(segmap, size, _weight(layer), None)
         rows = F.embedding(level.index3, table.to(dtype)).permute(0, 3, 1, 2)
-        out: Tensor = rows if folded is not None else activation(norm(rows))
-        return out
+        return rows if folded is not None else activation(norm(rows))
 
 
 def _pool(x: Tensor, size: int) -> Tensor:
@@ -524,8 +518,7 @@ class FPSEDiscriminator(nn.Module):
         return nn.Sequential(normalised, nn.LeakyReLU(0.2))
 
     def _at(self, name: str, x: Tensor) -> Tensor:
-        out: Tensor = self.get_submodule(name)(x)
-        return out
+        return self.get_submodule(name)(x)
 
     def forward(self, image: Tensor, semantics: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         check_maps("image", image, 3, "an image")

@@ -286,7 +286,8 @@ class GroupDNetGenerator(UpwardGenerator):
                 f"z: expected batch size {semantics.shape[0]} as semantics, got {z.shape[0]}"
             )
         if preset.instance_edge:
-            segmap = _interleave_edge(segmap)
+            segmap = (segmap.map_vectors(_interleaved) if isinstance(segmap, LabelLayout)
+                      else _interleaved(segmap))
         x = fast_format(self.fc(z))
         for name in BLOCKS[:1 + preset.called]:
             x = self.get_submodule(name)(x, segmap, upsample=self._upsamples(name))
@@ -301,14 +302,8 @@ class GroupDNetGenerator(UpwardGenerator):
         return fast_format(torch.einsum("nckhw,nchw->nkhw", x.unflatten(1, (classes, -1)), masks))
 
 
-def _interleave_edge(semantics: Tensor | LabelLayout) -> Tensor | LabelLayout:
+def _interleaved(planes: Tensor) -> Tensor:
     """[class 0, ..., class C-1, edge] -> [class 0, edge, class 1, edge, ...]."""
-    if isinstance(semantics, LabelLayout):
-        return semantics.map_vectors(_interleave_planes)
-    return _interleave_planes(semantics)
-
-
-def _interleave_planes(planes: Tensor) -> Tensor:
     classes, edge = planes[:, :-1], planes[:, -1:]
     return torch.stack([classes, edge.expand_as(classes)], 2).flatten(1, 2)
 
@@ -387,9 +382,7 @@ class GroupDNetEncoder(StridedEncoder):
         """
         masks = labels.is_floating_point() or labels.dtype == torch.bool
         if masks or self._all_computed():
-            codes: tuple[Tensor, Tensor] = self(
-                class_crops(image, labels, self.classes, size=self.image_size))
-            return codes
+            return self(class_crops(image, labels, self.classes, size=self.image_size))
         pairs = self._present(class_boxes(image, labels, self.classes)[..., 1] > 0)
         if pairs is None:
             return self._codes(class_crops(image, labels, self.classes, size=self.image_size), None)

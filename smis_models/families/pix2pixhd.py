@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import (
@@ -22,7 +19,7 @@ from smis_kernels.interface import hooked, prepare_map
 
 from ..networks import tiled_inference
 from ..networks.blocks import check_maps, check_semantics, fast_format
-from ..networks.losses import feature_matching_loss, gan_loss
+from ..networks.discriminator import halved
 from ..networks.preset import Preset
 from .registry import ADAM_OF_PIX2PIX, Recipe, network, register_model
 
@@ -154,8 +151,7 @@ class ResnetBlock(nn.Module):
         h = x
         for layer in layers:
             h = layer(h)
-        out: Tensor = norm(h, x)
-        return out
+        return norm(h, x)
 
 
 def _global_layers(channels: int, width: int, downsamplings: int, blocks: int) -> list[nn.Module]:
@@ -171,10 +167,6 @@ def _global_layers(channels: int, width: int, downsamplings: int, blocks: int) -
 
 def _image_layers(width: int, channels: int = 3) -> list[nn.Module]:
     return [*_padded_conv(width, channels), nn.Tanh()]
-
-
-def _half(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
 
 
 def _check_size(name: str, x: Tensor | LabelLayout, step: int) -> None:
@@ -225,8 +217,7 @@ class _Generator(nn.Module):
         """``layers`` on the input; in inference, stem and (``image``) last layers in tiles."""
         assert isinstance(layers, nn.Sequential)
         if hooked(layers) or not tiled_inference.serves(self, source, list(layers)[:_STEM]):
-            out: Tensor = layers(fast_format(self.dense(source)))
-            return out
+            return layers(fast_format(self.dense(source)))
         source = prepare_map(source, next(self.parameters()))
         rows = tiled_inference.label_rows(source, layers[1])
         if rows is None:
@@ -309,16 +300,15 @@ class LocalEnhancer(_Generator):
             width = preset.ngf * 2 ** (preset.enhancers - n)
             down = [*_padded_conv(preset.input_channels, width), *_norm(width), *_down(width)]
             up = [*(ResnetBlock(2 * width) for _ in range(preset.local_blocks)), *_up(2 * width)]
-            last = n == preset.enhancers
             self.add_module(f"model{n}_1", nn.Sequential(*down))
-            if last:
+            if n == preset.enhancers:
                 up += _image_layers(width)
             self.add_module(f"model{n}_2", nn.Sequential(*up))
 
     def forward(self, semantics: Tensor | LabelLayout, features: Tensor | None = None) -> Tensor:
         inputs = [self.input(semantics, features)]
         for _ in range(self.preset.enhancers):
-            inputs.append(_half(self.dense(inputs[-1])))
+            inputs.append(halved(self.dense(inputs[-1])))
         x = self.run(self.model, inputs.pop(), image=False)
         for n in range(1, self.preset.enhancers + 1):
             own = self.run(self.get_submodule(f"model{n}_1"), inputs.pop(), image=False)
@@ -358,6 +348,7 @@ class LocalEnhancer(_Generator):
         for name, part in self.named_children():
             part.requires_grad_(not frozen or name.startswith(last))
         return self
+
 
 @network("generator", Pix2pixHDPreset)
 def pix2pixhd_generator(preset: Pix2pixHDPreset) -> GlobalGenerator | LocalEnhancer:
@@ -399,8 +390,7 @@ class FeatureEncoder(nn.Module):
         """The features before they are pooled."""
         check_maps("image", image, 3, "RGB in [-1, 1]")
         _check_size("image", image, 2**self.preset.encoder_downsamplings)
-        features: Tensor = self.model(fast_format(image))
-        return features
+        return self.model(fast_format(image))
 
     def forward(self, image: Tensor, instances: Tensor) -> Tensor:
         return instance_avg_pool2d(self.features(image), instances)
@@ -460,60 +450,5 @@ class Pix2pixHDDiscriminator(nn.Module):
                 features.append(h)
             results.append(features)
             if scale:
-                x = _half(x)
+                x = halved(x)
         return results
-
-
-class Pix2pixHDLosses(NamedTuple):
-    """What one step of training needs; ``generator`` and ``discriminator`` are to be minimised."""
-
-    gan: Tensor
-    feature_matching: Tensor
-    real: Tensor
-    fake: Tensor
-
-    @property
-    def generator(self) -> Tensor:
-        """The sum of both, without the perceptual loss, whose published weight is 10 too."""
-        return self.gan + self.feature_matching
-
-    @property
-    def discriminator(self) -> Tensor:
-        """The mean of real and fake, as published."""
-        return 0.5 * (self.real + self.fake)
-
-
-def pix2pixhd_losses(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[Tensor]], *,
-                     fake_detached: Sequence[Sequence[Tensor]] | None = None,
-                     weight: float = 10.0) -> Pix2pixHDLosses:
-    r"""LSGAN summed over the scales, and feature matching, with the published weights.
-
-    .. math:: \mathcal{L}_{FM} = \lambda \frac{4}{L + 1} \frac{1}{S} \sum_s \sum_{i < \text{last}}
-              \mathrm{mean} |f_{s,i} - r_{s,i}|, \quad L + 2 \text{ layers a scale}
-
-    Args:
-        fake, real: the discriminator's outputs: per scale the features and, last, the prediction.
-        fake_detached: those for the detached fake image, for the discriminator's own loss; by
-            default ``fake``, which serves to look at the values only.
-        weight: λ.
-
-    Raises:
-        ValueError: no scales, or another number of them in fake and real.
-
-    Source: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with
-    Conditional GANs", 2018, section 3.3.
-
-    Example:
-        >>> from smis_models import create_model
-        >>> d = create_model("pix2pixhd_cityscapes", part="discriminator", ndf=8)
-        >>> fake, real = torch.rand(2, 1, 39, 64, 64, requires_grad=True)
-        >>> losses = pix2pixhd_losses(d(fake), d(real), fake_detached=d(fake.detach()))
-        >>> losses.generator.backward(retain_graph=True)
-    """
-    lsgan = partial(gan_loss, mode="ls", reduction="sum")
-    return Pix2pixHDLosses(
-        gan=lsgan(fake, True, discriminator=False),
-        feature_matching=feature_matching_loss(fake, real, weight, weighting="pix2pixhd"),
-        real=lsgan(real, True),
-        fake=lsgan(fake if fake_detached is None else fake_detached, False),
-    )

@@ -101,8 +101,7 @@ class SPADEResBlock(nn.Module):
             h = self.norm_0(x, segmap, activation="leaky_relu", upsample=upsample)
             shortcut = x  # which conv_1 upsamples as it adds it
         h = self.norm_1(self.conv_0(h), segmap, activation="leaky_relu")
-        out: Tensor = self.conv_1(h, shortcut)
-        return out
+        return self.conv_1(h, shortcut)
 
 
 _NORMAL_STD = 0.02
@@ -170,11 +169,18 @@ def init_weights(module: nn.Module, *, seed: int = 0, gain: float = 0.02,
             tensor.copy_(F.normalize(torch.randn(tensor.shape, generator=generator), dim=0))
         else:
             tensor.zero_()
+    settle(module, 1)
+    return module
+
+
+@torch.no_grad()
+def settle(module: nn.Module, rounds: int) -> None:
+    """Power iterations of the spectral norms; after many they no longer move from call to call."""
     for layer in module.modules():
         buffers = dict(layer.named_buffers(recurse=False))
         if "weight_u" in buffers:
             u, v = buffers["weight_u"], buffers["weight_v"]
             weight = layer.get_parameter("weight_orig").flatten(1)
-            v.copy_(F.normalize(weight.mT @ u, dim=0))
-            u.copy_(F.normalize(weight @ v, dim=0))
-    return module
+            for _ in range(rounds):
+                v.copy_(F.normalize(weight.mT @ u, dim=0))
+                u.copy_(F.normalize(weight @ v, dim=0))

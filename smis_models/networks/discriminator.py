@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smis_kernels import WinogradConv2d
 from smis_kernels.interface import hooked, requested, strided_conv2d
 
-from .blocks import conv
+from .blocks import check_maps, conv
 
 
 def _with_maps(semantics: Tensor, pictures: Tensor) -> Tensor:
@@ -112,11 +112,7 @@ class MultiscaleDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, semantics: Tensor | None = None) -> list[list[Tensor]]:
         channels = self.channels - (0 if semantics is None else semantics.shape[1])
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise ValueError(
-                f"x: expected (N, {channels}, H, W), semantics and image concatenated; "
-                f"got {tuple(x.shape)}"
-            )
+        check_maps("x", x, channels, "semantics and image concatenated")
         if semantics is not None and (
                 semantics.shape[2:] != x.shape[2:] or not len(semantics)
                 or len(x) % len(semantics)):
@@ -125,13 +121,14 @@ class MultiscaleDiscriminator(nn.Module):
         results: list[list[Tensor]] = []
         for scale in self.children():
             if results:
-                x = _halved(x)
-                semantics = None if semantics is None else _halved(semantics)
+                x = halved(x)
+                semantics = None if semantics is None else halved(semantics)
             results.append(scale(x) if semantics is None else scale(x, semantics))
         return results
 
 
-def _halved(x: Tensor) -> Tensor:
+def halved(x: Tensor) -> Tensor:
+    """The next scale's input: means over 3x3 windows, of what lies inside."""
     return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
 
 

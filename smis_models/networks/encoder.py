@@ -87,8 +87,7 @@ class CodeEncoder(nn.Module):
 
     def encode(self, image: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu, logvar) of ``image``; labels, which other systems' encoders read, are not read."""
-        codes: tuple[Tensor, Tensor] = self(image)
-        return codes
+        return self(image)
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None,

@@ -84,8 +84,7 @@ class CodeGenerator(UpwardGenerator):
                 f"z: expected None, for without vae the picture follows from the semantics; got "
                 f"{tuple(z.shape)}"
             )
-        start: Tensor = self.fc(resized(semantics, preset.latent_size, self.fc.weight))
-        return start
+        return self.fc(resized(semantics, preset.latent_size, self.fc.weight))
 
 
 def check_code(z: Tensor | None, batch: int, channels: int) -> None:

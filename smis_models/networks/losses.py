@@ -19,20 +19,11 @@ def _hinge(x: Tensor, real: bool, discriminator: bool) -> Tensor:
     return F.relu(1 - x if real else 1 + x).mean()
 
 
-def _least_squares(x: Tensor, real: bool, discriminator: bool) -> Tensor:
-    return (x - float(real)).square().mean()
-
-
-def _original(x: Tensor, real: bool, discriminator: bool) -> Tensor:
-    return F.softplus(-x if real else x).mean()
-
-
-def _wasserstein(x: Tensor, real: bool, discriminator: bool) -> Tensor:
-    return -x.mean() if real else x.mean()
-
-
 _MODES: dict[str, Callable[[Tensor, bool, bool], Tensor]] = {
-    "hinge": _hinge, "ls": _least_squares, "original": _original, "w": _wasserstein,
+    "hinge": _hinge,
+    "ls": lambda x, real, _: (x - float(real)).square().mean(),
+    "original": lambda x, real, _: F.softplus(-x if real else x).mean(),
+    "w": lambda x, real, _: -x.mean() if real else x.mean(),
 }
 
 
