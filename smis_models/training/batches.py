@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from smis_kernels import LabelLayout
 from smis_kernels.interface import requested
 
-from ..data import Batch, Collate, Draw, Sample, SceneDataset
+from ..data import Batch, Collate, Draw, SceneDataset
 from ..data.build import build_dataset
 from ..families import Preset
 from ..io.seeds import derived_seed
@@ -100,6 +100,15 @@ class MicroBatch:
         return drawn[self.first : self.first + len(self)].to(like)
 
 
+def first_batches(pictures: SceneDataset, config: TrainConfig, device: torch.device,
+                  most: int) -> Iterator[MicroBatch]:
+    """The first pictures, ``most`` of them, in batches of the run's size."""
+    collate, size, count = Collate(config.network), config.data.batch, min(most, len(pictures))
+    for first in range(0, count, size):
+        chosen = [pictures[i] for i in range(first, min(first + size, count))]
+        yield MicroBatch.of(collate(chosen), device)
+
+
 class Place(NamedTuple):
     """How far a run is: the epoch, and the pictures of its order that were seen."""
 
@@ -179,34 +188,24 @@ def _unsignalled() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _ErrorsAsValues(Dataset[Any]):
-    """A data set whose errors travel as values: a worker's own come with its whole traceback."""
+class _Collated(Dataset[Any]):
+    """Batches by the keys of their pictures.
 
-    def __init__(self, source: SceneDataset) -> None:
-        self._source = source
+    Errors travel as values: a worker's own come with its whole traceback.
+    """
 
-    def __len__(self) -> int:
-        return len(self._source)
+    def __init__(self, source: SceneDataset, preset: Preset) -> None:
+        self._source, self._collate = source, Collate(preset)
 
-    def __getitem__(self, key: int | Draw) -> Sample | Exception:
+    def __getitem__(self, keys: Sequence[Draw]) -> Batch | Exception:
         try:
-            return self._source[key]
+            return self._collate([self._source[key] for key in keys])
         except (ValueError, OSError) as error:
             return error
 
 
-class _CollateErrorsAsValues:
-    def __init__(self, preset: Preset) -> None:
-        self._collate = Collate(preset)
-
-    def __call__(self, samples: Sequence[Any]) -> Batch | Exception:
-        for sample in samples:
-            if isinstance(sample, Exception):
-                return sample
-        try:
-            return self._collate(samples)
-        except ValueError as error:
-            return error
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class Batches:
@@ -237,7 +236,6 @@ class Batches:
         if len(dataset) < batch:
             raise ValueError(f"data.batch: expected at most {len(dataset)}, for there are no more "
                              f"pictures; got {batch}")
-        self.steps_per_epoch = len(dataset) // batch
         self._accumulate, self._micro, self._own = accumulate, batch // accumulate, batch // parts
         self._seed, self._step = config.seed, start
         self._first, self._device = processes.rank * self._own, device
@@ -251,8 +249,8 @@ class Batches:
         order = Order(self.length, config.data.batch, self._accumulate, self._seed, self._place,
                       self._processes)
         loader = DataLoader(
-            _ErrorsAsValues(self._dataset), batch_sampler=order,
-            collate_fn=_CollateErrorsAsValues(config.network),
+            _Collated(self._dataset, config.network), batch_size=None, sampler=order,
+            collate_fn=_as_it_is,
             num_workers=config.data.workers, pin_memory=self._device.type == "cuda")
         with _unsignalled():
             return iter(loader)

@@ -49,8 +49,7 @@ class Processes:
 def unsynchronized(module: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Keep gradients apart until the ``last`` micro-batch of a step."""
     if isinstance(module, DistributedDataParallel) and not last:
-        kept: AbstractContextManager[None] = module.no_sync()
-        return kept
+        return module.no_sync()
     return nullcontext()
 
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -90,19 +90,6 @@ class LossTable:
                 csv.DictWriter(file, self._names, lineterminator="\n").writerow(texts)
 
 
-class Logger(Protocol):
-    """Where curves and pictures go."""
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One point on the curve of each value."""
-
-    def picture(self, name: str, picture: Picture, step: int) -> None:
-        """One (H, W, 3) picture."""
-
-    def close(self) -> None:
-        """Write what is pending."""
-
-
 class TensorBoard:
     """TensorBoard files in ``folder/tensorboard``.
 
@@ -120,10 +107,12 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point on the curve of each value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
+        """One (H, W, 3) picture."""
         self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -160,3 +149,6 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Logger = TensorBoard | WandB

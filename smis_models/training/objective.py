@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,10 @@ class Objective:
         self.model, self.preset, self.weights = model, model.preset, config.losses
         self.reuse_fake, self.parts = config.optimizer.reuse_fake, parts
         self.perceptual = perceptual
-        self._check(config)
+        for name in ("kl", "prior", "latent", "diversity"):
+            if getattr(self.weights, name) > 0 and not self.coded:
+                raise ValueError(f"losses.{name}: expected 0, for {config.model} has no latent "
+                                 f"code with these options; got {getattr(self.weights, name)}")
 
     @property
     def coded(self) -> bool:
@@ -88,17 +91,9 @@ class Objective:
         """Whether each class has a code of its own."""
         return self.coded and hasattr(self.model.generator, "class_channels")
 
-    def _check(self, config: TrainConfig) -> None:
-        weights = config.losses
-        for name in ("kl", "prior", "latent", "diversity"):
-            if getattr(weights, name) > 0 and not self.coded:
-                raise ValueError(f"losses.{name}: expected 0, for {config.model} has no latent "
-                                 f"code with these options; got {getattr(weights, name)}")
-
     def encode(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the codes of the batch's pictures."""
-        codes: tuple[Tensor, Tensor] = self.model.encoder.encode(batch.image, batch.labels)
-        return codes
+        return self.model.encoder.encode(batch.image, batch.labels)
 
     def discriminate(self, batch: MicroBatch, fake: Tensor) -> DiscriminatorOutputs:
         """Fake and real pictures in one pass."""
@@ -244,8 +239,7 @@ class Pix2pixHDObjective(Objective):
         """Instance features of the batch's pictures, where the model reads some."""
         if not self.preset.has_encoder:
             return None
-        features: Tensor = self.model.encoder(batch.image, batch.instances)
-        return features
+        return self.model.encoder(batch.image, batch.instances)
 
     def paint(self, batch: MicroBatch, losses: Losses, draw: int = 0) -> Tensor:
         return self.model.generator(batch.planes, self.features(batch))
@@ -275,28 +269,17 @@ def objective(model: SynthesisModel, config: TrainConfig, parts: int = 1,
     return OBJECTIVES.get(type(model.preset), Objective)(model, config, parts, perceptual)
 
 
-class GeneratorStep(nn.Module):
-    """The generator's losses as a module over what they train, for DistributedDataParallel."""
+class Step(nn.Module):
+    """Losses of a side as a module over what they train, for DistributedDataParallel."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, side: Literal["generator", "discriminator"],
+                 trained: Iterable[nn.Module]) -> None:
         super().__init__()
-        self._objective = objective
-        self.trained = nn.ModuleList(generator_parts(objective.model))
+        self._objective, self._side = objective, side
+        self.trained = nn.ModuleList(trained)
 
-    def forward(self, batch: MicroBatch) -> tuple[Losses, list[Tensor]]:
-        return self._objective.generator(batch)
-
-
-class DiscriminatorStep(nn.Module):
-    """The discriminator's losses as a module over what they train."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self._objective = objective
-        self.trained = objective.model.discriminator
-
-    def forward(self, batch: MicroBatch, fakes: Sequence[Tensor]) -> Losses:
-        return self._objective.discriminator(batch, fakes)
+    def forward(self, *inputs: Any) -> Any:
+        return getattr(self._objective, self._side)(*inputs)
 
 
 def generator_parts(model: SynthesisModel) -> Sequence[nn.Module]:

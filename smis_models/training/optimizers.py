@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..families import SynthesisModel
-from .config import OptimizerConfig, TrainConfig
+from .config import OptimizerConfig
 from .objective import generator_parts
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,25 +20,6 @@ def adam(parameters: Iterable[nn.Parameter], rate: float, config: OptimizerConfi
     """Adam over the parameters that are trained now."""
     trained = [p for p in parameters if p.requires_grad]
     return torch.optim.Adam(trained, lr=rate, betas=config.betas, fused=True)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate from now on."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def trained_parameters(model: SynthesisModel, frozen: bool) -> Iterator[nn.Parameter]:
-    """Those of generator and encoder; ``frozen`` leaves pix2pixHD's global generator out."""
-    if hasattr(model.generator, "freeze_global"):
-        model.generator.freeze_global(frozen)
-    for part in generator_parts(model):
-        yield from (p for p in part.parameters() if p.requires_grad)
-
-
-def scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
-    """Scales losses in fp16, whose range is small; does nothing otherwise."""
-    return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
 
 class EMA:

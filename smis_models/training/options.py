@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .. import families
-from ..families import Preset, create_model
+from ..families import Preset
 from ..io.choices import unknown_name
 from ..io.extras import cure
 from .config import TrainConfig
@@ -45,8 +45,7 @@ def _parser(network: type[Preset]) -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain types only: what goes into files."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def to_json(config: TrainConfig) -> str:
@@ -99,14 +98,6 @@ def recipe(name: str) -> TrainConfig:
     return RECIPES[name]()
 
 
-def _base(model: str) -> dict[str, Any]:
-    """Where a file that names no recipe starts: the model's recipe, or bare defaults."""
-    if model in RECIPES:
-        return to_dict(RECIPES[model]())
-    preset = create_model(model, part="generator", device="meta").preset
-    return to_dict(TrainConfig(model=model, network=preset))
-
-
 def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> TrainConfig:
     """A configuration from plain types, as :func:`to_dict` makes them, changed by ``arguments``.
 
@@ -119,7 +110,9 @@ def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Trai
     if "recipe" in given:
         base = to_dict(recipe(str(given.pop("recipe"))))
     elif "model" in given:
-        base = _base(str(given["model"]))
+        model = str(given["model"])  # whose recipe is the start, where there is one
+        base = to_dict(RECIPES[model]() if model in RECIPES else TrainConfig(
+            model=model, network=families.entry(model).preset))
     else:
         raise ValueError("config: expected a recipe or a model; add `recipe: NAME` or "
                          "`model: NAME`")
@@ -131,8 +124,7 @@ def from_dict(content: Mapping[str, Any], arguments: Sequence[str] = ()) -> Trai
     if given.get("model", base["model"]) != base["model"]:
         raise ValueError(f"model: the recipe is of {base['model']}, got {given['model']!r}; "
                          "leave one of recipe and model out")
-    network = type(create_model(base["model"], part="generator", device="meta").preset)
-    parser = _parser(network)
+    parser = _parser(type(families.entry(base["model"]).preset))
     from jsonargparse import ArgumentError
 
     try:

@@ -21,7 +21,7 @@ from ..io.files import locked, remove_partial
 from ..io.images import to_pictures, write_atomically, write_png
 from ..io.provenance import commit, versions
 from ..io.sheet import captioned_grid
-from .batches import Batches, MicroBatch, Place, dataset
+from .batches import Batches, MicroBatch, Place, dataset, first_batches
 from .checkpoints import (
     BEST,
     CONFIG,
@@ -139,17 +139,13 @@ class Run:
             remove_partial(self.folder / KEPT, "*")
             remove_partial(self.folder / "grids", "*.png")
             write_atomically(self.folder / CONFIG, to_json(config).encode())
-            self._table = LossTable(self.folder / LOSSES, self.trainer.step_count)
-            self._loggers = self._open_loggers()
-
-    def _open_loggers(self) -> list[Logger]:
-        log, step = self.config.log, self.trainer.step_count
-        loggers: list[Logger] = []
-        if log.tensorboard:
-            loggers.append(TensorBoard(self.folder, step))
-        if log.wandb:
-            loggers.append(WandB(self.folder, step, to_dict(self.config)))
-        return loggers
+            step = self.trainer.step_count
+            self._table = LossTable(self.folder / LOSSES, step)
+            self._loggers: list[Logger] = []
+            if config.log.tensorboard:
+                self._loggers.append(TensorBoard(self.folder, step))
+            if config.log.wandb:
+                self._loggers.append(WandB(self.folder, step, to_dict(config)))
 
     def _tell_changes(self, state: dict[str, Any]) -> None:
         """Warn of what is not as it was, and note it for the record."""
@@ -392,17 +388,14 @@ class Run:
         """Keep the weights where no checkpoint before did as well on held-out scenes."""
         path, scenes = self.folder / BEST, self._held_out
         assert scenes is not None
-        count, size = min(self.config.log.best_scenes, len(scenes)), self.config.data.batch
-        painter, collate = self.trainer.painter.eval(), Collate(self.config.network)
+        count = min(self.config.log.best_scenes, len(scenes))
+        painter = self.trainer.painter.eval()
         shown = objective(painter, self.config)
-        total = 0.0
-        for first in range(0, count, size):
-            chosen = [scenes[i] for i in range(first, min(first + size, count))]
-            batch = MicroBatch.of(collate(chosen), self.trainer.device)
-            distance = (self.trainer.objective.perceptual if metric == "perceptual"
-                        else torch.nn.functional.l1_loss)
-            assert distance is not None
-            total += float(distance(shown.reconstruct(batch), batch.image)) * len(chosen)
+        distance = (self.trainer.objective.perceptual if metric == "perceptual"
+                    else torch.nn.functional.l1_loss)
+        assert distance is not None
+        total = sum(float(distance(shown.reconstruct(batch), batch.image)) * len(batch)
+                    for batch in first_batches(scenes, self.config, self.trainer.device, count))
         painter.train()
         found = {"metric": metric, "value": total / count, "scenes": count,
                  "split": self.config.log.grid_split}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from smis_kernels.interface import release_weights
 
-from ..data import Collate
 from ..families import SynthesisModel, create_model
 from ..families.pix2pixhd import LocalEnhancer
 from ..io.checkpoint import read_checkpoint
 from ..io.seeds import derived_seed
 from ..networks.perceptual import load_perceptual_loss
-from .batches import MicroBatch, dataset
+from .batches import MicroBatch, dataset, first_batches
 from .config import TrainConfig
 from .distributed import Processes, unsynchronized
-from .objective import DiscriminatorStep, GeneratorStep, Losses, frozen_parameters, objective
-from .optimizers import EMA, PRECISIONS, adam, scaler, set_rate, trained_parameters
+from .objective import Losses, Step, frozen_parameters, generator_parts, objective
+from .optimizers import EMA, PRECISIONS, adam
 from .whiten import check_whitened, whiten_codes
 
 _WHITENED = 512  # pictures that mean and covariance are taken of
@@ -85,9 +84,10 @@ class Trainer:
             EMA(self.model, config.optimizer.ema) if config.optimizer.ema > 0 else None
         )
         rates = config.optimizer
-        self._discriminator = self.processes.wrap(DiscriminatorStep(self.objective))
+        self._discriminator = self.processes.wrap(
+            Step(self.objective, "discriminator", [self.model.discriminator]))
         self._optimizer_d = adam(self.model.discriminator.parameters(), rates.discriminator, rates)
-        self._scaler = scaler(config, self.device)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._frozen: bool | None = None
         self._prepare(0)
 
@@ -102,10 +102,12 @@ class Trainer:
         if frozen == self._frozen:
             return
         self._frozen = frozen
+        if hasattr(self.model.generator, "freeze_global"):
+            self.model.generator.freeze_global(frozen)
         rates = self.config.optimizer
-        trained = list(trained_parameters(self.model, frozen))
-        self._generator = self.processes.wrap(GeneratorStep(self.objective))
-        self._optimizer_g = adam(trained, rates.generator, rates)
+        step = Step(self.objective, "generator", generator_parts(self.model))
+        self._generator = self.processes.wrap(step)
+        self._optimizer_g = adam(step.parameters(), rates.generator, rates)
 
     def rates(self, epoch: int) -> tuple[float, float]:
         """Learning rates of generator and discriminator in an epoch."""
@@ -144,7 +146,8 @@ class Trainer:
         self._share(batches)
         for optimizer, rate in zip((self._optimizer_g, self._optimizer_d), self.rates(epoch),
                                    strict=True):
-            set_rate(optimizer, rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         fakes: list[list[Tensor]] = []
 
         def generator(batch: MicroBatch) -> Losses:
@@ -163,8 +166,7 @@ class Trainer:
             def discriminator(batch: MicroBatch) -> Losses:
                 painted = self.objective.repaint(batch, next(pictures))
                 release_weights(self.model)  # the generator's, before the discriminator's forward
-                found: Losses = self._discriminator(batch, painted)
-                return found
+                return self._discriminator(batch, painted)
 
             losses |= self._update(batches, self._discriminator, discriminator, self._optimizer_d)
         self._scaler.update()
@@ -256,7 +258,7 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
     """The model with random weights, or where ``config.init`` has them with those."""
     if config.whiten:
         check_whitened(config.network, config.init)
-    options = {field.name: getattr(config.network, field.name) for field in fields(config.network)}
+    options = vars(config.network)
     model = create_model(config.model, device=device, seed=config.seed,
                          init_gain=config.init_gain, **options)
     if config.init is None:
@@ -291,8 +293,4 @@ def _warn_of_random(config: TrainConfig, parts: list[str]) -> None:
 
 def _first_pictures(config: TrainConfig, device: torch.device) -> Iterator[MicroBatch]:
     """The first training pictures, as the first epoch crops and mirrors them, in batches."""
-    pictures = dataset(config, "train", _WHITENED)
-    collate, size = Collate(config.network), config.data.batch
-    for first in range(0, min(_WHITENED, len(pictures)), size):
-        chosen = range(first, min(first + size, _WHITENED, len(pictures)))
-        yield MicroBatch.of(collate([pictures[i] for i in chosen]), device)
+    return first_batches(dataset(config, "train", _WHITENED), config, device, _WHITENED)
