@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +19,13 @@ from smis_kernels import class_crops, explain, instance_edges, use_backend
 
 from ..benchmark.timing import interleave
 from ..families import shipped_weights
-from ..io.images import Picture, data_uri, to_pictures, write_atomically, write_png
+from ..io.images import Picture, to_pictures, write_atomically, write_png
 from ..io.provenance import processor
 from ..io.sheet import captioned_grid
 from ..synthesis.codes import code_parts, draw_code, interpolate, resample_class
 from ..synthesis.scene import Scene, semantics
 from ..synthesis.synthesizer import Synthesizer
+from .report import rendered
 
 Step = Callable[[str], None]
 SHOWN = 256  # pixels of the page: smaller pictures are enlarged by a whole number
@@ -82,21 +83,13 @@ class _ConvClock:
         self.seconds += self.now() - self._start
 
     @contextmanager
-    def on(self, convs: Sequence[nn.Module]) -> Iterator[None]:
-        handles = [c.register_forward_pre_hook(self._before) for c in convs]
-        handles += [c.register_forward_hook(self._after) for c in convs]
-        try:
+    def on_main_convs(self, generator: nn.Module) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, conv in generator.named_modules():
+                if isinstance(conv, nn.Conv2d) and ".mlp_" not in name:
+                    hooks.enter_context(conv.register_forward_pre_hook(self._before))
+                    hooks.enter_context(conv.register_forward_hook(self._after))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _main_convs(generator: nn.Module) -> list[nn.Module]:
-    return [
-        module for name, module in generator.named_modules()
-        if isinstance(module, nn.Conv2d) and ".mlp_" not in name
-    ]
 
 
 @torch.no_grad()
@@ -128,18 +121,15 @@ def speed(model: Any, scene: Scene, z: Tensor, seconds: float = 8.0,
         "generator": generate,
     }
 
-    def call(part: str, backend: str) -> Callable[[], Any]:
-        def run() -> Any:
-            with use_backend(backend):
-                return parts[part](backend)
-
-        return run
+    def run(part: str, backend: str) -> Any:
+        with use_backend(backend):
+            return parts[part](backend)
 
     medians: dict[tuple[str, str], float] = {}
     for part in parts:
         step(f"timing: {part}")
-        calls = {backend: call(part, backend) for backend in ("reference", "auto")}
-        with clock.on(_main_convs(model.generator)):
+        calls = {backend: partial(run, part, backend) for backend in ("reference", "auto")}
+        with clock.on_main_convs(model.generator):
             times = interleave(calls, seconds / len(parts), device=device)
         medians.update({(part, b): statistics.median(t) for b, t in times.items()})
     for backend, calls_of in spent.items():
@@ -227,12 +217,8 @@ def next_steps(model: str) -> dict[str, str]:
 def page(demo_strips: Sequence[tuple[Scene, tuple[Strip, ...]]], stages: Sequence[Stage],
          facts: dict[str, str], model: str, random_weights: bool, unfused: bool) -> str:
     """The self-contained HTML page: pictures, what the kernels do here, what to try next."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("smis_models.app", ""), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )
-    environment.filters["data_uri"] = data_uri
-    return environment.get_template("demo.html").render(
+    return rendered(
+        "demo.html",
         scenes=demo_strips, stages=stages, facts=facts, random_weights=random_weights,
         unfused=unfused, whole=stages[-1], shown=SHOWN, model=model,
         next_steps=next_steps(model).items(),

@@ -55,17 +55,10 @@ def _is_local(host: str, names: frozenset[str]) -> bool:
 
     A page elsewhere whose name is made to point here (DNS rebinding) comes under that name.
     """
-    try:
+    with suppress(ValueError):
         name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        return False
-    if name is None or name in names:
-        return name is not None
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+        return name is not None and (name in names or bool(ipaddress.ip_address(name)))
+    return False
 
 
 class _OwnPagesOnly:
