@@ -101,25 +101,9 @@ class Scenes:
         return {"dataset": self._facts.get("dataset"), "scenes": len(self), **filters,
                 "split": "held out" if split in ("val", "test") else split}
 
-    def facts(self, digest: SceneDigest) -> dict[str, Any]:
+    def facts(self, digest: str) -> dict[str, Any]:
         """Where they come from, how many, and a hash of all label maps and names."""
-        return {**self._facts, "scenes": len(self), "labels_sha256": digest.hexdigest()}
-
-
-class SceneDigest:
-    """A hash of label maps and their names, in order."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def add(self, scene: Scene) -> None:
-        """Go on with a scene."""
-        self._digest.update(scene.name.encode() + str(scene.labels.shape).encode())
-        self._digest.update(np.ascontiguousarray(scene.labels, np.int64).tobytes())
-
-    def hexdigest(self) -> str:
-        """The hash so far."""
-        return self._digest.hexdigest()
+        return {**self._facts, "scenes": len(self), "labels_sha256": digest}
 
 
 @dataclass(frozen=True)
@@ -147,18 +131,6 @@ def scene_labels(pictures: Tensor) -> Tensor:
     return SceneClassifier.shipped().read(pictures.cpu()).labels
 
 
-class _Painter:
-    """One picture (1, 3, H, W) of each scene, by a code or features of its own."""
-
-    def __init__(self, model: Any, seed: int, clusters: FeatureClusters | None) -> None:
-        self._model, self._seed, self._clusters = model, seed, clusters
-        self._sampler = LayoutSampler(model, 1)
-
-    def paint(self, scene: Scene, index: int) -> Tensor:
-        z = draw_input(self._model, scene, derived_seed(self._seed, index), self._clusters)
-        return self._sampler.load(scene).picture(z)
-
-
 class _PictureScores:
     """FID and mIoU, from the scenes one after another."""
 
@@ -168,7 +140,9 @@ class _PictureScores:
         self._real: list[Tensor] = []
         self._fake: list[Tensor] = []
         folder = metrics.predictions
-        self._files = None if folder is None else _prediction_files(folder)
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"predictions: {folder} is no folder of label maps")
+        self._files = None if folder is None else map_files("predictions", folder)
         self._scene_of: dict[Path, str] = {}
         for name in names:  # now, and not after hours
             self._prediction(name)
@@ -278,15 +252,7 @@ def _dont_care(rule: LabelRule, preset: Any, promised: str) -> str:
 
 
 def _facts(judge: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = judge.facts() if hasattr(judge, "facts") else {}
-    return facts
-
-
-def _prediction_files(folder: Path) -> dict[str, Path]:
-    """Label maps on disk by scene."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"predictions: {folder} is no folder of label maps")
-    return map_files("predictions", folder)
+    return judge.facts() if hasattr(judge, "facts") else {}
 
 
 def model_facts(model: Any, checkpoint: Path | None, seed: int) -> dict[str, Any]:
@@ -348,7 +314,7 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
     # Before anything is measured: a run may write other weights meanwhile.
     facts, source = model_facts(model, checkpoint, seed), commit()
     scores = _PictureScores(metrics, model.preset.classes, scenes.names())
-    painter = _Painter(model, seed, clusters)
+    sampler = LayoutSampler(model, 1)
     meter = DiversityMeter(model, metrics.distances, protocol.diversity, len(scenes), seed=seed,
                            step=step) if metrics.distances else None
     plan = _Plan(model, scenes, protocol.diversity.layouts if meter else 0, scores.paints, expect)
@@ -358,16 +324,18 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
         scores.predicted(scene)
 
     scenes.check(step, check)
-    digest = SceneDigest()
+    digest = hashlib.sha256()
     for i, (scene, photograph) in enumerate(scenes):
-        digest.add(scene)
+        digest.update(scene.name.encode() + str(scene.labels.shape).encode())
+        digest.update(np.ascontiguousarray(scene.labels, np.int64).tobytes())
         if meter is not None and i < protocol.diversity.layouts:
             plan.see(scene)
             meter.add(scene)
         scores.read(scene)
         if scores.paints:
             step(f"picture {i + 1} of {len(scenes)}")
-            scores.add(scene, photograph, painter.paint(scene, i))
+            z = draw_input(model, scene, derived_seed(seed, i), clusters)
+            scores.add(scene, photograph, sampler.load(scene).picture(z))
     results: dict[str, Any] = {}
     if meter is not None:
         results["diversity"] = {
@@ -377,7 +345,7 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
     results |= scores.result()
     return {
         "results": results, "model": facts,
-        "data": scenes.facts(digest), "seed": seed,
+        "data": scenes.facts(digest.hexdigest()), "seed": seed,
         "protocol": protocol.facts(_used(scenes, metrics, protocol, model.preset)),
         "device": str(next(model.parameters()).device), "versions": versions(),
         "commit": source, "command": sys.argv[1:],

@@ -133,8 +133,7 @@ class Inception:
         if pictures.dtype != torch.uint8:
             raise ValueError(f"pictures: expected uint8, got {pictures.dtype}; fid() and "
                              "io.images.as_bytes take floats in [-1, 1]")
-        features: Tensor = self._network(pictures.to(self._device))[0]
-        return features
+        return self._network(pictures.to(self._device))[0]
 
 
 def fid_of_features(real: Tensor, fake: Tensor) -> dict[str, Any]:

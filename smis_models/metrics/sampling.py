@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..io.seeds import derived_seed
-from ..synthesis.codes import drawn_code
+from ..synthesis.codes import drawn_code, resample_class
 from ..synthesis.scene import Scene
 from ..synthesis.synthesizer import Synthesizer
 
@@ -23,19 +23,13 @@ def has_class_codes(model: Any) -> bool:
     return hasattr(model.generator, "class_channels")
 
 
-def _code(model: Any, *parts: int) -> Tensor:
-    return drawn_code(model, derived_seed(*parts))
-
-
 def sample_codes(model: Any, samples: int, seed: int, index: int | None = None) -> Tensor:
     """(samples, ...): codes drawn anew, or one code of which class ``index`` is drawn anew."""
     if index is None:
-        return torch.cat([_code(model, seed, k) for k in range(samples)])
-    channels = model.generator.class_channels(index)
-    codes = _code(model, seed, 0).repeat(samples, 1, 1, 1)
-    for k in range(samples):
-        codes[k : k + 1, channels] = _code(model, seed, k, index + 1)[:, channels]
-    return codes
+        return torch.cat([drawn_code(model, derived_seed(seed, k)) for k in range(samples)])
+    one = drawn_code(model, derived_seed(seed, 0))
+    return torch.cat([resample_class(model, one, index, derived_seed(seed, k, index + 1))
+                      for k in range(samples)])
 
 
 class LayoutSampler:

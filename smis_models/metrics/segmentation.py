@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,8 +155,7 @@ def predict(segmenter: Segmenter, pictures: Tensor) -> NDArray[np.int64]:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"segmenter: expected scores ({batch}, classes, h, w) or integer labels "
                          f"{(batch, *size)}, got {got}")
-    found: NDArray[np.int64] = out.long().cpu().numpy()
-    return found
+    return out.long().cpu().numpy()
 
 
 class FileSegmenter:
@@ -209,12 +208,3 @@ class FileSegmenter:
             mean, deviation = (x.new_tensor(v).view(1, 3, 1, 1) for v in _IMAGENET)
             x = (x - mean) / deviation
         return self._model(x)
-
-
-def score_pictures(pictures: Sequence[Tensor], labels: Sequence[NDArray[np.integer[Any]]],
-                   segmenter: Segmenter, classes: int, rule: LabelRule) -> dict[str, Any]:
-    """mIoU and accuracy of batches (N, 3, H, W) whose maps are (N, H, W)."""
-    score = SegmentationScore(classes, rule)
-    for batch, maps in zip(pictures, labels, strict=True):
-        score.add(maps, predict(segmenter, batch))
-    return score.result()
