@@ -82,8 +82,7 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
     return planes.scatter_(1, labels[:, None], 1)
 
 
-def compile_layout(labels: Tensor, preset: Preset, instances: Tensor | None = None, *,
-           source: str | Path | None = None) -> LabelLayout:
+def compile_layout(labels: Tensor, preset: Preset, instances: Tensor | None = None) -> LabelLayout:
     """The compiled form of :func:`semantics`: no plane is built. Arguments and errors as there.
 
     Labels on a GPU are looked at there: the layout's first use raises what is wrong with them.
@@ -97,7 +96,7 @@ def compile_layout(labels: Tensor, preset: Preset, instances: Tensor | None = No
     if isinstance(labels, Tensor) and labels.device.type == "cuda":  # else the host would wait
         maps = _without_unknown(labels, preset.dont_care)
     else:
-        maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care, source=source)
+        maps = prepare_labels(labels, preset.classes, dont_care=preset.dont_care)
     ids = _instance_ids(instances, maps) if preset.instance_edge else None
     return LabelLayout.from_labels(maps, preset.classes, instances=ids)
 

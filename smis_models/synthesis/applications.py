@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..io.images import Picture, check_pictures, to_pictures
-from .codes import code_parts, draw_code, drawn_code, interpolate, resample_class
+from ..networks.encoder import reparameterize
+from .codes import code_parts, draw_code, drawn_code, interpolate, resample_class, with_class
 from .features import FeatureClusters
 from .scene import Scene
 from .shapes import ShapeLibrary, exchange_shape, target_region
@@ -62,11 +63,9 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
     weight = next(model.encoder.parameters())
     mean, logvar = model.encoder.encode(image.to(weight), labels.to(weight.device))
     if seed is None:
-        found: Tensor = mean
-        return found
+        return mean
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-    drawn: Tensor = mean + noise.to(mean) * torch.exp(0.5 * logvar)
-    return drawn
+    return reparameterize(mean, logvar, noise=noise.to(mean))
 
 
 def mixed_code(model: Any, codes: Sequence[Tensor], take: Mapping[int, int],
@@ -82,8 +81,7 @@ def mixed_code(model: Any, codes: Sequence[Tensor], take: Mapping[int, int],
         if not 0 <= source < len(codes):
             raise ValueError(f"take: expected a picture 0..{len(codes) - 1} for class {index}, got "
                              f"{source}")
-        channels = model.generator.class_channels(index)
-        z[:, channels] = codes[source][:, channels]
+        z = with_class(model.generator, z, index, codes[source])
     return z
 
 
@@ -208,18 +206,14 @@ def resample(model: Any, scene: Scene, index: int, samples: int, seed: int = 0,
         ValueError: the class is not in the scene, or the model has no class codes.
     """
     _check_class_codes(model)
-    _check_present(scene, index)
+    if index not in scene.present:
+        raise ValueError(f"class: expected one of {scene.name}, {scene.shown}; got {index}")
     start = drawn_code(model, seed) if z is None else z
     made = synthesizer(model, scene)
     yield _frame(made, "first", start, scene)
     for k in range(1, samples + 1):
         changed = resample_class(model, start, index, seed + k)
         yield _frame(made, f"{scene.class_name(index)}, draw {k}", changed, scene)
-
-
-def _check_present(scene: Scene, index: int) -> None:
-    if index not in scene.present:
-        raise ValueError(f"class: expected one of {scene.name}, {scene.shown}; got {index}")
 
 
 def edit_features(model: Any, scene: Scene, clusters: FeatureClusters, instance: int,

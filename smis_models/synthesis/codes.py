@@ -12,8 +12,7 @@ _PARALLEL = 1e-4  # radians: below it the sphere is a line
 
 def draw_code(model: Any, seed: int) -> Tensor:
     """A latent code (1, 8C, h, w) from N(0, 1); the same seed, the same code."""
-    code: Tensor = model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
-    return code
+    return model.generator.sample_latent(1, torch.Generator().manual_seed(seed))
 
 
 def drawn_code(model: Any, seed: int) -> Tensor:
@@ -29,12 +28,17 @@ def drawn_code(model: Any, seed: int) -> Tensor:
     return z
 
 
+def with_class(generator: Any, z: Tensor, index: int, other: Tensor) -> Tensor:
+    """``z`` with the code of class ``index`` from another code."""
+    channels = generator.class_channels(index)
+    changed = z.clone()
+    changed[:, channels] = other[:, channels]
+    return changed
+
+
 def resample_class(model: Any, z: Tensor, index: int, seed: int) -> Tensor:
     """``z`` with the code of class ``index`` drawn anew and all others kept."""
-    channels = model.generator.class_channels(index)
-    changed = z.clone()
-    changed[:, channels] = draw_code(model, seed)[:, channels]
-    return changed
+    return with_class(model.generator, z, index, draw_code(model, seed))
 
 
 def code_parts(generator: Any) -> int:

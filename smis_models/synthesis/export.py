@@ -182,8 +182,7 @@ def _program(painter: Painter) -> tuple[Any, tuple[str, ...]]:
 
 
 def _device(painter: Painter) -> torch.device:
-    device: torch.device = next(painter.parameters()).device
-    return device
+    return next(painter.parameters()).device
 
 
 def _torch_export(painter: Painter, path: Path, notes: Mapping[str, str]) -> _Written:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +34,6 @@ class FeatureError(ValueError):
     """A file of clusters that cannot be used; the message names file and cure."""
 
 
-class _Encoder(Protocol):
-    def features(self, image: Tensor) -> Tensor: ...
-
-
 def class_of(ids: Tensor) -> Tensor:
     """The class of an instance id: the id itself below 1000, else its thousands."""
     return torch.where(ids < THINGS, ids, ids // THINGS)
@@ -45,7 +41,7 @@ def class_of(ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_features(
-    encoder: _Encoder, scenes: Iterable[tuple[Tensor, Tensor]],
+    encoder: Any, scenes: Iterable[tuple[Tensor, Tensor]],
     step: Callable[[str], None] = lambda what: None,
 ) -> dict[int, Centers]:
     """The mean feature of every instance of a data set that is large enough, by class.
@@ -100,13 +96,13 @@ class FeatureClusters:
     def __post_init__(self) -> None:
         if not self.centers:
             raise FeatureError("centers: expected at least one class, got none")
-        widths = {array.shape[1:] for array in self.centers.values()}
         for label, array in self.centers.items():
             if label < 0 or array.ndim != 2 or 0 in array.shape or not np.isfinite(array).all():
                 raise FeatureError(
                     f"centers: expected finite (clusters, channels) for each class, got shape "
                     f"{array.shape} for class {label}"
                 )
+        widths = {array.shape[1:] for array in self.centers.values()}
         if len(widths) > 1:
             raise FeatureError("centers: expected the same channels for every class, got "
                                + ", ".join(str(w[0]) for w in sorted(widths)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -172,8 +173,7 @@ def sample_scenes(preset: Preset, count: int, seed: int = 0, model: str = "") ->
 
 def semantics(model: Any, scene: Scene) -> Tensor:
     """The model's input planes of one scene."""
-    planes: Tensor = model.semantics(*scene.tensors())
-    return planes
+    return model.semantics(*scene.tensors())
 
 
 def read_clusters(preset: Preset, path: str | Path | None) -> FeatureClusters | None:
@@ -252,19 +252,16 @@ def calibrate(model: Any, planes: Tensor, z: Tensor | None) -> None:
     norms = [m for m in generator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     deviations = {"mlp_gamma": 0.4, "mlp_beta": 0.8, "conv_img": 0.6}
-    hooks = [
-        module.register_forward_hook(_scale_to(deviations[name.rpartition(".")[2]]))
-        for name, module in generator.named_modules() if name.rpartition(".")[2] in deviations
-    ]
     for norm in norms:
         norm.momentum = 1.0
     try:
         generator.train()
-        with use_backend("reference"):  # which calls each conv, so that its hook runs
+        with use_backend("reference"), ExitStack() as hooks:  # by which each conv is called
+            for name, module in generator.named_modules():
+                if deviation := deviations.get(name.rpartition(".")[2]):
+                    hooks.enter_context(module.register_forward_hook(_scale_to(deviation)))
             generator(planes, z)
     finally:
         generator.eval()
-        for hook in hooks:
-            hook.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -13,7 +13,7 @@ from smis_kernels.interface import Prepared, Settings, Stamp, TableCache
 
 from ..io.seeds import derived_seed
 from ..networks import semantics as label_maps
-from .codes import code_parts, interpolate
+from .codes import code_parts, interpolate, with_class
 from .graphs import Replays
 
 
@@ -164,10 +164,7 @@ class Synthesizer:
         start = z if z is not None else self.z if self.z is not None else self.code(0)
         fresh = self.code(seed)
         assert start is not None and fresh is not None
-        channels = self._generator.class_channels(index)
-        changed = start.clone()
-        changed[:, channels] = fresh[:, channels]
-        return self.sample(changed)
+        return self.sample(with_class(self._generator, start, index, fresh))
 
     def morph(self, z0: Tensor, z1: Tensor, steps: int) -> Tensor:
         """Pictures (steps, N, 3, H, W) on the way from ``z0`` to ``z1``, both ends included.
