@@ -92,7 +92,9 @@ def build_dataset(name: str, root: str | Path | None, preset: Preset, split: str
         if root is not None:
             raise ValueError("root: the scenes are generated and lie in no folder; leave it out, "
                              "or take the data set 'folder' for written ones")
-        _check_classes(preset, len(LANDSCAPE))
+        if preset.classes != len(LANDSCAPE):
+            raise ValueError(f"preset: the generated scenes have {len(LANDSCAPE)} classes, the "
+                             f"model {preset.classes}; choose a model of {len(LANDSCAPE)}")
         return GeneratedScenes(count, preset.image_size, split, seed)
     if root is None:
         raise ValueError(f"root: expected the folder of {name}; got None")
@@ -133,9 +135,3 @@ def _check_sizes(records: Sequence[SceneFiles], preprocess: Preprocess, preset: 
             raise ValueError(f"data.mode: {preprocess.mode} brings {of} to {size[0]}x{size[1]} "
                              f"(height x width), the network paints {preset.image_size[0]}x"
                              f"{preset.image_size[1]}; choose a mode that resizes or crops")
-
-
-def _check_classes(preset: Preset, classes: int) -> None:
-    if preset.classes != classes:
-        raise ValueError(f"preset: the generated scenes have {classes} classes, the model "
-                         f"{preset.classes}; choose a model of {classes}")

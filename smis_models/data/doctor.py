@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,14 @@ class SceneCheck:
     palette: Path | None = None
     """The label map, where it is a palette file with colours."""
 
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """An error inside is a problem of the file."""
+        try:
+            yield
+        except (ImageError, OSError) as error:
+            self.problems.append(Problem(path, str(error).removeprefix(f"{path}: ")))
+
 
 @dataclass
 class Diagnosis:
@@ -74,24 +83,6 @@ class Diagnosis:
         self.values.update(checked.values.keys())
 
 
-def _bits(path: Path) -> Iterator[Problem]:
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):
-            yield Problem(path, "a 16-bit label map; it is read as it is here, but other loaders "
-                                "cut it to 8 bits", note=True)
-
-
-def _has_colours(path: Path) -> bool:
-    """Whether a palette file shows other colours than its indices as grey levels."""
-    with Image.open(path) as image:
-        return image.mode == "P" and not _is_grey(image.getpalette() or [])
-
-
-def _is_grey(palette: list[int]) -> bool:
-    """Whether entry k of a palette shows grey level k, or nothing."""
-    return palette in ([], [k // 3 for k in range(len(palette))])
-
-
 def _bad_values(path: Path, values: Counter[int], rule: LabelRule) -> Iterator[Problem]:
     bad = {value: count for value, count in sorted(values.items())
            if value >= rule.classes and not (value == 255 and rule.unknown is not None)}
@@ -115,36 +106,32 @@ def check_scene(record: SceneFiles, rule: LabelRule | None = None) -> SceneCheck
     assert record.labels is not None and record.image is not None
     label_file, image_file = Path(record.labels), Path(record.image)
     sizes: dict[Path, tuple[int, ...]] = {}
-    try:
+    with check.reading(label_file):
         labels = read_labels(label_file, _NO_RULE)
         sizes[label_file] = labels.shape
         counts = np.bincount(labels.ravel())
         check.values = Counter({int(v): int(counts[v]) for v in np.flatnonzero(counts)})
-        check.problems += _bits(label_file)
-        check.palette = label_file if _has_colours(label_file) else None
+        with Image.open(label_file) as image:
+            mode, palette = image.mode, image.getpalette() or []
+        if mode.startswith("I"):
+            check.problems.append(Problem(label_file, "a 16-bit label map; it is read as it is "
+                                          "here, but other loaders cut it to 8 bits", note=True))
+        # Whose colours are others than the indices as grey levels.
+        if mode == "P" and palette not in ([], [k // 3 for k in range(len(palette))]):
+            check.palette = label_file
         if rule is not None:
             check.problems += _bad_values(label_file, check.values, rule)
-    except (ImageError, OSError) as error:
-        check.problems.append(_unreadable(label_file, error))
-    try:
+    with check.reading(image_file):
         sizes[image_file] = read_picture(image_file).shape[:2]
-    except (ImageError, OSError) as error:
-        check.problems.append(_unreadable(image_file, error))
     if record.instances is not None:
         id_file = Path(record.instances)
-        try:
+        with check.reading(id_file):
             sizes[id_file] = read_instances(id_file).shape
-        except (ImageError, OSError) as error:
-            check.problems.append(_unreadable(id_file, error))
     if label_file in sizes:
         height, width = sizes[label_file]
         check.size = height, width
         check.problems += [Problem(*found) for found in misfits(sizes, exactly=False)]
     return check
-
-
-def _unreadable(path: Path, error: Exception) -> Problem:
-    return Problem(path, str(error).removeprefix(f"{path}: "))
 
 
 def find_splits(folder_format: str, root: str | Path, split: str | None = None, *,

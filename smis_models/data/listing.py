@@ -57,8 +57,7 @@ def _lossy(folder: Path) -> Iterator[Problem]:
     """Maps in formats that cannot hold them."""
     for name in files_under(folder):
         if name.lower().endswith(LOSSY_SUFFIXES):
-            kind = "GIF" if name.lower().endswith("gif") else (
-                "WebP" if name.lower().endswith("webp") else "JPEG")
+            kind = {"gif": "GIF", "webp": "WebP"}.get(name.lower().rpartition(".")[2], "JPEG")
             yield Problem(folder / name, f"a {kind} file does not keep indices; make the map again "
                                          "as PNG")
 
@@ -90,15 +89,13 @@ def _folder(root: Path, names: tuple[str, ...], what: str) -> Path:
 def _flat(root: Path, split: str, instances: bool, names: dict[str, tuple[str, ...]]) -> Listing:
     """Folders by role, the files of a scene with one stem."""
     listing = Listing()
-    folders = {role: _folder(root, names[role], f"{role} of {split!r}")
-               for role in ("pictures", "label maps", "instance maps")
-               if role != "instance maps" or instances}
-    roles = {"pictures": PICTURE, "label maps": LABELS, "instance maps": INSTANCES}
-    files = {
-        name: _gather(folder, roles[name], listing,
-                      PICTURE_SUFFIXES if name == "pictures" else SUFFIXES)
-        for name, folder in folders.items()
-    }
+    roles = {"pictures": PICTURE, "label maps": LABELS}
+    if instances:
+        roles["instance maps"] = INSTANCES
+    folders = {name: _folder(root, names[name], f"{name} of {split!r}") for name in roles}
+    files = {name: _gather(folder, roles[name], listing,
+                           PICTURE_SUFFIXES if name == "pictures" else SUFFIXES)
+             for name, folder in folders.items()}
     _pair(listing, files["pictures"], files["label maps"], files.get("instance maps"))
     if listing.problems:  # of which those that have a reason are told first
         reasons = [problem for name, folder in folders.items() if name != "pictures"

@@ -56,7 +56,9 @@ class HubModel(nn.Module):
         configuration = self.configuration
         content = {**configuration.content(), "dtype": _dtype(self)}
         card = self._card(None if run is None else Path(run))
-        notes = {} if run is None else _notes(Path(run))
+        # What the run's weights say of their training goes along.
+        notes = {} if run is None else {k: v for k, v in read_metadata(Path(run) / WEIGHTS).items()
+                                        if k == "smis_training"}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self, folder / WEIGHTS, notes)
@@ -132,12 +134,8 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def _floats(model: nn.Module) -> set[torch.dtype]:
-    return {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
-
-
 def _dtype(model: nn.Module) -> str:
-    found = _floats(model)
+    found = {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
     if len(found) != 1:
         raise CheckpointError(f"model: expected weights of one dtype, got "
                               f"{', '.join(sorted(map(str, found)))}; cast them with .to()")
@@ -155,11 +153,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
         raise CheckpointError(f"checkpoint: {folder / CONFIG} names the dtype {name!r}; expected "
                               "float32, float64, float16 or bfloat16")
     return found
-
-
-def _notes(run: Path) -> dict[str, str]:
-    """What the run's weights say of their training, which goes along."""
-    return {k: v for k, v in read_metadata(run / WEIGHTS).items() if k == "smis_training"}
 
 
 def _check_weights(model: nn.Module, run: Path) -> None:
