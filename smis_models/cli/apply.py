@@ -30,6 +30,7 @@ from .common import (
     Backend,
     Checkpoint,
     Device,
+    Features,
     Instances,
     Model,
     Out,
@@ -41,7 +42,6 @@ from .common import (
     console,
     keep_inputs,
     progress,
-    resized_line,
     say_resized,
     selected,
     unusable,
@@ -54,22 +54,22 @@ Pictures = Annotated[list[Path], typer.Option(
     help="picture whose appearance is taken; again for each, or a folder")]
 PictureLabels = Annotated[list[Path], typer.Option(
     help="label map of each --images, in their order; or a folder, matched by scene")]
-FeatureFile = Annotated[Path | None, typer.Option(
-    "--features", help="clusters of instance features (.npz, or an official .npy)")]
 
 
 @dataclass
 class _Application:
-    """A model and the scene that it paints."""
+    """A model, the scene that it paints, and what becomes of its pictures."""
 
     model: Any
     scene: Scene
-    device: torch.device
     random: bool
     """Whether its weights are."""
     names: tuple[str, ...]
     """Of all classes."""
     unknown: int | None
+    out: Path
+    animation: str
+    seconds: float
     sources: list[tuple[str, Picture]] = field(default_factory=list)
     """The pictures that were encoded, by their names."""
 
@@ -99,13 +99,48 @@ class _Application:
         with called(labels=option, instances=f"{option}-instances"):
             found = list(synthesis.read_scenes(labels, instances, self.model.preset, self.unknown,
                                                 self.names))
-        say_resized([(x.name, x.source_size) for x in found if x.source_size is not None],
-                    self.model.preset.image_size)
+        say_resized([(x.name, x.source_size) for x in found], self.model.preset.image_size)
         return found
 
     def class_of(self, argument: str, text: str) -> int:
         """The class that a name or a number means."""
         return class_index(argument, text, self.names)
+
+    def settle(self, z: Any) -> None:
+        """Random weights paint grey until their scales are set."""
+        if self.random:
+            synthesis.calibrate(self.model, synthesis.semantics(self.model, self.scene), z)
+
+    def write(self, name: str, frames: Iterator[Frame], total: int) -> None:
+        """OUT/<name>_<k>.png, all of them with their scenes on OUT/<name>_grid.png, and animated.
+
+        What an earlier run of the same name has left beside them goes.
+        """
+        drawn: list[Frame] = []
+        with progress(total) as step:
+            for frame in frames:
+                step(frame.caption)
+                drawn.append(frame)
+        files = [self.out / f"{name}_{k}.png" for k in range(len(drawn))]
+        for file, frame in zip(files, drawn, strict=True):
+            write_png(file, frame.picture)
+        classes, first = self.model.preset.classes, drawn[0].scene
+        shared = all(frame.scene is first for frame in drawn)
+        maps = [("layout", first.picture(classes))] if shared else [
+            (f"layout {k}", frame.scene.picture(classes)) for k, frame in enumerate(drawn)]
+        rows = [[*maps, ("classes", first.legend(classes)), *self.sources],
+                [(frame.caption, frame.picture) for frame in drawn]]
+        write_png(self.out / f"{name}_grid.png", captioned_grid(rows))
+        shown = [captioned(frame.picture, frame.caption) for frame in drawn]
+        path = write_animation(self.out / name, shown, self.animation, self.seconds)
+        animations = {name + suffix for _, suffix in FORMATS.values()}
+        for old in self.out.glob(f"{name}*"):
+            left = old.name in animations or re.fullmatch(rf"{name}_\d+\.png", old.name)
+            if left and old not in (path, *files) and written_here(old):
+                old.unlink()
+        for file, frame in zip(files, drawn, strict=True):
+            console.print(f"{file.name}: {frame.caption}", highlight=False, markup=False)
+        console.print(f"{len(drawn)} frames in {self.out}, animated in {path}", soft_wrap=True)
 
 
 _WRITTEN = re.compile(r"(mix|edit|exchange|morph|resample)(_\d+|_grid)?\.(png|gif|webp)")
@@ -132,49 +167,9 @@ def _prepared(model: str | None, checkpoint: Path | None, labels: Path, instance
             raise ValueError(f"labels: expected one label map, got {len(scenes)} in {labels}; "
                              "give a file")
         scene, network = scenes[0], which.load()
-        if line := resized_line(scene):
-            console.print(line, soft_wrap=True, highlight=False)
-        yield _Application(network, scene, which.place, which.checkpoint is None, names, index)
-
-
-def _settle(made: _Application, z: Any) -> None:
-    """Random weights paint grey until their scales are set."""
-    if made.random:
-        synthesis.calibrate(made.model, synthesis.semantics(made.model, made.scene), z)
-
-
-def _write(name: str, frames: Iterator[Frame], total: int, made: _Application, out: Path,
-           animation: str, seconds: float) -> None:
-    """OUT/<name>_<k>.png, all of them with their scenes on OUT/<name>_grid.png, and animated.
-
-    What an earlier run of the same name has left beside them goes.
-    """
-    drawn: list[Frame] = []
-    with progress(total) as step:
-        for frame in frames:
-            step(frame.caption)
-            drawn.append(frame)
-    for k, frame in enumerate(drawn):
-        write_png(out / f"{name}_{k}.png", frame.picture)
-    classes = made.model.preset.classes
-    first = drawn[0].scene
-    shared = all(frame.scene is first for frame in drawn)
-    maps = [("layout", first.picture(classes))] if shared else [
-        (f"layout {k}", frame.scene.picture(classes)) for k, frame in enumerate(drawn)]
-    rows = [[*maps, ("classes", first.legend(classes)), *made.sources],
-            [(frame.caption, frame.picture) for frame in drawn]]
-    write_png(out / f"{name}_grid.png", captioned_grid(rows))
-    shown = [captioned(frame.picture, frame.caption) for frame in drawn]
-    path = write_animation(out / name, shown, animation, seconds)
-    kept = {f"{name}_{k}.png" for k in range(len(drawn))}
-    for old in out.glob(f"{name}*"):
-        frame_of = re.fullmatch(rf"{name}_\d+\.png", old.name)
-        animated = old != path and old.name in {name + suffix for _, suffix in FORMATS.values()}
-        if (animated or (frame_of and old.name not in kept)) and written_here(old):
-            old.unlink()
-    for k, frame in enumerate(drawn):
-        console.print(f"{name}_{k}.png: {frame.caption}", highlight=False, markup=False)
-    console.print(f"{len(drawn)} frames in {out}, animated in {path}", soft_wrap=True)
+        say_resized([(scene.name, scene.source_size)], network.preset.image_size)
+        yield _Application(network, scene, which.checkpoint is None, names, index, out, animation,
+                           seconds)
 
 
 @command()
@@ -194,10 +189,10 @@ def mix(
                    animation, seconds, out) as made:
         codes, names = made.encoded(images, image_labels)
         takes = parse_takes(take, names, made.names) if take else None
-        _settle(made, codes[0])
+        made.settle(codes[0])
         count = 1 + len(made.scene.present if takes is None else takes)
         frames = applications.mix(made.model, made.scene, codes, takes, names)
-        _write("mix", frames, count, made, out, animation, seconds)
+        made.write("mix", frames, count)
 
 
 @command()
@@ -223,7 +218,7 @@ def edit(
     images: Annotated[list[Path] | None, typer.Option(
         help="a picture whose codes are kept; without it they are drawn")] = None,
     image_labels: Annotated[list[Path] | None, typer.Option(help="its label map")] = None,
-    features: FeatureFile = None,
+    features: Features = None,
     checkpoint: Checkpoint = None, instances: Instances = None, animation: Animation = "gif",
     seconds: Seconds = 0.8, seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
     unknown: Unknown = None,
@@ -255,13 +250,13 @@ def edit(
             unusable(context, "this model reads instance features in place of pictures",
                      "images", "image_labels")
             z: Any = [synthesis.draw_input(made.model, x, seed, clusters) for x in scenes]
-            _settle(made, z[0])
+            made.settle(z[0])
         else:
             z = made.code(images or (), image_labels or (), seed)
-            _settle(made, z)
+            made.settle(z)
         if exchange is None:
             frames = applications.edit(made.model, scenes, z)
-            _write("edit", frames, len(scenes), made, out, animation, seconds)
+            made.write("edit", frames, len(scenes))
             return
         if library is None:
             raise ValueError("library: expected a folder of label maps with --exchange, got none")
@@ -275,7 +270,7 @@ def edit(
         target = int(exchange) if exchange.isdecimal() else made.class_of("exchange", exchange)
         frames = applications.exchange(made.model, made.scene, target, shelf, shapes, seed, z,
                                        texture)
-        _write("exchange", frames, 1 + shapes, made, out, animation, seconds)
+        made.write("exchange", frames, 1 + shapes)
 
 
 def _paired(maps: Sequence[Path], ids: Sequence[Path]) -> list[tuple[Path, Path | None]]:
@@ -311,10 +306,10 @@ def morph(
             unusable(context, "no --images are given", "image_labels")
             codes = [drawn_code(made.model, seed + k) for k in range(2)]
         start, end = codes
-        _settle(made, start)
+        made.settle(start)
         chosen = None if classes is None else [made.class_of("class", c) for c in classes]
         frames = applications.morph(made.model, made.scene, start, end, steps, chosen)
-        _write("morph", frames, steps, made, out, animation, seconds)
+        made.write("morph", frames, steps)
 
 
 @command()
@@ -328,7 +323,7 @@ def resample(
     images: Annotated[list[Path] | None, typer.Option(
         help="a picture whose codes are kept; without it they are drawn")] = None,
     image_labels: Annotated[list[Path] | None, typer.Option(help="its label map")] = None,
-    features: FeatureFile = None,
+    features: Features = None,
     checkpoint: Checkpoint = None, instances: Instances = None, animation: Animation = "gif",
     seconds: Seconds = 0.5, seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
     unknown: Unknown = None,
@@ -346,16 +341,16 @@ def resample(
             unusable(context, "instance features are drawn from the clusters", "images",
                      "image_labels")
             first = synthesis.draw_input(made.model, made.scene, seed, clusters)
-            _settle(made, first)
+            made.settle(first)
             frames = applications.edit_features(made.model, made.scene, clusters, instance,
                                                 seed, samples)
             total = min(samples, clusters.count(instance))
             with called(chosen="instance"):
-                _write("resample", frames, total, made, out, animation, seconds)
+                made.write("resample", frames, total)
             return
         assert index is not None
         z = made.code(images or (), image_labels or (), seed)
-        _settle(made, z)
+        made.settle(z)
         frames = applications.resample(made.model, made.scene, made.class_of("class", index),
                                        samples, seed, z)
-        _write("resample", frames, 1 + samples, made, out, animation, seconds)
+        made.write("resample", frames, 1 + samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,6 +23,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column, Table
 
 from smis_kernels import BackendError, __version__, use_backend
 
@@ -37,7 +38,6 @@ from ..families import (
 )
 from ..io.files import remove_partial
 from ..io.scene import one_shape, text_size
-from ..synthesis.scene import Scene
 from .usage import Command
 
 MOST_SEED = 2**32 - 1  # samples add small numbers to it, and torch takes 64 bits
@@ -126,6 +126,8 @@ Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Unknown = Annotated[str | None, typer.Option(
     help="class of pixels labelled 255: its name or number")]
+Features = Annotated[Path | None, typer.Option(
+    help="clusters of instance features (.npz, or an official .npy)")]
 Samples = Annotated[int, typer.Option(help="pictures of each scene", min=1)]
 
 
@@ -139,15 +141,14 @@ class Steps:
     """
 
     def __init__(self, total: int | None, bar: Progress | None) -> None:
-        self._total, self._bar = total, bar
-        self._task = None if bar is None else bar.add_task("starting", total=total)
+        self._total, self._bar, self._count = total, bar, 0
+        self._task: Any = None if bar is None else bar.add_task("starting", total=total)
         self._begin = self._told = time.monotonic()
-        self._count = 0
 
     def expect(self, total: int) -> None:
         """There will be so many."""
         self._total = total
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             self._bar.update(self._task, total=total)
 
     def __call__(self, what: str) -> None:
@@ -156,7 +157,7 @@ class Steps:
 
     def tell(self, what: str) -> None:
         """What is done now."""
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             self._bar.update(self._task, description=escape(what), completed=self._count)
             return
         now = time.monotonic()
@@ -212,8 +213,7 @@ class Chosen:
         stored = None if self.checkpoint is None else stored_configuration(self.checkpoint)
         if stored is not None:
             return stored.preset
-        preset: Preset = create_model(self.name, part="generator", device="meta").preset
-        return preset
+        return create_model(self.name, part="generator", device="meta").preset
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -313,26 +313,26 @@ def unusable(context: typer.Context, reason: str, *names: str) -> None:
             raise ValueError(f"{parameter.opts[0].lstrip('-')}: {reason}; leave it out")
 
 
-def resized_line(scene: Scene, count: int = 1) -> str | None:
-    """What is said of a map that is not of the model's size; ``count``: how many of them."""
-    height, width = scene.labels.shape
-    if scene.source_size is None or scene.source_size == (height, width):
-        return None
-    return _resized(scene.name, scene.source_size, (height, width), count)
+def show(head: Iterable[str | Column], rows: Iterable[Iterable[str]], **options: Any) -> None:
+    """A table."""
+    table = Table(*head, **options)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
-def _resized(name: str, source: tuple[int, int], size: tuple[int, int], count: int) -> str:
+def say_resized(files: Iterable[tuple[str, tuple[int, int] | None]],
+                size: tuple[int, int]) -> None:
+    """Name the first of the files of another (height, width) than ``size``, and how many are."""
+    resized = [(name, of) for name, of in files if of not in (None, size)]
+    if not resized:
+        return
+    name, source = resized[0]
+    assert source is not None
     text = (f"resized by nearest, pixel centres: {name}, {text_size(source)}, to "
             f"{text_size(size)} (width x height)")
     if not one_shape(source, size):
         text += "; its shape is stretched"
-    return text + (f"; {count} maps in all" if count > 1 else "")
-
-
-def say_resized(files: Sequence[tuple[str, tuple[int, int]]], size: tuple[int, int]) -> None:
-    """Name the first of the files of another (height, width) than ``size``, and how many are."""
-    resized = [(name, of) for name, of in files if of != size]
-    if resized:
-        name, of = resized[0]
-        console.print(_resized(name, of, size, len(resized)), soft_wrap=True, highlight=False,
-                      markup=False)
+    if len(resized) > 1:
+        text += f"; {len(resized)} maps in all"
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..families import PARTS, Preset, configured_preset, create_model, stored_configuration
 from ..io.checkpoint import save_checkpoint
-from .common import called, command, console, existing, file_to_write
+from .common import called, command, console, existing, file_to_write, show
 
 
 @command()
@@ -41,13 +40,10 @@ def convert(
     made = create_model(name, source, **_options(option or (), published))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(made, out)
-    table = Table("part", "parameters", "tensors")
-    for part in PARTS:
-        if part in dict(made.named_children()):
-            network = made.get_submodule(part)
-            count = sum(p.numel() for p in network.parameters())
-            table.add_row(part, f"{count:,}", str(len(network.state_dict())))
-    console.print(table)
+    parts = dict(made.named_children())
+    show(("part", "parameters", "tensors"), (
+        (part, f"{sum(p.numel() for p in parts[part].parameters()):,}",
+         str(len(parts[part].state_dict()))) for part in PARTS if part in parts))
     console.print(f"{made.name}: {_labels(made.preset)}", soft_wrap=True)
     console.print(f"wrote {out}; create_model(checkpoint={str(out)!r}) loads it", soft_wrap=True)
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from .. import metrics
 from ..data import build_dataset
@@ -22,6 +21,7 @@ from .common import (
     Backend,
     Checkpoint,
     Device,
+    Features,
     Instances,
     Labels,
     Model,
@@ -36,6 +36,7 @@ from .common import (
     progress,
     say_resized,
     selected,
+    show,
     unusable,
 )
 
@@ -81,8 +82,7 @@ def evaluate(
     )] = None,
     rule: Annotated[str, typer.Option(
         "--label-rule", help="same, cityscapes (19 train ids) or ade20k (150, from 0)")] = "same",
-    features: Annotated[Path | None, typer.Option(
-        help="clusters of instance features (.npz, or an official .npy)")] = None,
+    features: Features = None,
     seed: Seed = 0, backend: Backend = None, device: Device = "cpu",
 ) -> None:
     """Measure mCSD, mOCD, LPIPS, FID, mIoU and accuracy; write a JSON that says how."""
@@ -117,10 +117,10 @@ def evaluate(
     with selected(backend):
         network = which.load()
         preset = network.preset
-        measured = Metrics(
-            distances, extractor, _segmenter(segmenter, segmenter_input, place), predictions,
-            labelled,
-        )
+        judge: Any = metrics.scene_labels if segmenter == "scenes" else None
+        if segmenter is not None and judge is None:
+            judge = metrics.FileSegmenter(segmenter, segmenter_input, place)
+        measured = Metrics(distances, extractor, judge, predictions, labelled)
         if dataset is not None:
             with called(**{"data set": "dataset"}):
                 read = build_dataset(dataset, root, preset, split, count=count, augment=False,
@@ -144,7 +144,8 @@ def evaluate(
                 network, scenes, measured, pinned, checkpoint=which.checkpoint, seed=seed,
                 clusters=clusters, step=step, expect=step.expect)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
-    console.print(_table(result))
+    show(("metric", "value", "measured with"), metric_rows(result),
+         title=metrics.protocol_title(result["protocol"]))
     for what, flag in (("fid", "--inception-weights"), ("segmentation", "--segmenter")):
         if what not in result["results"]:
             console.print(f"{what}: not measured; {flag} measures it", highlight=False)
@@ -162,19 +163,3 @@ def create_distances(names: list[str], weights: Path | None, heads: Path | None,
     files = {name: (weights, heads) if name.startswith("lpips") else (None, None)
              for name in wanted}
     return [metrics.create_distance(name, *files[name], device=device) for name in wanted]
-
-
-def _segmenter(name: str | None, input: str, device: torch.device) -> Any:
-    if name is None:
-        return None
-    if name == "scenes":
-        return metrics.scene_labels
-    return metrics.FileSegmenter(name, input, device)
-
-
-def _table(result: dict[str, Any]) -> Table:
-    table = Table("metric", "value", "measured with",
-                 title=metrics.protocol_title(result["protocol"]))
-    for row in metric_rows(result):
-        table.add_row(*row)
-    return table

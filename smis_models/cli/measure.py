@@ -21,7 +21,7 @@ from ..benchmark.networks import family_table
 from ..benchmark.records import SUMMARY, markdown_table, plots, summary, target_lines
 from ..io.files import locked
 from ..io.images import write_atomically
-from .common import Device, Out, command, console, progress, resolve_device
+from .common import Device, Out, command, console, progress, resolve_device, show
 
 _FAMILY_WIDTH = 144
 
@@ -69,10 +69,7 @@ def benchmark(
             harness.save(out / "records.json", records)  # kept, whatever the next case does
             step(case.group)
     reused = [r for r in records if r.allocator == "reuse"]
-    table = Table(Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:])
-    for line in summary(reused):
-        table.add_row(*line)
-    console.print(table)
+    show((Column(SUMMARY[0], overflow="fold"), *SUMMARY[1:]), summary(reused))
     for text in target_lines(reused):
         console.print(text, soft_wrap=True, highlight=False)
     text = harness.markdown(records)

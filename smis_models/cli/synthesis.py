@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
+from rich.table import Column
 
 from smis_kernels import info as kernels_info
 
 from ..app import demo as demonstration
 from ..data.classes import class_colours, class_note
 from ..families import (
+    PARTS,
     CodePreset,
     GroupDNetPreset,
     LatentPreset,
@@ -40,6 +41,7 @@ from .common import (
     Backend,
     Checkpoint,
     Device,
+    Features,
     Instances,
     Labels,
     Model,
@@ -54,9 +56,9 @@ from .common import (
     file_to_write,
     keep_inputs,
     progress,
-    resized_line,
     say_resized,
     selected,
+    show,
     unusable,
 )
 
@@ -64,12 +66,10 @@ from .common import (
 @command("list")
 def list_command() -> None:
     """Every model with its size: parameters in millions."""
-    table = Table(Column("model", no_wrap=True), Column("what it is", ratio=1), "G", "E", "D")
-    for info in list_models():
-        sizes = (f"{info.parameters.get(part, 0) / 1e6:.1f}"
-                 for part in ("generator", "encoder", "discriminator"))
-        table.add_row(info.name, info.description, *sizes)
-    console.print(table)
+    show((Column("model", no_wrap=True), Column("what it is", ratio=1), "G", "E", "D"), (
+        (info.name, info.description,
+         *(f"{info.parameters.get(part, 0) / 1e6:.1f}" for part in PARTS))
+        for info in list_models()))
     console.print("G, E, D: millions of parameters of generator, encoder and discriminator",
                   highlight=False)
 
@@ -85,11 +85,10 @@ def classes(
                          "--checkpoint")
     which = chosen(model, checkpoint)
     preset = which.preset
-    table = Table("class", "name", "colour")
-    for k, (what, rgb) in enumerate(zip(which.classes, class_colours(which.classes), strict=True)):
-        text = "#{:02x}{:02x}{:02x}".format(*map(int, rgb))
-        table.add_row(str(k), what, f"[{text}]{'#' * 4}[/] {text}")
-    console.print(table)
+    colours = ["#{:02x}{:02x}{:02x}".format(*map(int, c)) for c in class_colours(which.classes)]
+    show(("class", "name", "colour"), (
+        (str(k), what, f"[{colour}]{'#' * 4}[/] {colour}")
+        for k, (what, colour) in enumerate(zip(which.classes, colours, strict=True))))
     if note := class_note(which.name, preset.classes):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if preset.dont_care is not None:
@@ -128,9 +127,7 @@ def synthesize(
     model: Model = None, checkpoint: Checkpoint = None, instances: Instances = None,
     samples: Samples = 1,
     seed: Seed = 0, backend: Backend = None, device: Device = "cpu", unknown: Unknown = None,
-    features: Annotated[
-        Path | None, typer.Option(help="clusters of instance features (.npz, or an official .npy)")
-    ] = None,
+    features: Features = None,
     size: Annotated[str | None, typer.Option(
         help="HEIGHTxWIDTH of the pictures, of models that paint any (pix2pixHD; SPADE and CC-FPSE "
              "without a code)")] = None,
@@ -156,11 +153,10 @@ def synthesize(
         if which.checkpoint is None:
             synthesis.calibrate(network, synthesis.semantics(network, first),
                                 synthesis.draw_input(network, first, seed, clusters))
-        table = Table("scene", "classes", "pictures", "seconds each")
+        rows: list[tuple[str, str, str, str]] = []
         sheet: list[list[tuple[str, Picture]]] = []
         made: Synthesizer | None = None
-        first_resized: Scene | None = None
-        count = 0
+        sizes: list[tuple[str, tuple[int, int] | None]] = []
         older = cache(_numbered)
         with progress(len(scenes) * samples) as step:
             for i, scene in enumerate(scenes):
@@ -177,20 +173,18 @@ def synthesize(
                     drawn += [(f"seed {seed + k}", picture)] if i < _GRID_ROWS else []
                 _remove_older(older, out / scene.name, samples)
                 spent = (time.perf_counter() - start) / samples
-                if resized_line(scene):
-                    first_resized, count = first_resized or scene, count + 1
+                sizes.append((scene.name, scene.source_size))
                 if i < _GRID_ROWS:
                     sheet.append([(scene.name, scene.picture(preset.classes)),
                                   ("classes", scene.legend(preset.classes)), *drawn])
                 files = f"{scene.name}_0.png" + (f" .. _{samples - 1}.png" if samples > 1 else "")
                 if i < _TABLE_ROWS:
-                    table.add_row(scene.name, str(len(scene.present)), files, f"{spent:.2f}")
+                    rows.append((scene.name, str(len(scene.present)), files, f"{spent:.2f}"))
         path = write_png(out / "grid.png", captioned_grid(sheet))
-    console.print(table)
+    show(("scene", "classes", "pictures", "seconds each"), rows)
     if len(scenes) > _TABLE_ROWS:
         console.print(f"... and {len(scenes) - _TABLE_ROWS} scenes more")
-    if first_resized is not None:
-        console.print(resized_line(first_resized, count), soft_wrap=True, highlight=False)
+    say_resized(sizes, preset.image_size)
     console.print(f"weights: {which.weights}", soft_wrap=True)
     shown = "all" if len(scenes) <= _GRID_ROWS else f"the first {_GRID_ROWS} scenes"
     console.print(f"{len(scenes) * samples} pictures in {out}, {shown} on {path}", soft_wrap=True)
@@ -290,8 +284,7 @@ def demo(
                                              which.class_of("unknown", unknown), which.classes)
             keep_inputs((out / f"{of.name}.png" for of in of_files.files), of_files.read)
             shown = of_files
-            say_resized([(x.name, x.source_size) for x in shown if x.source_size is not None],
-                        preset.image_size)
+            say_resized(((x.name, x.source_size) for x in shown), preset.image_size)
         options = {} if published else _quarter_width(preset)
         network = which.load(**options)
         if which.checkpoint is not None and "encoder" not in dict(network.named_children()):
@@ -307,11 +300,9 @@ def demo(
                 network, shown, out, samples=samples, seed=seed, width=width,
                 random_weights=which.checkpoint is None, step=step,
             )
-    table = Table("stage", "reference, ms", "fused, ms", "speedup")
-    for stage in made.stages:
-        table.add_row(stage.name, f"{stage.reference * 1e3:.1f}", f"{stage.fused * 1e3:.1f}",
-                     f"{stage.speedup:.2f}x")
-    console.print(table)
+    show(("stage", "reference, ms", "fused, ms", "speedup"), (
+        (stage.name, f"{stage.reference * 1e3:.1f}", f"{stage.fused * 1e3:.1f}",
+         f"{stage.speedup:.2f}x") for stage in made.stages))
     if made.backend == "reference":
         console.print("[yellow]The fused kernels are not available here[/]: both columns are the "
                       "reference; `smis info` says what is missing.")

@@ -25,25 +25,19 @@ from .usage import Command
 _SHOWN = ("images_per_second", "waiting", "memory", "rate_generator", "rate_discriminator")
 
 
-class _Asked:
-    """Which signal asked to stop; 0: none did."""
-
-    signal = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.signal)
-
-
 @contextmanager
-def _stopping(first: bool) -> Iterator[_Asked]:
-    """Ctrl-C and SIGTERM end the run after the present step, with a checkpoint."""
-    asked = _Asked()
+def _stopping(first: bool) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end the run after the present step, with a checkpoint.
+
+    Yields the signals that asked for it so far.
+    """
+    asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
         if not asked and first:  # written at once: a print may be what was interrupted
             os.write(2, f"{signal.Signals(number).name}: stopping after this step, with a "
                         "checkpoint\n".encode())
-        asked.signal = asked.signal or number
+        asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -193,4 +187,4 @@ def train_command(
         console.print(f"{outcome.step} of {outcome.steps} steps{rest}; weights: {outcome.weights}",
                       soft_wrap=True)
     if asked and not outcome.finished:
-        raise typer.Exit(128 + asked.signal)
+        raise typer.Exit(128 + asked[0])
