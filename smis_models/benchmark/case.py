@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,14 +162,10 @@ def convert(inputs: Inputs, **to: Any) -> Inputs:
     return tuple(one(x) for x in inputs)
 
 
-def channels_last(inputs: Inputs) -> Inputs:
-    """The inputs in channels-last memory."""
-    return convert(inputs, memory_format=torch.channels_last)
-
-
-def contiguous(inputs: Inputs) -> Inputs:
-    """The inputs, weights of modules included, as published code holds them."""
-    return convert(inputs, memory_format=torch.contiguous_format)
+channels_last = partial(convert, memory_format=torch.channels_last)
+"""The inputs in channels-last memory."""
+contiguous = partial(convert, memory_format=torch.contiguous_format)
+"""The inputs, weights of modules included, as published code holds them."""
 
 
 @dataclass(frozen=True)
@@ -213,12 +210,10 @@ def providers(reference: Run, fused: Run, *, prepare: Callable[[Inputs], Inputs]
         loops: the reference loops over values, so that torch.compile has nothing to fuse and no
             CUDA graph can be captured.
     """
-    baselines = (
-        Provider("reference", reference, prepare, graph=not loops),
-        Provider("channels_last", reference, channels_last, graph=not loops),
-    )
-    compiled = (Provider("compiled", reference, prepare, compile=True),) if not loops else ()
-    return (*baselines, *compiled, Provider("fused", fused, prepare))
+    compiled = () if loops else (Provider("compiled", reference, prepare, compile=True),)
+    return (Provider("reference", reference, prepare, graph=not loops),
+            Provider("channels_last", reference, channels_last, graph=not loops),
+            *compiled, Provider("fused", fused, prepare))
 
 
 def tensors(values: Any) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from math import prod
 from typing import Any
@@ -45,22 +46,11 @@ def _window_table(hidden: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, *
 _window_table._get_raw = True  # type: ignore[attr-defined]  # values, not shapes alone
 
 
-def _level_product(hidden: Shape, weight: Shape, bias: Any, tiles: Any, windows: Shape,
-                   *_: Any, **__: Any) -> int:
-    """All weights of a level at every 5x5 window, what pads them to tiles included."""
-    return (windows[0] - 1) * weight[0]
-
-
 def _conditional_conv(input: Shape, condition: Shape, weight: Shape, bias: Any, tile: int = 2,
                       *_: Any, **__: Any) -> int:
     """The Winograd conv that predicts the kernels, and their application with nine taps."""
     tiles = input[0] * -(-input[2] // tile) * -(-input[3] // tile)
     return tiles * (tile + 2) ** 2 * prod(weight[:2]) + 9 * prod(input)
-
-
-def _varying_conv(input: Shape, weight: Shape, kernel_size: int, *_: Any, out_shape: Shape,
-                  **__: Any) -> int:
-    return prod(out_shape) * kernel_size**2
 
 
 def _winograd_conv(input: Shape, weight: Shape, bias: Any, residual: Any, groups: int,
@@ -84,32 +74,24 @@ def _polyphase_conv(input: Shape, weight: Shape, bias: Any, groups: int, stride:
     return input[0] * -(-height // 3) * -(-width // 3) * products * weight[0] * weight[1]
 
 
-def _narrow_conv(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    return prod(out_shape) * prod(weight[1:])
-
-
-def _shortcut(input: Shape, mean: Shape, rstd: Shape, index: Shape, table: Shape, weight: Shape,
-              *_: Any, **__: Any) -> int:
-    """At least once a pixel of the features: where windows differ, each of up to four in turn."""
-    return input[0] * prod(input[2:]) * weight[0] * weight[1]
-
-
 # Ops that multiply; the others only sum, pick or scale.
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "window_table": _window_table, "level_product": _level_product,
-    "conditional_conv": _conditional_conv,
-    "varying_conv": _varying_conv, "winograd_conv": _winograd_conv,
-    "polyphase_conv": _polyphase_conv,
-    "narrow_conv": _narrow_conv, "indexed_shortcut": _shortcut,
+    "window_table": _window_table, "conditional_conv": _conditional_conv,
+    "winograd_conv": _winograd_conv, "polyphase_conv": _polyphase_conv,
+    # All weights of a level at every 5x5 window, what pads them to tiles included.
+    "level_product": lambda hidden, weight, bias, tiles, windows, *_, **__:
+        (windows[0] - 1) * weight[0],
+    "varying_conv": lambda input, weight, kernel_size, *_, out_shape, **__:
+        prod(out_shape) * kernel_size**2,
+    "narrow_conv": lambda input, weight, *_, out_shape, **__: prod(out_shape) * prod(weight[1:]),
+    # At least once a pixel of the features: where windows differ, each of up to four in turn.
+    "indexed_shortcut": lambda input, mean, rstd, index, table, weight, *_, **__:
+        input[0] * prod(input[2:]) * weight[0] * weight[1],
 }
 
 
 def _flops(formula: Callable[..., int]) -> Callable[..., int]:
-    @wraps(formula)  # with its attributes
-    def doubled(*arguments: Any, **options: Any) -> int:
-        return 2 * formula(*arguments, **options)
-
-    return doubled
+    return wraps(formula)(lambda *arguments, **options: 2 * formula(*arguments, **options))
 
 
 def dense_macs(inputs: Inputs) -> int:
@@ -123,14 +105,12 @@ def dense_macs(inputs: Inputs) -> int:
         nonlocal applied
         applied += 9 * out.numel()
 
-    layers = [m for m in inputs[0].modules() if isinstance(m, ConditionalConv2d)]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in inputs[0].modules():
+            if isinstance(layer, ConditionalConv2d):
+                hooks.enter_context(layer.register_forward_hook(count))
         convs = conv_macs(inputs)  # which runs the hooks
-        return convs + applied
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return convs + applied
 
 
 def effective_macs(call: Callable[[], Any]) -> int:

@@ -43,7 +43,8 @@ def bind(case: Case, run: Run, inputs: Inputs) -> Call:
     for i, leaf in zip(case.leaves, leaves, strict=True):
         arguments[i] = leaf
     kept = run(*arguments)
-    cotangent = _cotangent(kept)
+    drawn = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1))
+    cotangent = torch.empty_like(kept).copy_(drawn)
     if case.direction == "backward":
         return partial(torch.autograd.grad, kept, leaves, cotangent, retain_graph=True)
 
@@ -52,12 +53,6 @@ def bind(case: Case, run: Run, inputs: Inputs) -> Call:
         return (out, *torch.autograd.grad(out, leaves, cotangent))
 
     return step
-
-
-def _cotangent(out: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.randn(out.shape, generator=generator)
-    return torch.empty_like(out).copy_(drawn)
 
 
 def judge(case: Case, outputs: Any, truth: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from smis_kernels import SPADE, LabelLayout, instance_edges, use_backend, use_path
 from smis_kernels.interface import TableCache
 
-from ..families import MODELS, PARTS, create_model, list_models
+from ..families import MODELS, PARTS, create_model, entry, list_models
 from ..networks.semantics import one_hot, semantics
 from ..synthesis.synthesizer import Synthesizer, frozen_copy
 from .case import (
@@ -51,16 +52,15 @@ def ours(module: Any, *inputs: Any) -> Any:
     return module(*inputs)
 
 
-def baselines(run: Run = reference, compile: bool = True) -> tuple[Provider, ...]:
+def baselines(run: Run = reference) -> tuple[Provider, ...]:
     """The dense definition eager, channels-last and compiled in the faster of the two."""
-    compiled = (Provider("compiled", run, channels_last, compile=True),) if compile else ()
     return (Provider("reference", run, contiguous), Provider("channels_last", run, channels_last),
-            *compiled)
+            Provider("compiled", run, channels_last, compile=True))
 
 
 def tiny_options(name: str) -> dict[str, Any]:
     """The narrowest that a model's groups allow, on pictures of 64 or 128 pixels a side."""
-    preset = create_model(name, part="generator", device="meta").preset
+    preset = entry(name).preset
     width = 70 if name == "groupdnet_cityscapes" else 8
     side = 128 if name.endswith("scenes") else 64
     options = {"ngf": width, "nef": width, "ndf": 4, "hidden": 8}
@@ -157,10 +157,7 @@ def encoder_case(against: float) -> Case:
     def encode(encoder: Any, image: Tensor, labels: Tensor) -> Any:
         return encoder.encode(image, labels)
 
-    def published(*inputs: Any) -> Any:
-        with use_backend("reference"):
-            return encode(*inputs)
-
+    published = partial(reference, encode)
     return generator_case(
         name, "encoder", make_inputs=make_inputs, macs=lambda inputs: 0, seconds=20.0,
         providers=(Provider("reference", published),
@@ -342,15 +339,12 @@ def network_bound(inputs: Inputs, call: Callable[[], Any] | None = None) -> Rema
         size = given[0].numel() * given[0].element_size()
         moved, largest = moved + 2 * size, max(largest, size)
 
-    # Not on the convs of norms, whose tables would not be made then.
-    hooks = [m.register_forward_hook(hook) for name, m in module.named_modules()
-             if isinstance(m, nn.Conv2d) and ".mlp_" not in name]
-    try:
-        with torch.no_grad():
-            module(*arguments)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, layer in module.named_modules():
+            # Not on the convs of norms, whose tables would not be made then.
+            if isinstance(layer, nn.Conv2d) and ".mlp_" not in name:
+                hooks.enter_context(layer.register_forward_hook(hook))
+        module(*arguments)
     return Remaining(effective_macs(call or (lambda: module(*arguments))), moved, largest)
 
 

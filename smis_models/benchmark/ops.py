@@ -90,8 +90,7 @@ def modulation_case(name: str, shape: Shape, *, upsample: bool = False, training
                             partial(modulated, modulation, **given),
                             prepare=channels_last if last else unchanged),
         direction="step" if training else "forward", leaves=(0, 1, 2) if training else (),
-        moved=(lambda inputs, outputs: 15 * nbytes(inputs[0])) if training else
-        (lambda inputs, outputs: nbytes(inputs, outputs)),
+        moved=(lambda inputs, outputs: 15 * nbytes(inputs[0])) if training else read_and_written,
         macs=lambda inputs: (6 if training else 2) * inputs[1].numel(), **options,
     )
 
@@ -211,12 +210,11 @@ def varying_case(shape: Shape, direction: str = "forward", *, last: bool = False
     )
 
 
-def conditional_case(shape: Shape, direction: str = "forward", hidden: int = 128,
-                     **options: Any) -> Case:
+def conditional_case(shape: Shape, direction: str = "forward", **options: Any) -> Case:
     """Floor of the forward: the multiply-adds that our form of it makes."""
 
     def make_inputs(setting: Setting) -> Inputs:
-        x, condition = _draws(setting, shape, (shape[0], hidden, *shape[2:]))
+        x, condition = _draws(setting, shape, (shape[0], 128, *shape[2:]))
         k, depth = x.shape[1], condition.shape[1]
         weight = setting.draw(9 * k, depth, 3, 3, seed=2) / (9 * depth) ** 0.5
         return x, condition.relu(), weight, setting.draw(9 * k, seed=3)

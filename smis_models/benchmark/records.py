@@ -333,11 +333,10 @@ def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
     picked: list[tuple[str, ...]] = []
     for row in table(records):
         cells = dict(zip(COLUMNS, row, strict=True))
-        times = (cells[name].partition(" [")[0] for name in ("reference", "fused"))
-        wrong = " WRONG" if "WRONG" in cells["fused"] else ""
-        case, reference, fused = cells["case"].removesuffix("/forward"), *times
-        picked.append((case, reference, fused + wrong, cells["x reference"],
-                       cells["x best baseline"], cells["of copy"]))
+        reference, fused = (cells[name].partition(" [")[0] for name in ("reference", "fused"))
+        fused += " WRONG" if "WRONG" in cells["fused"] else ""
+        picked.append((cells["case"].removesuffix("/forward"), reference, fused,
+                       cells["x reference"], cells["x best baseline"], cells["of copy"]))
     return picked
 
 
@@ -378,33 +377,25 @@ def markdown(records: Sequence[Record]) -> str:
     if compiled:
         times = ", ".join(f"{r.group} {r.compile_seconds:.1f} s" for r in compiled)
         parts.append(f"Compile time, first call included: {times}.")
-    resident = [r for r in reuse if r.resident_memory is not None]
-    if resident:
-        memory = [(r.group, r.provider, f"{r.peak_memory / 1e6:.1f}",
-                   f"{(r.resident_memory or 0) / 1e6:.1f}") for r in resident]
-        parts += ["## Peak memory, confirmed by the resident size of a fresh process",
-                  markdown_table(("case", "provider", "allocations, MB", "resident, MB"),
-                                  memory)]
-    counted = [r for r in fused if r.windows]
-    if counted:
-        maps = [
-            (r.group, name, str(v), str(u), f"{v / pixels:.1%}", f"{u / pixels:.1%}",
-             duration(r.maps.get(name, r.median)))
-            for r in counted for name, (v, u, pixels) in r.windows.items()
-        ]
-        parts += ["## Maps: distinct 3x3 (V) and 5x5 (U) windows at the full size",
-                  markdown_table(("case", "map", "V", "U", "of pixels", "of pixels", "fused"),
-                                  maps)]
-    lines = forms(reuse)
-    if lines:
-        parts += ["## Every provider", markdown_table(FORMS, lines)]
-    if default:
-        rows = [
-            (group, *(_cell(case.get(n)) for n in PROVIDERS), times_text(speedup(case)))
-            for (group, *_), case in by_case(default).items()
-        ]
-        parts += ["## Under the default allocator",
-                  markdown_table(("case", *PROVIDERS, "x reference"), rows)]
+    sections: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
+        "Peak memory, confirmed by the resident size of a fresh process": (
+            ("case", "provider", "allocations, MB", "resident, MB"),
+            [(r.group, r.provider, f"{r.peak_memory / 1e6:.1f}", f"{r.resident_memory / 1e6:.1f}")
+             for r in reuse if r.resident_memory is not None]),
+        "Maps: distinct 3x3 (V) and 5x5 (U) windows at the full size": (
+            ("case", "map", "V", "U", "of pixels", "of pixels", "fused"),
+            [(r.group, name, str(v), str(u), f"{v / pixels:.1%}", f"{u / pixels:.1%}",
+              duration(r.maps.get(name, r.median)))
+             for r in fused for name, (v, u, pixels) in r.windows.items()]),
+        "Every provider": (FORMS, forms(reuse)),
+        "Under the default allocator": (
+            ("case", *PROVIDERS, "x reference"),
+            [(group, *(_cell(case.get(n)) for n in PROVIDERS), times_text(speedup(case)))
+             for (group, *_), case in by_case(default).items()]),
+    }
+    for title, (head, rows) in sections.items():
+        if rows:
+            parts += [f"## {title}", markdown_table(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 

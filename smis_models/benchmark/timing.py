@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import time
@@ -45,8 +46,7 @@ def cuda_seconds(call: Call, repeats: int) -> float:
 
 
 def interleave(calls: Mapping[str, Call], seconds: float, *, device: torch.device | None = None,
-               least: int = 3, most: int = 101,
-               progress: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
+               least: int = 3, most: int = 101) -> dict[str, list[float]]:
     """Time all calls in one run, round by round in rotating order.
 
     Args:
@@ -54,7 +54,6 @@ def interleave(calls: Mapping[str, Call], seconds: float, *, device: torch.devic
         seconds: measuring time to aim at, over all calls.
         device: CUDA times by events.
         least, most: bounds on the number of rounds.
-        progress: called after each sample.
 
     Returns:
         Seconds per call, one entry per round.
@@ -82,7 +81,6 @@ def interleave(calls: Mapping[str, Call], seconds: float, *, device: torch.devic
             shift = i % len(names)
             for name in names[shift:] + names[:shift]:
                 times[name].append(clock(calls[name], repeats[name]))
-                progress()
     finally:
         if collecting:
             gc.enable()
@@ -91,14 +89,8 @@ def interleave(calls: Mapping[str, Call], seconds: float, *, device: torch.devic
 
 def rotating(calls: Sequence[Call]) -> Call:
     """A call that takes the next of ``calls`` each time, so that caches see new inputs."""
-    state = {"next": 0}
-
-    def call() -> Any:
-        index = state["next"]
-        state["next"] = (index + 1) % len(calls)
-        return calls[index]()
-
-    return call
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def graphed(calls: Sequence[Call]) -> Call:

@@ -91,8 +91,7 @@ def _fused(trainer: Trainer, samples: list[Sample], *_: Any) -> Tensor:
     return _outcome(trainer, _micro(Collate(trainer.model.preset)(samples)))
 
 
-def _micro(batch: Any) -> MicroBatch:
-    return MicroBatch.of(batch, torch.device("cpu"))
+_micro = partial(MicroBatch.of, device=torch.device("cpu"))
 
 
 def _channels_last(inputs: Inputs) -> Inputs:
