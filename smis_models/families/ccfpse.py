@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -461,13 +461,8 @@ class CCFPSEGenerator(CodeGenerator):
 
 def _pool(x: Tensor, size: int) -> Tensor:
     """Average pooling as sums of slices, which vectorise: on a CPU ``avg_pool2d`` does not."""
-    rows = x[:, :, ::size]
-    for i in range(1, size):
-        rows = rows + x[:, :, i::size]
-    columns = rows[..., ::size]
-    for i in range(1, size):
-        columns = columns + rows[..., i::size]
-    return columns / size**2
+    rows = reduce(torch.add, [x[:, :, i::size] for i in range(size)])
+    return reduce(torch.add, [rows[..., i::size] for i in range(size)]) / size**2
 
 
 @network("discriminator", CCFPSEPreset)

@@ -27,7 +27,7 @@ _MODES: dict[str, Callable[[Tensor, bool, bool], Tensor]] = {
 }
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Losses are summed in fp32 at least."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -77,7 +77,7 @@ def gan_loss(predictions: Predictions, target_is_real: bool, *, discriminator: b
     if not scales:
         raise ValueError("predictions: expected at least one, got an empty list")
     last = [scale if isinstance(scale, Tensor) else scale[-1] for scale in scales]
-    terms = [_MODES[mode](_wide(x), target_is_real, discriminator) for x in last]
+    terms = [_MODES[mode](wide(x), target_is_real, discriminator) for x in last]
     total = torch.stack(terms).sum()
     return total / len(terms) if reduction == "mean" else total
 
@@ -120,7 +120,7 @@ def feature_matching_loss(fake: Sequence[Sequence[Tensor]], real: Sequence[Seque
         raise ValueError("fake, real: expected the same features of every scale, and last the "
                          f"prediction; got {min(counts)} to {max(counts)} tensors a scale")
     terms = [
-        F.l1_loss(_wide(f), _wide(r.detach()))
+        F.l1_loss(wide(f), wide(r.detach()))
         for fake_scale, real_scale in zip(fake, real, strict=True)
         for f, r in zip(fake_scale[:-1], real_scale[:-1], strict=True)
     ]
@@ -165,8 +165,8 @@ def class_l1_loss(fake: Tensor, real: Tensor, labels: Tensor) -> Tensor:
                          "to a class of their own")
     pixels = y.new_zeros(n, high + 1).scatter_add_(1, y, torch.ones_like(y))
     shown = (pixels > 0).sum(1, keepdim=True)
-    share = 1 / (n * pixels.gather(1, y) * shown).to(_wide(fake).dtype)  # [N, H*W]
-    distance = (_wide(fake) - _wide(real)).abs().mean(1).flatten(1)
+    share = 1 / (n * pixels.gather(1, y) * shown).to(wide(fake).dtype)  # [N, H*W]
+    distance = (wide(fake) - wide(real)).abs().mean(1).flatten(1)
     return (distance * share).sum()
 
 
@@ -195,7 +195,7 @@ def kl_loss(mu: Tensor, logvar: Tensor, *, reduction: str = "sum") -> Tensor:
     parts = {"sum": 1, "mean": mu.numel(), "batchmean": len(mu)}
     if reduction not in parts:
         raise ValueError(f"reduction: expected one of {', '.join(parts)}; got {reduction!r}")
-    mu, logvar = _wide(mu), _wide(logvar)
+    mu, logvar = wide(mu), wide(logvar)
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum() / parts[reduction]
 
 
@@ -221,7 +221,7 @@ def latent_regression_loss(mean: Tensor, z: Tensor) -> Tensor:
     """
     if mean.shape != z.shape:
         raise ValueError(f"z: expected the mean's shape {tuple(mean.shape)}, got {tuple(z.shape)}")
-    return F.l1_loss(_wide(mean), _wide(z.detach()))
+    return F.l1_loss(wide(mean), wide(z.detach()))
 
 
 def diversity_loss(image_0: Tensor, image_1: Tensor, z_0: Tensor, z_1: Tensor, *,
@@ -261,6 +261,6 @@ def diversity_loss(image_0: Tensor, image_1: Tensor, z_0: Tensor, z_1: Tensor, *
             )
     if len(z_0) != len(image_0):
         raise ValueError(f"z_0: expected batch size {len(image_0)} as the images, got {len(z_0)}")
-    pictures = (_wide(image_0) - _wide(image_1)).abs().flatten(1).mean(1)
-    codes = (_wide(z_0) - _wide(z_1)).detach().abs().flatten(1).mean(1)
+    pictures = (wide(image_0) - wide(image_1)).abs().flatten(1).mean(1)
+    codes = (wide(z_0) - wide(z_1)).detach().abs().flatten(1).mean(1)
     return -(pictures / (codes + 1e-5)).clamp(max=bound).mean()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..io.checkpoint import CheckpointError, read_checkpoint
 from ..io.files import file_hash, published_hash
+from .losses import wide
 from .trunks import build_trunk, tapped, trunk_state, vgg_layers
 
 FILE = "vgg19-dcbb9e9d.pth"
@@ -78,11 +79,8 @@ class PerceptualLoss(nn.Module):
                              f"{tuple(real.shape)}")
         with torch.no_grad():
             wanted = self.features(real)
-        terms = [
-            weight * F.l1_loss(f.float() if f.dtype.itemsize < 4 else f, r.to(f).float()
-                               if f.dtype.itemsize < 4 else r)
-            for weight, f, r in zip(_WEIGHTS, self.features(fake), wanted, strict=True)
-        ]
+        terms = [weight * F.l1_loss(wide(f), wide(r.to(f)))
+                 for weight, f, r in zip(_WEIGHTS, self.features(fake), wanted, strict=True)]
         return torch.stack(terms).sum()
 
 
