@@ -20,7 +20,7 @@ from PIL import Image
 
 from smis_kernels import SPADE, LabelLayout, class_crops, instance_avg_pool2d, modulation, norm_act
 from smis_models import CheckpointError, cli, create_model, save_checkpoint
-from smis_models.data import build_dataset
+from smis_models.data import build_dataset, list_scenes
 from smis_models.data.classes import class_colours, class_index, class_names, class_note
 from smis_models.data.doctor import examine, find_splits
 from smis_models.data.write import write_scenes
@@ -39,6 +39,7 @@ from smis_models.io.images import write_indices, written_here
 from smis_models.io.names import map_files
 from smis_models.io.sheet import captioned, legend
 from smis_models.synthesis.edits import painted, parse_takes, relabelled
+from smis_models.synthesis.features import FeatureClusters
 from smis_models.synthesis.scene import Scene
 from smis_models.synthesis.shapes import exchange_shape
 from smis_models.training import RECIPES, load_config, to_json
@@ -234,6 +235,17 @@ def test_what_is_read_is_never_written_over(tmp_path: Path, smis: Any, layout: P
     for words in (("synthesize", "--labels", grids / "grid.png"), ("demo", "--labels", grids)):
         code, _, error = smis(*words, "--model", "groupdnet_scenes", "--out", grids)
         assert (code, error.count("\n")) == (2, 1) and "is read, and would be" in error, words
+    for words, name in (
+        (("synthesize", "--labels", layout, "--instances"), "grid"),
+        (("edit", "--relabel", "1=2", "--labels", layout, "--instances"), "edit_1"),
+        (("edit", "--labels", layout, "--to", layout, "--to-instances"), "edit_1"),
+        (("edit", "--labels", layout, "--exchange", 1, "--library", labels,
+          "--library-instances"), "exchange_1"),
+    ):
+        ids = grids / f"{name}.png"
+        ids.write_bytes(layout.read_bytes())
+        code, _, error = smis(*words, ids, "--model", "pix2pixhd_cityscapes", "--out", grids)
+        assert (code, error.count("\n")) == (2, 1) and "is read, and would be" in error, words
     for folder in (pictures, labels, grids):
         assert all(path.read_bytes() == layout.read_bytes() for path in folder.glob("*.png"))
     grey = tmp_path / "grey.png"
@@ -244,6 +256,54 @@ def test_what_is_read_is_never_written_over(tmp_path: Path, smis: Any, layout: P
         assert (code, error.count("\n")) == (2, 1) and "over itself" in error
     assert grey.read_bytes() == before
     assert other.read_bytes() == layout.read_bytes()
+
+
+def test_one_map_is_never_converted_over_another(tmp_path: Path, smis: Any) -> None:
+    source, below = tmp_path / "maps", tmp_path / "maps/below"
+    for folder, index in ((source, 1), (below, 2)):
+        write_indices(folder / "a.png", np.full((4, 4), index))
+    (tmp_path / "link").symlink_to(source)
+    before = (below / "a.png").read_bytes()
+    for given, out in ((source, below), (source, tmp_path / "link/below"), (below, source),
+                       (tmp_path / "link", source), (source / "a.png", tmp_path / "link")):
+        code, _, error = smis("convert-labels", given, out)
+        assert (code, error.count("\n")) == (2 if given != below else 0, given != below), error
+        assert given == below or "written over" in error
+        write_indices(source / "a.png", np.full((4, 4), 1))
+    assert (below / "a.png").read_bytes() == before
+    assert sorted(os.listdir(source)) == ["a.png", "below"]
+
+
+def test_a_file_that_is_written_is_none_that_is_read(tmp_path: Path, smis: Any,
+                                                    layout: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_checkpoint(create_model("groupdnet_scenes", **SMALL), weights)
+    (tmp_path / "link").symlink_to(tmp_path)
+    clusters = FeatureClusters({0: np.zeros((1, 3), np.float32)}).save(tmp_path / "c.npz")
+    data, = write_scenes(tmp_path / "data", {"train": 2}, 256)
+    listed, = list_scenes("folder", data, "train").records[:1]
+    predicted = tmp_path / "predicted"
+    predicted.mkdir()
+    (predicted / layout.name).write_bytes(layout.read_bytes())
+    measured = ("evaluate", "--checkpoint", weights, "--distance", "none")
+    maps, scenes = ("--labels", layout), ("--dataset", "folder", "--root", data, "--split",
+                                            "train")
+    linked = tmp_path / "link" / weights.name
+    for path, words in (
+        (layout, (*measured, *maps)), (weights, (*measured, *maps)), (linked, (*measured, *maps)),
+        (predicted / layout.name, (*measured, *maps, "--predictions", predicted)),
+        *((Path(path), (*measured, *scenes)) for path in (listed.labels, listed.image)),
+        (clusters, ("features", "--convert", clusters)),
+    ):
+        before = path.read_bytes()
+        code, _, error = smis(*words, "--out", path)
+        assert (code, error.count("\n")) == (2, 1) and "is read, and would be" in error, words
+        assert path.read_bytes() == before
+    before = weights.read_bytes()
+    for source, out in ((weights, weights), (weights, linked), (tmp_path, weights)):
+        code, _, error = smis("convert", source, out)
+        assert (code, error.count("\n")) == (2, 1) and "is read, and would be" in error
+    assert weights.read_bytes() == before
 
 
 def test_a_map_that_was_drawn_is_never_removed(tmp_path: Path, smis: Any, layout: Path) -> None:
@@ -332,12 +392,30 @@ def test_killed_scenes_are_known_and_go_on(tmp_path: Path) -> None:
         build_dataset("folder", out, preset)
     with pytest.raises(ValueError, match="unfinished set"):
         write_scenes(out, counts, 32, seed=1)
+    with pytest.raises(ValueError, match="unfinished set"):
+        write_scenes(out, counts, 64)
     write_scenes(out, counts, 32)
     assert _files(out) == _files(tmp_path / "whole")
     assert not any("not complete" in p.message
                    for p in examine(find_splits("folder", out)).problems)
     with pytest.raises(ValueError, match="new or empty"):
         write_scenes(out, counts, 32)
+
+
+@pytest.mark.parametrize("end", [OSError, KeyboardInterrupt, SystemExit])
+def test_what_ends_in_the_middle_leaves_what_was_there(tmp_path: Path, end: type[BaseException],
+                                                       ) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("earlier")
+
+    def write() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise end
+
+    with pytest.raises(end):
+        write()
+    assert os.listdir(tmp_path) == ["notes.txt"] and path.read_text() == "earlier"
 
 
 def test_what_is_unfinished_tells_its_task(tmp_path: Path) -> None:
@@ -600,7 +678,8 @@ def test_captions_and_legends_have_their_sizes_and_ink() -> None:
     assert key.shape == (64, 64, 3)
     red = (key == (255, 0, 0)).all(2)
     assert red[:48].any() and not red[48:].any()  # the last line counts those without room
-    apart = [("sky", (0, 0, 255)), ("sea", (0, 255, 0)), ("sand", (255, 255, 0))]
+    apart = [("sky", (0, 0, 255)), ("sea", (0, 255, 0)), ("sand", (255, 255, 0)),
+             ("rock", (255, 0, 255))]  # as many as there is room for
     key = legend(apart, (64, 64))
     for row, (_, colour) in enumerate(apart):
         assert (key[16 * row + 3 : 16 * row + 12, 3:12] == colour).all()

@@ -289,8 +289,8 @@ def existing(option: str, path: Path | None, what: str) -> None:
         raise FileNotFoundError(f"{option}: {path} does not exist; give {what}")
 
 
-def keep_inputs(written: Iterable[Path], read: Iterable[Path]) -> None:
-    """Refuse files to write that are files to read.
+def keep_inputs(written: Iterable[Path], read: Iterable[Path], other: str = "folder") -> None:
+    """Refuse files to write that are files to read; ``other`` is to be given instead.
 
     Raises:
         ValueError: the first that is both.
@@ -298,7 +298,14 @@ def keep_inputs(written: Iterable[Path], read: Iterable[Path]) -> None:
     targets = {path.resolve() for path in written}
     for path in read:
         if path.resolve() in targets:
-            raise ValueError(f"out: {path} is read, and would be written over; give another folder")
+            raise ValueError(
+                f"out: {path} is read, and would be written over; give another {other}")
+
+
+def weight_files(*paths: Path | None) -> list[Path]:
+    """The files that weights are read from: each path that is given, or those in its folder."""
+    return [file for path in paths if path is not None for file in (
+        [*path.glob("*.pth"), *path.glob("*.safetensors")] if path.is_dir() else [path])]
 
 
 def unusable(context: typer.Context, reason: str, *names: str) -> None:

@@ -9,9 +9,25 @@ from typing import Annotated, Any
 
 import typer
 
-from ..families import PARTS, Preset, configured_preset, create_model, stored_configuration
+from ..families import (
+    PARTS,
+    Preset,
+    checkpoint_file,
+    configured_preset,
+    create_model,
+    stored_configuration,
+)
 from ..io.checkpoint import save_checkpoint
-from .common import called, command, console, existing, file_to_write, show
+from .common import (
+    called,
+    command,
+    console,
+    existing,
+    file_to_write,
+    keep_inputs,
+    show,
+    weight_files,
+)
 
 
 @command()
@@ -31,6 +47,7 @@ def convert(
 ) -> None:
     """An official checkpoint to one safetensors file that says what it is; loaded strictly."""
     existing("source", source, "a .pth or .safetensors file, or a folder with latest_net_G.pth")
+    keep_inputs([out], weight_files(checkpoint_file(source)), "name")
     if model is None and stored_configuration(source) is None:
         raise ValueError(
             f"model: expected a name that smis list shows, for {source} holds no configuration"

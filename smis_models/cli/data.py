@@ -19,7 +19,16 @@ from ..io.colours import convert_colours, read_colour_table
 from ..io.files import locked, unfinished
 from ..io.images import write_indices
 from ..io.names import LOSSY_SUFFIXES, SUFFIXES, files_under
-from .common import Seed, called, command, console, existing, folder_to_write, progress
+from .common import (
+    Seed,
+    called,
+    command,
+    console,
+    existing,
+    folder_to_write,
+    keep_inputs,
+    progress,
+)
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -124,6 +133,7 @@ def convert_labels(
         if target.exists() and target.samefile(source if single else source / name):
             raise ValueError(f"out: {target} would be written over itself; give another folder")
         targets[target] = name
+    keep_inputs(targets, [source] if single else [source / name for name in names])
     found: set[int] = set()
     task = {"command": "smis convert-labels"}
     with locked(out), unfinished(out, task), progress(len(targets)) as step:

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from .. import metrics
-from ..data import build_dataset
+from ..data import FileScenes, build_dataset
 from ..data.listing import one_set
 from ..io.hub import metric_rows
 from ..io.images import image_size, write_atomically
@@ -33,11 +33,13 @@ from .common import (
     console,
     existing,
     file_to_write,
+    keep_inputs,
     progress,
     say_resized,
     selected,
     show,
     unusable,
+    weight_files,
 )
 
 DistanceNames = Annotated[list[str], typer.Option(
@@ -105,6 +107,8 @@ def evaluate(
         unusable(context, "no --segmenter and no --predictions are given", "rule")
     existing("root", root, "the folder of the data set")
     which = chosen(model, checkpoint, device, seed)
+    inputs = weight_files(which.checkpoint, lpips_weights, lpips_heads, inception_weights,
+                          None if segmenter in (None, "scenes") else Path(segmenter), features)
     place = which.place
     with called(mask_mode="mask-mode", dont_care="dont-care"):
         pinned = metrics.protocol(protocol, layouts=layouts, samples=samples, pairs=pairs,
@@ -130,15 +134,22 @@ def evaluate(
             facts = {"dataset": dataset, "root": None if root is None else str(root),
                      "split": "one set for every split" if shared else split}
             scenes = Scenes(read, facts)
+            if isinstance(read, FileScenes):
+                inputs += [Path(path) for of in read.records
+                           for path in (of.image, of.labels, of.instances) if path]
         else:
             assert labels is not None
             found = synthesis.read_scenes(labels, instances, preset, index)
             say_resized([(of.name, image_size(of.labels)) for of in found.files if of.labels],
                         preset.image_size)
             scenes = Scenes(found, {"labels": str(labels)})
+            inputs += found.read
         if predictions is not None:
-            say_resized([(name, image_size(path)) for name, path in
-                         map_files("predictions", predictions).items()], preset.image_size)
+            maps = map_files("predictions", predictions)
+            say_resized([(name, image_size(path)) for name, path in maps.items()],
+                        preset.image_size)
+            inputs += maps.values()
+        keep_inputs([out], inputs, "name")
         with progress(None) as step:
             result = metrics.evaluate(
                 network, scenes, measured, pinned, checkpoint=which.checkpoint, seed=seed,

@@ -228,6 +228,7 @@ def features(
         unusable(context, "--convert reads its file alone", "images", "instances", "model",
                  "checkpoint", "clusters", "device", "seed")
         existing("convert", convert, "an official .npy of clusters")
+        keep_inputs([out], [convert], "name")
         found = FeatureClusters.load(convert)
     elif images is None or instances is None:
         raise ValueError("images, instances: expected both (or --convert); give two folders")
