@@ -220,6 +220,8 @@ def test_a_norm_without_tables_runs_as_written_until_its_passes_pay() -> None:
     for size, small in ((64, True), (127, True), (128, False)):
         x, planes = torch.randn(1, 64, size, size), label_map(128, batch=1).float()
         assert ran_as_written(norm, x, planes) == (["AcceleratedLayoutNorm"] if small else [])
+    with use_path("dense"):  # which was asked for
+        assert not ran_as_written(norm, torch.randn(1, 64, 64, 64), planes)
 
 
 @needs_cpu

@@ -103,6 +103,24 @@ def test_inference_folds_the_spectral_norm_of_parametrizations() -> None:
         assert conv.weight is not conv.weight
 
 
+@pytest.mark.parametrize("name", ["weight_orig", "weight_u", "weight_v",
+                                  "parametrizations.weight.original",
+                                  "parametrizations.weight.0._u", "parametrizations.weight.0._v"])
+def test_each_tensor_of_a_folded_spectral_norm_is_watched(name: str) -> None:
+    torch.manual_seed(0)
+    conv = (nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)).double().eval() if name[0] == "w"
+            else lively_parametrized())
+    original, x = copy.deepcopy(conv), normal(1, 3, 6, 6)
+    accelerate(conv, inference=True)
+    with torch.no_grad():
+        assert max_error(conv(x), original(x)) < 1e-12
+        before = original(x)
+        for module in (conv, original):
+            module.state_dict(keep_vars=True)[name].data[1:].mul_(2)
+        assert max_error(original(x), before) > 1e-3
+        assert max_error(conv(x), original(x)) < 1e-12
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["conv", "batch norm"])
 @pytest.mark.parametrize("kind", ["hook", "pre_hook"])
 def test_hooks_on_folded_layers_are_obeyed(kind: str, place: int) -> None:

@@ -185,11 +185,13 @@ def test_a_pickle_remembers_what_was_probed() -> None:
     assert max_error(torch.load(file, weights_only=False)(X, PLANES), original(X, PLANES)) < 1e-10
 
 
-def test_hooks_of_all_modules_are_called() -> None:
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_hooks_of_all_modules_are_called(kind: str) -> None:
     module, seen = plain_unit().eval(), []
     expected = sum(1 for _ in module.modules())
     accelerate(module)
-    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    register = getattr(nn.modules.module, f"register_module_{kind}")
+    handle = register(lambda m, *_: seen.append(m))
     try:
         module(X, PLANES)
     finally:

@@ -256,12 +256,13 @@ def test_verify_measures_and_leaves_buffers(training: bool) -> None:
     assert accelerate(network, verify={"z": z, "segmap": planes}).difference is not None
 
 
-def test_verify_shows_what_the_probe_cannot_know() -> None:
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
+def test_verify_shows_what_the_probe_cannot_know(factor: float) -> None:
     class Moody(foreign.LayoutNorm):
         """It computes something else on larger features."""
 
         def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
-            return super().forward(x, segmap) * (1 if x.shape[2] < 16 else 2)
+            return super().forward(x, segmap) * (1 if x.shape[2] < 16 else factor)
 
     report = accelerate(lively(Moody(4, 7, 8)), verify=(normal(2, 4, 16, 16), label_map(16)))
     assert len(report.replaced) == 1
