@@ -411,8 +411,11 @@ def test_compiled_graphs_refuse_bad_labels() -> None:
 
 def test_module() -> None:
     image, labels = _image(1, 8, 9), _labels(1, 8, 9, 3)
+    labels[:, 0], image[:, :, 0], image[:, :, 0, :2] = 0, 0, torch.tensor([1.0, -1.0])
+    labels[:, 1] = 1  # of class 0 a row above all others, whose sum is nothing
     module = ClassCrops(3, size=(5, 6), box="sums")
     expected = class_crops(image, labels, 3, size=(5, 6), box="sums")
     assert torch.equal(module(image, labels), expected)
+    assert not torch.equal(class_crops(image, labels, 3, size=(5, 6)), expected)
     assert not module.state_dict()
     assert repr(module) == "ClassCrops(num_classes=3, size=(5, 6), box='sums')"

@@ -181,6 +181,9 @@ def test_module_is_torchs_own() -> None:
     assert isinstance(ours, nn.InstanceNorm2d)
     assert not ours.state_dict()
     torch.testing.assert_close(ours(x, r), theirs(x).relu() + r)
+    leaky = InstanceNormAct2d(5, 0.5, activation="leaky_relu", negative_slope=0.05)
+    expected = nn.functional.leaky_relu(nn.InstanceNorm2d(5, 0.5)(x), 0.05)
+    torch.testing.assert_close(leaky(x), expected)
     (choice,) = explain(ours, x).choices
     assert (choice.op, choice.backend) == ("norm_act", "cpu")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,17 @@ def test_module_is_called_as_the_published_one() -> None:
         "weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
     x, weight = torch.randn(2, 4, 5, 5), torch.randn(2, 36, 5, 5)
     torch.testing.assert_close(conv(x, weight), spatially_varying_conv2d(x, weight))
+    for options in ({"kernel_size": 5, "padding": 2}, {"padding": 0}, {"padding": 2, "stride": 2},
+                    {"padding": 2, "dilation": 2}):
+        x = torch.randn(2, 4, 9, 9)
+        size = {"padding": 1, "dilation": 1, "stride": 1, "kernel_size": 3, **options}
+        patches = F.unfold(x, **size)  # [N, C * k * k, positions]
+        positions = math.isqrt(patches.shape[-1])
+        patches = patches.view(2, 4, -1, positions, positions)
+        weight = torch.randn(2, *patches.shape[2:]).unsqueeze(1).expand_as(patches).contiguous()
+        expected = (patches * weight).sum(2)
+        found = SpatiallyVaryingConv2d(4, **options)(x, weight)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("arguments", "options", "message"), [
