@@ -175,6 +175,9 @@ def test_buffers_of_a_layout_take_other_vectors() -> None:
         layout.level((20, 20))
     static = StaticLayout(few)
     assert static.fits(other)
+    exact = LabelLayout(other.symbols, other.vectors.double() / 3)
+    exact.level((20, 20))
+    assert not static.fits(exact)  # whose values would be rounded
     static.load(other)
     assert torch.equal(static.layout.dense(), other.dense())
 

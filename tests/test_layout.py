@@ -74,9 +74,10 @@ def test_labels_edges_and_tensors_give_the_same_layout() -> None:
     planes = torch.cat([one_hot(labels, 8, torch.float32), edges], 1)
     by_instances = LabelLayout.from_labels(labels, 8, instances=instances)
     by_edges = LabelLayout.from_labels(labels[:, None], 8, edges=edges.bool())
+    by_halves = LabelLayout.from_labels(labels[:, None], 8, edges=0.5 * edges.float())
     by_tensor = LabelLayout.from_tensor(planes)
     assert by_tensor is not None
-    for layout in (by_instances, by_edges, by_tensor):
+    for layout in (by_instances, by_edges, by_halves, by_tensor):
         assert torch.equal(layout.dense(), planes)
         assert layout.shape == (2, 9, 33, 29)
     assert by_instances.level((33, 29)).counts == by_tensor.level((33, 29)).counts

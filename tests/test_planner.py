@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -123,3 +125,23 @@ def test_costs_are_those_worked_out_by_hand() -> None:
 
 def test_the_cpu_s_choice_has_no_fixed_cost() -> None:
     assert tuple(planner.CPU_RATES) == (130.0, 170.0, 175.0, 16.0, 0.0, 0.0, 0.0)
+
+
+def test_settings_of_a_file_replace_the_launchers_own(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu, own = torch.device("cpu"), {"warps": 4, "stages": 2}
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"settings": {"norm": {"wide": {"warps": 8}}}, "rates": {"a": 1}}))
+    try:
+        for name, wide, rates_of_file in ((str(path), {"warps": 8, "stages": 2}, {"a": 1}),
+                                          ("none", own, None)):
+            monkeypatch.setenv(tuned.ENVIRONMENT, name)
+            tuned.forget()
+            assert tuned.setting("norm", "wide", own, cpu) == wide
+            assert tuned.setting("norm", "narrow", own, cpu) == own
+            assert tuned.setting("conv", "wide", own, cpu) == own
+            assert tuned.measured("rates", cpu) == rates_of_file
+            with tuned.trial("norm", {"stages": 1}):
+                assert tuned.setting("norm", "wide", own, cpu) == {"warps": 4, "stages": 1}
+    finally:
+        tuned.forget()

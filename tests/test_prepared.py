@@ -256,6 +256,14 @@ def test_a_constant_that_is_written_to_is_made_anew() -> None:
         assert constant("twice", lambda: source * 2, source).sum() == 6
 
 
+def test_memory_that_is_read_in_another_order_is_seen() -> None:
+    x = torch.arange(4.0).view(2, 2)
+    with using(Store([x])):
+        assert torch.equal(constant("key", x.clone, x), torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+        x.data = x.data.T  # of one storage, shape and dtype, and no version moves
+        assert torch.equal(constant("key", x.clone, x), torch.tensor([[0.0, 2.0], [1.0, 3.0]]))
+
+
 def test_memory_that_comes_to_lie_where_a_source_lay_is_seen() -> None:
     source = torch.zeros(3)
     with using(Store([source])):
