@@ -683,6 +683,10 @@ def test_captions_and_legends_have_their_sizes_and_ink() -> None:
     key = legend(apart, (64, 64))
     for row, (_, colour) in enumerate(apart):
         assert (key[16 * row + 3 : 16 * row + 12, 3:12] == colour).all()
+    for width in range(1, 48):  # of which the narrowest have no room for a letter
+        narrow = captioned(picture[:, :width], "a caption")
+        assert np.array_equal(narrow[:32], picture[:, :width]) and narrow.shape == (48, width, 3)
+        assert legend(names, (32, width)).shape == (32, width, 3)
     many = Scene("s", np.array([[4, 4, 4, 2, 2, 7]]), None)
     assert many.present == [4, 2, 7]  # largest first
 

@@ -13,10 +13,10 @@ _BAND, _SIZE, _GAP = 16, 11, 4
 
 
 def _drawn(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """Text that ends in ... where it is wider than ``width``."""
+    """Text that ends in ... where it is wider than ``width``; that alone where nothing fits."""
     font = ImageFont.load_default(_SIZE)
     shown = text
-    while len(shown) > 1 and draw.textlength(shown, font) > width:
+    while text and len(shown) > 1 and draw.textlength(shown, font) > width:
         text = text[:-1]
         shown = text.rstrip() + "..."
     draw.text(place, shown, "black", font)
