@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import foreign
+import numpy as np
 import pytest
 import torch
 from foreign_cases import LABELS, block_of, label_map, lively, normal
@@ -180,6 +182,7 @@ IN_PLACE: dict[str, Callable[[Any], Any]] = {
 }
 OTHERS: dict[str, Callable[[Any], Any]] = {
     "data": data, "assigned": lambda m: m.load_state_dict(moved(m), assign=True),
+    "turned": lambda m: setattr(m.start.weight, "data", m.start.weight.data.transpose(0, 1)),
     "replaced": lambda m: setattr(m.start, "weight", nn.Parameter(m.start.weight * 2)),
     "part": lambda m: setattr(m, "start", nn.Identity()),
     "attribute": lambda m: setattr(m, "gain", 3.0),
@@ -206,6 +209,8 @@ def test_what_changes_after_the_capture_is_seen(name: str) -> None:
     agree(network, original)
     if name in IN_PLACE:
         assert recorder.recorded == 1  # replays read weights where they lie
+    elif name in ("data", "assigned", "replaced", "turned"):
+        assert recorder.recorded == 2
     assert failed(network) is None
 
 
@@ -267,6 +272,21 @@ def test_kinds_of_calls_have_graphs_of_their_own() -> None:
             assert found["scale"] == 3.0
         assert (recorder.replays > count) == extra.is_contiguous()
     assert failed(network) is None
+
+
+def test_arguments_are_told_apart_by_their_names() -> None:
+    class Named(Scene):
+        def forward(self, x: Tensor, segmap: Tensor, added: Any = 0.0,  # type: ignore[override]
+                    factor: Any = 1.0) -> Any:
+            return super().forward(x, segmap) * factor + added
+
+    network, original, recorder = made(lively(Named()))
+    given = normal(2, 4, 8, 8, seed=3)
+    for name in ("added", "factor"):
+        for _ in range(3):
+            found, expected = (m(X, planes(), **{name: given}) for m in (network, original))
+            assert max_error(found, expected) < 1e-10
+    assert recorder.recorded == 2
 
 
 def test_a_tensor_that_is_given_twice() -> None:
@@ -441,13 +461,28 @@ class Resizing(Scene):
         return super().forward(x, segmap[..., ::2, ::2].contiguous())
 
 
+class Shuffling(Scene):
+    """Random numbers of others than torch, whose state a replay would leave as it was."""
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Any:  # type: ignore[override]
+        np.random.rand()
+        return super().forward(x, segmap)
+
+
+class Choosing(Scene):
+    def forward(self, x: Tensor, segmap: Tensor) -> Any:  # type: ignore[override]
+        random.random()
+        return super().forward(x, segmap)
+
+
 class Naming(Scene):
     def forward(self, x: Tensor, segmap: Tensor) -> Any:  # type: ignore[override]
         return super().forward(x, segmap), self
 
 
 @pytest.mark.parametrize(("cls", "why"), [
-    (Noisy, "it draws random numbers"), (Counting, "it writes to its weights or buffers"),
+    (Noisy, "it draws random numbers"), (Shuffling, "it draws random numbers"),
+    (Choosing, "it draws random numbers"), (Counting, "it writes to its weights or buffers"),
     (Writing, "it writes to its inputs"), (Returning, "it returns memory of its inputs or weights"),
     (Steered, ""), (Resizing, "it makes label maps of its own"),
     (Naming, "it returns other things than tensors and plain values"),

@@ -183,6 +183,8 @@ WRAPS |= {"a forward of its own": _own_forward, "a subclass": _subclass,
 CONVS: dict[str, Callable[[Any], object]] = {
     "padded by reflection": lambda layer: setattr(layer, "padding_mode", "reflect"),
     "dilated": lambda layer: vars(layer).update(dilation=(2, 2), padding=(2, 2)),
+    "dilated, padded to the same": lambda layer: vars(layer).update(dilation=(2, 2),
+                                                                    padding="same"),
 }
 PARTS = {"SPADE": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
          "SPADE on a layout": ("mlp_gamma", "mlp_beta", "mlp_shared.0"),
