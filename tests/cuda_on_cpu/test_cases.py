@@ -390,6 +390,14 @@ def test_far_more_windows_than_the_limit() -> None:
         (same if count <= limit else lambda a, b: refused(a))(got, expected)
 
 
+def test_more_tiles_than_a_block_has_threads() -> None:
+    """256 tiles of 256 pixels are counted at a time; new vectors come before and after those."""
+    x = torch.zeros((1, 1, 2, 33000))
+    for i, column in enumerate((7, 20000, 32535, 32536, 32999)):  # 32536: the tile after them
+        x[0, 0, 1, column] = i + 1.0
+    same(number_vectors(x, 1000, backend="cuda"), number_vectors(x, 1000, backend="reference"))
+
+
 def test_each_level_has_its_own_limit() -> None:
     map_ = torch.randint(1, 4, (2, 33, 40), generator=torch.Generator().manual_seed(4)).int()
     sizes = [(33, 40), (16, 20), (8, 10), (1, 1)]
