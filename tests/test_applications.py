@@ -134,6 +134,28 @@ def test_one_class_is_drawn_anew(model):
         list(applications.resample(model, absent, 5, 1))
 
 
+def test_no_code_that_is_given_is_written_to(model):
+    codes, layout = [draw_code(model, k) for k in range(3)], _scene(0)
+    before = [code.clone() for code in codes]
+    list(applications.mix(model, layout, codes))
+    list(applications.morph(model, layout, *codes[:2], 3, classes=[1, 4]))
+    list(applications.resample(model, layout, layout.present[0], 1, z=codes[2]))
+    assert all(map(torch.equal, codes, before))
+
+
+def test_the_code_that_is_given_is_kept_whatever_the_seed(model):
+    """A picture's, of which one class is drawn anew, and with a shape that is exchanged."""
+    layout, z = _scene(0), draw_code(model, 9)
+    index = layout.present[0]
+    library = ShapeLibrary.from_scenes([_scene(k) for k in range(4)])
+    target = next(c for c in layout.present if library.shapes.get(c))
+    for frames, changed in (
+            (applications.resample(model, layout, index, 1, seed=2, z=z), index),
+            (applications.exchange(model, layout, target, library, 1, seed=2, z=z), target)):
+        for frame, code in zip(frames, (z, resample_class(model, z, changed, 3)), strict=True):
+            assert _close(frame.picture, _model_paints(model, frame.scene, code))
+
+
 @pytest.mark.parametrize("name", ["spade_coco_vae", "bicyclegan_deepfashion"])
 def test_models_without_class_codes_are_named(name):
     plain = create_model(name, ngf=4, image_size=(64, 64), classes=8, dont_care=None,
@@ -271,6 +293,7 @@ def test_edits_in_words_fill_these_pixels():
     inside[2:7, 4:10] = True
     np.testing.assert_array_equal(edited.labels, np.where(inside, 5, labels))
     np.testing.assert_array_equal(edited.instances, np.where(inside, 5, ids))
+    assert (painted(Scene("boxes", labels, ids), "5:0,0,16,20", 8).labels == 5).all()
     edited = relabelled(Scene("boxes", labels, ids), "1=6", 8)
     np.testing.assert_array_equal(edited.labels, np.where(labels == 1, 6, labels))
     np.testing.assert_array_equal(edited.instances, np.where(labels == 1, 6, ids))
@@ -299,18 +322,20 @@ def test_untrained_weights_get_these_deviations():
     for leaf, deviation in (("mlp_gamma", 0.4), ("mlp_beta", 0.8), ("conv_img", 0.6)):
         assert np.median(found[leaf]) == pytest.approx(deviation, rel=0.15), leaf
     assert all(not module.training for module in made.generator.modules())
+    norms = [m for m in made.generator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.1}  # as training goes on with them
 
 
 @pytest.mark.parametrize(("format", "suffix"), [("gif", ".gif"), ("apng", ".png"),
                                                 ("webp", ".webp")])
 def test_animated_files(format, suffix, tmp_path):
     noise = [np.random.default_rng(k).integers(0, 256, (8, 12, 3), np.uint8) for k in range(3)]
-    with Image.open(write_animation(tmp_path / "noise", noise, format, seconds=0.2)) as image:
+    with Image.open(write_animation(tmp_path / "noise", noise, format, seconds=2.01)) as image:
         assert image.info.get("loop") == 0  # without end
         for k, frame in enumerate(noise):
             image.seek(k)
             shown = np.asarray(image.convert("RGB"))
-            assert image.info["duration"] == (400 if k == 2 else 200)
+            assert image.info["duration"] == pytest.approx(4020 if k == 2 else 2010, abs=1e-6)
             if format != "gif":  # without loss
                 np.testing.assert_array_equal(shown, frame)
     (tmp_path / f"noise{suffix}").unlink()

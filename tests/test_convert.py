@@ -162,6 +162,17 @@ def test_counts_that_old_files_lack_start_at_zero(tmp_path: Path) -> None:
     assert not any(counts)
 
 
+def test_counts_that_a_file_has_are_kept(tmp_path: Path) -> None:
+    model = create_model("groupdnet_deepfashion", **TINY, part="generator")
+    state = {k: torch.tensor(i + 3) if k.endswith("num_batches_tracked") else v
+             for i, (k, v) in enumerate(model.state_dict().items())}
+    torch.save(state, tmp_path / "latest_net_G.pth")
+    loaded = create_model("groupdnet_deepfashion", tmp_path / "latest_net_G.pth", **TINY)
+    found = loaded.generator.state_dict()
+    counts = {k: v for k, v in state.items() if k.endswith("num_batches_tracked")}
+    assert counts and all(int(found[k]) == int(v) for k, v in counts.items())
+
+
 def test_convert_makes_one_file_of_an_official_folder(tmp_path: Path, smis: Smis) -> None:
     model = create_model("groupdnet_ade20k", **ADE)
     for letter, part in zip("GED", ("generator", "encoder", "discriminator"), strict=True):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from smis_models import cli, create_model
+from smis_models import cli, create_model, metrics
 from smis_models.data import (
     Collate,
     Draw,
@@ -323,6 +323,27 @@ def test_one_set_for_every_split_is_not_held_out(tmp_path, monkeypatch):
         record = json.loads(out.read_text())
         assert record["protocol"]["changed"].get("split") == told
         assert record["data"]["split"] == (told or "val")
+
+
+def test_what_is_measured_is_never_augmented(tmp_path, monkeypatch):
+    """Pictures to train on too: neither mirrored nor cut."""
+    maps = np.random.default_rng(0).integers(0, 8, (6, *SIZE))
+    for i, labels in enumerate(maps):
+        images.write_indices(tmp_path / f"train/labels/{i}.png", labels)
+        images.write_png(tmp_path / f"train/images/{i}.png", np.zeros((*SIZE, 3), np.uint8))
+    network = create_model("groupdnet_deepfashion", ngf=8, nef=8, image_size=SIZE,
+                           upsampling="normal").eval()
+    monkeypatch.setattr(cli.common.Chosen, "load", lambda _: network)
+    measured = []
+
+    def evaluate(network, scenes, *rest, **options):
+        measured.extend(scene.labels for scene, _ in scenes)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    _smis("evaluate", "--model", "groupdnet_deepfashion", "--dataset", "folder", "--root",
+          tmp_path, "--split", "train", "--distance", "pixel", "--out", tmp_path / "e.json")
+    assert np.array_equal(measured, maps)
 
 
 def test_published_load_sizes(tmp_path):

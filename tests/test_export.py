@@ -223,6 +223,21 @@ def test_a_file_that_is_not_the_model_is_not_written(
     assert path.read_text() == "earlier"
 
 
+@pytest.mark.parametrize("right", [2, 3])
+def test_a_file_that_is_right_for_some_batches_alone_is_not_written(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: int) -> None:
+    """Two is the batch that is traced; a trace that keeps a number of pictures is right for it."""
+    def wrong(painter: Painter, path: Path, notes: Any) -> Any:
+        path.write_text("wrong")
+        return exports._Written(
+            lambda *inputs: painter(*inputs) * (1 if len(inputs[0]) == right else 1.01))
+
+    monkeypatch.setitem(exports.FORMATS, "onnx", (".onnx", wrong))
+    with pytest.raises(ExportError, match=r"differs from the model by .* nothing was written"):
+        export(tiny(), tmp_path / "m.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_exporters_that_fail_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> Any:
         raise RuntimeError("line one\nline two")

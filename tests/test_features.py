@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from smis_models.synthesis.features import (
     class_of,
     encode_features,
 )
+from smis_models.synthesis.scene import read_clusters
 
 
 class _Identity:
@@ -113,6 +115,32 @@ def test_official_files_are_converted(protocol: int, clusters: FeatureClusters,
     np.testing.assert_array_equal(loaded.centers[26], clusters.centers[26])
 
 
+class _Python2(pickle._Pickler):
+    """Writes bytes as Python 2 did, whose strings they were."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
+
+    def _save_bytes(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+        self.memoize(value)
+
+    dispatch[bytes] = _save_bytes
+
+
+def test_files_of_python_2_are_read(clusters: FeatureClusters, tmp_path: Path) -> None:
+    """As pix2pixHD's authors wrote theirs: the numbers are strings of bytes above 127 too."""
+    path = tmp_path / "features_clustered_010.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"shape": (), "fortran_order": False, "descr": "|O"})
+        _Python2(file, protocol=2).dump(dict(clusters.centers))
+    assert pickle.BINSTRING in path.read_bytes()
+    loaded = FeatureClusters.load(path)
+    assert loaded.centers.keys() == clusters.centers.keys()
+    for label, array in clusters.centers.items():
+        np.testing.assert_array_equal(loaded.centers[label], array)
+
+
 class _Malicious:
     def __reduce__(self) -> tuple[object, ...]:
         return print, ("code was run",)
@@ -153,6 +181,18 @@ def test_bad_files(tmp_path: Path, clusters: FeatureClusters) -> None:
             FeatureClusters(centers)
     with pytest.raises(FeatureError, match="no instance is larger"):
         FeatureClusters.fit({})
+
+
+def test_a_model_takes_clusters_of_its_channels_alone(tmp_path: Path) -> None:
+    preset = create_model("pix2pixhd_cityscapes_features", device="meta").preset
+    for channels in (2, 3, 4):
+        path = FeatureClusters({1: np.ones((2, channels), np.float32)}).save(tmp_path / "c.npz")
+        if channels == 3:
+            found = read_clusters(preset, path)
+            assert found is not None and found.channels == 3
+        else:
+            with pytest.raises(ValueError, match=f"expected 3 channels, got {channels}"):
+                read_clusters(preset, path)
 
 
 def test_sample(clusters: FeatureClusters) -> None:

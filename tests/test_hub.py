@@ -177,6 +177,14 @@ def test_the_card_tells_the_recipe_and_the_metrics_of_these_weights(tmp_path: Pa
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(("name", "given"), [
+    (NAME, "labels"), ("pix2pixhd_cityscapes", "labels, instances")])
+def test_the_card_calls_a_model_with_the_maps_that_it_reads(tmp_path: Path, name: str,
+                                                            given: str) -> None:
+    small_model(name).save_pretrained(tmp_path)
+    assert f"picture = model(model.semantics({given}))" in (tmp_path / "README.md").read_text()
+
+
 def test_without_a_run_the_card_claims_nothing(tmp_path: Path) -> None:
     saved(tmp_path)
     card = (tmp_path / "README.md").read_text()

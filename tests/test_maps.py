@@ -363,6 +363,17 @@ def test_files_of_a_scene_have_one_shape(tmp_path: Path) -> None:
         _ = layouts[0]
 
 
+def test_a_scene_is_as_large_as_its_label_map(tmp_path: Path) -> None:
+    """And where it has none as what it has."""
+    images.write_indices(tmp_path / "labels.png", np.ones((8, 12), np.int64))
+    images.write_indices(tmp_path / "ids.png", np.ones((4, 6), np.int64))
+    images.write_png(tmp_path / "image.png", np.zeros((16, 24, 3), np.uint8))
+    labels, image, ids = (tmp_path / f"{name}.png" for name in ("labels", "image", "ids"))
+    assert read_scene(SceneFiles("a", image, labels, ids), 2).size == (8, 12)
+    assert read_scene(SceneFiles("a", image, None, ids), 2).size == (16, 24)
+    assert read_scene(SceneFiles("a", None, None, ids), 2).size == (4, 6)
+
+
 def test_scaled_sizes_are_of_one_shape() -> None:
     """Half a pixel of a side may be rounded off, no more."""
     for a, b, same in (((10, 20), (20, 40), True), ((10, 20), (20, 20), False),
@@ -393,7 +404,7 @@ def test_a_folder_of_maps_is_read_one_by_one(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("dont_care", "given", "expected"), [
-    (7, None, 7), (7, 2, 2), (None, 2, 2),
+    (7, None, 7), (7, 2, 2), (7, 0, 0), (None, 2, 2),
 ])
 def test_unknown_pixels_become_the_class_that_is_given(
         tmp_path: Path, dont_care: int | None, given: int | None, expected: int) -> None:

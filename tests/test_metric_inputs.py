@@ -48,6 +48,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "integers": (lambda x: ((x + 1) * 127.5).long(), "torch.int64"),
     "0..255": (lambda x: ((x + 1) * 127.5).round(), r"of 0\.\.255 give"),
     "a little more": (lambda x: x.where(x < 0.999, x + 0.01), r"in \[-1, 1\]"),
+    "a little less": (lambda x: x.where(x > -0.999, x - 0.01), r"in \[-1, 1\]"),
     "not finite": (lambda x: x.where(x < 0.999, x * float("nan")), "finite"),
     "three channels last": (lambda x: x.permute(0, 2, 3, 1), r"\(N, 3, H, W\)"),
 }

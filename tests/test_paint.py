@@ -212,6 +212,8 @@ def test_random_weights_show_the_layout() -> None:
     ({}, 128 * 128 + 1, "rectangles: expected 16384 bytes for all, got 16385"),
     ({"looks": LOOKS[:7]}, 128 * 128, "looks: expected 8"),
     ({"looks": [["seed:0", "seed:1", 1.5]] * 8}, 128 * 128, r"looks: expected \[source, source"),
+    ({"looks": [["seed:0", "seed:1", -0.5]] * 8}, 128 * 128, r"looks: expected \[source, source"),
+    ({"looks": [["seed:0", "seed:1", float("nan")]] * 8}, 128 * 128, "looks: expected"),
     ({"looks": [["seed:0", "seed:1", "0"]] * 8}, 128 * 128, r"looks: expected \[source, source"),
     ({"looks": [["seed:-1", "seed:1", 0]] * 8}, 128 * 128, "looks: expected seed:N"),
     ({"looks": [["seed:²", "seed:1", 0]] * 8}, 128 * 128, "looks: expected seed:N"),
@@ -282,7 +284,8 @@ def test_addresses_and_localhost_are_served(client: TestClient, host: str) -> No
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999",
-                                    "https://127.0.0.1:8765"])
+                                    "https://127.0.0.1:8765", "http://127.0.0.1:8765.evil.example",
+                                    "http://127.0.0.1:87650"])
 def test_pages_elsewhere_are_refused(client: TestClient, origin: str) -> None:
     response = client.post("/api/paint", headers={"Origin": origin},
                            content=packed(head("evil"), bytes(128 * 128)))
