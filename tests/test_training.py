@@ -272,6 +272,12 @@ def test_learning_rates_fall_linearly_by_epoch() -> None:
     (TINY, ["--network.image_size", "[64,65]"], "image_size: expected"),
     (TINY, ["--schedule.freeze_global_epochs", "1"], "only a pix2pixHD"),
     (TINY, ["--schedule.epochs", "0", "--schedule.decay_epochs", "0"], "at least one epoch"),
+    ({"recipe": "bicyclegan_deepfashion"}, ["--losses.latent", "0", "--losses.diversity", "8"],
+     "network.objective: 'bicyclegan' expected losses.latent above 0, got 0 with losses.diversity"),
+    ({"recipe": "bicyclegan_deepfashion"}, ["--network.objective", "dscgan"],
+     "network.objective: 'dscgan' expected losses.diversity above 0, got 0 with losses.latent 0.5"),
+    ({"recipe": "dscgan_deepfashion"}, ["--network.objective", "bicyclegan"],
+     "network.objective: 'bicyclegan' expected losses.latent above 0, got 0 with losses.diversity"),
 ])
 def test_bad_options_are_one_line(content: dict[str, object], arguments: list[str],
                                   message: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.preprocess import Mode
-from ..families import Pix2pixHDPreset, Preset
+from ..families import Pix2pixHDPreset, Preset, UNetPreset
 
 PIXEL_MEANS = ("pixels", "classes")
 GAN_MODES = ("hinge", "ls", "original", "w")
@@ -269,6 +269,7 @@ class TrainConfig:
                 "schedule.freeze_global_epochs: expected fewer than all epochs "
                 f"({self.schedule.total}), got {self.schedule.freeze_global_epochs}"
             )
+        self._check_objective()
         if self.log.best == "perceptual" and not self.losses.perceptual:
             raise ValueError("log.best: expected pixel, for losses.perceptual is 0 and its network "
                              "is not loaded; got 'perceptual'")
@@ -276,4 +277,17 @@ class TrainConfig:
             raise ValueError(
                 f"data.batch: expected a multiple of optimizer.accumulate "
                 f"({self.optimizer.accumulate}), got {self.data.batch}"
+            )
+
+    def _check_objective(self) -> None:
+        """Refuse the name of one objective with the losses of the other, which are what counts."""
+        if not isinstance(self.network, UNetPreset):
+            return
+        own, other = {"bicyclegan": ("latent", "diversity"),
+                      "dscgan": ("diversity", "latent")}[self.network.objective]
+        if getattr(self.losses, own) == 0 < getattr(self.losses, other):
+            raise ValueError(
+                f"network.objective: {self.network.objective!r} expected losses.{own} above 0, got "
+                f"0 with losses.{other} {getattr(self.losses, other):g}; change the objective with "
+                "its losses, as the recipes bicyclegan_deepfashion and dscgan_deepfashion have them"
             )
