@@ -141,6 +141,24 @@ def test_generated_pictures_are_of_their_split(
     assert torch.equal(other._shown.image[0], GeneratedScenes(2, 64, "test", seed=3)[0]["image"])
 
 
+@pytest.mark.parametrize(("there", "taken"), [(700, 512), (300, 300)])
+def test_whitening_looks_at_so_many_pictures(
+        there: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones, in batches of the training's size, of which the last may have fewer."""
+    asked: list[tuple[str, int]] = []
+
+    def pictures(config: TrainConfig, split: str, count: int) -> list[int]:
+        asked.append((split, count))
+        return list(range(there))
+
+    monkeypatch.setattr("smis_models.training.trainer.dataset", pictures)
+    monkeypatch.setattr("smis_models.training.trainer.Collate", lambda preset: list)
+    monkeypatch.setattr(MicroBatch, "of", lambda batch, device: batch)
+    batches: list[list[int]] = list(_first_pictures(tiny("--data.batch", "100"), CPU))  # type: ignore
+    assert [i for batch in batches for i in batch] == list(range(taken))
+    assert {len(batch) for batch in batches[:-1]} == {100} and asked == [("train", 512)]
+
+
 GREY = {"train": 50, "val": 200, "test": 120}
 
 

@@ -96,6 +96,15 @@ def test_records_say_what_was_computed(weights: Path, tmp_path: Path) -> None:
     assert record["perceptual"] is None
 
 
+def test_a_record_claims_no_loss_before_the_first_step(weights: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = Run(tiny("--losses.vgg", str(weights)), tmp_path / "run")
+    run.save()
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert (record["step"], record["losses"], record["perceptual"]) == (0, {}, None)
+
+
 def test_the_best_by_the_perceptual_loss(weights: Path, tmp_path: Path) -> None:
     """Its mean over all held-out scenes, of which the last batch has fewer."""
     from smis_models.data import Collate, GeneratedScenes

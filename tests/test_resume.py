@@ -408,6 +408,15 @@ def test_best_is_of_one_measure(tmp_path: Path) -> None:
     assert path.read_bytes() == best_of_then
 
 
+def test_more_scenes_are_held_out_than_an_epoch_has(tmp_path: Path) -> None:
+    """``data.count`` is of the pictures that are trained on; best_scenes and rows count others."""
+    run = Run(tiny("--data.count", "2", "--log.best", "pixel", "--log.best_scenes", "3",
+                   "--log.grid_every", "1", "--log.rows", "4"), tmp_path)
+    run.save()
+    assert facts(tmp_path / "best.safetensors")["best"]["scenes"] == 3
+    assert run._shown is not None and len(run._shown) == 4
+
+
 def test_best_needs_scenes_of_its_split_at_the_start(tmp_path: Path) -> None:
     for split in ("", "train"):
         for i in range(4):
@@ -656,6 +665,16 @@ def test_what_saved_tensors_depend_on_is_fixed(option: str, value: str, tmp_path
     assert load_state(tmp_path, from_dict(name, free))["average"] is None
 
 
+@pytest.mark.parametrize(("then", "now"), [("0", "0.9"), ("0.9", "0")])
+def test_an_average_neither_begins_nor_ends_midway(then: str, now: str, tmp_path: Path) -> None:
+    average = None if then == "0" else {"n_averaged": torch.ones(())}
+    save_state(tmp_path, {"average": average}, tiny("--optimizer.ema", then))
+    with pytest.raises(CheckpointError, match=rf"optimizer\.ema was {float(then)} in .*midway"):
+        load_state(tmp_path, tiny("--optimizer.ema", now))
+    for kept in {then, "0.5" if average else "0"}:  # another decay goes on with it
+        assert load_state(tmp_path, tiny("--optimizer.ema", kept))["average"] == average
+
+
 def test_saved_files_are_on_the_disk_before_they_take_their_place(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
@@ -673,6 +692,26 @@ def test_the_record_tells_average_and_precision(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "record.json").read_text())
     assert {key: record[key] for key in ("step", "epoch", "ema", "precision")} == {
         "step": 5, "epoch": 1, "ema": 0.5, "precision": "bf16"}
+
+
+def test_the_record_tells_pictures_processes_and_source(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures that there are, not data.count, and the source that is loaded, whatever is
+    pulled meanwhile."""
+    for i in range(6):
+        write_png(tmp_path / f"data/images/{i}.png", np.zeros((64, 64, 3), np.uint8))
+        write_indices(tmp_path / f"data/labels/{i}.png", np.zeros((64, 64), np.int64))
+    monkeypatch.setattr("smis_models.training.run.commit", lambda: "as loaded")
+    run = Run(tiny("--data.name", "folder", "--data.root", str(tmp_path / "data")),
+              tmp_path / "run")
+    monkeypatch.setattr("smis_models.training.run.commit", lambda: "pulled meanwhile")
+    run.processes = Processes(0, 2)
+    run._export()
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    expected = {"pictures": 6, "processes": 2, "commit": "as loaded", "step": 0, "losses": {},
+                "model": "groupdnet_deepfashion", "device": "cpu"}
+    assert {key: record[key] for key in expected} == expected
+    assert record["versions"]["torch"] == torch.__version__
 
 
 # Progress and logs
