@@ -417,6 +417,25 @@ def test_more_scenes_are_held_out_than_an_epoch_has(tmp_path: Path) -> None:
     assert run._shown is not None and len(run._shown) == 4
 
 
+def test_of_more_held_out_pictures_the_first_are_looked_at(tmp_path: Path) -> None:
+    for split, greys in (("train", (0, 0)), ("val", (255, 200, 120, 0, 0))):
+        for i, grey in enumerate(greys):
+            write_png(tmp_path / f"data/{split}/images/{i}.png",
+                      np.full((64, 64, 3), grey, np.uint8))
+            write_indices(tmp_path / f"data/{split}/labels/{i}.png", np.zeros((64, 64), np.int64))
+    run = Run(tiny("--data.name", "folder", "--data.root", str(tmp_path / "data"), "--log.best",
+                   "pixel", "--log.best_scenes", "3", "--log.grid_every", "1", "--log.rows", "2"),
+              tmp_path / "run")
+    with torch.no_grad():  # grey pictures, whatever the code
+        for parameter in run.trainer.model.generator.conv_img.parameters():
+            parameter.zero_()
+    run.save()
+    best = facts(tmp_path / "run/best.safetensors")["best"]
+    apart = [abs(grey / 127.5 - 1) for grey in (255, 200, 120)]
+    assert (best["scenes"], best["value"]) == (3, pytest.approx(sum(apart) / 3, abs=1e-5))
+    assert run._shown is not None and len(run._shown) == 2
+
+
 def test_best_needs_scenes_of_its_split_at_the_start(tmp_path: Path) -> None:
     for split in ("", "train"):
         for i in range(4):
