@@ -177,6 +177,36 @@ def test_random_weights_by_the_normal_rule() -> None:
     assert bool((norm.running_var == 1).all())
 
 
+@pytest.mark.parametrize("part", ["generator", "encoder", "discriminator"])
+def test_pix2pixhd_starts_by_the_normal_rule(part: str) -> None:
+    """As published, and whatever the gain, which is of the xavier rule."""
+    network = create_model("pix2pixhd_cityscapes_features", part=part, init_gain=1.0, ngf=16,
+                           nef=16, ndf=16, blocks=1)
+    weights = {name: p.detach() for name, p in network.named_parameters() if p.dim() == 4}
+    assert len(weights) > 8
+    for name, weight in weights.items():
+        expected = 0.02 * (1 + 4 / weight.numel() ** 0.5)
+        assert float(weight.square().mean().sqrt()) < expected, name
+        assert float(weight.square().mean().sqrt()) > 0.04 - expected, name
+        bias = network.get_parameter(name.removesuffix("weight") + "bias").detach()
+        assert bool(bias.any()) and float(bias.abs().max()) <= weight[0].numel() ** -0.5, name
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), [
+    ("groupdnet_deepfashion", {"ngf": 8, "nef": 8, "image_size": (64, 128)}, (64, 1, 2)),
+    ("spade_coco_vae", {"ngf": 2, "image_size": (64, 64)}, (256,)),
+    ("ccfpse_ade20k", {"ngf": 2, "image_size": (64, 64)}, (256,)),
+    ("bicyclegan_deepfashion", {"ngf": 2, "image_size": (64, 64)}, (8,)),
+])
+def test_every_picture_has_a_code_of_its_own(name: str, options: dict[str, Any],
+                                             shape: tuple[int, ...]) -> None:
+    generator = create_model(name, part="generator", **options)
+    drawn = generator.sample_latent(3, torch.Generator().manual_seed(5))
+    expected = torch.randn((3, *shape), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(generator.sample_latent(3), generator.sample_latent(3))
+
+
 def test_dtype_and_part() -> None:
     encoder = tiny("groupdnet_deepfashion", part="encoder", dtype=torch.float64)
     assert type(encoder).__name__ == "GroupDNetEncoder"
@@ -315,6 +345,8 @@ def test_reparameterize() -> None:
     z = reparameterize(mu, logvar, torch.Generator().manual_seed(0))
     assert float(z.mean()) == pytest.approx(3, abs=0.1)
     assert float(z.std()) == pytest.approx(2, abs=0.1)
+    z = reparameterize(torch.zeros(3, 5), torch.zeros(3, 5), torch.Generator().manual_seed(5))
+    assert torch.equal(z, torch.randn((3, 5), generator=torch.Generator().manual_seed(5)))
 
 
 @pytest.mark.parametrize("out_channels", [6, 4])
