@@ -134,7 +134,8 @@ def test_pictures_depend_on_every_input() -> None:
         assert not torch.equal(image, model(other_edge, z))
         assert not torch.equal(image, model(planes.roll(1, 1), z))
         assert not torch.equal(image, model(planes, -z))
-        assert not torch.equal(image, model(planes))  # a latent of its own
+        assert not torch.equal(image, model(planes))  # a latent of its own, at every call
+        assert not torch.equal(model(planes), model(planes))
 
 
 def test_random_weights_follow_the_seed_alone() -> None:
