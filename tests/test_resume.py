@@ -536,12 +536,19 @@ def test_an_error_within_an_update_keeps_the_earlier_state(
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("error", [NonFiniteLoss, RuntimeError, KeyboardInterrupt])
 def test_an_error_puts_running_statistics_back(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = until(tiny(), tmp_path, 2)
     before = {name: b.clone() for name, b in run.trainer.model.named_buffers()}
-    broken_at(1, "generator", monkeypatch, lambda made: made.update(kl=made["kl"] * float("nan")))
-    with pytest.raises(NonFiniteLoss):
+    def harm(made: dict[str, Tensor]) -> None:  # when the forward has moved them
+        assert any(not torch.equal(b, before[n]) for n, b in run.trainer.model.named_buffers())
+        if error is not NonFiniteLoss:
+            raise error("out of memory")
+        made.update(kl=made["kl"] * float("nan"))
+
+    broken_at(1, "generator", monkeypatch, harm)
+    with pytest.raises(error):
         run.trainer.step(run.batches.step(), 0)
     assert all(torch.equal(b, before[name]) for name, b in run.trainer.model.named_buffers())
 

@@ -797,6 +797,9 @@ def test_grids_show_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [caption for caption, _ in rows[1]] == [
         "layout", "picture", "of its code", "drawn code 0", "drawn code 1"]
     for i, row in enumerate(rows):
+        of_class = {(int(label), tuple(colour)) for label, colour in zip(
+            batch["labels"][i].flatten(), row[0][1].reshape(-1, 3).tolist(), strict=True)}
+        assert len(of_class) == len(batch["labels"][i].unique())  # a colour for each class
         for (_, picture), column in zip(row[1:], columns, strict=True):
             expected = (column[i].permute(1, 2, 0) + 1) * 127.5
             assert np.abs(picture - expected.numpy()).max() <= 1.5
