@@ -408,6 +408,17 @@ def test_best_is_of_one_measure(tmp_path: Path) -> None:
     assert path.read_bytes() == best_of_then
 
 
+def test_best_by_another_measure_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    run = Run(tiny("--log.best", "pixel", "--log.best_scenes", "2"), tmp_path)
+    run.save()
+    told = facts(path)
+    told["best"] |= {"metric": "perceptual", "value": 0.0}
+    save_file(load_file(path), path, {**read_metadata(path), TRAINING: json.dumps(told)})
+    run.save()
+    assert facts(path)["best"]["metric"] == "pixel" and facts(path)["best"]["value"] > 0
+
+
 def test_more_scenes_are_held_out_than_an_epoch_has(tmp_path: Path) -> None:
     """``data.count`` is of the pictures that are trained on; best_scenes and rows count others."""
     run = Run(tiny("--data.count", "2", "--log.best", "pixel", "--log.best_scenes", "3",
