@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import weakref
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from smis_kernels import LabelLayout, use_backend
 from smis_kernels.modules.spade import CGNorm
@@ -375,3 +377,19 @@ def test_an_edit_of_another_number_of_maps() -> None:
     s.update(pair.flip(0))  # the same windows in another order
     assert max_error(s.sample(z), plain(model, pair.flip(0), None, z)) < 1e-9
     assert s.windows[0] == 0 and s.windows[1] > 0
+
+
+def test_a_model_that_has_just_learned_is_copied() -> None:
+    """Spectral norm leaves weights with a graph, which copies nothing."""
+    model, labels, _ = small("groupdnet_deepfashion")
+    z = torch.zeros(1, 64, 4, 4, dtype=torch.float64)
+    expected = model(model.semantics(labels), z)
+    expected.mean().backward()
+    assert model.generator.up_3.conv_0.weight.grad_fn is not None
+    assert max_error(Synthesizer(model, labels).sample(z), expected.detach()) < 1e-9
+    for twin in (copy.deepcopy(model), AveragedModel(model.generator).module):
+        generator = getattr(twin, "generator", twin)
+        assert max_error(plain(model, labels, None, z),
+                         generator(model.semantics(labels), z).detach()) < 1e-9
+        assert not any(a is b for a, b in zip(generator.parameters(), model.generator.parameters(),
+                                              strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,16 @@ class _KeepsTransform(nn.Module):
         if mode:
             vars(self).pop(_KEPT, None)
         return super().train(mode)
+
+    def __getstate__(self) -> Any:
+        """For copies and pickles: a weight that spectral norm made of the last forward's, as it is.
+
+        The next forward makes it anew; with its graph it could not be copied.
+        """
+        inherited = getattr(super(), "__getstate__", None)  # Python 3.10 has none
+        state = vars(self) if inherited is None else inherited()
+        return {name: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None
+                else value for name, value in state.items()} if isinstance(state, dict) else state
 
 
 # Functions, no methods: a module to which accelerate() gives this class may have attributes of such
