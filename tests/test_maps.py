@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from smis_models import cli, create_model
 from smis_models.benchmark.case import Maps
@@ -25,7 +25,7 @@ from smis_models.data.doctor import examine, find_splits
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_CELEBAMASK, SPADE_COCO
 from smis_models.io import images
 from smis_models.io.colours import convert_colours, read_colour_table
-from smis_models.io.images import ImageError, read_instances, read_labels
+from smis_models.io.images import ImageError, read_instances, read_labels, read_picture
 from smis_models.io.names import INSTANCES, LABELS, by_scene, files_under, map_files, parse_stem
 from smis_models.io.scene import SceneFiles, one_shape, read_scene, text_size
 from smis_models.metrics import label_rule
@@ -661,3 +661,76 @@ def test_no_reader_lets_a_damaged_file_through_as_a_traceback(
     with pytest.raises(error, match=words) as caught:
         read(path)
     assert "\n" not in str(caught.value)
+
+
+def _marked(path: Path, orientation: int, size: tuple[int, int]) -> NDArray[Any]:
+    """A picture with an EXIF orientation; returned as it is shown."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_marked_picture_alone_is_read_as_shown(tmp_path: Path, orientation: int, suffix: str,
+                                                 ) -> None:
+    path = tmp_path / f"a{suffix}"
+    options = {"lossless": True} if suffix == ".webp" else {}
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 7, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+    turns: dict[int, Any] = {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1],
+        5: pixels.swapaxes(0, 1), 6: np.rot90(pixels, -1),
+        7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels)}
+    np.testing.assert_array_equal(read_picture(path), turns[orientation])
+
+
+def test_the_map_tells_how_a_marked_picture_lies(tmp_path: Path) -> None:
+    """Tools draw maps on pictures as shown, or as stored: the wrong one is another scene's map."""
+    shown = _marked(tmp_path / "a.png", 6, (4, 7))
+    stored = np.rot90(shown)
+    for size, picture in (((7, 4), shown), ((14, 8), shown), ((4, 7), stored), ((8, 14), stored)):
+        images.write_indices(tmp_path / "map.png", a_map(size, 8))
+        for files in (SceneFiles("a", tmp_path / "a.png", tmp_path / "map.png"),
+                      SceneFiles("a", tmp_path / "a.png", instances=tmp_path / "map.png")):
+            found = read_scene(files, 8)
+            assert found.picture is not None
+            np.testing.assert_array_equal(found.picture, picture)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(6, (8, 8)), (3, (4, 7)), (2, (4, 7))])
+def test_a_marked_picture_whose_map_fits_both_ways_is_refused(
+        tmp_path: Path, orientation: int, size: tuple[int, int]) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    _marked(tmp_path / "images" / "a.png", orientation, size)
+    images.write_indices(tmp_path / "labels" / "a.png", a_map(size, 8))
+    message = rf"a\.png: .* EXIF orientation {orientation}, and its map fits both ways; save"
+    with pytest.raises(ImageError, match=message):
+        FileScenes(list_scenes("folder", tmp_path).records, 8,
+                   Preprocess("fixed", (8, 8), augment=False))[0]
+    (problem,) = examine(find_splits("folder", tmp_path)).problems
+    assert not problem.note
+    assert f"EXIF orientation {orientation}" in problem.message
+
+
+def test_a_marked_picture_whose_map_fits_neither_way_is_a_misfit(tmp_path: Path) -> None:
+    _marked(tmp_path / "a.png", 6, (4, 7))
+    images.write_indices(tmp_path / "map.png", a_map((8, 8), 8))
+    with pytest.raises(ImageError, match="one scene has one shape"):
+        read_scene(SceneFiles("a", tmp_path / "a.png", tmp_path / "map.png"), 8)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_of_several_pages_none_is_guessed(tmp_path: Path, name: str) -> None:
+    one, two = (Image.fromarray(a_map((4, 4), 8, seed).astype(np.uint8)) for seed in (0, 1))
+    one.save(tmp_path / name, save_all=True, append_images=[two])
+    for read in (lambda path: read_labels(path, 8), read_instances,
+                 lambda path: convert_colours(path, {(0, 0, 0): 0})):
+        with pytest.raises(ImageError, match=r"expected one map, got a (TIFF|PNG) of 2 pages"):
+            read(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from smis_models import create_model, metrics
 from smis_models.data import Draw, GeneratedScenes, Sample, SceneDataset
 from smis_models.io.images import ImageError, as_bytes, to_pictures, write_indices
-from smis_models.metrics.segmentation import predict
+from smis_models.metrics.segmentation import LabelRule, SegmentationScore, predict
 from smis_models.synthesis import applications
 
 Measure = Callable[[Tensor], object]
@@ -60,6 +61,49 @@ def test_pictures_of_another_range_give_no_number(measure: str, wrong: str) -> N
     form, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
         MEASURES[measure](form(_pictures()))
+
+
+UNIT = [name for name in MEASURES if name not in ("segmenter", "bytes", "written")]
+
+
+@pytest.mark.parametrize("measure", UNIT)
+def test_pictures_in_0_to_1_are_told(measure: str) -> None:
+    """They pass for pictures in [-1, 1]; LPIPS of them is lower, and looks better."""
+    with pytest.warns(UserWarning, match=r"none below 0; of pictures in 0\.\.1 give 2 \* x - 1"):
+        MEASURES[measure]((_pictures() + 1) / 2)
+
+
+@pytest.mark.parametrize("measure", UNIT)
+@pytest.mark.parametrize("like", ["pictures", "one value"])
+def test_pictures_in_range_are_not_told(measure: str, like: str) -> None:
+    x = _pictures() if like == "pictures" else torch.zeros(4, 3, 48, 48)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MEASURES[measure](x)
+
+
+def test_a_set_is_told_of_as_a_whole() -> None:
+    """One batch of bright pictures is none in 0..1."""
+    x = _pictures()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.fid([x, x.abs()], [x.abs(), x], _features)
+
+
+@pytest.mark.parametrize(("found", "message"), [
+    (lambda x: _features(x)[:, :, None, None], r"features \(4, F\) .* \(4, 12, 1, 1\)"),
+    (lambda x: [_features(x)], "features .* got list"),
+    (lambda x: _features(x)[:2], r"got \(2, 12\)"),
+])
+def test_an_extractor_gives_a_row_for_each_picture(found: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metrics.fid([_pictures()], [_pictures()], found)
+
+
+def test_an_extractor_may_have_weights_that_learn() -> None:
+    linear = torch.nn.Linear(12, 4)
+    result = metrics.fid([_pictures()], [_pictures().flip(3)], lambda x: linear(_features(x)))
+    assert np.isfinite(result["fid"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -124,3 +168,39 @@ def test_a_bad_file_is_told_before_anything_is_painted(
     with pytest.raises(ImageError, match=rf"{folder}/2\.png: expected labels 0\.\.7, got 99"):
         metrics.evaluate(model, scenes, measured, short)
     assert not painted
+
+
+_MAP = np.array([[[0, 1, 2, 7]]])
+
+
+@pytest.mark.parametrize(("labels", "predictions", "message"), [
+    (np.array([[[0, 1, 2, 255]]]), _MAP, r"labels: expected 0\.\.7, got 255 in a; relabel"),
+    (np.array([[[0, 1, 2, -1]]]), _MAP, r"labels: expected 0\.\.7, got -1"),
+    (np.array([[[0, 1, 2, 8]]]), _MAP, r"labels: expected 0\.\.7, got 8"),
+    (_MAP + 0.5, _MAP, "labels: expected integers, got float64"),
+    (_MAP, _MAP * np.nan, "predictions: expected integers, got float64 in a"),
+    (_MAP, _MAP + 1, r"predictions: expected 0\.\.7"),
+    (_MAP, _MAP[:, :, :2], "predictions: expected the labels' shape"),
+])
+def test_maps_that_are_none_of_the_classes_are_named(labels: Any, predictions: Any,
+                                                     message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentationScore(8, LabelRule("same", frozenset())).add(labels, predictions, "a")
+
+
+def test_labels_that_are_left_out_may_be_any() -> None:
+    score = SegmentationScore(8, LabelRule("same", frozenset({255, -1})))
+    score.add(np.array([[[0, 1, 255, -1]]]), np.array([[[0, 1, 2, 7]]]))
+    score.add(np.zeros((0, 2, 2), int), np.zeros((0, 2, 2), int))
+    score.add(torch.tensor([[[3]]], dtype=torch.uint8), torch.tensor([[[3]]]))
+    assert score.result()["miou"] == 1.0
+    assert score.result()["pixels"] == 3
+
+
+@pytest.mark.parametrize(("out", "message"), [
+    (torch.full((4, 8, 6, 6), float("nan")), "segmenter: expected scores, got NaN"),
+    (torch.zeros(4, 48, 48), r"integer labels \(4, 48, 48\), got float32 \(4, 48, 48\)"),
+])
+def test_a_segmenter_that_says_nothing_is_refused(out: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict(lambda x: out, _pictures())

@@ -249,13 +249,14 @@ class Painter:
             ImageError: a file that cannot be read.
         """
         own = self.session(session)
-        pixels = _read(picture, name, read_picture)
+        size: tuple[int, int] | None = None
         if labels is not None:
-            classes, _ = self.read_map(labels, f"{name}, map")
+            classes, size = self.read_map(labels, f"{name}, map")
         elif own.labels is not None:
             classes = own.labels
         else:
             raise ValueError("map: expected one of the picture or on the canvas, got none")
+        pixels = _read(picture, name, lambda path: read_picture(path, like=size))
         return self._add(own, name, resize_picture(pixels, self.size), classes)
 
     def add_sample(self, session: str, number: int) -> tuple[int, Appearance]:

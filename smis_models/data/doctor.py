@@ -122,7 +122,7 @@ def check_scene(record: SceneFiles, rule: LabelRule | None = None) -> SceneCheck
         if rule is not None:
             check.problems += _bad_values(label_file, check.values, rule)
     with check.reading(image_file):
-        sizes[image_file] = read_picture(image_file).shape[:2]
+        sizes[image_file] = read_picture(image_file, like=sizes.get(label_file)).shape[:2]
     if record.instances is not None:
         id_file = Path(record.instances)
         with check.reading(id_file):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -74,12 +75,21 @@ def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
     return str(words[0]) if words else "", 0
 
 
+def _one_page(path: str | Path, image: ImageFile.ImageFile) -> None:
+    """Refuse what holds several maps, of which the first alone would be read."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise ImageError(f"{path}: expected one map, got a {image.format} of {pages} pages; save "
+                         "the one that is meant as PNG")
+
+
 def read_indices(path: Path) -> NDArray[np.int64]:
     """The values of an image of one channel, as they are stored; of palettes the indices.
 
     Raises:
         FileNotFoundError: no such file.
-        ImageError: not an image, a lossy format, several channels, a PGM whose levels are scaled.
+        ImageError: not an image, a lossy format, several channels or pages, a PGM whose levels are
+            scaled.
     """
     with opened(path, "a PNG index map") as image:
         stored, largest = _storage(image)
@@ -87,6 +97,7 @@ def read_indices(path: Path) -> NDArray[np.int64]:
         mode, kind = image.mode, str(image.format)
         if image.info.get("compression") in _LOSSY:
             kind = "lossy TIFF"
+        _one_page(path, image)
         pixels = np.asarray(image)
     if kind not in _EXACT:
         raise ImageError(f"{path}: expected an index map as PNG, got a {kind} file, which does not "
@@ -203,12 +214,14 @@ def read_exact(path: str | Path) -> Picture:
 
     Raises:
         FileNotFoundError: no such file.
-        ImageError: not an image, a lossy format, more than 8 bits, transparent pixels.
+        ImageError: not an image, a lossy format, several pages, more than 8 bits, transparent
+            pixels.
     """
     with opened(path, "a PNG") as image:
         mode = image.mode
         stored, largest = _storage(image)
         kind = "lossy TIFF" if image.info.get("compression") in _LOSSY else str(image.format)
+        _one_page(path, image)
         pixels = np.asarray(image.convert("RGBA"))
     if kind not in _EXACT:
         raise ImageError(f"{path}: expected colours as PNG, got a {kind} file, which does not keep "
@@ -222,16 +235,51 @@ def read_exact(path: str | Path) -> Picture:
     return np.ascontiguousarray(pixels[..., :3])
 
 
-def read_picture(path: str | Path, size: tuple[int, int] | None = None) -> Picture:
+def one_shape(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether a (height, width) is another scaled; half a pixel of each side may be rounded off."""
+    return abs(a[0] * b[1] - a[1] * b[0]) * 2 <= max(*a, *b)
+
+
+def _as_stored(path: str | Path, orientation: int, size: tuple[int, int],
+               like: tuple[int, ...] | None) -> bool:
+    """Whether a picture of ``size`` is read as its pixels lie, and not as it is shown.
+
+    Raises:
+        ImageError: its map fits both ways.
+    """
+    if orientation not in range(2, 9) or like is None:
+        return orientation not in range(2, 9)
+    stored = one_shape(size, like)
+    shown = one_shape(size[::-1] if orientation > 4 else size, like)
+    if stored and shown:
+        raise ImageError(f"{path}: expected pixels as they are shown, got the EXIF orientation "
+                         f"{orientation}, and its map fits both ways; save the picture turned as "
+                         "its map is, without that mark")
+    return stored
+
+
+def read_picture(path: str | Path, size: tuple[int, int] | None = None,
+                 like: tuple[int, ...] | None = None) -> Picture:
     """Read a photograph as (H, W, 3), resized bicubically to ``size`` (height, width).
+
+    One that its camera marked to be shown turned or mirrored (EXIF) is read as it is shown. Where
+    it has a map, the map's shape decides: some tools draw maps on the pixels as they are stored.
+
+    Args:
+        path: of the picture.
+        size: (height, width) of the result.
+        like: (height, width) of the picture's map, if it has one.
 
     Raises:
         FileNotFoundError: no such file.
-        ImageError: not an image.
+        ImageError: not an image; a marked one whose map fits both ways.
     """
     with opened(path, "a PNG or JPEG", "a picture") as image:
         mode = image.mode
-        picture = image.convert("RGB")
+        picture = image.convert("RGB")  # of a TIFF, Pillow has turned it and removed the mark
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if not _as_stored(path, orientation, (image.height, image.width), like):
+            picture = ImageOps.exif_transpose(picture)
     if mode.startswith(("I", "F")):  # which Pillow clips to 255 instead of scaling
         raise ImageError(f"{path}: expected a picture of 8 bits per channel, got mode {mode} "
                          "(16 or 32 bits); convert it to 8 bits first")
@@ -317,6 +365,31 @@ def check_pictures(pictures: Tensor, smallest: int = 1, name: str = "pictures") 
     if max(-low, high) > 1 + _SLACK:
         raise ValueError(f"{name}: expected values in [-1, 1], got {low:.4g} to {high:.4g}; of "
                          "0..255 give x / 127.5 - 1")
+
+
+class PictureSpan:
+    """The least and the largest value of pictures: those in 0..1 pass for ones in [-1, 1].
+
+    Example:
+        >>> PictureSpan(torch.tensor([[-1.0, 1.0]])).tell()
+    """
+
+    def __init__(self, *pictures: Tensor) -> None:
+        self.low, self.high = math.inf, -math.inf
+        for batch in pictures:
+            self.add(batch)
+
+    def add(self, pictures: Tensor) -> None:
+        """Go on with pictures."""
+        if pictures.numel():
+            low, high = torch.aminmax(pictures.detach())
+            self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    def tell(self, name: str = "pictures") -> None:
+        """Warn where no value is below 0, unless all are one."""
+        if 0 <= self.low < self.high:
+            warnings.warn(f"{name}: expected values in [-1, 1], got none below 0; of pictures in "
+                          "0..1 give 2 * x - 1", stacklevel=3)
 
 
 def as_bytes(pictures: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .images import ImageError, Picture, read_instances, read_labels, read_picture
+from .images import one_shape as one_shape
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,6 @@ class SceneArrays:
 def text_size(size: tuple[int, ...]) -> str:
     """(height, width) as people and `doctor` write it: width x height."""
     return "x".join(str(n) for n in size[::-1])
-
-
-def one_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether a (height, width) is another scaled; half a pixel of each side may be rounded off."""
-    return abs(a[0] * b[1] - a[1] * b[0]) * 2 <= max(*a, *b)
 
 
 def misfits(sizes: Mapping[Path, tuple[int, ...]], *, exactly: bool) -> list[tuple[Path, str]]:
@@ -89,10 +85,15 @@ def read_scene(files: SceneFiles, classes: int, *, unknown: int | None = None,
     maps: dict[Path, NDArray[Any]] = {}
     if label_file is not None:
         labels = maps[label_file] = read_labels(label_file, classes, None, unknown, option)
-    if image_file is not None:
-        picture = maps[image_file] = read_picture(image_file)
     if id_file is not None:
-        ids = maps[id_file] = read_instances(id_file)
+        ids = read_instances(id_file)
+    if image_file is not None:
+        drawn = labels if labels is not None else ids
+        picture = maps[image_file] = read_picture(image_file,
+                                                  like=None if drawn is None else drawn.shape)
+    if id_file is not None:
+        assert ids is not None
+        maps[id_file] = ids
     sizes = {path: pixels.shape[:2] for path, pixels in maps.items()}
     for path, reason in misfits(sizes, exactly=exactly):
         raise ImageError(f"{path}: {reason}")

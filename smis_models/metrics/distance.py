@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..io.images import check_pictures
+from ..io.images import PictureSpan, check_pictures
 
 Features = Sequence[Tensor]
 
@@ -21,6 +21,9 @@ class Distance(nn.Module):
     :meth:`features`, :meth:`maps` and :meth:`facts`.
 
     Shapes: pictures (N, 3, H, W) in [-1, 1] -> distances (N,) or (N, H, W).
+
+    Warns:
+        UserWarning: no value is below 0, as in pictures in 0..1.
 
     Example:
         >>> from smis_models.metrics import create_distance
@@ -61,7 +64,9 @@ class Distance(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if a.shape != b.shape:
             raise ValueError(f"b: expected the shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
-        return self.between(self.features(a), self.features(b))
+        found = self.between(self.features(a), self.features(b))
+        PictureSpan(a, b).tell()
+        return found
 
 
 class PixelDistance(Distance):

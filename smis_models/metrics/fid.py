@@ -15,7 +15,7 @@ from torch import Tensor
 from ..io.checkpoint import CheckpointError, read_checkpoint
 from ..io.extras import cure
 from ..io.files import file_hash, published_hash
-from ..io.images import as_bytes
+from ..io.images import PictureSpan, as_bytes
 
 Extractor = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) uint8 -> features (N, F)."""
@@ -155,12 +155,32 @@ def fid(real: Iterable[Tensor], fake: Iterable[Tensor], extractor: Extractor) ->
         extractor: :class:`Inception`; with another the number is no FID, only a Fréchet distance.
 
     Raises:
-        ValueError: fewer than two pictures in a set, or pictures that are no floats in [-1, 1].
+        ValueError: fewer than two pictures in a set, pictures that are no floats in [-1, 1], or an
+            extractor that gives no features (N, F).
+
+    Warns:
+        UserWarning: no value of a set is below 0, as in pictures in 0..1.
 
     Example:
         >>> result = fid(real, fake, Inception(weights))  # doctest: +SKIP
     """
-    sets = [[extractor(as_bytes(batch)) for batch in batches] for batches in (real, fake)]
-    if not all(sets):
-        raise ValueError("pictures: expected at least 2 in each set, got none")
-    return fid_of_features(*(torch.cat(features) for features in sets))
+    sets = []
+    for batches in (real, fake):
+        span, features = PictureSpan(), []
+        for batch in batches:
+            features.append(_features(extractor, as_bytes(batch)))
+            span.add(batch)
+        span.tell()
+        if not features:
+            raise ValueError("pictures: expected at least 2 in each set, got none")
+        sets.append(torch.cat(features))
+    return fid_of_features(*sets)
+
+
+def _features(extractor: Extractor, pictures: Tensor) -> Tensor:
+    with torch.no_grad():
+        found = extractor(pictures)
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(pictures):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"extractor: expected features ({len(pictures)}, F) of a batch, got {got}")
+    return found

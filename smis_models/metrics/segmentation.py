@@ -68,6 +68,15 @@ def label_rule(name: str, preset: Preset, dont_care: str = "ignore") -> LabelRul
     return rule if dont_care == "ignore" else LabelRule(name, frozenset(), rule.meaning)
 
 
+def _integers(name: str, values: Any, where: str) -> NDArray[np.int64]:
+    """A map of integers, of any kind of array."""
+    found = np.asarray(values)
+    if found.dtype.kind not in "iub":
+        raise ValueError(f"{name}: expected integers, got {found.dtype}{where}; round and cast "
+                         "them first")
+    return found.astype(np.int64)
+
+
 class SegmentationScore:
     r"""Sums a confusion matrix over pictures; mIoU and pixel accuracy of it.
 
@@ -81,7 +90,8 @@ class SegmentationScore:
         rule: which of them count.
 
     Raises:
-        ValueError: predictions of another shape or out of range.
+        ValueError: predictions of another shape, or labels or predictions that are no integers or
+            out of range.
 
     Example:
         >>> score = SegmentationScore(8, LabelRule("same", frozenset()))
@@ -98,9 +108,13 @@ class SegmentationScore:
             source: str = "") -> None:
         """Count maps of one shape."""
         where = f" in {source}" if source else ""
+        labels, predictions = _integers("labels", labels, where), _integers(
+            "predictions", predictions, where)
         if labels.shape != predictions.shape:
             raise ValueError(f"predictions: expected the labels' shape {labels.shape}, got "
                              f"{predictions.shape}{where}")
+        if not labels.size:
+            return
         known = self.classes if self.rule.meaning is None else len(self.rule.meaning)
         low, high = int(predictions.min()), int(predictions.max())
         if low < 0 or high >= known:
@@ -110,6 +124,10 @@ class SegmentationScore:
         if self.rule.meaning is not None:
             predictions = np.asarray(self.rule.meaning)[predictions]
         counted = ~np.isin(labels, list(self.rule.ignored))
+        strange = labels[counted & ((labels < 0) | (labels >= self.classes))]
+        if strange.size:
+            raise ValueError(f"labels: expected 0..{self.classes - 1}, got {strange[0]}{where}; "
+                             "relabel such pixels, or leave them out (ignored of the LabelRule)")
         pairs = labels[counted].astype(np.int64) * self.classes + predictions[counted]
         self.matrix += np.bincount(pairs, minlength=self.classes**2).reshape(self.matrix.shape)
 
@@ -136,7 +154,8 @@ def predict(segmenter: Segmenter, pictures: Tensor) -> NDArray[np.int64]:
     """(N, H, W) predictions; scores are enlarged bilinearly and the highest is taken.
 
     Raises:
-        ValueError: pictures out of [-1, 1]; the segmenter gives neither labels nor scores.
+        ValueError: pictures out of [-1, 1]; the segmenter gives neither labels nor scores, or
+            scores that are no numbers.
     """
     check_pictures(pictures)
     with torch.no_grad():
@@ -147,12 +166,17 @@ def predict(segmenter: Segmenter, pictures: Tensor) -> NDArray[np.int64]:
         out = out["out"]
     batch, _, *size = pictures.shape
     if isinstance(out, Tensor) and out.dim() == 4 and len(out) == batch and out.shape[1] > 1:
-        out = F.interpolate(out.float(), size, mode="bilinear", align_corners=False).argmax(1)
+        scores = F.interpolate(out.float(), size, mode="bilinear", align_corners=False)
+        if scores.isnan().any():  # which argmax takes for the highest
+            raise ValueError("segmenter: expected scores, got NaN; check its weights, and its "
+                             "precision")
+        out = scores.argmax(1)
     if isinstance(out, Tensor) and out.dim() == 4 and out.shape[1] == 1:
         out = out[:, 0]
     labelled = isinstance(out, Tensor) and not out.is_floating_point()
     if not labelled or tuple(out.shape) != (batch, *size):
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        got = (f"{str(out.dtype).removeprefix('torch.')} {tuple(out.shape)}"
+               if isinstance(out, Tensor) else type(out).__name__)
         raise ValueError(f"segmenter: expected scores ({batch}, classes, h, w) or integer labels "
                          f"{(batch, *size)}, got {got}")
     return out.long().cpu().numpy()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.images import Picture, check_pictures, to_pictures
+from ..io.images import Picture, PictureSpan, check_pictures, to_pictures
 from ..networks.encoder import reparameterize
 from .codes import code_parts, draw_code, drawn_code, interpolate, resample_class, with_class
 from .features import FeatureClusters
@@ -48,10 +48,13 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
     Raises:
         ValueError: a model without such an encoder.
 
+    Warns:
+        UserWarning: no value is below 0, as in pictures in 0..1.
+
     Example:
         >>> from smis_models import create_model
         >>> model = create_model("groupdnet_scenes", ngf=8, nef=8).eval()
-        >>> image, labels = torch.rand(1, 3, 128, 128), torch.zeros(1, 128, 128).long()
+        >>> image, labels = torch.rand(1, 3, 128, 128) * 2 - 1, torch.zeros(1, 128, 128).long()
         >>> z = encode(model, image, labels)
         >>> again = model(model.semantics(labels), z)
     """
@@ -60,6 +63,7 @@ def encode(model: Any, image: Tensor, labels: Tensor, seed: int | None = None) -
         raise ValueError(f"model: expected one with an encoder of latent codes, got {model.name}; "
                          "pass a checkpoint that holds the encoder, or draw codes by seed")
     check_pictures(image, name="image")
+    PictureSpan(image).tell("image")
     weight = next(model.encoder.parameters())
     mean, logvar = model.encoder.encode(image.to(weight), labels.to(weight.device))
     if seed is None:

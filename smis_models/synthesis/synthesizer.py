@@ -28,7 +28,7 @@ def frozen_copy(network: nn.Module) -> nn.Module:
         >>> fast = frozen_copy(create_model("groupdnet_scenes", part="generator", ngf=8).eval())
     """
     shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
-    for module in network.modules():  # a weight that a hook has made cannot be copied with its graph
+    for module in network.modules():  # what a hook has made has a graph, no copy
         shared.update((id(t), t.detach()) for t in vars(module).values() if isinstance(t, Tensor))
     frozen = copy.deepcopy(network, shared).eval()
     for module in frozen.modules():
