@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from smis_models import CheckpointError, create_model, read_checkpoint, save_checkpoint
 
@@ -46,6 +47,15 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in loaded.parameters())
     assert_same(tiny(tmp_path / "model.safetensors", part="encoder"), model.encoder)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_moving_average_is_loaded(tmp_path: Path) -> None:
+    """torch's AveragedModel counts beside the network."""
+    own = create_model("groupdnet_scenes", part="generator", ngf=8, nef=8, seed=1)
+    torch.save(AveragedModel(own).state_dict(), tmp_path / "ema.pth")
+    made = create_model("groupdnet_scenes", tmp_path / "ema.pth", part="generator", ngf=8, nef=8)
+    for key, tensor in own.state_dict().items():
+        assert torch.equal(made.state_dict()[key], tensor), key
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

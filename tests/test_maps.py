@@ -32,6 +32,7 @@ from smis_models.metrics import label_rule
 from smis_models.metrics.diversity import DiversityMeter
 from smis_models.synthesis import scene as synthesis
 from smis_models.synthesis.pictures import read_pictures
+from smis_models.training.options import load_config
 
 # Up, down, odd, by no whole factor; 1024x2048 to 256x512 is Cityscapes'.
 SIZES = [((7, 5), (3, 9)), ((5, 13), (64, 96)), ((213, 160), (64, 64)), ((96, 128), (96, 128)),
@@ -734,3 +735,21 @@ def test_of_several_pages_none_is_guessed(tmp_path: Path, name: str) -> None:
                  lambda path: convert_colours(path, {(0, 0, 0): 0})):
         with pytest.raises(ImageError, match=r"expected one map, got a (TIFF|PNG) of 2 pages"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-mark"])
+def test_tables_are_read_as_editors_write_them(tmp_path: Path, encoding: str) -> None:
+    text = "# \u7a7a, ciel\r\n0 70 130 180\r\n1,107,142,35\r\n"
+    content = (b"\xff\xfe" + text.encode("utf-16-le") if encoding == "utf-16-le-mark"
+               else text.encode(encoding))
+    (tmp_path / "colours.txt").write_bytes(content)
+    assert read_colour_table(tmp_path / "colours.txt") == {(70, 130, 180): 0, (107, 142, 35): 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_configurations_are_read_as_editors_write_them(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("# \u00e9t\u00e9\nrecipe: groupdnet_scenes_codes\ndata:\n  root: \u65e5\n"
+                     .encode(encoding))
+    with_root = load_config(path, ["--data.name", "folder"])
+    assert str(with_root.data.root) == "\u65e5"

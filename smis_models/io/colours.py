@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .files import read_text
 from .images import ImageError, Picture, opened, read_exact, read_indices
 
 Colour = tuple[int, int, int]
@@ -27,7 +28,7 @@ def read_colour_table(path: str | Path) -> dict[Colour, int]:
         {(70, 130, 180): 0, (107, 142, 35): 1}
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"colours: {path} cannot be read as text ({error}); expected lines "
                          "CLASS R G B") from error

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 LOCK = ".smis.lock"
 _MARK = "smis-"  # of temporary files: others may be hidden files of a user
+_LONGEST = 200  # bytes of a name: file systems take 255, and more is put around it
 UNFINISHED = "smis-unfinished.json"
 _WRITTEN = [f"*{suffix}" for suffix in (".png", ".gif", ".webp", ".jpg", ".json", ".csv", ".md",
                                         ".html", ".npz", ".safetensors")]
@@ -34,7 +35,8 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         ...     _ = partial.write_text("all of it, or nothing")
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_MARK}")
+    kept = os.fsdecode(os.fsencode(path.name)[-_LONGEST:])  # the end, by which it is found again
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{kept}.{_MARK}")
     os.close(handle)
     partial = Path(name)
     try:
@@ -139,6 +141,17 @@ def unfinished_task(folder: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def read_text(path: str | Path) -> str:
+    """A text that somebody wrote: UTF-8 whatever the locale, or UTF-16 as Windows' tools write it.
+
+    Raises:
+        UnicodeDecodeError: another encoding.
+    """
+    content = Path(path).read_bytes()
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return content.decode("utf-16" if marked else "utf-8-sig")
 
 
 def file_hash(path: str | Path) -> str:

@@ -16,12 +16,15 @@ _PARAMETRIZED = {".parametrizations.weight.original": ".weight_orig",
 def networks_keys(state: State) -> State:
     """``state`` without wrappers' prefixes, with spectral norm's ``_orig``, ``_u`` and ``_v``.
 
-    Prefixes may be in any order and number.
+    Prefixes may be in any order and number; the counter of an ``AveragedModel`` goes with them.
 
     Up to PyTorch 1.0 spectral norm kept ``weight`` (the normalised one) and no ``weight_v``: v is
     found again such that uᵀWv is the norm that they were divided by. The keys of
     ``torch.nn.utils.parametrizations.spectral_norm`` are renamed.
     """
+    if "n_averaged" in state and all(key == "n_averaged" or key.startswith("module.")
+                                     for key in state):
+        state = {key: tensor for key, tensor in state.items() if key != "n_averaged"}
     while state and (wrapper := next((w for w in _WRAPPERS
                                       if all(key.startswith(w) for key in state)), None)):
         state = {key.removeprefix(wrapper): tensor for key, tensor in state.items()}

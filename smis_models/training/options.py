@@ -13,6 +13,7 @@ from .. import families
 from ..families import Preset
 from ..io.choices import unknown_name
 from ..io.extras import cure
+from ..io.files import read_text
 from .config import TrainConfig
 
 _FILES = (".yaml", ".yml", ".json")
@@ -75,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"config: {path} does not exist; give a file or one of "
                                 f"{', '.join(RECIPES)}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} is no YAML or JSON: {_line(error)}") from error
     if not isinstance(content, dict):
