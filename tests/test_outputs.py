@@ -77,6 +77,71 @@ def test_outputs_are_tried_first(command: str, refused: Any, tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_place_that_only_seems_to_permit_it_is_refused(
+        command: str, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    name = {"evaluate": "e.json", "features": "f.npz", "convert": "m.safetensors"}.get(
+        command, "out")
+    assert "cannot be written here; choose another place" in refused(
+        *_arguments(command, tmp_path, tmp_path / "new" / name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_empty_path_is_not_this_folder(command: str, refused: Any, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unset variable of a shell: ``--out "$OUT"``."""
+    monkeypatch.chdir(tmp_path)
+    error = refused(*_arguments(command, tmp_path, Path("out"))[:-1], "")
+    assert "out: expected a path, got an empty one; give . for this folder" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_to_read_is_refused(refused: Any) -> None:
+    for words, name in ((["doctor", ""], "data"), (["synthesize", "--labels=", "--out", "o"],
+                                                   "labels"),
+                        (["mix", "--labels", "a", "--images", "b", "--images", "", "--image-labels",
+                          "c", "--out", "o"], "images")):
+        assert f"error: {name}: expected a path, got an empty one" in refused(*words)
+
+
+def test_a_second_path_hides_no_first(refused: Any) -> None:
+    error = refused("synthesize", "--labels", "a.png", "--labels", "b.png", "--out", "o")
+    assert "labels: expected one path, got 'a.png' and 'b.png'; give a folder" in error
+
+
+def test_a_data_set_is_no_file(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    assert f"got the file {tmp_path / 'a.png'}" in refused("doctor", tmp_path / "a.png")
+
+
+def test_names_of_any_signs_are_painted_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup, a line's end is no second line, and names may be long."""
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    monkeypatch.setenv("COLUMNS", "1000")
+    names = ["[bold]", "two\nlines", "\u65e5" * 80, "[red]x[", "%d"]
+    for name in names:
+        images.write_indices(tmp_path / "maps" / f"{name}.png", np.zeros((8, 8), int))
+    (tmp_path / "maps" / "sub[").mkdir()
+    images.write_indices(tmp_path / "maps" / "sub[" / "b].png", np.zeros((8, 8), int))
+    out = tmp_path / "o[best]"
+    monkeypatch.setattr("sys.argv", ["smis", "synthesize", "--model", "groupdnet_scenes",
+                                     "--labels", str(tmp_path / "maps"), "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    told = capsys.readouterr().out
+    assert end.value.code in (0, None), told
+    assert all((out / f"{name}_0.png").is_file() for name in [*names, "sub[/b]"])
+    assert (out / "grid.png").is_file()
+    assert "[bold]_0.png" in told
+    assert "sub[/b]_0.png" in told
+    assert f"pictures in {out}" in told.replace("\n", "")
+
+
 def test_commands_run_without_unix_modules(tmp_path: Path) -> None:
     images.write_indices(tmp_path / "a.png", np.zeros((128, 128), int))
     commands = (["list"], ["info"], ["train", "--help"], [

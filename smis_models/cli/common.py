@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from smis_kernels import BackendError, __version__, use_backend
 
@@ -48,7 +50,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 command = partial(app.command, cls=Command)
-console = Console()
+console = Console(markup=False)  # names of files may have brackets
 
 
 @app.callback(invoke_without_command=True)
@@ -79,8 +81,12 @@ def _check_place(path: Path) -> None:
     if not place.is_dir() and place != path:
         raise ValueError(f"out: {place} is a file; expected a folder in {path}")
     place = place if place.is_dir() else place.parent  # a file is replaced, not written to
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"out: {place} cannot be written here; choose another place")
+    try:
+        if not os.access(place, os.W_OK):
+            raise PermissionError
+        os.rmdir(tempfile.mkdtemp(dir=place, prefix=".smis-"))  # some only seem to permit it
+    except OSError as error:
+        raise ValueError(f"out: {place} cannot be written here; choose another place") from error
 
 
 def folder_to_write(path: Path) -> Path:
@@ -230,7 +236,8 @@ class Chosen:
                             init_gain=1.0, **options).eval()
         if self.checkpoint is None:
             console.print("[yellow]The weights are random[/]: no --checkpoint was given; the "
-                          "pictures show the mechanism, not what a trained network paints.")
+                          "pictures show the mechanism, not what a trained network paints.",
+                          markup=True)
         return made
 
     @property
@@ -320,7 +327,8 @@ def unusable(context: typer.Context, reason: str, *names: str) -> None:
             raise ValueError(f"{parameter.opts[0].lstrip('-')}: {reason}; leave it out")
 
 
-def show(head: Iterable[str | Column], rows: Iterable[Iterable[str]], **options: Any) -> None:
+def show(head: Iterable[str | Column], rows: Iterable[Iterable[str | Text]],
+         **options: Any) -> None:
     """A table."""
     table = Table(*head, **options)
     for row in rows:

@@ -62,7 +62,7 @@ def _summary(root: Path, folder_format: str, diagnosis: Diagnosis, rule: LabelRu
 def _tell(problems: list[Problem], style: str, shown: int) -> None:
     for problem in problems[:shown]:
         console.print(f"[{style}]{escape(str(problem.path))}[/]: {escape(problem.message)}",
-                      soft_wrap=True, highlight=False)
+                      soft_wrap=True, highlight=False, markup=True)
     if len(problems) > shown:
         console.print(f"... and {len(problems) - shown} more (--show {len(problems)})")
 
@@ -84,6 +84,8 @@ def doctor(
 ) -> None:
     """Check a data set and name every bad file and value; exit code 1 if there are problems."""
     existing("data", data, "the root folder of a data set")
+    if not data.is_dir():
+        raise ValueError(f"data: expected the root folder of a data set, got the file {data}")
     folder_format = dataset or detect_layout(data)
     rule = LABEL_RULES.get(folder_format)
     if classes is not None or unknown is not None:
@@ -103,9 +105,9 @@ def doctor(
     _tell(notes, "yellow", show)
     _tell(problems, "red", show)
     if not diagnosis.healthy:
-        console.print(f"[red]{len(problems)} problems[/]")
+        console.print(f"[red]{len(problems)} problems[/]", markup=True)
         raise typer.Exit(1)
-    console.print("[green]no problems[/]")
+    console.print("[green]no problems[/]", markup=True)
 
 
 @command("convert-labels")

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Column
+from rich.text import Text
 
 from smis_kernels import info as kernels_info
 
@@ -87,7 +88,7 @@ def classes(
     preset = which.preset
     colours = ["#{:02x}{:02x}{:02x}".format(*map(int, c)) for c in class_colours(which.classes)]
     show(("class", "name", "colour"), (
-        (str(k), what, f"[{colour}]{'#' * 4}[/] {colour}")
+        (str(k), what, Text.assemble(("#" * 4, colour), f" {colour}"))
         for k, (what, colour) in enumerate(zip(which.classes, colours, strict=True))))
     if note := class_note(which.name, preset.classes):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -306,7 +307,7 @@ def demo(
          f"{stage.speedup:.2f}x") for stage in made.stages))
     if made.backend == "reference":
         console.print("[yellow]The fused kernels are not available here[/]: both columns are the "
-                      "reference; `smis info` says what is missing.")
+                      "reference; `smis info` says what is missing.", markup=True)
     console.print(f"weights: {which.weights}", soft_wrap=True)
     console.print(f"open {made.files[0]}; grids: {', '.join(map(str, made.files[1:]))}",
                   soft_wrap=True)

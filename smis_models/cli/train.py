@@ -65,7 +65,7 @@ def _warnings(shown: bool) -> Iterator[None]:
     """Warnings in one line each, by one process."""
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if shown:
-            console.print(f"[yellow]{escape(str(message))}[/]", soft_wrap=True)
+            console.print(f"[yellow]{escape(str(message))}[/]", soft_wrap=True, markup=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment,unused-ignore]

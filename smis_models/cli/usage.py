@@ -29,6 +29,7 @@ class Command(TyperCommand):
         ctx.meta[_WORDS] = list(args)
         try:
             _refuse_lost_values(self, ctx, args)
+            _refuse_lost_paths(self, args)
             return super().parse_args(ctx, args)
         except USAGE_ERROR as error:
             error.ctx = error.ctx or ctx
@@ -58,6 +59,42 @@ def _refuse_lost_values(command: Any, context: Any, words: list[str]) -> None:
         k += 1
 
 
+def _refuse_lost_paths(command: Any, words: list[str]) -> None:
+    """Refuse an empty path, which would mean this folder, and a second one that hides the first."""
+    places = iter(_places(command, words))
+    for parameter in command.params:
+        given = (list(_values(words, parameter)) if parameter.param_type_name == "option"
+                 else [next(places, ".")])
+        if _expected(command, parameter)[0] != _KINDS[Path][0]:
+            continue
+        if "" in given:
+            raise USAGE_ERROR(f"{_name(parameter)}: expected a path, got an empty one; give . for "
+                              "this folder")
+        if not getattr(parameter, "multiple", False) and len(set(given)) > 1:
+            raise USAGE_ERROR(f"{_name(parameter)}: expected one path, got "
+                              f"{' and '.join(map(repr, given))}; give a folder of them, or the "
+                              "command once for each")
+
+
+def _places(command: Any, words: list[str]) -> Iterator[str]:
+    """The words that are neither options nor their values."""
+    valued = {name for p in command.params if p.param_type_name == "option" and not p.is_flag
+              for name in p.opts}
+    for before, word in zip(["", *words], words, strict=False):
+        if before not in valued and word[:1] != "-":
+            yield word
+
+
+def _values(words: list[str], parameter: Any) -> Iterator[str]:
+    """The values that a command line gives an option, in order."""
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if word == "--":
+            return
+        name, equals, value = word.partition("=")
+        if name in parameter.opts and (equals or after is not None):
+            yield value if equals else str(after)
+
+
 def _leaves(annotation: Any) -> Iterator[Any]:
     """The types that an annotation is made of, and the notes beside them."""
     parts = get_args(annotation)
@@ -85,12 +122,7 @@ def _expected(command: Any, parameter: Any) -> tuple[str, str]:
 
 def _given(context: Any, parameter: Any) -> str | None:
     """The value that the command line gives an option last."""
-    words, found = context.meta.get(_WORDS, ()), None
-    for word, after in zip(words, [*words[1:], None], strict=False):
-        name, equals, value = word.partition("=")
-        if name in parameter.opts:
-            found = value if equals else after
-    return found
+    return next(reversed(list(_values(context.meta.get(_WORDS, []), parameter))), None)
 
 
 def _wrong_option(error: Any, context: Any, command: str) -> str:

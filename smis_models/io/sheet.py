@@ -13,7 +13,11 @@ _BAND, _SIZE, _GAP = 16, 11, 4
 
 
 def _drawn(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """Text that ends in ... where it is wider than ``width``; that alone where nothing fits."""
+    """Text that ends in ... where it is wider than ``width``; that alone where nothing fits.
+
+    In one line, whatever is in it.
+    """
+    text = "".join(sign if sign.isprintable() else "?" for sign in text)
     font = ImageFont.load_default(_SIZE)
     shown = text
     while text and len(shown) > 1 and draw.textlength(shown, font) > width:
