@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from smis_kernels import accelerate, explain, layout_scope, restore, use_backend
 from smis_kernels.acceleration import graphed
-from smis_kernels.acceleration.graphed import GraphedNetwork, Replays
+from smis_kernels.acceleration.graphed import CallReplays, GraphedNetwork
 from smis_kernels.acceleration.prepared import Prepared
 from smis_kernels.acceleration.swap import REPLAYS
 from smis_kernels.runtime.backend import missing
@@ -87,7 +87,7 @@ def made(network: nn.Module | None = None) -> tuple[nn.Module, nn.Module, Record
     accelerate(network, inference=True, cuda_graph=True, modules=["norm", "block", "conv"])
     assert isinstance(network, GraphedNetwork)
     recorder = Recorder()
-    vars(network)[REPLAYS] = Replays(recorder)
+    vars(network)[REPLAYS] = CallReplays(recorder)
     return network, original, recorder
 
 
@@ -395,7 +395,7 @@ def fails(call: Any, device: Any) -> Any:
     (fails, ".* not permitted .* capturing$")])
 def test_a_graph_that_is_none_is_told_once(record: Any, why: str) -> None:
     network, original, _ = made()
-    vars(network)[REPLAYS] = Replays(record)
+    vars(network)[REPLAYS] = CallReplays(record)
     agree(network, original, range(1))
     with pytest.warns(UserWarning, match=f"Scene has no CUDA graph from now on: {why}"):
         agree(network, original, range(1))

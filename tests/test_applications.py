@@ -115,7 +115,7 @@ def test_morphing_is_spherical_between_codes(model):
     held = list(applications.morph(model, layout, start, end, 2, classes=[3]))
     z = applications.mixed_code(model, [start, end], {3: 1})
     assert _close(held[1].picture, _model_paints(model, layout, z))
-    with pytest.raises(ValueError, match="steps: expected at least 2"):
+    with pytest.raises(ValueError, match="steps: expected a whole number of at least 2"):
         list(applications.morph(model, layout, start, end, 1))
 
 

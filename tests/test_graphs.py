@@ -30,7 +30,7 @@ from smis_kernels.runtime.backend import missing
 from smis_models import Synthesizer, create_model
 from smis_models.benchmark import timing
 from smis_models.data.scenes import sample_scene
-from smis_models.synthesis.graphs import GraphedGenerator, Replays
+from smis_models.synthesis.graphs import GraphedGenerator, PictureReplays
 
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 MODELS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def graphed(name: str) -> tuple[Synthesizer, Synthesizer, Recorder]:
     fast, plain = (Synthesizer(generator, *maps(generator.preset, 0), prediction_bytes=0)
                    for _ in range(2))
     recorder = Recorder()
-    fast._replays = Replays(recorder)
+    fast._replays = PictureReplays(recorder)
     return fast, plain, recorder
 
 
@@ -358,7 +358,7 @@ def fails(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tens
     (fails, "operation not permitted when stream is capturing$")])
 def test_a_graph_that_is_none_is_told_once(record: Any, why: str) -> None:
     fast, plain, _ = graphed("groupdnet_deepfashion")
-    fast._replays = Replays(record)
+    fast._replays = PictureReplays(record)
     agree(fast, plain, range(1))
     with pytest.warns(UserWarning, match=f"Synthesizer: no CUDA graph from now on: {why}"):
         agree(fast, plain, range(1, 2))
@@ -434,7 +434,7 @@ def test_predictions_are_kept_in_place_of_a_graph() -> None:
     generator = create_model(name, part="generator", init_gain=1.0, **MODELS[name]).double().eval()
     fast, plain = (Synthesizer(generator, *maps(generator.preset, 0)) for _ in range(2))
     recorder = Recorder()
-    fast._replays = Replays(recorder)
+    fast._replays = PictureReplays(recorder)
     agree(fast, plain, range(4))
     assert recorder.recorded == 0 and fast._replays.failed is None
 

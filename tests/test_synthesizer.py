@@ -182,7 +182,7 @@ def test_resampling_and_morphing() -> None:
     assert frames.shape == (3, 1, 3, 64, 64)
     assert max_error(frames[0], s.sample(s.code(0))) == 0
     assert max_error(frames[2], s.sample(s.code(1))) == 0
-    with pytest.raises(ValueError, match="steps: expected at least 2"):
+    with pytest.raises(ValueError, match="steps: expected a whole number of at least 2"):
         s.morph(start, start, 1)
     with pytest.raises(ValueError, match="index: expected a class"):
         s.resample(8)
@@ -393,3 +393,29 @@ def test_a_model_that_has_just_learned_is_copied() -> None:
                          generator(model.semantics(labels), z).detach()) < 1e-9
         assert not any(a is b for a, b in zip(generator.parameters(), model.generator.parameters(),
                                               strict=True))
+
+
+def test_a_code_that_cannot_be_read_is_named_and_the_current_one_stays() -> None:
+    model, labels, instances = small("groupdnet_deepfashion")
+    s = Synthesizer(model, labels, instances)
+    first = s.sample(seed=3)
+    assert s.z is not None
+    current = s.z.clone()
+    for z, error, message in (
+            (current.float(), TypeError, r"^z: expected torch.float64 on cpu, as the weights are, "
+             r"got torch.float32 on cpu; use z.to\(s.code\(0\)\)$"),
+            (current.numpy(), TypeError, "^z: expected a tensor, got ndarray; "),
+            (current[:, :8], ValueError, "^z: expected "),
+            (current.repeat(2, 1, 1, 1), ValueError, "^z: expected ")):
+        with pytest.raises(error, match=message):
+            s.sample(z)
+        assert s.z is not None
+        assert torch.equal(s.z, current)
+    assert torch.equal(s.sample(s.z), first)
+    for index in ("sky", 2.0, -1, model.preset.classes):
+        last = model.preset.classes - 1
+        with pytest.raises(ValueError, match=f"^index: expected a class 0..{last}, got {index!r}$"):
+            s.resample(index)
+    for steps in (1, 2.5):
+        with pytest.raises(ValueError, match=r"^steps: expected a whole number of at least 2"):
+            s.morph(current, current, steps)

@@ -40,9 +40,9 @@ class GraphedNetwork(Network):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not _on_gpu((*args, *kwargs.values())):
             return super().forward(*args, **kwargs)
-        replays: Replays | None = vars(self).get(REPLAYS)
+        replays: CallReplays | None = vars(self).get(REPLAYS)
         if replays is None:
-            replays = vars(self).setdefault(REPLAYS, Replays())
+            replays = vars(self).setdefault(REPLAYS, CallReplays())
         return replays.run(self, super().forward, args, kwargs)
 
 
@@ -50,7 +50,7 @@ def _on_gpu(given: Sequence[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.is_cuda for value in given)
 
 
-class Replays:
+class CallReplays:
     """The graphs of one network; a copy of the network makes its own.
 
     A call of a kind (shapes, memory formats, other arguments, the weights' places, circumstances)
@@ -75,7 +75,7 @@ class Replays:
         self.failed: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Replays, (self._record,)
+        return CallReplays, (self._record,)
 
     def run(self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...],
             kwargs: Mapping[str, Any]) -> Any:

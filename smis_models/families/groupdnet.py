@@ -271,8 +271,8 @@ class GroupDNetGenerator(UpwardGenerator):
 
     def class_channels(self, index: int) -> slice:
         """The channels of z that belong to class ``index``."""
-        if not 0 <= index < self.preset.classes:
-            raise ValueError(f"index: expected a class 0..{self.preset.classes - 1}, got {index}")
+        if not hasattr(index, "__index__") or not 0 <= index < self.preset.classes:
+            raise ValueError(f"index: expected a class 0..{self.preset.classes - 1}, got {index!r}")
         size = self.preset.latent_channels
         return slice(index * size, (index + 1) * size)
 

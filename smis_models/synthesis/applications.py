@@ -184,8 +184,8 @@ def morph(model: Any, scene: Scene, start: Tensor, end: Tensor, steps: int,
     Raises:
         ValueError: fewer than 2 steps; ``classes`` for a model without class codes.
     """
-    if steps < 2:
-        raise ValueError(f"steps: expected at least 2, got {steps}")
+    if not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"steps: expected a whole number of at least 2, got {steps}")
     if classes is not None:
         end = mixed_code(model, [start, end], dict.fromkeys(classes, 1))
     made = synthesizer(model, scene)

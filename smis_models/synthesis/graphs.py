@@ -74,7 +74,7 @@ class GraphedGenerator:
         return self._replay().clone()
 
 
-class Replays:
+class PictureReplays:
     """Pictures from a graph where a replay is what painting would give; else they are painted.
 
     A layout's first picture is painted, the second too, beside the capture or the loading of the
@@ -96,7 +96,7 @@ class Replays:
         self.failed: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Replays, (self._record,)
+        return PictureReplays, (self._record,)
 
     def picture(self, paint: Paint, layout: LabelLayout, z: Tensor | None) -> Tensor:
         """The picture (N, 3, H, W) of a code on a layout, as ``paint`` gives it."""

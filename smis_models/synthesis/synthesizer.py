@@ -14,7 +14,7 @@ from smis_kernels.interface import Prepared, Settings, Stamp, TableCache
 from ..io.seeds import derived_seed
 from ..networks import semantics as label_maps
 from .codes import code_parts, interpolate, with_class
-from .graphs import Replays
+from .graphs import PictureReplays
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
@@ -96,7 +96,7 @@ class Synthesizer:
                 f"cuda_graph: expected a model on a GPU, got one on {device}; move it with "
                 ".to('cuda') or leave cuda_graph out"
             )
-        self._replays = Replays() if cuda_graph else None
+        self._replays = PictureReplays() if cuda_graph else None
         self.z: Tensor | None = None
 
     def _tensors(self) -> list[Tensor]:
@@ -138,12 +138,26 @@ class Synthesizer:
 
     @torch.no_grad()
     def sample(self, z: Tensor | None = None, *, seed: int = 0) -> Tensor:
-        """The picture (N, 3, H, W) of code ``z``, or of a fresh one; kept as the current code."""
+        """The picture (N, 3, H, W) of code ``z``, or of a fresh one; kept as the current code.
+
+        Raises:
+            ValueError, TypeError: a code that the model cannot read; the current one stays.
+        """
         self._check_source()
-        self.z = self.code(seed) if z is None else z
-        if self._replays is not None:
-            return self._replays.picture(self._picture, self._layout, self.z)
-        return self._picture(self._layout, self.z)
+        z = self.code(seed) if z is None else self._checked(z)
+        picture = (self._picture(self._layout, z) if self._replays is None
+                   else self._replays.picture(self._picture, self._layout, z))
+        self.z = z
+        return picture
+
+    def _checked(self, z: Tensor) -> Tensor:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z: expected a tensor, got {type(z).__name__}; s.code(seed) draws one")
+        weight = next(self._generator.parameters())
+        if (z.dtype, z.device) != (weight.dtype, weight.device):
+            raise TypeError(f"z: expected {weight.dtype} on {weight.device}, as the weights are, "
+                            f"got {z.dtype} on {z.device}; use z.to(s.code(0))")
+        return z
 
     def _picture(self, layout: LabelLayout, z: Tensor | None) -> Tensor:
         # Of what the copy computes with, the source's tensors have been looked at; the others are
@@ -174,8 +188,8 @@ class Synthesizer:
         The way is :func:`smis_models.synthesis.codes.interpolate`'s: each class's code keeps its
         length.
         """
-        if steps < 2:
-            raise ValueError(f"steps: expected at least 2, got {steps}")
+        if not isinstance(steps, int) or steps < 2:
+            raise ValueError(f"steps: expected a whole number of at least 2, got {steps}")
         weights = torch.linspace(0, 1, steps).tolist()
         parts = code_parts(self._generator)
         return torch.stack([self.sample(interpolate(z0, z1, t, parts)) for t in weights])
