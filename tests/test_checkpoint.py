@@ -223,6 +223,32 @@ def test_networks_of_one_dict_become_parts(tmp_path: Path) -> None:
     assert_same(loaded.encoder, made.encoder)
 
 
+@pytest.mark.parametrize(("names", "wrapper"), [
+    (("netG", "netE", "netD"), ""), (("net_G", "net_E", "net_D"), "module."),
+    (("G", "E", "D"), "_orig_mod."), (("generator", "encoder", "discriminator"), "module."),
+])
+def test_a_whole_gans_state_has_its_networks(tmp_path: Path, names: tuple[str, ...],
+                                             wrapper: str) -> None:
+    """As a module that holds all of them, and its losses, saves itself."""
+    made = tiny(seed=3)
+    parts = dict(zip(names, (made.generator, made.encoder, made.discriminator), strict=True))
+    state = {f"{wrapper}{name}.{wrapper}{key}": tensor for name, part in parts.items()
+             for key, tensor in part.state_dict().items()}
+    torch.save({**state, f"{wrapper}criterionVGG.vgg.slice1.0.weight": torch.zeros(1)},
+               tmp_path / "a.pth")
+    loaded = tiny(tmp_path / "a.pth")
+    for part in ("generator", "encoder", "discriminator"):
+        assert_same(getattr(loaded, part), getattr(made, part))
+    # A name of its own beside them, or one network twice: what is meant is not known.
+    torch.save({**state, f"{wrapper}other.weight": torch.zeros(1)}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError):
+        tiny(tmp_path / "b.pth")
+    torch.save({**state, f"{wrapper}{'generator' if names[0] != 'generator' else 'netG'}.x":
+                torch.zeros(1)}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError):
+        tiny(tmp_path / "c.pth")
+
+
 @pytest.mark.parametrize(("extra", "words"), [
     ({"epoch": 5}, ("int under the key 'epoch'",)),
     ({"lr": [1.0]}, ("list under the key 'lr'",)),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .files import replacing
+from .state_dict_keys import PART_NAMES, networks_keys
 from .state_dict_keys import State as State
-from .state_dict_keys import networks_keys
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a run's folder, and of the hub's
 _IMAGES = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"GIF8": "a GIF image",
@@ -119,10 +119,6 @@ def _names_code(path: Path) -> bool:
 
 # Names under which training codes keep a network in a dict: one network, or those of a GAN.
 _WHOLE = ("state_dict", "model_state_dict", "model", "params", "weights")
-_PARTS = {"net_G": "generator", "netG": "generator", "generator": "generator", "G": "generator",
-          "net_E": "encoder", "netE": "encoder", "encoder": "encoder", "E": "encoder",
-          "net_D": "discriminator", "netD": "discriminator", "discriminator": "discriminator",
-          "D": "discriminator"}
 
 
 def _unwrapped(content: Any, path: Path) -> State:
@@ -137,15 +133,16 @@ def _unwrapped(content: Any, path: Path) -> State:
             return dict(content)
         mappings = [key for key in other if isinstance(content[key], Mapping) and content[key]]
         whole = [key for key in mappings if key in _WHOLE]
-        parts = [key for key in mappings if key in _PARTS]
+        parts = [key for key in mappings if key in PART_NAMES]
         averages = [key for key in mappings if isinstance(key, str) and "ema" in key.lower()]
         found = whole or parts
-        if not found or len(whole) > 1 or averages or len({_PARTS[k] for k in parts}) < len(parts):
+        twice = len({PART_NAMES[k] for k in parts}) < len(parts)
+        if not found or len(whole) > 1 or averages or twice:
             break
         if whole:
             content = content[whole[0]]
         else:
-            return {f"{_PARTS[key]}.{name}": tensor for key in parts
+            return {f"{PART_NAMES[key]}.{name}": tensor for key in parts
                     for name, tensor in _unwrapped(content[key], path).items()}
     several = [*whole, *parts, *averages]
     if len(several) > 1:
