@@ -131,3 +131,10 @@ def test_names_of_the_table_of_operations_are_importable() -> None:
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert len(names) > 15
     assert [name for name in names if not hasattr(smis_kernels, name)] == []
+
+
+def test_the_kernels_page_has_every_operations_readme() -> None:
+    page = (DOCS / "kernels.md").read_text()
+    ops = sorted(path.name for path in (ROOT / "smis_kernels/ops").iterdir() if path.is_dir()
+                 and path.name != "__pycache__")
+    assert [op for op in ops if f"../smis_kernels/ops/{op}/README.md" not in page] == []
