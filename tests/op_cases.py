@@ -63,7 +63,6 @@ PUBLIC: dict[str, Call] = {
     "indexed_modulation": lambda **o: indexed_modulation(X, INDEX, draw(3, 8), **o),
     "indexed_modulation_pair": lambda **o: indexed_modulation_pair(
         X, INDEX, draw(3, 8), draw(3, 8), **o),
-    "reformat": lambda **o: reformat(X, torch.channels_last, **o),
     "indexed_shortcut": lambda **o: indexed_shortcut(X, INDEX, draw(3, 8), draw(5, 4, 1, 1), **o),
     "indexed_relu": lambda **o: indexed_relu(X, INDEX, draw(3, 4), 2, **o),
     "conditional_attention": lambda **o: conditional_attention(X, X, **o),

@@ -152,7 +152,7 @@ def test_whitening_looks_at_so_many_pictures(
         return list(range(there))
 
     monkeypatch.setattr("smis_models.training.trainer.dataset", pictures)
-    monkeypatch.setattr("smis_models.training.trainer.Collate", lambda preset: list)
+    monkeypatch.setattr("smis_models.training.batches.Collate", lambda preset: list)
     monkeypatch.setattr(MicroBatch, "of", lambda batch, device: batch)
     batches: list[list[int]] = list(_first_pictures(tiny("--data.batch", "100"), CPU))  # type: ignore
     assert [i for batch in batches for i in batch] == list(range(taken))

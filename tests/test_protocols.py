@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from smis_models import create_model
-from smis_models.cli.evaluate import _table
+from smis_models.cli import common
+from smis_models.cli.evaluate import show_metrics
 from smis_models.data import GeneratedScenes, Preprocess, build_dataset
 from smis_models.data.preprocess import LABEL_FILTER, PICTURE_FILTER
 from smis_models.families import DEEPFASHION
@@ -162,12 +163,14 @@ def test_an_evaluation_tells_what_it_used(
         "split": "train", "scenes": 8, "fid_features": "weights of x.pth",
         "picture_filter": f"{PICTURE_FILTER}, cropped", "label_filter": f"{LABEL_FILTER}, cropped"}
     text = StringIO()
-    Console(file=text, width=300).print(_table(other))
+    monkeypatch.setattr(common, "console", Console(file=text, width=300))
+    show_metrics(other)
     title = " ".join(text.getvalue().split("┏")[0].split())
     assert title == protocol_title(other["protocol"]) and "split train" in title
     assert "Fréchet distance" in text.getvalue() and "FID" not in text.getvalue()
     text = StringIO()
-    Console(file=text, width=300).print(_table(kept))
+    monkeypatch.setattr(common, "console", Console(file=text, width=300))
+    show_metrics(kept)
     assert "changed" not in text.getvalue() and "FID" in text.getvalue()
 
 

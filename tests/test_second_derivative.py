@@ -22,6 +22,7 @@ from smis_kernels.ops.modulation.op import modulation, modulation_pair
 from smis_kernels.ops.narrow_conv.op import narrow_conv2d
 from smis_kernels.ops.norm_act.op import norm_act
 from smis_kernels.ops.polyphase_conv.op import polyphase_conv2d, polyphase_conv_transpose2d
+from smis_kernels.ops.reformat.op import reformat
 from smis_kernels.ops.spatially_varying_conv.op import spatially_varying_conv2d
 from smis_kernels.ops.spectral_weight.op import spectral_weight
 from smis_kernels.ops.window_table.op import window_embedding, window_table
@@ -108,6 +109,7 @@ CASES: dict[str, Case] = {
         x, w, stride=2, **b), (X, normal(2, 2, 9, 3, 3))),
     "spectral_weight": ("_SpectralWeight", lambda w, **b: spectral_weight(
         w, MEAN, normal(6, seed=8), **b), (normal(4, 2, 3, seed=9),)),
+    "reformat": ("_Reformat", lambda x, **b: reformat(x, torch.channels_last, **b), (X,)),
     "class_crops": ("_ClassCrops", lambda x, **b: class_crops(
         x, INDEX[:, :6, :5].long() % 3, 3, size=(5, 7), **b), (X,)),
     "instance_avg_pool2d": ("_InstancePool", lambda x, **b: instance_avg_pool2d(
@@ -140,7 +142,7 @@ def test_second_derivatives_are_those_of_the_definition(name: str, square: bool)
     _, call, values = CASES[name]
     expected = second(call, values, "reference", square)
     found = second(call, values, "auto", square)
-    linear = name in ("class_crops", "instance_avg_pool2d", "norm_act_fixed")
+    linear = name in ("class_crops", "instance_avg_pool2d", "norm_act_fixed", "reformat")
     assert any(bool(e.any()) for e in expected) != (linear and not square)
     for a, b in zip(found, expected, strict=True):
         # Row 0 of a table stands for the outside: what it would learn is never used.

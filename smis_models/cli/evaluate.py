@@ -155,12 +155,17 @@ def evaluate(
                 network, scenes, measured, pinned, checkpoint=which.checkpoint, seed=seed,
                 clusters=clusters, step=step, expect=step.expect)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
-    show(("metric", "value", "measured with"), metric_rows(result),
-         title=metrics.protocol_title(result["protocol"]))
+    show_metrics(result)
     for what, flag in (("fid", "--inception-weights"), ("segmentation", "--segmenter")):
         if what not in result["results"]:
             console.print(f"{what}: not measured; {flag} measures it", highlight=False)
     console.print(f"{result['seconds']:.1f} s; wrote {out}", soft_wrap=True)
+
+
+def show_metrics(result: dict[str, Any]) -> None:
+    """What was measured, and by which protocol, as a table."""
+    show(("metric", "value", "measured with"), metric_rows(result),
+         title=metrics.protocol_title(result["protocol"]))
 
 
 def create_distances(names: list[str], weights: Path | None, heads: Path | None,

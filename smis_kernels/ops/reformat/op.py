@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.backend import resolve
+from ...runtime.backend import requested, resolve
 from ...runtime.check import FLOATS, WIDE, check_tensor
-from ...runtime.derivatives import applied, transformed
+from ...runtime.derivatives import applied
 from ...runtime.library import RawOp
 from . import reference
 
@@ -60,8 +60,9 @@ def reformat(input: Tensor, memory_format: torch.memory_format, *,
         return input
     kind = resolve("reformat", input, backend, KINDS)
     last = memory_format == torch.channels_last
-    if (kind == "reference" or torch.compiler.is_compiling() or transformed() is not None
-            or input.dtype not in WIDE):
+    # A compiler has copies of its own, and the kernel none of 16-bit types.
+    copied = torch.compiler.is_compiling() or input.dtype not in WIDE
+    if kind == "reference" or (copied and requested(backend) == "auto"):
         return reference.reformat(input, memory_format)
     y: Tensor = applied(_Reformat, input, last, kind)
     return y
