@@ -25,8 +25,8 @@ from benchmarks.test_accelerate import SIZE, case_of, paint, planes_of
 from smis_models.benchmark.case import COCO_CLASSES, Inputs, Maps, Setting
 from smis_models.benchmark.measure import measure
 from smis_models.benchmark.records import Record, markdown, save
-from smis_models.benchmark.training import settle
 from smis_models.io.allocator import reuse_freed_memory
+from smis_models.networks.blocks import settle
 from tests import foreign, foreign_families
 
 NOISE = 64

@@ -29,9 +29,8 @@ from smis_models.benchmark.case import (
     channels_last,
 )
 from smis_models.benchmark.records import Record
-from smis_models.benchmark.training import settle
 from smis_models.networks import semantics as label_maps
-from smis_models.networks.blocks import init_weights
+from smis_models.networks.blocks import init_weights, settle
 from tests import foreign
 
 SIZE = (256, 256)

@@ -107,7 +107,7 @@ def _make_inputs(name: str, setting: Setting) -> Inputs:
     """A trainer with published widths, samples, a loader's endless batches, and a picture."""
     config = _config(name, setting)
     trainer = Trainer(config)
-    settle(trainer.model, 30)
+    settle(trainer.model)
     scenes = _MapScenes(setting, kind_of(name), config.network)
     order = [i % len(scenes) for i in range(BATCH)]
     samples = [scenes[i] for i in order]

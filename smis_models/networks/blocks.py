@@ -174,7 +174,7 @@ def init_weights(module: nn.Module, *, seed: int = 0, gain: float = 0.02,
 
 
 @torch.no_grad()
-def settle(module: nn.Module, rounds: int) -> None:
+def settle(module: nn.Module, rounds: int = 30) -> None:
     """Power iterations of the spectral norms; after many they no longer move from call to call."""
     for layer in module.modules():
         buffers = dict(layer.named_buffers(recurse=False))
