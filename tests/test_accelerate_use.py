@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import smis_kernels.layout.label_layout as layout_module
 from smis_kernels import accelerate, explain, restore, use_backend
 from smis_kernels.acceleration import swap
+from smis_kernels.acceleration.formats import channels_last, planes
 from smis_kernels.acceleration.swap import Accelerated
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
@@ -395,3 +396,36 @@ def test_parts_may_be_exchanged_afterwards() -> None:
     out = norm(x, planes)
     restore(norm)
     assert torch.equal(out, norm(x, planes))
+
+
+class _Tuple(nn.Module):
+    """A network that returns what it painted in other dtypes, channels-last."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, planes: Tensor) -> dict[str, Tensor]:
+        y = self.inner(x, planes).to(memory_format=torch.channels_last)
+        return {"bytes": (y * 20 + 100).clamp(0, 255).to(torch.uint8), "mask": y > 0,
+                "half": y.half(), "long": (y * 100).long(), "complex": torch.complex(y, y)}
+
+
+def test_a_network_may_return_any_dtype() -> None:
+    network = _Tuple(foreign.Unit(8, 6, lambda c: foreign.LayoutNorm(c, 4, 8))).eval()
+    inputs = torch.randn(1, 8, 8, 8), label_map(8, batch=1, labels=4).float()
+    with torch.no_grad():
+        expected = network(*inputs)
+        accelerate(network)
+        for name, value in network(*inputs).items():
+            assert value.is_contiguous(), name
+            assert value.dtype == expected[name].dtype
+            assert (value.cdouble() - expected[name].cdouble()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton", "cuda"])
+def test_formats_change_whatever_backend_computes(backend: str) -> None:
+    x = torch.randn(2, 5, 6, 7)
+    with use_backend(backend):
+        assert torch.equal(channels_last(x), x)
+        assert torch.equal(planes(channels_last(x)), x)

@@ -101,7 +101,8 @@ def test_gradients_pass(last: bool) -> None:
     torch.testing.assert_close(second, (2 * weight).expand_as(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8, torch.bool,
+                                   torch.int64, torch.complex64])
 def test_other_dtypes_are_copied_by_torch(dtype: torch.dtype, calls: list[str]) -> None:
     x = torch.randn(2, 9, 6, 7).to(dtype)
     found = reformat(x, LAST)

@@ -8,10 +8,6 @@
 
 namespace smis {
 
-constexpr int64_t kGrain = 1 << 15;  // elements a thread takes at least
-
-inline int64_t grain(int64_t elements_per_item) { return kGrain / std::max<int64_t>(elements_per_item, 1); }
-
 // The tensor itself where its layout is the wanted one, else a copy.
 inline Tensor laid_out(const Tensor& t, bool last) {
   if (last ? rows_dense(t) : planes_dense(t)) return t;

@@ -80,6 +80,10 @@ inline bool channels_last(const Tensor& t) {
 
 constexpr int64_t kStreamBytes = 8 << 20;  // outputs from this size on do not stay in L2
 
+constexpr int64_t kGrain = 1 << 15;  // elements a thread takes at least
+
+inline int64_t grain(int64_t elements_per_item) { return kGrain / std::max<int64_t>(elements_per_item, 1); }
+
 template <class F>
 inline void parallel(int64_t count, int64_t grain, const F& fn) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), fn);

@@ -2,9 +2,7 @@
 // channels of some pixels, or the other way round.
 #include "reformat/cpu_kernel.h"
 
-#include <algorithm>
-
-#include "common/lanes.h"
+#include "common/transposed.h"
 
 namespace smis::SMIS_ISA {
 namespace {
@@ -20,32 +18,27 @@ template <class A> void square(const A* from, int64_t from_step, A* to, int64_t 
   for (int64_t j = 0; j < L; ++j) put(to + j * to_step, lines[j]);
 }
 
-// Calls fn at every L-th of `count`; the last time L before its end.
-template <int64_t L, class F> void by_lanes(int64_t count, const F& fn) {
-  for (int64_t i = 0; i + L <= count; i += L) fn(i);
-  if (count % L != 0) fn(count - L);
-}
-
 template <class A> void block(const ReformatArgs& a, int64_t image, int64_t first) {
   constexpr int64_t L = Lanes<A>::n;
   const int64_t pixels = std::min(ReformatArgs::kBlock, a.P - first);
   const A* from = static_cast<const A*>(a.from) + image * a.batch_step + (a.last ? first : first * a.step);
   A* to = static_cast<A*>(a.to) + image * a.C * a.P + (a.last ? first * a.C : first);
-  if (a.C < L || pixels < L) {
+  const auto one_by_one = [&] {
     for (int64_t c = 0; c < a.C; ++c)
       for (int64_t p = 0; p < pixels; ++p) {
         if (a.last) to[p * a.C + c] = from[c * a.step + p];
         else to[c * a.P + p] = from[p * a.step + c];
       }
-    return;
-  }
+  };
+  if (pixels < L) return one_by_one();
   // Pixels inside: planes lie powers of two apart, whose lines push each other out of the caches.
-  by_lanes<L>(a.C, [&](int64_t c) {
-    by_lanes<L>(pixels, [&](int64_t p) {
+  const auto channels = [&](int64_t c) {
+    over_vectors<A>(pixels, [&](int64_t p) {
       if (a.last) square(from + c * a.step + p, a.step, to + p * a.C + c, a.C);
       else square(from + p * a.step + c, a.step, to + c * a.P + p, a.P);
-    });
-  });
+    }, [] {});
+  };
+  over_vectors<A>(a.C, channels, one_by_one);
 }
 
 template <class A> void blocks(const ReformatArgs& a, int64_t begin, int64_t end) {

@@ -22,8 +22,7 @@ inline Tensor reformatted(const Tensor& t, bool last) {
   a.batch_step = t.stride(0), a.step = t.stride(last ? 1 : t.size(3) > 1 ? 3 : 2);
   a.from = t.const_data_ptr(), a.to = out.mutable_data_ptr();
   const auto kernel = reformat_kernel_best();
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (a.C * ReformatArgs::kBlock));
-  parallel(a.N * a.blocks(), grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel(a.N * a.blocks(), grain(a.C * ReformatArgs::kBlock), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return out;
 }
 

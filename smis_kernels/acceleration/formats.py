@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..layout.label_layout import layout_scope
 from ..ops.reformat.op import reformat
+from ..runtime.backend import requested
 from .swap import Accelerated
 
 
@@ -47,14 +48,20 @@ def _tracked(x: Tensor) -> Tensor:
         return x.clone()
 
 
+def _reformatted(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    # A backend that is asked for is one of what computes: this moves values, and has the CPU's.
+    backend = "reference" if requested() == "reference" else "auto"
+    return reformat(x, memory_format, backend=backend)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """Features in the format that convs and indexed modulation read fastest."""
-    return reformat(x, torch.channels_last)
+    return _reformatted(x, torch.channels_last)
 
 
 def planes(x: Tensor) -> Tensor:
     """Features contiguous, as what was written for them expects."""
-    return reformat(x, torch.contiguous_format)
+    return _reformatted(x, torch.contiguous_format)
 
 
 def gradient_in_format(x: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ def gradient_in_format(x: Tensor) -> Tensor:
         return x
     own = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
     same: Tensor = torch.ops.aten.alias.default(x)  # view_as gives one image other strides
-    same.register_hook(lambda gradient: reformat(gradient, own))
+    same.register_hook(lambda gradient: _reformatted(gradient, own))
     return same
 
 

@@ -25,14 +25,14 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def check_tensor(name: str, tensor: Tensor, dim: int | tuple[int, ...], layout: str,
-                 dtypes: Sequence[torch.dtype]) -> None:
-    """Rank and dtype; ``layout`` spells the shape, e.g. ``"(N, C, H, W)"``."""
+                 dtypes: Sequence[torch.dtype] | None) -> None:
+    """Rank and dtype (None: any); ``layout`` spells the shape, e.g. ``"(N, C, H, W)"``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
     dims = (dim,) if isinstance(dim, int) else dim
     if tensor.dim() not in dims:
         raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
+    if dtypes is not None and tensor.dtype not in dtypes:
         got = _names((tensor.dtype,))
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}; got {got}; cast it first")
 

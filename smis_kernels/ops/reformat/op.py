@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import requested, resolve
-from ...runtime.check import FLOATS, WIDE, check_tensor
+from ...runtime.check import WIDE, check_tensor
 from ...runtime.derivatives import applied
 from ...runtime.library import RawOp
 from . import reference
@@ -35,8 +35,8 @@ def reformat(input: Tensor, memory_format: torch.memory_format, *,
     .. math:: y_{nchw} = x_{nchw}
 
     Args:
-        input: (N, C, H, W), any strides; float32 and float64 that lie in the other format, slices
-            of channels and batches too, take the kernel, everything else torch's copy.
+        input: (N, C, H, W), any dtype and strides; float32 and float64 that lie in the other
+            format, slices of channels and batches too, take the kernel, all else torch's copy.
         memory_format: torch.contiguous_format or torch.channels_last.
         backend: "auto", "reference" or "cpu".
 
@@ -52,7 +52,7 @@ def reformat(input: Tensor, memory_format: torch.memory_format, *,
         >>> reformat(x, torch.channels_last).stride()
         (2048, 1, 128, 8)
     """
-    check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
+    check_tensor("input", input, 4, "(N, C, H, W)", None)
     if memory_format not in FORMATS:
         raise ValueError("memory_format: expected torch.contiguous_format or torch.channels_last, "
                          f"got {memory_format}")
@@ -60,7 +60,7 @@ def reformat(input: Tensor, memory_format: torch.memory_format, *,
         return input
     kind = resolve("reformat", input, backend, KINDS)
     last = memory_format == torch.channels_last
-    # A compiler has copies of its own, and the kernel none of 16-bit types.
+    # A compiler has copies of its own, and other dtypes torch's.
     copied = torch.compiler.is_compiling() or input.dtype not in WIDE
     if kind == "reference" or (copied and requested(backend) == "auto"):
         return reference.reformat(input, memory_format)
