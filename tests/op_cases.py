@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smis_kernels import (
@@ -40,6 +41,7 @@ from smis_kernels.ops.label_windows.op import (
 )
 from smis_kernels.ops.level_tables.op import NormConvs, level_tables
 from smis_kernels.ops.reformat.op import reformat
+from smis_kernels.ops.upsampling_source.op import upsampling_source
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.runtime.tensors import is_channels_last
 from smis_kernels.testing import with_memory_format
@@ -544,6 +546,15 @@ def _reformat(shape: Shape, random: Random) -> Made:
     return call, (random.normal(*shape),)
 
 
+def _source(shape: Shape, random: Random) -> Made:
+    def call(x: Tensor, backend: str) -> Tensor:
+        source = upsampling_source(F.interpolate(x, scale_factor=2.0), backend=backend)
+        assert source is not None
+        return source
+
+    return call, (random.normal(*shape),)
+
+
 _ACTIVATIONS = ("leaky_relu", None, "relu")
 _NORMS: dict[str, tuple[Any, ...]] = {"norm": ("batch", "instance", "group", "none"),
                                       "training": (True, False), "activation": _ACTIVATIONS}
@@ -562,6 +573,7 @@ CASES: dict[str, OpCase] = {
         dtypes=WIDE, leaves=0),
     "indexed_relu": OpCase(_parts, {"parts": (3, 1, 4), "rows": (5, 1, 12)}, "triton", leaves=0),
     "reformat": OpCase(_reformat),
+    "upsampling_source": OpCase(_source, dtypes=WIDE, leaves=0),
     "conditional_attention": OpCase(_attention, {}, "triton"),
     "conditional_conv2d": OpCase(_conditional, {"depth": (4, 1, 17), "bias": (True, False)},
                                  "triton"),

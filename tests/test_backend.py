@@ -104,7 +104,8 @@ BLOCKS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "using": (lambda: constants.using(constants.Store([])), lambda: constants.scope()),
     "trial": (lambda: tuned.trial("rates", {}), lambda: dict(tuned._trials)),
     "layout_scope": (layout_scope, lambda: label_layout._known.depth),
-    "network_call": (formats.network_call, lambda: formats._calls.depth),
+    "network_call": (lambda: formats.network_call(torch.zeros(1)), lambda: (
+        formats._calls.depth, len(torch.overrides._get_current_function_mode_stack()))),
     "at_any_size": (swap.at_any_size, lambda: swap._sizes.any),
 }
 

@@ -29,7 +29,7 @@ MEMORY_FORMATS = ("contiguous", "channels_last", "sliced")
 # the other format.
 WITHOUT_FORMAT = ("spectral_weight", "label_conv", "number_vectors", "winograd_conv2d",
                   "polyphase_conv2d", "polyphase_conv_transpose2d", "narrow_conv2d",
-                  "indexed_shortcut", "reformat")
+                  "indexed_shortcut", "reformat", "upsampling_source")
 needs_cpu = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
 # Emulated, "cpu" runs the CUDA kernel of an op that has one.
 NAMES = [name for name, case in CASES.items() if not cuda_emulated() or case.gpu == "cuda"]

@@ -41,7 +41,7 @@ EMULATION_RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 }
 INSTRUCTION_TESTS = (*(f"tests/test_{name}.py" for name in (
     "op_cases", "internal_sizes", "spectral_weight", "content_digest", "weight_gradient",
-    "indexed_shortcut")),
+    "indexed_shortcut", "upsampling_source")),
     "-k", "not opcheck and not gradcheck")  # gradients are compared with the definition's
 VALIDATED = tuple(f"tests/test_{name}.py" for name in (
     "independent_metrics", "preprocess", "recipes"))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.spade import CGNorm, modulate_pair
-from .convs import FusedConv, conv_change
-from .formats import channels_last, gradient_in_format, in_format_of, network_call
+from .convs import FusedConv, as_called, conv_change
+from .formats import (
+    channels_last,
+    gradient_in_format,
+    in_format_of,
+    network_call,
+    upsampled_from,
+)
 from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
 from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
 from .norms import FusedNorm, NormPlan, inputs_of, is_small_call, of_another_size
@@ -39,7 +46,7 @@ class Part:
 
     Attributes:
         norms: one, or two that read the same features, of which the second's result is that of
-            ``also`` and has no activation.
+            ``also`` and has no activation, or that of the conv ``shortcut`` which alone reads it.
         activation, slope: of the first norm.
         conv: one whose result is added to that of ``added``.
         source: what norms and conv read.
@@ -51,6 +58,7 @@ class Part:
     also: int | None = None
     activation: str | None = None
     slope: float = 0.2
+    shortcut: str = ""
     conv: str = ""
     added: int = FEATURES
     source: int = FEATURES
@@ -87,6 +95,13 @@ class BlockPlan(FusionPlan):
     def norms(self) -> list[str]:
         """Names of its norms, in the order of the computation."""
         return [name for part in self.parts for name in part.norms]
+
+    @property
+    def folds(self) -> bool:
+        """Whether all that reads the features can read those that they are an upsampling of."""
+        return self.graph.output != FEATURES and all(
+            FEATURES not in _reads(part, self.graph) or part.norms
+            or (part.conv and part.source != FEATURES) for part in self.parts)
 
 
 Reading = list[BlockPlan] | str | None  # what a block may be, or why it is none
@@ -268,7 +283,7 @@ def _parts(graph: Graph, block: nn.Module, norms: Norms) -> tuple[
     for i in range(len(steps)):
         if i not in made and i not in taken and i not in first:
             made[i] = Part(i)
-    parts = _paired([made[i] for i in sorted(made)])
+    parts = _shortened(_paired([made[i] for i in sorted(made)]), graph, uses, block)
     convs = tuple(step.settings for step in steps if step.op == "module" and is_plain_conv(
         block.get_submodule(step.settings)))
     return tuple(_dropping(parts, graph)), resized, convs
@@ -292,6 +307,23 @@ def _paired(parts: list[Part]) -> list[Part]:
                 both = Part(first.step, norms=first.norms + second.norms, also=second.step,
                             activation=first.activation, slope=first.slope, source=a.source)
                 return [both if p is a else p for p in parts if p is not b]
+    return parts
+
+
+def _shortened(parts: list[Part], graph: Graph, uses: Counter[int],
+               block: nn.Module) -> list[Part]:
+    """A pair of norms and the 1x1 conv that alone reads the second as one."""
+    for pair in parts:
+        if pair.also is None or uses[pair.also] != 1:
+            continue
+        for part in parts:
+            step = graph.steps[part.step]
+            if step.op != "module" or step.inputs != (pair.also,) or part.norms or part.conv:
+                continue
+            conv = block.get_submodule(step.settings)
+            if is_plain_conv(conv) and getattr(conv, "kernel_size", None) == (1, 1):
+                whole = replace(pair, also=part.step, shortcut=step.settings)
+                return [whole if p is pair else p for p in parts if p is not part]
     return parts
 
 
@@ -324,6 +356,12 @@ def judge(block: nn.Module, plans: list[BlockPlan], norms: Norms) -> tuple[int |
     other = (of_another_size(x), of_another_size(planes))
     trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False),
               Trial(other, False, differentiable=(), parameters=False)]
+    if plan.folds:
+        height, width = (2 * (-(-s // 2)) for s in probe_size(twin))
+        x, planes = inputs_of(next(twin.parameters()), plan.channels, plan.labels,
+                              (height, width), 2 if plan.resized else 1)
+        upsampled = F.interpolate(x[:, :, ::2, ::2], scale_factor=2.0, mode="nearest")
+        trials.append(Trial((upsampled, planes), False, differentiable=(), parameters=False))
     if plan.swapped:
         trials = [t.swapped() for t in trials]
     inner = [Change(twin.get_submodule(name), FusedNorm, p) for name, p in norms.items() if p]
@@ -348,7 +386,7 @@ class FusedBlock(Fused):
     def _smis_small(self, *inputs: Any) -> bool:
         plan: BlockPlan = vars(self)[PLAN]
         x, segmap = inputs[::-1] if plan.swapped else inputs
-        return isinstance(segmap, Tensor) and is_small_call(x, segmap, plan.work)
+        return isinstance(segmap, Tensor) and is_small_call(x, plan.work)
 
     def _smis_ready(self, *inputs: Any) -> dict[str, CGNorm] | str:
         plan: BlockPlan = vars(self)[PLAN]
@@ -380,37 +418,47 @@ class FusedBlock(Fused):
     def _smis_run(self, ready: dict[str, CGNorm], *inputs: Tensor) -> Tensor:
         plan: BlockPlan = vars(self)[PLAN]
         x, segmap = inputs[::-1] if plan.swapped else inputs
-        with network_call():
-            start = channels_last(gradient_in_format(x))
-            steps = _Steps(self, plan.graph, {FEATURES: start, MAP: segmap})
+        with network_call(x):
+            half = upsampled_from(x) if plan.folds and all(
+                shares_features(ready[name]) for name in plan.norms) else None
+            start = channels_last(gradient_in_format(x)) if half is None else half
+            steps = _Steps(self, plan.graph, {FEATURES: start, MAP: segmap}, x)
             segmap = next((steps.value(i) for i, step in enumerate(plan.graph.steps)
                            if step.op == "resize"), segmap)
             for part in plan.parts:
-                self._smis_do(part, steps, ready, segmap)
+                self._smis_do(part, steps, ready, segmap, half is not None)
                 for i in part.drops:
                     steps.found.pop(i, None)
             out = steps.found[plan.graph.output]
         result: Tensor = in_format_of(out, x)
         return result
 
-    def _smis_do(self, part: Part, steps: Evaluation, ready: Mapping[str, CGNorm],
-                 segmap: Tensor) -> None:
+    def _smis_do(self, part: Part, steps: _Steps, ready: Mapping[str, CGNorm],
+                 segmap: Tensor, folded: bool) -> None:
+        """Do a part; ``folded``: the features are those that the block's are an upsampling of."""
         found = steps.found
         if part.norms:
             active: dict[str, Any] = {"activation": part.activation, "negative_slope": part.slope}
-            first, *rest = (ready[name] for name in part.norms)
-            if rest:
-                assert part.also is not None
-                found[part.step], found[part.also] = _both(first, rest[0], found[part.source],
-                                                           segmap, active)
-            else:
-                found[part.step] = first.forward(found[part.source], segmap, **active)
+            upsample = folded and part.source == FEATURES
+            x, (first, *rest) = found[part.source], (ready[name] for name in part.norms)
+            if not rest:
+                found[part.step] = first.forward(x, segmap, upsample=upsample, **active)
+                return
+            assert part.also is not None
+            conv, plain = self.get_submodule(part.shortcut) if part.shortcut else None, None
+            if isinstance(conv, nn.Conv2d) and not torch.compiler.is_compiling() and (
+                    not hooked(conv, weights=False)):
+                plain = as_called(conv)
+            found[part.step], second = _both(first, rest[0], x, segmap, active, upsample, plain)
+            found[part.also] = second if conv is None or plain is not None else conv(second)
         elif part.conv:
             conv, h = self.get_submodule(part.conv), found[part.source]
-            added, shape = found[part.added], (len(h), conv.out_channels, *h.shape[2:])
+            halved = folded and part.added == FEATURES
+            added = steps.features if halved else found[part.added]
+            shape = (len(h), conv.out_channels, *h.shape[2:])
             whole = isinstance(added, Tensor) and added.shape == shape and added.dtype == h.dtype
             if whole and isinstance(conv, FusedConv) and not hooked(conv, weights=False):
-                found[part.step] = conv(h, added)
+                found[part.step] = conv(h, found[part.added])
             else:  # a hook is to see what the conv was written to take and to return
                 found[part.step] = added + conv(h)
         else:
@@ -418,21 +466,33 @@ class FusedBlock(Fused):
 
 
 class _Steps(Evaluation):
-    """The steps of a block; a map of its own size where it resizes it."""
+    """The steps of a block; a map of the features' size where it resizes it."""
+
+    def __init__(self, owner: nn.Module, graph: Graph, inputs: Mapping[int, Any],
+                 features: Tensor) -> None:
+        super().__init__(owner, graph, inputs)
+        self.features = features  # as they were given to the block
 
     def _done(self, i: int, step: Step) -> Any:
         if step.op == "resize":
-            return F.interpolate(self.found[MAP], size=self.found[FEATURES].shape[2:],
-                                 mode="nearest")
+            return F.interpolate(self.found[MAP], size=self.features.shape[2:], mode="nearest")
         return super()._done(i, step)
 
 
-def _both(norm_0: CGNorm, norm_s: CGNorm, x: Tensor, segmap: Tensor,
-          active: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    pair = all(getattr(norm, "shares_features", True) for norm in (norm_0, norm_s))
+def _both(norm_0: CGNorm, norm_s: CGNorm, x: Tensor, segmap: Tensor, active: dict[str, Any],
+          upsample: bool, conv_s: nn.Conv2d | None) -> tuple[Tensor, Tensor]:
+    """Both norms of x, and the conv of the second where one is given."""
+    pair = all(map(shares_features, (norm_0, norm_s)))
     if pair and norm_0.shared_arguments() == norm_s.shared_arguments():
-        return modulate_pair(norm_0, norm_s, x, segmap, **active)
-    return norm_0.forward(x, segmap, **active), norm_s.forward(x, segmap)
+        return modulate_pair(norm_0, norm_s, x, segmap, upsample=upsample, conv_s=conv_s, **active)
+    second = norm_s.forward(x, segmap, upsample=upsample)
+    return (norm_0.forward(x, segmap, upsample=upsample, **active),
+            second if conv_s is None else conv_s(second))
+
+
+def shares_features(norm: CGNorm) -> bool:
+    """Whether a norm modulates what it is given, so that it may be given it half as large."""
+    return getattr(norm, "shares_features", True)
 
 
 def _like(tensor: Any, channels: int | None, x: Tensor) -> Any:

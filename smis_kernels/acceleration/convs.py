@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import Tensor, nn
 
 from ..modules.winograd_conv import WinogradConv2d, WinogradConvTranspose2d
+from ..ops.winograd_conv.choice import plus
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
 from .graph import is_plain_conv
 from .swap import Accelerated, Change
+from .watch import make_weight
 
 _SIDES = (3, 4)  # of the kernels that have such a form
 
@@ -20,8 +24,17 @@ class FusedConv(Accelerated, WinogradConv2d):
         # Elsewhere the output is to have the input's format.
         if is_channels_last(input) and transformed() is None:
             return super().forward(input, residual)
-        y: Tensor = super(WinogradConv2d, self).forward(input)
-        return y if residual is None else residual + y
+        return plus(super(WinogradConv2d, self).forward(input), residual)
+
+
+def as_called(conv: nn.Conv2d) -> nn.Conv2d:
+    """A plain conv of the weight that this call has, for one that has no hooks but a weight's."""
+    make_weight(conv)
+    view = nn.Conv2d.__new__(nn.Conv2d)
+    vars(view).update(vars(conv), _parameters={"weight": conv.weight, "bias": conv.bias},
+                      _modules={}, _forward_pre_hooks=OrderedDict())
+    vars(view).pop("weight", None)  # where a hook has put it, before the parameters
+    return view
 
 
 class FusedConvTranspose(Accelerated, WinogradConvTranspose2d):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..layout.label_layout import layout_scope
 from ..ops.reformat.op import reformat
+from ..ops.upsampling_source.op import upsampling_source
 from ..runtime.backend import requested
+from ..runtime.check import WIDE
+from ..runtime.tensors import readable
+from .resizes import resizes_of
 from .swap import Accelerated
 
 
@@ -27,15 +31,19 @@ _calls = _Calls()
 
 
 @contextmanager
-def network_call() -> Iterator[bool]:
-    """A layout scope around a call; yields whether the call is the outermost."""
+def network_call(of: nn.Module | Tensor) -> Iterator[bool]:
+    """A layout scope around a call of a module, or with features; yields whether it is outermost.
+
+    The outermost has its resizes done without torch's transpositions.
+    """
     if torch.compiler.is_compiling():  # which traces no thread's state; maps are not compiled in it
         yield True
         return
     _calls.depth += 1
+    outermost = _calls.depth == 1
     try:
-        with layout_scope():
-            yield _calls.depth == 1
+        with layout_scope(), resizes_of(of) if outermost else nullcontext():
+            yield outermost
     finally:
         _calls.depth -= 1
 
@@ -62,6 +70,13 @@ def channels_last(x: Tensor) -> Tensor:
 def planes(x: Tensor) -> Tensor:
     """Features contiguous, as what was written for them expects."""
     return _reformatted(x, torch.contiguous_format)
+
+
+def upsampled_from(x: Tensor) -> Tensor | None:
+    """What features on a CPU are a nearest x2 upsampling of, where no gradient is wanted."""
+    if torch.is_grad_enabled() or not readable(x) or x.dtype not in WIDE:
+        return None
+    return upsampling_source(x, backend="auto")
 
 
 def gradient_in_format(x: Tensor) -> Tensor:
@@ -102,7 +117,7 @@ class Network(Accelerated):
     """A module with accelerated ones inside: it computes what it did, as one network call."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with network_call() as outermost:
+        with network_call(self) as outermost:
             if outermost and torch.is_inference_mode_enabled():
                 args, kwargs = tree_map_only(Tensor, _tracked, (args, kwargs))
             output = super().forward(*args, **kwargs)

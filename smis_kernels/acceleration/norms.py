@@ -32,9 +32,6 @@ _NORM_FUNCTIONS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "r
 # thread, the map numbered in the call: 64 channels at 8x8 (12 million) 0.5x, at 16x16 (47) 1x, 256
 # channels at 16x16 (161) 1.1x, 64 channels at 32x32 (189) 1.7x.
 SMALL = 50e6
-# Values of a map beyond which torch's resizing of it to few pixels takes longer than a fused call:
-# 151 x 256 x 256 are transposed in 34 ms, where all the rest of GroupDNet's first block takes 2.
-LARGE_MAP = 2**20
 # Values of features below which a norm whose convs run as they were written is not faster there: it
 # saves a few passes over the features. Measured on one thread, 64 channels beside 5x5 convs: 0.83x
 # to 0.92x at 32x32, 1.03x at 128x128, in training 0.9x and 1.02x.
@@ -68,7 +65,7 @@ class FusedNorm(Fused):
             return False
         if plan.form.no_tables:
             return requested_path() == "auto" and is_small(x, x.numel(), SMALL_WITHOUT_TABLES)
-        return is_small_call(x, segmap, plan.form.work)
+        return is_small_call(x, plan.form.work)
 
     def _smis_ready(self, *inputs: Any) -> ForeignNorm | str:
         plan: NormPlan = vars(self)[PLAN]
@@ -95,16 +92,11 @@ class FusedNorm(Fused):
         return ready.forward(*(inputs[::-1] if plan.swapped else inputs))
 
 
-def is_small_call(x: Any, segmap: Tensor, work: float) -> bool:
-    """Whether convs of so many multiply-adds a pixel are too few for a fused form to be faster.
-
-    Not where they would read a large map resized to few pixels: torch transposes all of it.
-    """
+def is_small_call(x: Any, work: float) -> bool:
+    """Whether convs of so many multiply-adds a pixel are too few for a fused form to be faster."""
     if not isinstance(x, Tensor) or x.dim() != 4 or requested_path() != "auto":
         return False
     n, _, height, width = x.shape
-    if segmap.shape[2:] != x.shape[2:] and segmap.numel() > LARGE_MAP:
-        return False
     return is_small(x, work * n * height * width, SMALL)
 
 

@@ -188,13 +188,14 @@ def _run_as_it_is(module: nn.Module, trial: Trial) -> _Outcome:
                 module(*(2 * x.flip(0) if i == trial.features else x.flip(0)
                          for i, x in enumerate(inputs)))
     inputs = [x.requires_grad_(i in trial.differentiable) for i, x in enumerate(inputs)]
-    output = module(*inputs)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"it returns {type(output).__name__}, not a tensor")
-    generator = torch.Generator().manual_seed(SEED)
     wanted = [inputs[i] for i in trial.differentiable]
     if trial.parameters:
         wanted += [p for p in module.parameters() if p.requires_grad]
+    with torch.set_grad_enabled(bool(wanted)):
+        output = module(*inputs)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"it returns {type(output).__name__}, not a tensor")
+    generator = torch.Generator().manual_seed(SEED)
     gradients = list(torch.autograd.grad(
         output, wanted, _noise(output, 1.0, generator), allow_unused=True)) if wanted else []
     after = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -19,7 +19,7 @@ from ..runtime.tensors import acc_dtype
 from .formats import gradient_in_format
 from .graph import FEATURES, MAP, Graph, Step, call
 from .match import Conv, Form
-from .watch import weight_hooks
+from .watch import make_weight
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
@@ -35,8 +35,7 @@ def _conv(owner: nn.Module, step: Step) -> nn.Conv2d:
     """A conv whose weight is to be read: hooks that make it have run, as in a call of it."""
     conv = owner.get_submodule(step.settings)
     assert isinstance(conv, nn.Conv2d)
-    for hook in weight_hooks(conv).values():
-        hook(conv, ())
+    make_weight(conv)
     return conv
 
 

@@ -30,6 +30,12 @@ def weight_hooks(module: nn.Module) -> dict[int, Any]:
             if isinstance(hook, (SpectralNorm, WeightNorm))}
 
 
+def make_weight(module: nn.Module) -> None:
+    """Run the hooks that make a weight, as a call of the module does, before the weight is read."""
+    for hook in weight_hooks(module).values():
+        hook(module, ())
+
+
 def hooked(*modules: nn.Module, weights: bool = True) -> bool:
     """Whether a call of one of the modules does more than its class's ``forward``.
 

@@ -1,9 +1,12 @@
-"""Memory formats (the rule is ``csrc/common/tensor.h``'s too), dtypes, and captures."""
+"""Memory formats (the rule is ``csrc/common/tensor.h``'s too), dtypes, captures and traces."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .derivatives import transformed
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -27,6 +30,12 @@ def empty_nchw(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
     )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a CPU tensor may decide what is done: no trace is made of the call."""
+    return (type(x) in (Tensor, nn.Parameter) and x.is_cpu and not torch.compiler.is_compiling()
+            and transformed() is None and _get_current_dispatch_mode() is None)
 
 
 def capturing(where: Tensor | torch.device) -> bool:
