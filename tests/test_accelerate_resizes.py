@@ -37,7 +37,7 @@ def test_any_resize(shape: tuple[int, int, int, int], size: Any, scale: Any, wid
         return
     found = nearest(x, **given_)
     if found is not None:
-        assert found.is_contiguous()
+        assert found.stride() == expected.stride()
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -45,7 +45,11 @@ SERVED: dict[str, tuple[Tensor, dict[str, Any]]] = {
     "map": (torch.randn(2, 7, 50, 70), {"size": (8, 9)}),
     "same": (torch.randn(1, 7, 20, 30), {"size": (20, 30)}),
     "twice": (torch.randn(2, 7, 16, 31), {"scale_factor": 2}),
+    "nearly twice": (torch.randn(1, 7, 16, 31), {"scale_factor": 2.02}),  # as torch rounds it
     "twice by size": (torch.randn(2, 7, 16, 31), {"size": [32, 62], "mode": "nearest"}),
+    "one row": (torch.randn(2, 7, 1, 31), {"scale_factor": 2.0}),
+    "one column": (torch.randn(2, 7, 31, 1), {"scale_factor": 2.0}),
+    "one pixel": (torch.randn(2, 7, 1, 1), {"size": 2}),
     "half": (torch.randn(2, 7, 16, 31), {"scale_factor": (0.5, 0.5)}),
     "double": (torch.randn(1, 4, 16, 31).double(), {"size": 5}),
     "to 128": (torch.randn(1, 4, 130, 70), {"size": (64, 64)}),
@@ -57,7 +61,9 @@ def test_served(name: str) -> None:
     x, given_ = SERVED[name]
     found = nearest(x, **given_)
     assert found is not None
-    assert torch.equal(found, F.interpolate(x, **given_))
+    expected = F.interpolate(x, **given_)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
     assert torch.equal(nearest(input=x, **given_), found)
 
 
@@ -138,6 +144,27 @@ def test_networks_take_them_and_nothing_else_does(taken: list[bool]) -> None:
     with torch.no_grad():
         network(planes)
     assert not taken
+
+
+def test_planes_of_more_pixels_than_float32_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 4, 30, 40)
+    monkeypatch.setattr(resizes, "_MOST_PIXELS", 1200)
+    assert nearest(x, size=8) is not None
+    monkeypatch.setattr(resizes, "_MOST_PIXELS", 1199)
+    assert nearest(x, size=8) is None
+    assert float(torch.tensor(2**24 - 1, dtype=torch.float32)) == 2**24 - 1
+
+
+@pytest.mark.parametrize("part", ["up", "up_0"])
+def test_a_part_that_is_compiled(part: str) -> None:
+    torch.manual_seed(0)
+    network = stirred(foreign.Painter(LABELS, ngf=4, hidden=8, size=64)).eval()
+    original, planes = copy.deepcopy(network), label_map(64)
+    accelerate(network)
+    getattr(network, part).compile(backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            assert max_error(network(planes), original(planes)) < 1e-9
 
 
 def test_gradients_are_torchs(taken: list[bool]) -> None:

@@ -68,4 +68,4 @@ def _doubled(x: Tensor) -> Tensor:
     """Each pixel four times."""
     n, c, h, w = x.shape
     rows = torch.stack((x, x), 4).view(n, c, h, 1, 2 * w)
-    return rows.expand(n, c, h, 2, 2 * w).reshape(n, c, 2 * h, 2 * w)
+    return rows.expand(n, c, h, 2, 2 * w).reshape(n, c, 2 * h, 2 * w).contiguous()  # of one row
