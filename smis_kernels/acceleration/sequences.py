@@ -20,7 +20,7 @@ from .formats import channels_last, gradient_in_format, planes
 from .graph import is_plain_conv
 from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, detached_copy
 from .swap import FOLDED, PLAN, Change, Fused, FusionPlan, is_small, serves
-from .watch import hooked, original_type, weight_hooks
+from .watch import hooked, make_weight, original_type
 
 # On the CPU a call of norm_act costs 80 us more than torch's: what that pays for, in values.
 # Measured on one thread (66 us against 119 us at 16,384 values, 165 us against 145 us at 65,536).
@@ -127,8 +127,7 @@ class FusedSequence(Fused):
 
     def _folded(self, i: int, conv: Any, norm: Any, x: Tensor) -> Tensor:
         """The conv with the norm's scale and shift in its weight and bias, made once."""
-        for hook in weight_hooks(conv).values():
-            hook(conv, (x,))
+        make_weight(conv)
         sources = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight,
                    norm.bias)
         kept: dict[int, Folded] = vars(self).setdefault(FOLDED, {})
