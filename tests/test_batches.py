@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from smis_models import cli, create_model
-from smis_models.data import FileScenes, GeneratedScenes, Preprocess, build_dataset
+from smis_models.data import Batch, FileScenes, GeneratedScenes, Preprocess, build_dataset
 from smis_models.families import DEEPFASHION
 from smis_models.io.images import write_indices, write_png
 from smis_models.io.seeds import derived_seed
@@ -225,3 +226,35 @@ def test_batches_come_where_signals_are_not_posix(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr("signal.pthread_sigmask")
     monkeypatch.delattr("signal.SIGCHLD")
     assert len(steps(tiny(), 1)[0]) == 1
+
+
+@pytest.mark.parametrize("error", [
+    EOFError(), ConnectionResetError(104, "Connection reset by peer"), FileNotFoundError(2, "none"),
+    RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+], ids=repr)
+def test_a_worker_that_ended_is_told_of(error: Exception) -> None:
+    """Whichever of them the training process meets first: its pipe, its socket or its end."""
+    assert "a worker ended" in str(met(error, "2"))
+    if not isinstance(error, RuntimeError):
+        assert met(error, "0") is error  # nothing but the data set raises without workers
+
+
+@pytest.mark.parametrize("kind", [EOFError, OSError, RuntimeError, TypeError])
+def test_what_a_data_set_raises_in_a_worker_stays_what_it_is(kind: type[Exception]) -> None:
+    error = kind("Caught an error in DataLoader worker process 0.\nOriginal Traceback ...")
+    assert met(error, "2") is error
+
+
+def met(error: Exception, workers: str) -> Exception:
+    """What a step raises where the next batch's coming raises ``error``."""
+    def broken() -> Iterator[Batch]:
+        raise error
+        yield
+
+    config = tiny("--data.workers", workers)
+    batches = Batches(dataset(config, "train"), config, Processes(), CPU)
+    batches._iterator = broken()
+    with pytest.raises(type(error) if workers == "0" else Exception) as raised:
+        batches.step()
+    return raised.value

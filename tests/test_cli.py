@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -675,3 +676,16 @@ def test_an_interruption_ends_without_a_traceback(smis, monkeypatch):
 
     monkeypatch.setattr(cli, "app", interrupted)
     assert smis("list") == (130, "", "")
+
+
+def test_a_files_early_end_is_no_interruption(smis, monkeypatch):
+    """Click calls both an Abort: the one ends in silence, the other must be seen."""
+    def early(**_):
+        raise EOFError("Ran out of input")
+
+    app = typer.Typer()
+    app.command()(lambda: early())
+    monkeypatch.setattr(cli, "app", typer.main.get_command(app))
+    monkeypatch.setattr(sys, "argv", ["smis"])
+    with pytest.raises(EOFError, match="Ran out of input"):
+        cli.main()

@@ -57,7 +57,9 @@ def main(commands: Any = None) -> None:
         if commands is None:
             sys.exit(app(prog_name="smis", standalone_mode=False))
         sys.exit(commands(standalone_mode=False))
-    except typer.Abort:  # what some versions make of Ctrl-C
+    except typer.Abort as abort:  # what some versions make of Ctrl-C, and all of a file's early end
+        if isinstance(abort.__cause__, EOFError):
+            raise abort.__cause__ from None
         sys.exit(130)
     except usage.USAGE_ERROR as error:
         common.tell_error(usage.usage_line(error))

@@ -255,13 +255,21 @@ class Batches:
         with _unsignalled():
             return iter(loader)
 
+    def _lost_worker(self, error: Exception) -> bool:
+        """Whether a worker ended: torch saw it, or the pipe or socket of its batch broke before."""
+        if isinstance(error, RuntimeError):
+            return str(error).startswith("DataLoader worker")
+        raised_there = str(error).startswith("Caught ")  # torch's words for what a data set raised
+        return (self._config.data.workers > 0 and isinstance(error, (EOFError, OSError))
+                and not raised_there)
+
     def _next(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._open()
         try:
             made = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except Exception as error:
+            if not self._lost_worker(error):
                 raise
             raise ValueError("data.workers: a worker ended unexpectedly, killed for memory "
                              "perhaps; take fewer, or 0") from error
