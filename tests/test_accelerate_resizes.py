@@ -18,6 +18,7 @@ from smis_kernels import accelerate, restore, use_backend
 from smis_kernels.acceleration import formats, resizes
 from smis_kernels.acceleration.formats import network_call
 from smis_kernels.acceleration.resizes import nearest
+from smis_kernels.runtime.check import FLOATS
 from smis_kernels.testing import max_error
 
 
@@ -25,9 +26,10 @@ from smis_kernels.testing import max_error
 @given(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40)),
        st.one_of(st.integers(1, 64), st.tuples(st.integers(1, 60), st.integers(1, 60))),
        st.sampled_from([None, None, 0.25, 0.3, 0.5, 0.77, 1.0, 1.5, 2.0, 2, 3.0, (2.0, 1.0)]),
-       st.booleans())
-def test_any_resize(shape: tuple[int, int, int, int], size: Any, scale: Any, wide: bool) -> None:
-    x = torch.randn(shape, dtype=torch.float64 if wide else torch.float32)
+       st.sampled_from(FLOATS))
+def test_any_resize(shape: tuple[int, int, int, int], size: Any, scale: Any,
+                    dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
     x[0, 0, 0, 0] = float("nan")
     given_: dict[str, Any] = {"size": size} if scale is None else {"scale_factor": scale}
     try:
@@ -52,6 +54,8 @@ SERVED: dict[str, tuple[Tensor, dict[str, Any]]] = {
     "one pixel": (torch.randn(2, 7, 1, 1), {"size": 2}),
     "half": (torch.randn(2, 7, 16, 31), {"scale_factor": (0.5, 0.5)}),
     "double": (torch.randn(1, 4, 16, 31).double(), {"size": 5}),
+    "float16": (torch.randn(1, 7, 50, 70).half(), {"size": 8}),
+    "bfloat16, of many pixels": (torch.randn(1, 7, 50, 70).bfloat16(), {"size": (31, 9)}),
     "to 128": (torch.randn(1, 4, 130, 70), {"size": (64, 64)}),
 }
 
@@ -77,7 +81,6 @@ LEFT: dict[str, tuple[Any, dict[str, Any]]] = {
     "channels-last": (torch.randn(1, 7, 50, 70).contiguous(memory_format=torch.channels_last),
                       {"size": 8}),
     "slice": (torch.randn(1, 7, 50, 70)[..., 3:], {"size": 8}),
-    "half": (torch.randn(1, 7, 50, 70).half(), {"size": 8}),
     "bytes": (torch.ones(1, 7, 50, 70, dtype=torch.uint8), {"size": 8}),
     "line": (torch.randn(1, 7, 50), {"size": 8}),
     "volume": (torch.randn(1, 7, 5, 5, 5), {"size": 8}),

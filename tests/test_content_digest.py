@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from smis_kernels.ops.content_digest import reference
 from smis_kernels.ops.content_digest.op import content_digest
 from smis_kernels.ops.content_digest.stamp import Stamp, content
 from smis_kernels.runtime.backend import missing
@@ -21,7 +22,8 @@ def values(count: int, dtype: torch.dtype) -> Tensor:
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8,
                                    torch.int64, torch.bool], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 3, 5, 64, 1021, 65_536, 200_001])
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 64, 1021, 1024, 1025, 2048, 4097, 16_384, 65_536,
+                                   200_001])
 def test_the_kernel_is_the_definition(count: int, dtype: torch.dtype) -> None:
     x = values(count, dtype)
     found = content_digest(x, backend="cpu")
@@ -55,6 +57,15 @@ def test_every_change_is_seen(change: object, backend: str) -> None:
     change(x.data)  # type: ignore[operator]
     assert x._version == version
     assert not torch.equal(content_digest(x, backend=backend), before)
+
+
+def test_every_word_has_a_factor_of_its_own() -> None:
+    """An exchange of any two words of a run is seen, and one of the same place in two runs."""
+    count = reference.RUN
+    units = torch.eye(count + 1, dtype=torch.int32)
+    found = {int(content_digest(unit, backend="reference")) for unit in units}
+    assert len(found) == count + 1
+    assert all(number % 2 for number in found)  # so every change of one word is seen
 
 
 @needs_cpu

@@ -8,7 +8,7 @@
 namespace smis {
 namespace {
 
-constexpr int64_t kWords = 1 << 16;  // of a block
+constexpr int64_t kWords = 1 << 14;  // of a block: whole runs of the kernel
 
 Tensor content_digest(const Tensor& input) {
   const Tensor x = torch::stable::contiguous(input);

@@ -49,8 +49,9 @@ template <class A> void blocks(const ReformatArgs& a, int64_t begin, int64_t end
 }  // namespace
 
 void reformat_kernel(const ReformatArgs& a, int64_t begin, int64_t end) {
-  if (a.wide) blocks<double>(a, begin, end);
-  else blocks<float>(a, begin, end);
+  if (a.bytes == 8) blocks<double>(a, begin, end);
+  else if (a.bytes == 4) blocks<float>(a, begin, end);
+  else blocks<int16_t>(a, begin, end);
 }
 
 }  // namespace smis::SMIS_ISA

@@ -6,7 +6,7 @@ namespace smis {
 
 struct ReformatArgs {
   static constexpr int64_t kBlock = 128;  // pixels of an item: their rows stay in the first cache
-  bool wide = false;                      // 8 bytes an element, else 4
+  int64_t bytes = 4;                      // of an element: 2, 4 or 8
   bool last = true;                       // planes to rows, else rows to planes
   int64_t N = 0, C = 0, P = 0;
   int64_t batch_step = 0, step = 0;       // of the input: from an image, and a plane or row, to the next

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..runtime.backend import requested
-from ..runtime.check import WIDE
-from ..runtime.tensors import readable
+from ..runtime.check import FLOATS
+from ..runtime.tensors import acc_dtype, readable
 
 # Up to this height plus width of the output torch (2.13) has one kernel, of channels-last features:
 # others are copied before it and after it. 184 maps of 256 x 256 to 8 x 8 take 40 ms so, and 0.2 ms
@@ -44,12 +44,12 @@ def nearest(input: Any, size: Any = None, scale_factor: Any = None, mode: Any = 
     """``F.interpolate`` of the same arguments, bit for bit; None where torch's own is to serve."""
     plain = mode == "nearest" and not any(others) and not any(rest.values())
     if not plain or not isinstance(input, Tensor) or not readable(input) or input.dim() != 4 or (
-            input.dtype not in WIDE or not input.is_contiguous() or input.numel() == 0):
+            input.dtype not in FLOATS or not input.is_contiguous() or input.numel() == 0):
         return None
     n, c, h, w = input.shape
     if n * c < 4 or h * w > _MOST_PIXELS or (torch.is_grad_enabled() and input.requires_grad):
         return None
-    pixels = torch.arange(h * w, dtype=input.dtype).view(1, 1, h, w)
+    pixels = torch.arange(h * w, dtype=acc_dtype(input)).view(1, 1, h, w)
     try:
         source = F.interpolate(pixels, size, scale_factor)[0, 0]  # which pixel each is taken from
     except (TypeError, ValueError, RuntimeError):

@@ -16,12 +16,14 @@ KINDS = ("cpu",)
 def content_digest(input: Tensor, *, backend: str | None = None) -> Tensor:
     r"""A digest of a tensor's bytes, in one read of it.
 
-    .. math:: d = \sum_i w_i \, a_i \bmod 2^{64}, \quad
+    .. math:: d = \sum_r a_r \sum_j b_j \, w_{rj} \bmod 2^{64}, \quad
               m_i = (i + 1) \lfloor 2^{64} / \varphi \rfloor, \quad
-              a_i = (m_i \oplus \lfloor m_i / 2^{29} \rfloor) \mid 1
+              a_r = (m_r \oplus \lfloor m_r / 2^{29} \rfloor) \mid 1, \quad
+              b_j = \lfloor (m_j \bmod 2^{64}) / 2^{32} \rfloor \mid 1
 
-    with w its 32-bit words. Every change of one word changes it; one of several goes unseen only
-    where the differences cancel by chance. No defence against forgery.
+    with w its 32-bit words in runs r of 1024. Every change of one word changes it, as every
+    exchange of two in a run does; one of several goes unseen only where the differences cancel by
+    chance. No defence against forgery.
 
     Args:
         input: any shape and dtype; complex and sparse tensors excepted.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.backend import requested, resolve
-from ...runtime.check import WIDE, check_tensor
+from ...runtime.check import FLOATS, check_tensor
 from ...runtime.derivatives import applied
 from ...runtime.library import RawOp
 from . import reference
@@ -35,8 +35,8 @@ def reformat(input: Tensor, memory_format: torch.memory_format, *,
     .. math:: y_{nchw} = x_{nchw}
 
     Args:
-        input: (N, C, H, W), any dtype and strides; float32 and float64 that lie in the other
-            format, slices of channels and batches too, take the kernel, all else torch's copy.
+        input: (N, C, H, W), any dtype and strides; floats that lie in the other format, slices
+            of channels and batches too, take the kernel, all else torch's copy.
         memory_format: torch.contiguous_format or torch.channels_last.
         backend: "auto", "reference" or "cpu".
 
@@ -60,8 +60,8 @@ def reformat(input: Tensor, memory_format: torch.memory_format, *,
         return input
     kind = resolve("reformat", input, backend, KINDS)
     last = memory_format == torch.channels_last
-    # A compiler has copies of its own, and other dtypes torch's.
-    copied = torch.compiler.is_compiling() or input.dtype not in WIDE
+    # A compiler has copies of its own, and what are no floats torch's.
+    copied = torch.compiler.is_compiling() or input.dtype not in FLOATS
     if kind == "reference" or (copied and requested(backend) == "auto"):
         return reference.reformat(input, memory_format)
     y: Tensor = applied(_Reformat, input, last, kind)
