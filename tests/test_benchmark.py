@@ -465,6 +465,52 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
     assert [r.median for r in harness.load(tmp_path / "records.json")] == [2.0]
 
 
+@pytest.mark.parametrize(("arguments", "dtypes"), [
+    ([], ["float32", "default float32"]), (["--dtype", "float32"], ["float32", "default float32"]),
+    (["--dtype", "bfloat16"], ["bfloat16"]),
+])
+def test_the_dtype_that_is_asked_for(tmp_path, monkeypatch, arguments, dtypes):
+    """Targets, resident memory and the default allocator are of float32 alone."""
+    taken, resident = [], []
+    case = harness.Case("a/b", None, (), targets={"reference": 2.0}, confirm=True)
+
+    def measure(case, setting, *_):
+        name = str(setting.dtype).removeprefix("torch.")
+        taken.append(name)
+        return [_record("reference", 2.0, dtype=name, targets=case.targets)]
+
+    def again(*_):
+        taken.append("default float32")
+        return []
+
+    module = importlib.import_module("smis_models.cli.measure")
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    monkeypatch.setattr(harness, "cases", lambda *_: [case])
+    monkeypatch.setattr(harness, "measure", measure)
+    monkeypatch.setattr(module, "under_default_allocator", again)
+    monkeypatch.setattr(module, "resident_peak", lambda *_: resident.append(1) or 5)
+    monkeypatch.setattr("sys.argv", ["smis", "benchmark", "--set", "modulation", "--out",
+                                     str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert taken == dtypes
+    (record,) = harness.load(tmp_path / "records.json")
+    wide = "float32" in dtypes
+    assert record.targets == ({"reference": 2.0} if wide else {})
+    assert bool(resident) == wide
+
+
+def test_an_unknown_dtype_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["smis", "benchmark", "--set", "modulation", "--out",
+                                     str(tmp_path), "--dtype", "half"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "dtype: expected float32 or bfloat16, got 'half'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_pytest_benchmark_and_the_report(tmp_path):
     out = tmp_path / "out.json"
     _run("-m", "pytest", "benchmarks/test_sets.py", "-k", "class_crops and deepfashion",

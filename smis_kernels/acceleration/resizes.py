@@ -58,7 +58,9 @@ def nearest(input: Any, size: Any = None, scale_factor: Any = None, mode: Any = 
     if height + width > _TRANSPOSED:
         return None
     if height * width <= h * w:
-        return input.flatten(2).index_select(2, source.flatten().long()).view(n, c, height, width)
+        # Index_select does the same on one thread.
+        taken = source.flatten().long().expand(n, c, height * width)
+        return input.flatten(2).gather(2, taken).view(n, c, height, width)
     if (height, width) == (2 * h, 2 * w) and torch.equal(source, _doubled(pixels)[0, 0]):
         return _doubled(input)
     return None
