@@ -293,3 +293,25 @@ def test_importing_leaves_torchs_compiler_out() -> None:
     ask = "import sys, smis_models.cli; print('torch._dynamo' in sys.modules)"
     said = subprocess.run((sys.executable, "-c", ask), capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the address space")
+@pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+def test_a_kernel_without_memory_says_so() -> None:
+    """As torch does; its C++ interface keeps torch's words to itself."""
+    program = """
+import resource, torch
+from smis_kernels.ops.reformat.op import reformat
+x = torch.zeros(1, 64, 1024, 2048)
+reformat(x[..., :8].contiguous(), torch.channels_last)  # the library is loaded, threads are there
+with open("/proc/self/statm") as file:
+    taken = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (200 << 20),) * 2)
+try:
+    reformat(x, torch.channels_last)
+except RuntimeError as error:
+    print(str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout == "reformat: can't allocate memory for what it makes\n", done.stderr

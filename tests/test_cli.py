@@ -678,6 +678,33 @@ def test_an_interruption_ends_without_a_traceback(smis, monkeypatch):
     assert smis("list") == (130, "", "")
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+                 "allocate memory: you tried to allocate 2147483648 bytes."),
+    RuntimeError("number_vectors: can't allocate memory for what it makes"),
+], ids=["python", "gpu", "torch", "kernel"])
+def test_too_little_memory_is_one_line(smis, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    code, out, said = smis("list")
+    assert (code, out) == (2, "")
+    assert said == "error: memory: not enough for this; smaller pictures or batches take less\n"
+    with pytest.raises(type(error)):
+        smis("list", "--debug")
+
+
+def test_other_errors_of_a_runtime_are_seen(smis, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("a shape that does not fit")
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(RuntimeError, match="a shape"):
+        smis("list")
+
+
 def test_a_files_early_end_is_no_interruption(smis, monkeypatch):
     """Click calls both an Abort: the one ends in silence, the other must be seen."""
     def early(**_):

@@ -25,6 +25,9 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # How a kernel refuses an argument: its name, what was expected, what came.
 _REFUSAL = re.compile(r"\w+: expected .*, got ")
+# What is left of torch's own words where a kernel asks it for a tensor in vain.
+_NO_MEMORY = re.compile(
+    r'torch_call_dispatcher\( "aten::(empty|contiguous|clone)\b.* API call failed')
 
 raw_ops: dict[str, RawOp] = {}
 
@@ -77,6 +80,10 @@ class RawOp:
             line = str(error).partition("\n")[0]
             if _REFUSAL.match(line):
                 raise ValueError(line) from error
+            if _NO_MEMORY.match(line):
+                on_cpu = any(isinstance(a, Tensor) and a.is_cpu for a in args)
+                kind = RuntimeError if on_cpu else torch.OutOfMemoryError
+                raise kind(f"{self.name}: can't allocate memory for what it makes") from error
             raise
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args, out)

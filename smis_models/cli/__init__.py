@@ -69,3 +69,8 @@ def main(commands: Any = None) -> None:
             raise
         common.tell_error(_line(error))
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "--debug" in sys.argv[1:] or not common.lacks_memory(error):
+            raise
+        common.tell_error("memory: not enough for this; smaller pictures or batches take less")
+        sys.exit(2)

@@ -68,6 +68,12 @@ def options(
         raise typer.Exit(2)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: of Python, NumPy or Pillow, of torch, or of a kernel."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def tell_error(line: str) -> None:
     """The one line of a mistake."""
     typer.echo(f"error: {' '.join(line.split())}", err=True)
