@@ -19,7 +19,9 @@ from smis_kernels.testing import (
     MEMORY_FORMATS,
     assert_as_accurate,
     gradients,
+    max_error,
     poisoned_empty,
+    rms_error,
     with_memory_format,
 )
 
@@ -53,7 +55,7 @@ def test_value_and_gradient(shape: tuple[int, ...], form: torch.memory_format,
     if len(shape) != 4 and form == torch.channels_last:
         pytest.skip("only 4-d weights have channels-last memory")
     for layout in MEMORY_FORMATS if len(shape) == 4 else ("contiguous",):
-        missed = {"value": 0, "gradient": 0}
+        errors: dict[str, list[list[float]]] = {"value": [], "gradient": []}
         for draw in range(1 if dtype == torch.float64 else 8):
             weight, u, v = _tensors(shape, dtype, draw)
             exact = [t.double() for t in (weight, u, v)]
@@ -65,17 +67,22 @@ def test_value_and_gradient(shape: tuple[int, ...], form: torch.memory_format,
             wide = _call(*exact[1:], "reference", form)
             truth = [wide(exact[0]), *gradients(wide, (exact[0],))]
             assert found[0].is_contiguous(memory_format=form)
-            for name, *three in zip(missed, found, expected, truth, strict=True):
+            for name, *three in zip(errors, found, expected, truth, strict=True):
                 if dtype == torch.float64:
                     torch.testing.assert_close(three[0], three[1], rtol=1e-12, atol=1e-12)
-                    continue
-                # Every element has the errors of two sums, whose size in one draw is luck.
-                assert_as_accurate(*three, factor=8, what=name)
-                try:
-                    assert_as_accurate(*three, what=name)
-                except AssertionError:
-                    missed[name] += 1
-        assert max(missed.values()) <= 3, missed
+                else:
+                    assert_as_accurate(*three, factor=8, what=name)
+                    errors[name].append([measure(side, three[2]) for side in three[:2]
+                                         for measure in (max_error, rms_error)])
+        # Every element has the errors of two sums, whose size in one draw is luck: the bounds of
+        # assert_as_accurate hold for the geometric mean of several.
+        eps = torch.finfo(dtype).eps
+        for name, rows in errors.items():
+            if rows:
+                largest, mean, allowed, allowed_mean = (
+                    torch.tensor(rows, dtype=torch.float64).clamp_min(1e-12).log().mean(0).exp())
+                assert largest <= 1.5 * allowed + 2 * eps, name
+                assert mean <= 1.5 * allowed_mean + eps / 2, name
 
 
 @pytest.mark.parametrize("layout", [*MEMORY_FORMATS, "channels of more"])
