@@ -320,17 +320,18 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[int], None]]] = [
     ("varying band() 2^18", (63, 64, 65, 129), banded),
     # csrc/spectral_weight/cpu_kernel.cpp
     ("spectral_weight kBlock 64", (63, 64, 65, 129, 193), spectral),
-    # csrc/winograd_conv: common/winograd_panels.h kDepth, kSome, kPanelVectors; common/conv_host.h
+    # csrc/winograd_conv: common/winograd_panels.h kDepth, kMost, kPanelVectors; common/conv_host.h
     # kMostTiles, kRows
     ("winograd kDepth 160", (159, 160, 161, 320, 321), lambda k: winograd(k, 5)),
-    ("winograd kSome 32", (31, 32, 33), lambda m: winograd(m, m)),
+    ("winograd kMost 64, half of it contiguous", (31, 32, 33, 63, 64, 65), lambda m: winograd(m, m)),
     ("winograd kPanelVectors", (23, 24, 25, 47, 48, 49, 97), lambda m: winograd(3, m)),
     ("winograd kMostTiles 128", (254, 256, 258, 509, 512, 513), lambda w: winograd(3, 4, 2, w)),
     ("winograd kRows 8", (14, 16, 18, 29, 32, 33), lambda w: winograd(3, 4, 2, w)),
     # csrc/polyphase_conv, by common/winograd_panels.h and conv_host.h as above; kTile 3
     ("polyphase kDepth 160", (159, 160, 161, 321), lambda k: polyphase(k, 5)),
     ("polyphase kDepth 160, many tiles", (161,), lambda k: polyphase(k, 5, 26, 52)),
-    ("polyphase kSome 288 / taps", (17, 18, 19, 31, 32, 33), lambda m: polyphase(m, m)),
+    ("polyphase kMost 576 / taps, half of it contiguous", (
+        17, 18, 19, 31, 32, 33, 35, 36, 37, 63, 64, 65), lambda m: polyphase(m, m)),
     ("polyphase kPanelVectors", (23, 24, 25, 47, 48, 49, 97), lambda m: polyphase(3, m)),
     ("polyphase kMostTiles 128", (382, 384, 386, 770), lambda w: polyphase(3, 4, 6, w)),
     ("polyphase kTile 3", (3, 4, 5, 6, 7, 8, 9, 10), lambda w: polyphase(3, 4, w, w + 1)),

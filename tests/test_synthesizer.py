@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from smis_kernels import LabelLayout, use_backend
+from smis_kernels import LabelLayout, WinogradConv2d, use_backend
 from smis_kernels.modules.spade import CGNorm
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
@@ -314,6 +314,21 @@ def test_freezing_leaves_the_model_alone() -> None:
     semantics = model.semantics(labels, instances)
     with torch.no_grad():
         assert max_error(frozen(semantics, z), model.generator(semantics, z)) < 1e-12
+
+
+@pytest.mark.skipif(missing("cpu") is not None, reason="the format is that of the CPU's kernels")
+def test_folded_weights_lie_as_their_convs_read_them() -> None:
+    """Ours read a kernel's taps where they lie together; torch's convs would copy such a weight."""
+    wide = WinogradConv2d(64, 64, 3, padding=1)
+    narrow, strided = WinogradConv2d(4, 8, 3, padding=1), nn.Conv2d(64, 64, 3, stride=2)
+    network = nn.Sequential(*map(nn.utils.spectral_norm, (wide, narrow, strided)))
+    last = torch.channels_last
+    for dtype, ours in ((None, True), (torch.float64, True), (torch.bfloat16, False)):
+        weights = [module.weight for module in frozen_copy(network, dtype)]
+        assert [w.is_contiguous() for w in weights] == [ours, False, False]
+        assert all(w.is_contiguous() or w.is_contiguous(memory_format=last) for w in weights)
+        assert {w.dtype for w in weights} == {dtype or torch.float32}
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
 def test_bad_labels_name_themselves() -> None:

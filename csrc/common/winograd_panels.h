@@ -55,37 +55,44 @@ template <class A, class F> void with_panel(const PanelShape<A>& s, int64_t firs
   with_vecs(std::min(kPanelVectors, s.vectors - first), fn);
 }
 
-// Kernels of a panel's outputs, transposed to lanes: kSome channels of each at a time.
+// Kernels of a panel's outputs, transposed to lanes: `some` channels of each at a time. Taps that are apart
+// in memory (channels-last) are apart here too; a page holds one or two of them, so each is read for
+// twice as many channels.
 template <class A, int taps, int vecs> struct KernelsInLanes {
-  static constexpr int64_t L = Lanes<A>::n, kSome = 288 / taps;
-  alignas(kVectorBytes) A values[kSome * taps * vecs * L];
-  int64_t tap_step = 0, kernel_step = 0;
+  static constexpr int64_t L = Lanes<A>::n, kMost = 576 / taps;
+  alignas(kVectorBytes) A values[kMost * taps * vecs * L];
+  const ConvWeight& a;
+  const bool apart = a.tap_step != 1;
+  const int64_t some = apart ? kMost : kMost / 2;
+  const int64_t tap_step = (apart ? some : 1) * vecs * L, kernel_step = (apart ? 1 : taps) * vecs * L;
+
+  explicit KernelsInLanes(const ConvWeight& a) : a(a) {}
 
   Vec<A> tap(int64_t kernel, int64_t i, int64_t v) const {
     return get(values + kernel * kernel_step + i * tap_step + v * L);
   }
-  // `some` kernels from channel k on, of the outputs from vector `first` on.
-  void read(const ConvWeight& a, int64_t group, int64_t first, int64_t k, int64_t some) {
-    const A* w = static_cast<const A*>(a.weight) + group * a.M * a.K * taps + first * L * a.out_step;
-    // Taps that are apart in memory are apart here too.
-    const bool apart = a.tap_step != 1;
-    tap_step = (apart ? kSome : 1) * vecs * L, kernel_step = (apart ? 1 : taps) * vecs * L;
-    for (int v = 0; v < vecs; ++v) {
-      const int64_t count = std::min(L, a.M - (first + v) * L);
-      const A* from = w + v * L * a.out_step + k * a.k_step;
-      A* to = values + v * L;
-      if (apart)
-        for (int64_t i = 0; i < taps; ++i)
-          transposed(from + i * a.tap_step, a.out_step, count, some,
-                     [&](int64_t j) { return to + i * tap_step + j * kernel_step; });
-      else if (a.flipped)
-        for (int64_t j = 0; j < some; ++j)
-          transposed(from + j * a.k_step, a.out_step, count, taps,
-                     [&](int64_t i) { return to + j * kernel_step + (taps - 1 - i) * tap_step; });
-      else
-        transposed(from, a.out_step, count, some * taps,
-                   [&](int64_t i) { return to + i * tap_step; });
+  // `count` kernels, at most `some`, from channel k on, of the outputs from vector `first` on.
+  void read(int64_t group, int64_t first, int64_t k, int64_t count) {
+    const A* w = static_cast<const A*>(a.weight) + group * a.M * a.K * taps + first * L * a.out_step +
+                 k * a.k_step;
+    const auto rows = [&](int v, int64_t offset, int64_t columns, const auto& to) {
+      transposed(w + v * L * a.out_step + offset, a.out_step, std::min(L, a.M - (first + v) * L), columns,
+                 [&](int64_t i) { return to(i) + v * L; });
+    };
+    if (apart) {
+      for (int64_t i = 0; i < taps; ++i)
+        for (int v = 0; v < vecs; ++v)
+          rows(v, i * a.tap_step, count,
+               [&](int64_t j) { return values + i * tap_step + j * kernel_step; });
+      return;
     }
+    for (int v = 0; v < vecs; ++v)
+      if (a.flipped)
+        for (int64_t j = 0; j < count; ++j)
+          rows(v, j * a.k_step, taps,
+               [&](int64_t i) { return values + j * kernel_step + (taps - 1 - i) * tap_step; });
+      else
+        rows(v, 0, count * taps, [&](int64_t i) { return values + i * tap_step; });
   }
 };
 

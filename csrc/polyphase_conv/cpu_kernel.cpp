@@ -30,10 +30,10 @@ bool skipped(const PolyphaseArgs& a, int phase, int64_t f) {
 template <class A, int taps, int vecs>
 void panel_weights(const PolyphaseArgs& a, const PanelShape<A>& s, int64_t group, int64_t first, A* u) {
   constexpr int64_t L = Lanes<A>::n;
-  KernelsInLanes<A, taps, vecs> kernels;
-  for (int64_t k = 0; k < a.K; k += kernels.kSome) {
-    const int64_t some = std::min(kernels.kSome, a.K - k);
-    kernels.read(a, group, first, k, some);
+  KernelsInLanes<A, taps, vecs> kernels(a);
+  for (int64_t k = 0; k < a.K; k += kernels.some) {
+    const int64_t some = std::min(kernels.some, a.K - k);
+    kernels.read(group, first, k, some);
     for (int phase = 0; phase < kPhases; ++phase) {
       A* to = u + phase * a.transformed();
       bool zero[kSide * kSide];

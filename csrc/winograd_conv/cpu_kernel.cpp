@@ -22,10 +22,10 @@ template <class A, int m, int vecs>
 void panel_weights(const WinogradArgs& a, int64_t group, int64_t first, int64_t begin, int64_t end,
                    int64_t depth, A* u) {
   constexpr int64_t L = Lanes<A>::n, frequencies = (m + 2) * (m + 2);
-  KernelsInLanes<A, 9, vecs> kernels;
-  for (int64_t k = begin; k < end; k += kernels.kSome) {
-    const int64_t some = std::min(kernels.kSome, end - k);
-    kernels.read(a, group, first, k, some);
+  KernelsInLanes<A, 9, vecs> kernels(a);
+  for (int64_t k = begin; k < end; k += kernels.some) {
+    const int64_t some = std::min(kernels.some, end - k);
+    kernels.read(group, first, k, some);
     for (int64_t j = 0; j < some; ++j)
       for (int v = 0; v < vecs; ++v) {
         Vec<A> g[9], out[frequencies];

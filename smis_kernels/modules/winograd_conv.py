@@ -125,6 +125,15 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
                 _padding(self), kept=kept)
         return torch.contiguous_format if ours else torch.channels_last
 
+    @property
+    def stored_format(self) -> torch.memory_format:
+        """How a weight that is made once is best stored for channels-last inputs of any size.
+
+        That of 16x16 pixels: where the forms differ by size a weight is small.
+        """
+        input = self.weight.detach().new_empty(1, 16, 16, self.in_channels).permute(0, 3, 1, 2)
+        return self.weight_format(input)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The conv, plus ``residual`` where one is given."""
         if self.out_channels <= MOST and _is_square(self) and self.stride == (1, 1) and (

@@ -104,7 +104,7 @@ def generator_inputs(name: str, setting: Setting, batch: int = 1) -> Inputs:
         z: Tensor | None = torch.rand(shape, generator=random) * 2 - 1
     else:
         z = model.generator.sample_latent(batch, random)
-    generator = frozen_copy(model.generator).to(setting.dtype)
+    generator = frozen_copy(model.generator, setting.dtype)
     return (generator, planes, *([] if z is None else [z.to(planes)]))
 
 
@@ -172,7 +172,7 @@ def discriminator_case(name: str, against: float) -> Case:
         model = model_of(name, setting)
         planes = maps_of(model, name, setting)[2]
         picture = setting.draw(1, 3, *planes.shape[2:]).tanh()
-        return frozen_copy(model.discriminator).to(setting.dtype), picture, planes
+        return frozen_copy(model.discriminator, setting.dtype), picture, planes
 
     return generator_case(name, "discriminator", make_inputs=make_inputs, seconds=4.0,
                           targets={"reference": against})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smis_kernels import LabelLayout
+from smis_kernels import LabelLayout, WinogradConv2d
 from smis_kernels.interface import Prepared, Settings, Stamp, TableCache
 
 from ..io.seeds import derived_seed
@@ -17,11 +17,15 @@ from .codes import code_parts, interpolate, with_class
 from .graphs import PictureReplays
 
 
-def frozen_copy(network: nn.Module) -> nn.Module:
+def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The network in eval mode with spectral normalisation folded into the weights.
 
-    Folded weights are new tensors, stored channels-last: torch's convs then copy none of them.
-    Parameters that nothing folds are shared with the original, not copied.
+    Folded weights are new tensors, stored as the convs read them: those of torch channels-last, of
+    which they copy none, and ours as they say. Parameters that nothing folds are shared with the
+    original, not copied, unless they are cast.
+
+    Args:
+        dtype: of the copy; the network's own by default.
 
     Example:
         >>> from smis_models import create_model
@@ -31,15 +35,19 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     for module in network.modules():  # what a hook has made has a graph, no copy
         shared.update((id(t), t.detach()) for t in vars(module).values() if isinstance(t, Tensor))
     frozen = copy.deepcopy(network, shared).eval()
+    folded = [module for module in frozen.modules() if hasattr(module, "weight_orig")]
+    for module in folded:
+        nn.utils.remove_spectral_norm(module)
     for module in frozen.modules():
-        if folded := hasattr(module, "weight_orig"):
-            nn.utils.remove_spectral_norm(module)
         for name, parameter in list(module.named_parameters(recurse=False)):
             # Wrapped anew, so that the original goes on asking for gradients.
-            value = parameter.detach()
-            if folded and value.dim() == 4:
-                value = value.contiguous(memory_format=torch.channels_last)
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+            setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    frozen = frozen.to(dtype)
+    for module in folded:
+        if module.weight.dim() == 4:
+            module.weight.data = module.weight.contiguous(memory_format=(
+                module.stored_format if isinstance(module, WinogradConv2d)
+                else torch.channels_last))
     return frozen
 
 
