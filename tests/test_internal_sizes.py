@@ -323,7 +323,7 @@ CASES: list[tuple[str, tuple[int, ...], Callable[[int], None]]] = [
     # csrc/winograd_conv: common/winograd_panels.h kDepth, kMost, kPanelVectors; common/conv_host.h
     # kMostTiles, kRows
     ("winograd kDepth 160", (159, 160, 161, 320, 321), lambda k: winograd(k, 5)),
-    ("winograd kMost 64, half of it contiguous", (31, 32, 33, 63, 64, 65), lambda m: winograd(m, m)),
+    ("winograd kMost 64, half contiguous", (31, 32, 33, 63, 64, 65), lambda m: winograd(m, m)),
     ("winograd kPanelVectors", (23, 24, 25, 47, 48, 49, 97), lambda m: winograd(3, m)),
     ("winograd kMostTiles 128", (254, 256, 258, 509, 512, 513), lambda w: winograd(3, 4, 2, w)),
     ("winograd kRows 8", (14, 16, 18, 29, 32, 33), lambda w: winograd(3, 4, 2, w)),

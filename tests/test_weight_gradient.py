@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smis_kernels import WinogradConv2d
 from smis_kernels.ops.weight_gradient import LEAST_WIDTH, weight_gradient
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import (
     MEMORY_FORMATS,
     assert_as_accurate,
+    max_error,
     poisoned_empty,
     with_memory_format,
 )
@@ -133,3 +135,19 @@ def test_any_shape(batch: int, channels: int, outputs: int, height: int, width: 
 def test_opcheck(layout: str) -> None:
     x, grad = (with_memory_format(t, layout) for t in tensors(20, 18, (5, 6), groups=2))
     torch.library.opcheck(OP, (x, grad, 2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("side", [3, 4])
+def test_an_hwc_picture_as_a_batch_of_one(side: int, dtype: torch.dtype) -> None:
+    """Its strides are those that torch's own gradients of grouped convs misread in float64."""
+    conv = WinogradConv2d(64, 64, side, 2, 1, groups=2).to(dtype)
+    x = torch.randn(33, 40, 64, dtype=dtype).permute(2, 0, 1)[None]
+    plain = F.conv2d(x.contiguous(), conv.weight, conv.bias, 2, 1, 1, 2)
+    found, truth = (torch.autograd.grad(y.square().sum(), conv.weight)[0] for y in (conv(x), plain))
+    assert max_error(found, truth) < (1e-12 if dtype == F64 else 1e-5) * float(truth.abs().max())
+    other = torch.randn(31, 29, 16 * 3, dtype=dtype).permute(2, 0, 1)[None]
+    narrow = torch.randn(12, 16, 3, 3, dtype=dtype)  # of 4 outputs a group
+    grad = torch.randn(31, 29, 12, dtype=dtype).permute(2, 0, 1)[None]
+    torch.testing.assert_close(weight_gradient(other, grad, narrow, 1, 3), expected(
+        other.contiguous(), grad.contiguous(), 1, 3), rtol=1e-4, atol=1e-3)

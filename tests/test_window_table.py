@@ -242,6 +242,14 @@ def test_every_element_is_written(one_level: bool) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("one_level", [False, True])
+def test_a_table_of_no_rows(one_level: bool) -> None:
+    hidden, *rest = table_inputs(8, 6, 2)
+    none = torch.zeros(0, 9, dtype=torch.int32)
+    assert window_table(hidden, *rest, none, groups=2, one_level=one_level).shape == (0, 12)
+
+
+@needs_cpu
+@pytest.mark.parametrize("one_level", [False, True])
 def test_nan_stays_in_its_rows(one_level: bool) -> None:
     inputs = table_inputs(6, 22, 2)
     windows = draw_windows(17, 13)

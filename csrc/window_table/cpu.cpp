@@ -27,6 +27,7 @@ Tensor window_table(const Tensor& hidden, const Tensor& weight_gamma, const Tens
   a.wide = wide(h);
   a.V = h.size(0), a.D = h.size(1), a.C = wg.size(0), a.U = w.size(0), a.groups = groups;
   Tensor table = make(h, {a.U, 2 * a.C}, h.scalar_type());
+  if (table.numel() == 0) return table;
   a.hidden = h.const_data_ptr();
   a.weight[0] = wg.const_data_ptr(), a.weight[1] = wb.const_data_ptr();
   a.bias[0] = bg.const_data_ptr(), a.bias[1] = bb.const_data_ptr();

@@ -118,6 +118,8 @@ class ConditionalNorm2d(Normalizing):
     def forward(self, input: Tensor, condition: Tensor, *, activation: str | None = None,
                 negative_slope: float = 0.2, upsample: bool = False) -> Tensor:
         """Modulate (N, C, H, W) by classes (N,) or vectors (N, K); the rest as :class:`SPADE`."""
+        check_tensor("input", input, 4, "(N, C, H, W)", FLOATS)
+        check_tensor("condition", condition, (1, 2), "(N,) classes or (N, K) vectors", None)
         shape, n, k = tuple(condition.shape), input.shape[0], self.condition_channels
         if shape != ((n, k) if condition.is_floating_point() else (n,)):
             raise ValueError(
@@ -127,11 +129,9 @@ class ConditionalNorm2d(Normalizing):
         if not condition.is_floating_point():
             check_tensor("condition", condition, 1, "(N,) classes", INTEGERS)
         gamma, beta = self._affine(condition)
-        shared = self.shared_arguments()
-        self.count_batch()
-        return _per_image(
-            input, gamma, beta, upsample=upsample, activation=activation,
-            negative_slope=negative_slope, backend=self.backend, **self.norm_arguments(), **shared)
+        input, options = self.normalised(input, upsample)
+        return _per_image(input, gamma, beta, activation=activation, negative_slope=negative_slope,
+                          backend=self.backend, **options)
 
 
 def adain(input: Tensor, style: Tensor, *, activation: str | None = None,

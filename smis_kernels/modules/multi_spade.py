@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from ..layout.planner import PathChoice, choose
 from ..ops.indexed_modulation.op import indexed_modulation
 from ..ops.label_windows.op import number_vectors
 from ..ops.modulation.op import modulation
-from .normalizing import Normalizing
+from .normalizing import Normalizing, weights_made_once
 from .spade import SPADE, CGNorm
 
 Condition = Tensor | LabelLayout | None
@@ -86,6 +87,12 @@ class MultiSPADE(Normalizing):
                 f"conditions: expected {len(self.spades)} (None where one is absent), got "
                 f"{len(conditions)}"
             )
+        with weights_made_once(*self.spades):
+            return self._modulated(input, conditions, upsample, activation=activation,
+                                   negative_slope=negative_slope, backend=self.backend)
+
+    def _modulated(self, input: Tensor, conditions: Sequence[Condition], upsample: bool,
+                   **options: Any) -> Tensor:
         plans: list[tuple[SPADE, PathChoice]] = []
         for spade, condition in zip(self.spades, conditions, strict=True):
             assert isinstance(spade, SPADE)
@@ -94,10 +101,8 @@ class MultiSPADE(Normalizing):
                 plans.append((spade, choose((spade,), input, condition, size)))
         if not plans:
             raise ValueError("conditions: expected at least one that is present, got None alone")
-        options = {"activation": activation, "negative_slope": negative_slope,
-                   "upsample": upsample, "backend": self.backend, **self.norm_arguments(),
-                   **self.shared_arguments()}
-        self.count_batch()
+        input, settings = self.normalised(input, upsample)
+        options.update(settings)
         indexed = _indexed(plans, size)
         if indexed is not None:
             layout = plans[0][1].layout

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
 
+_NOTHING = nullcontext()
 _NORMS = ("batch", "syncbatch", "instance", "none")
 
 
@@ -47,9 +52,29 @@ def is_told_by_weights(layer: Any, kind: Any) -> bool:
 
 def is_as_defined(layer: Any, *kinds: Any) -> bool:
     """Whether calling the layer does what one of ``kinds`` does, and nothing beside."""
-    cls = type(layer)
-    return ((cls in kinds or any(cls.forward is kind.forward for kind in kinds))
-            and "forward" not in layer.__dict__ and not has_hooks(layer))
+    cls, own = type(layer), layer.__dict__
+    return ((cls in kinds or any(_computes(cls, kind) for kind in kinds))
+            and "forward" not in own and "_conv_forward" not in own and not has_hooks(layer))
+
+
+def _computes(cls: Any, kind: Any) -> bool:
+    """Whether a class's forward, and what a conv's forward calls, is that of ``kind``."""
+    return cls.forward is kind.forward and (
+        getattr(cls, "_conv_forward", None) is getattr(kind, "_conv_forward", None))
+
+
+def weights_made_once(*modules: Any) -> AbstractContextManager[None]:
+    """Inside, parametrized weights of the modules' convs are made once, not at every reading.
+
+    Each reading of one under torch's spectral norm is a power step.
+    """
+    for module in modules:
+        for part in module._modules.values():
+            inner = part._modules
+            if inner and ("parametrizations" in inner or "parametrizations" in getattr(
+                    inner.get("0"), "_modules", ())):  # mlp_shared's conv
+                return parametrize.cached()
+    return _NOTHING
 
 
 def _tracks(norm: Any) -> bool:
@@ -77,6 +102,29 @@ class Normalizing(nn.Module):
         self.channels = channels
         self.synchronized = norm == "syncbatch"
         self.param_free_norm = _parameter_free_norm(norm, channels)
+
+    @property
+    def calls_norm(self) -> bool:
+        """Whether ``param_free_norm`` is called: it has hooks, or computes what no kernel does."""
+        norm = child(self, "param_free_norm")
+        if isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats:
+            return True
+        return not is_as_defined(norm, nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm,
+                                 nn.Identity) or _has_any_global_hook()
+
+    def normalised(self, input: Tensor, upsample: bool) -> tuple[Tensor, dict[str, Any]]:
+        """What the ops read, and how they normalise and upsample it, as keyword arguments.
+
+        It advances what the norm counts.
+        """
+        if self.calls_norm:
+            if upsample:
+                input = F.interpolate(input, scale_factor=2, mode="nearest")
+            norm = child(self, "param_free_norm")
+            return norm(input), {"norm": "none", "training": self.training, "upsample": False}
+        options = {"upsample": upsample, **self.norm_arguments(), **self.shared_arguments()}
+        self.count_batch()
+        return input, options
 
     def norm_arguments(self, suffix: str = "") -> dict[str, Any]:
         """The running statistics as keyword arguments of the op."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..layout.label_layout import LabelLayout
 from ..layout.planner import choose, own_windows
@@ -21,9 +22,16 @@ from ..ops.level_tables.op import NormConvs
 from ..ops.modulation.op import modulation, modulation_pair
 from ..ops.window_table.op import window_embedding, window_table
 from ..ops.winograd_conv.choice import conv3x3
+from ..runtime.check import check_tensor
 from ..runtime.constants import constant
 from ..runtime.tensors import acc_dtype
-from .normalizing import Normalizing, child, has_hooks, is_as_defined, is_told_by_weights
+from .normalizing import (
+    Normalizing,
+    child,
+    is_as_defined,
+    is_told_by_weights,
+    weights_made_once,
+)
 from .winograd_conv import WinogradConv2d
 
 _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
@@ -31,9 +39,7 @@ _CONFIG = re.compile(r"spade(batch|syncbatch|instance)(\d+)x(\d+)")
 
 def _is_plain(conv: Any) -> bool:
     """Whether a conv of weight and bias is what the tables and the fused conv compute."""
-    cls = type(conv)
-    if not is_told_by_weights(conv, nn.Conv2d) or not (
-            cls is nn.Conv2d or cls._conv_forward is nn.Conv2d._conv_forward):
+    if not is_told_by_weights(conv, nn.Conv2d):
         return False
     height, width = conv.kernel_size
     return (conv.padding_mode == "zeros" and conv.stride == conv.dilation == (1, 1)
@@ -219,11 +225,12 @@ class CGNorm(Normalizing):
         if self.hidden:
             shared = child(self, "mlp_shared")
             parts = [*shared._modules.values()]
-            if has_hooks(shared) or len(parts) != 2 or type(parts[1]) is not nn.ReLU or (
-                    has_hooks(parts[1])):
+            if len(parts) != 2 or not (is_as_defined(shared, nn.Sequential)
+                                       and is_as_defined(parts[1], nn.ReLU)):
                 return True
             convs.append(parts[0])
-        return not all(_is_plain(conv) and conv.kernel_size == gamma.kernel_size for conv in convs)
+        return _has_any_global_hook() or not all(
+            _is_plain(conv) and conv.kernel_size == gamma.kernel_size for conv in convs)
 
     @property
     def products(self) -> tuple[int, int]:
@@ -259,6 +266,7 @@ class CGNorm(Normalizing):
 
     def output_size(self, input: Tensor, upsample: bool) -> tuple[int, int]:
         """(H, W) of the output."""
+        check_tensor("input", input, 4, "(N, C, H, W)", None)
         scale = 2 if upsample else 1
         return input.shape[2] * scale, input.shape[3] * scale
 
@@ -272,17 +280,17 @@ class CGNorm(Normalizing):
         of the features into the read, ``activation`` a ReLU or LeakyReLU into the write.
         """
         size = self.output_size(input, upsample)
-        plan = choose((self,), input, segmap, size)
-        options = {"activation": activation, "negative_slope": negative_slope,
-                   "upsample": upsample, "backend": self.backend,
-                   **self.norm_arguments(), **self.shared_arguments()}
-        self.count_batch()
-        if plan.layout is None:
-            gamma, beta = self.gamma_beta(plan.dense(size), size, plan.fused)
-            return modulation(input, gamma, beta, **options)
-        index, table = self.index(plan.layout, size), self.table(plan.layout, size, plan.path)
-        return indexed_modulation(input, index, table, order=plan.layout.pixel_order(index),
-                                  **options)
+        with weights_made_once(self):
+            plan = choose((self,), input, segmap, size)
+            input, options = self.normalised(input, upsample)
+            options.update(activation=activation, negative_slope=negative_slope,
+                           backend=self.backend)
+            if plan.layout is None:
+                gamma, beta = self.gamma_beta(plan.dense(size), size, plan.fused)
+                return modulation(input, gamma, beta, **options)
+            index, table = self.index(plan.layout, size), self.table(plan.layout, size, plan.path)
+            return indexed_modulation(input, index, table, order=plan.layout.pixel_order(index),
+                                      **options)
 
 
 class SPADE(CGNorm):
@@ -339,40 +347,42 @@ def modulate_pair(
         >>> x, seg = torch.randn(1, 64, 32, 32), torch.randn(1, 8, 64, 64)
         >>> y, y_s = modulate_pair(SPADE(64, 8), SPADE(64, 8), x, seg, upsample=True)
     """
-    shared, shared_s = norm_0.shared_arguments(), norm_s.shared_arguments()
+    called = norm_0.calls_norm or norm_s.calls_norm
+    shared, shared_s = ({} if called else norm.shared_arguments() for norm in (norm_0, norm_s))
     if any(shared.get(name) != shared_s.get(name) for name in ("norm", "eps")):
         raise ValueError(f"norm_s: expected the settings of norm_0 {shared}, got {shared_s}")
     running, running_s = norm_0.norm_arguments(), norm_s.norm_arguments("_s")
     alike = (running["running_mean"] is None) == (running_s["running_mean_s"] is None)
     # One index would pick from tables of other rows.
-    if norm_0.rows != norm_s.rows or shared != shared_s or not alike:
+    if called or norm_0.rows != norm_s.rows or shared != shared_s or not alike:
         first = norm_0(input, segmap, activation=activation, negative_slope=negative_slope,
                        upsample=upsample)
         return _shortened(first, norm_s(input, segmap, upsample=upsample), conv_s)
-    size = norm_0.output_size(input, upsample)
-    plan = choose((norm_0, norm_s), input, segmap, size)
-    options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,
-               "backend": norm_0.backend, **running, **running_s, **shared}
-    norm_0.count_batch()
-    norm_s.count_batch()
-    if plan.layout is None:
-        affine = (*norm_0.gamma_beta(plan.dense(size), size, plan.fused),
-                  *norm_s.gamma_beta(plan.dense(size), size, plan.fused))
-        return _shortened(*modulation_pair(input, *affine, **options), conv_s)
-    table, table_s = (norm.table(plan.layout, size, plan.path) for norm in (norm_0, norm_s))
-    index = norm_0.index(plan.layout, size)
-    if conv_s is not None and not norm_s.training and (
-            is_as_defined(conv_s, nn.Conv2d, WinogradConv2d)
-            and takes_shortcut(conv_s, input, table_s, norm_s.backend)):
-        first = indexed_modulation(
-            input, index, table, activation=activation, negative_slope=negative_slope,
-            upsample=upsample, backend=norm_0.backend, **running, **shared)
-        return first, indexed_shortcut(
-            input, index, table_s, conv_s.weight, groups=conv_s.groups, upsample=upsample,
-            backend=norm_s.backend, **norm_s.norm_arguments(), **shared)
-    pair = indexed_modulation_pair(input, index, table, table_s,
-                                   order=plan.layout.pixel_order(index), **options)
-    return _shortened(*pair, conv_s)
+    with weights_made_once(norm_0, norm_s):
+        size = norm_0.output_size(input, upsample)
+        plan = choose((norm_0, norm_s), input, segmap, size)
+        options = {"activation": activation, "negative_slope": negative_slope, "upsample": upsample,
+                   "backend": norm_0.backend, **running, **running_s, **shared}
+        norm_0.count_batch()
+        norm_s.count_batch()
+        if plan.layout is None:
+            affine = (*norm_0.gamma_beta(plan.dense(size), size, plan.fused),
+                      *norm_s.gamma_beta(plan.dense(size), size, plan.fused))
+            return _shortened(*modulation_pair(input, *affine, **options), conv_s)
+        table, table_s = (norm.table(plan.layout, size, plan.path) for norm in (norm_0, norm_s))
+        index = norm_0.index(plan.layout, size)
+        if conv_s is not None and not norm_s.training and (
+                is_as_defined(conv_s, nn.Conv2d, WinogradConv2d)
+                and takes_shortcut(conv_s, input, table_s, norm_s.backend)):
+            first = indexed_modulation(
+                input, index, table, activation=activation, negative_slope=negative_slope,
+                upsample=upsample, backend=norm_0.backend, **running, **shared)
+            return first, indexed_shortcut(
+                input, index, table_s, conv_s.weight, groups=conv_s.groups, upsample=upsample,
+                backend=norm_s.backend, **norm_s.norm_arguments(), **shared)
+        pair = indexed_modulation_pair(input, index, table, table_s,
+                                       order=plan.layout.pixel_order(index), **options)
+        return _shortened(*pair, conv_s)
 
 
 def _shortened(first: Tensor, second: Tensor, conv: nn.Conv2d | None) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,12 @@ def _largest(conv: nn.Conv2d) -> int:
     return 2 if conv.training else 4
 
 
+def _is_torchs(conv: nn.Conv2d) -> bool:
+    """Whether what torch's forward calls is torch's: others pad in ways of their own there."""
+    return ("_conv_forward" not in vars(conv)
+            and type(conv)._conv_forward is nn.Conv2d._conv_forward)
+
+
 def _is_plain(conv: nn.Conv2d) -> bool:
     return (
         (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
@@ -113,7 +119,7 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
         torch's convs want the weight channels-last where the input is; other forms do not.
         """
         last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
-        if not last:
+        if not last or not _is_torchs(self):
             return torch.contiguous_format
         kept = _kept(self) is not None
         if _is_plain(self):
@@ -136,6 +142,8 @@ class WinogradConv2d(_KeepsTransform, nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The conv, plus ``residual`` where one is given."""
+        if not _is_torchs(self):
+            return plus(super().forward(input), residual)
         if self.out_channels <= MOST and _is_square(self) and self.stride == (1, 1) and (
                 takes_narrow(input, self.out_channels, self.groups, _padding(self))):
             y = narrow_conv2d(input, self.weight, self.bias, padding=_padding(self)[0])

@@ -36,7 +36,7 @@ def check_weight(weight: Tensor, input: Tensor, groups: int, sides: Pair) -> Non
     """(C', C / groups, *sides) for the input's channels, on its device."""
     channels, outputs = input.shape[1], weight.shape[0]
     check_channels(input, weight, outputs)
-    if groups < 1 or channels % groups or outputs % groups:
+    if isinstance(groups, float) or groups < 1 or channels % groups or outputs % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels and {outputs} "
                          f"outputs, got {groups}")
     check_shape("weight", weight, (outputs, channels // groups, *sides),

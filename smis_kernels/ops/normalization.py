@@ -173,14 +173,25 @@ def input_gradient(kind: str, grad: Tensor, sums: Tensor, input: Tensor, mean: T
 
 def normalized(input: Tensor, mean: Tensor, rstd: Tensor, reduction: str,
                options: Options) -> Tensor:
-    """x-hat for autograd: statistics of the data move with the input, fixed ones do not."""
+    """x-hat for autograd: statistics of the data move with the input, fixed ones do not.
+
+    Spelled out: torch's own norms misread some gradients of one image (2.13; reference.py).
+    """
     if reduction == "fixed":
         centered = input.to(mean.dtype) - mean[:, :, None, None]
         return (centered * rstd[:, :, None, None]).to(input.dtype)
-    return reference.normalize(
-        input, norm=options.norm, num_groups=options.num_groups, training=True, eps=options.eps,
-        process_group=options.process_group if options.training else None,
-    )
+    if options.norm == "none" or (options.training and options.process_group is not None
+                                  and options.norm == "batch"):
+        return reference.normalize(input, norm=options.norm, training=True, eps=options.eps,
+                                   process_group=options.process_group)
+    rows = input.to(mean.dtype)
+    if options.norm == "group":
+        assert options.num_groups is not None
+        rows = rows.reshape(input.shape[0], options.num_groups, -1)
+    dims = {"batch": (0, 2, 3), "instance": (2, 3), "group": (2,)}[options.norm]
+    centered = rows - rows.mean(dims, keepdim=True)
+    var = centered.square().mean(dims, keepdim=True)
+    return (centered * torch.rsqrt(var + options.eps)).reshape(input.shape).to(input.dtype)
 
 
 def activated(grad: Tensor, output: Tensor | None, slope: float) -> Tensor:
@@ -196,7 +207,7 @@ def activation_slope(activation: str | None, negative_slope: float) -> float:
         return 1.0
     if activation == "relu":
         return 0.0
-    if not 0 < negative_slope < 1:
+    if not hasattr(negative_slope, "__float__") or not 0 < negative_slope < 1:
         raise ValueError(f"negative_slope: expected a number in (0, 1), got {negative_slope}")
     return float(negative_slope)
 
@@ -207,12 +218,17 @@ def check_input(input: Tensor, options: Options, *runnings: Running) -> None:
     n, c, h, w = input.shape
     if options.norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}; got {options.norm!r}")
-    if not 0 <= options.eps < math.inf:
+    if not hasattr(options.eps, "__float__") or not 0 <= options.eps < math.inf:
         raise ValueError(f"eps: expected a number of at least 0, got {options.eps}")
-    if options.norm == "group" and (not options.num_groups or c % options.num_groups):
+    groups = options.num_groups
+    if options.norm == "group" and (
+            groups is None or not hasattr(groups, "__index__") or groups < 1 or c % groups):
         raise ValueError(
             f"num_groups: expected a divisor of the {c} channels, got {options.num_groups}"
         )
+    if not hasattr(options.momentum, "__float__"):
+        raise ValueError(f"momentum: expected a number, got {options.momentum!r}; a mean of all "
+                         "batches, nn.BatchNorm2d's None, is 1 / the batches seen so far")
     for suffix, running in zip(SUFFIXES, runnings, strict=False):
         _check_running(suffix, running, input)
         if (running[0] is None) != (runnings[0][0] is None):
@@ -242,6 +258,7 @@ def _check_running(suffix: str, running: Running, input: Tensor) -> None:
         raise ValueError(f"running_mean{suffix}, running_var{suffix}: expected both or neither")
     for name, tensor in zip(("running_mean", "running_var"), running, strict=True):
         if tensor is not None:
+            check_tensor(name + suffix, tensor, 1, "(C,)", None)
             check_shape(name + suffix, tensor, (input.shape[1],), "for the input's channels")
             check_device(name + suffix, tensor, input, "input")
 

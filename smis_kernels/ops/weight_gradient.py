@@ -36,9 +36,14 @@ def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, padding: int | 
             and pads[0] == pads[1]):
         by_tiles: Tensor = _winograd("cpu", input, grad, groups, pads[0])
         return by_tiles
-    # torch would copy a weight of another format, though it reads none
-    like = torch.empty_like(weight, memory_format=torch.channels_last)
+    # torch would copy a weight of another format, though it reads none. Its float64 groups (2.13)
+    # misread the strides of one channels-last image.
+    apart = groups > 1 and input.dtype == torch.float64
+    memory_format = torch.contiguous_format if apart else torch.channels_last
+    if apart:
+        input, grad = input.contiguous(), grad.contiguous()
+    like = torch.empty_like(weight, memory_format=memory_format)
     found: Tensor = torch.ops.aten.convolution_backward(
         grad, input, like, None, [stride, stride], list(pads), [1, 1], False, [0, 0], groups,
         [False, True, False])[1]
-    return found
+    return found.contiguous(memory_format=torch.channels_last) if apart else found

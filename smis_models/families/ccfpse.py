@@ -331,10 +331,9 @@ class ConditionalBlock(nn.Module):
         if not self.learned_shortcut:
             return x
         norm = self.norm_s
-        norm.count_batch()
         gamma, beta = predicted.affine(norm)
-        return self.conv_s(modulation(
-            x, gamma, beta, **norm.norm_arguments(), **norm.shared_arguments()))
+        x, options = norm.normalised(x, upsample=False)
+        return self.conv_s(modulation(x, gamma, beta, **options))
 
     def _predictions(self, segmap: Tensor | LabelLayout, features: Tensor) -> Predictions:
         convs = [part.first for part in (self.gen_weights1, self.gen_weights2,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,6 +30,29 @@ def synchronized_batch_norm(
     return centered * torch.rsqrt(var + eps).view(1, -1, 1, 1)
 
 
+# The backward of torch's batch and instance norm (2.13) misreads some strides: those of a gradient
+# of one image that lies channels-last, and of what lies so with the batch in another place.
+def _is_usual(tensor: Tensor) -> bool:
+    _, c, h, w = tensor.shape
+    return tensor.is_contiguous() or tensor.stride() == (h * w * c, 1, w * c, c)
+
+
+def _readable(grad: Tensor) -> Tensor:
+    return grad if len(grad) > 1 and _is_usual(grad) else grad.contiguous()
+
+
+def _differentiable(norm: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """``norm(input)`` with a gradient that is right in every format; torch compiles its own."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
+        return norm(input)
+    if not _is_usual(input):
+        input = input.clone(memory_format=torch.contiguous_format)
+    output = norm(input)
+    if output.requires_grad and output.shape[0]:
+        output.register_hook(_readable)
+    return output
+
+
 def normalize(
     input: Tensor, *, norm: str = "batch", num_groups: int | None = None,
     running_mean: Tensor | None = None, running_var: Tensor | None = None,
@@ -37,7 +63,7 @@ def normalize(
     if norm == "none":
         return input
     if norm == "instance":
-        return F.instance_norm(input, eps=eps)
+        return _differentiable(partial(F.instance_norm, eps=eps), input)
     if norm == "group":
         assert num_groups is not None
         return F.group_norm(input, num_groups, eps=eps)
@@ -45,10 +71,9 @@ def normalize(
         return synchronized_batch_norm(
             input, running_mean, running_var, momentum, eps, process_group
         )
-    return F.batch_norm(
-        input, running_mean, running_var, training=training or running_mean is None,
-        momentum=momentum, eps=eps,
-    )
+    return _differentiable(partial(
+        F.batch_norm, running_mean=running_mean, running_var=running_var,
+        training=training or running_mean is None, momentum=momentum, eps=eps), input)
 
 
 def modulation(

@@ -125,7 +125,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, grou
         known = " or ".join(f"{k}x{k} of stride {s}" for k, s in FORMS if not transposed or s == 2)
         raise ValueError(f"weight: expected a kernel {known}; got {side}x{weight.shape[3]} of "
                          f"stride {stride}")
-    if groups < 1 or channels % groups or weight.shape[0] % groups:
+    if isinstance(groups, float) or groups < 1 or channels % groups or weight.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels and the weight's "
                          f"{weight.shape[0]}, got {groups}")
     size = (channels, weight.shape[1]) if transposed else (weight.shape[0], channels // groups)
