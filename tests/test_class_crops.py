@@ -387,6 +387,8 @@ IMAGE, LABELS = torch.zeros((1, 3, 4, 5)), torch.zeros((1, 4, 5), dtype=torch.in
         (IMAGE, LABELS, 2.5, {}, "num_classes: expected a positive integer, got 2.5"),
         (IMAGE, LABELS, 2, {"box": "mask"}, "box: expected one of nonzero, sums; got 'mask'"),
         (IMAGE, LABELS, 2, {"size": (0, 4)}, r"size: expected positive \(height, width\)"),
+        *[(IMAGE, LABELS, 2, {"size": size}, r"size: expected an integer or \(height, width\)")
+          for size in (5.5, (5,), "5", (5.0, 5.0), (5, 5, 5), [None, 5])],
         (IMAGE, LABELS + 255, 8, {}, r"semantics: expected labels 0\.\.7, got 255; remap"),
         (IMAGE, LABELS - 1, 8, {}, r"semantics: expected labels 0\.\.7, got -1"),
         (IMAGE, LABELS + 8, 8, {}, r"semantics: expected labels 0\.\.7, got 8;"),
@@ -407,6 +409,17 @@ def test_compiled_graphs_refuse_bad_labels() -> None:
     compiled = torch.compile(lambda x, s: class_crops(x, s, 2), fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"expected labels 0\.\.1, got 255"):
         compiled(IMAGE, LABELS + 255)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("box", ["nonzero", "sums"])
+def test_another_default_device_changes_nothing(backend: str, box: str) -> None:
+    image, labels = _image(1, 8, 9), _labels(1, 8, 9, 3)
+    options = {"box": box, "backend": backend}
+    expected = class_crops(image, labels, 3, **options), class_boxes(image, labels, 3, **options)
+    with torch.device("meta"):
+        assert torch.equal(class_crops(image, labels, 3, **options), expected[0])
+        assert torch.equal(class_boxes(image, labels, 3, **options), expected[1])
 
 
 def test_module() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,7 +27,10 @@ from smis_kernels import (
     use_path,
 )
 from smis_kernels.layout import label_layout as layout_module
+from smis_kernels.layout import planner
 from smis_kernels.layout.label_layout import TableCache, layout_of, match_windows
+from smis_kernels.layout.static_layout import StaticLayout
+from smis_kernels.ops.label_windows import op as label_windows
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
 
@@ -119,12 +125,49 @@ def test_layouts_move_pickle_and_report() -> None:
     ({"edges": torch.zeros(2, 4, 4)}, "edges: expected shape (1, 4, 4)"),
     ({"edges": torch.zeros(1, 4, 4), "instances": torch.zeros(1, 4, 4, dtype=torch.long)},
      "edges: expected instances or edges"),
+    ({"labels": torch.zeros(1, 3, 4, 4, dtype=torch.long)}, "labels: expected (N, H, W) or (N, 1"),
+    ({"labels": torch.zeros(1, 0, 4, dtype=torch.long)}, "labels: expected maps of at least one"),
+    ({"labels": torch.zeros(1, 4, 4, dtype=torch.long).to_sparse()},
+     "labels: expected a dense tensor, got torch.sparse_coo"),
+    ({"labels": [[0]]}, "labels: expected a tensor"),
+    ({"edges": torch.zeros(1, 4, 4).numpy()}, "edges: expected a tensor (N, H, W) or (N, 1, H, W)"),
+    ({"instances": [[1]]}, "instances: expected a tensor (N, H, W)"),
+    ({"instances": torch.zeros(1, 4, 4)}, "instances: expected dtype"),
+    ({"num_classes": 5.0}, "num_classes: expected a positive integer, got 5.0"),
+    ({"num_classes": 0}, "num_classes: expected a positive integer, got 0"),
 ])
 def test_bad_maps_name_themselves(arguments: dict[str, Tensor], words: str) -> None:
     labels = arguments.pop("labels", torch.zeros(1, 4, 4, dtype=torch.long))
     with pytest.raises((ValueError, TypeError)) as error:
-        LabelLayout.from_labels(labels, 5, **arguments)
-    assert words in str(error.value)
+        LabelLayout.from_labels(labels, **{"num_classes": 5, **arguments})
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+PLANES, FINE = torch.zeros(1, 5, 4, 4), LabelLayout.from_labels(torch.zeros(1, 4, 4).long(), 5)
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda: LabelLayout.from_tensor(PLANES.numpy()), "conditioning: expected a tensor (N, K, H, "),
+    (lambda: LabelLayout.from_tensor(PLANES.long()), "conditioning: expected dtype float32"),
+    (lambda: LabelLayout.from_tensor(PLANES.to_sparse()), "conditioning: expected a dense tensor"),
+    (lambda: LabelLayout.from_tensor(PLANES[:, :, :0]), "conditioning: expected maps of at least"),
+    (lambda: FINE.level([4, 4]), "size: expected a tuple (h, w) of integers from 1, got [4, 4]"),
+    (lambda: FINE.level((0, 4)), "size: expected a tuple (h, w) of integers from 1, got (0, 4)"),
+    (lambda: FINE.level((4,)), "size: expected a tuple (h, w)"),
+    (lambda: FINE.dense([2, 2]), "size: expected a tuple (h, w)"),
+    (lambda: FINE.dense((2.0, 2)), "size: expected a tuple (h, w)"),
+    (lambda: FINE.to(torch.float64), "device: expected a device such as 'cpu', got torch.float64"),
+    *[(lambda m=m: SPADE(4, 5)(torch.zeros(2, 4, 4, 4), m), words) for m, words in (
+        (PLANES.numpy(), "segmap: expected a tensor (N, 5, H, W) or a LabelLayout, got ndarray"),
+        (PLANES.to_sparse(), "segmap: expected a dense tensor, got torch.sparse_coo"),
+        (PLANES.bool().expand(2, -1, -1, -1), "segmap: expected dtype float32"),
+        (PLANES[:, :, :0].expand(2, -1, -1, -1), "segmap: expected at least one pixel"),
+    )],
+])
+def test_bad_arguments_name_themselves(call: Callable[[], object], words: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 # Hidden widths and groups of GroupDNet's data sets (scaled down), SPADE, and a single conv.
@@ -708,3 +751,196 @@ def test_kept_tables_are_taken_where_convs_are_cheaper_once(labels: Tensor) -> N
             expected = norm.double()(x.double(), LabelLayout.from_labels(labels, 5))
         norm.float()
         assert max_error(norm(x, layout), expected) < 1e-5
+
+
+def _copied(layout: LabelLayout) -> LabelLayout:
+    return copy.copy(layout)  # which has the tensors in common
+
+
+@needs_cpu
+@pytest.mark.parametrize("same", [
+    None, _copied, copy.deepcopy, lambda x: x.to("cpu"), lambda x: pickle.loads(pickle.dumps(x)),
+    lambda x: x.map_vectors(lambda vectors: 1 * vectors)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_writes_into_symbols_are_seen(kept: bool, same: Callable[[LabelLayout], LabelLayout] | None,
+                                      ) -> None:
+    norms = [SPADE(6, 4, hidden).double().eval() for hidden in (5, 0)]
+    layout = LabelLayout.from_tensor(one_hot(blocky(1, 32, 32, 4), 4))
+    assert layout is not None
+    if kept:
+        layout.tables = TableCache()
+    sizes = ((32, 32), (12, 20))
+
+    def check(layout: LabelLayout) -> None:
+        for size in sizes:
+            for norm in norms:
+                x = torch.randn(1, 6, *size, dtype=torch.float64)
+                with use_backend("reference"):
+                    expected = norm(x, layout.vectors[layout.symbols.long()].permute(0, 3, 1, 2))
+                assert max_error(norm(x, layout), expected) < 1e-10
+                with use_path("dense"):
+                    assert max_error(norm(x, layout), expected) < 1e-10
+
+    with torch.no_grad():
+        check(layout)
+        other = layout if same is None else same(layout)
+        for write in (lambda x: x.symbols[:, :16].fill_(1), lambda x: x.symbols.copy_(
+                torch.randint(1, 5, (1, 32, 32))), lambda x: x.vectors[1].fill_(0.5)):
+            with torch.inference_mode():
+                write(layout)
+            check(other)
+            check(layout)
+            write(other)
+            check(layout)
+            check(other)
+        before = other.level((32, 32)), len(other.levels)
+        assert other.level((32, 32)) is before[0] and len(other.levels) == before[1] == 2
+
+
+@needs_cpu
+def test_a_write_changes_the_choice() -> None:
+    """Windows that no longer repeat have no tables."""
+    norm, x = SPADE(64, 9).eval(), torch.randn(1, 64, 128, 128)
+    layout = LabelLayout.from_labels(blocky(1, 128, 128, 9), 9)
+    assert planner.choose((norm,), x, layout, (128, 128)).path in TABLES
+    layout.symbols.copy_(torch.randint(1, 10, (1, 128, 128)))
+    assert planner.choose((norm,), x, layout, (128, 128)).path == "dense"
+
+
+def test_prepared_levels_of_symbols_written_to_are_forgotten(
+        device: list[list[tuple[int, int]]]) -> None:
+    LabelLayout.from_labels(blocky(1, 16, 16, 5), 5).level((8, 8))
+    layout = LabelLayout.from_labels(blocky(1, 16, 16, 5), 5)  # which prepares that size
+    layout.symbols[:, :8] = 1
+    assert torch.equal(layout.level((8, 8)).symbols, layout.resized((8, 8)))
+
+
+def test_mapping_writes_into_no_vectors_of_the_layout() -> None:
+    layout = LabelLayout.from_labels(blocky(1, 16, 16, 4), 4)
+    before = layout.state
+    for function in (lambda v: v, lambda v: v[:, :2]):
+        layout.map_vectors(function).vectors.fill_(3)
+    assert layout.state == before and layout.vectors.max() == 1
+
+
+def test_tables_of_a_layout_written_to_are_no_start_for_an_edit() -> None:
+    """Nor is what is predicted of it kept."""
+    labels, owner = blocky(1, 16, 16, 4), nn.Identity()
+    edited = labels.clone()
+    edited[0, 3:6, 4:9] = 1
+    norm, x = SPADE(8, 4, 8).eval(), torch.randn(1, 8, 16, 16)
+    before, after = (LabelLayout.from_labels(m, 4) for m in (labels, edited))
+    before.tables = TableCache(budget=8)
+    predicted = [before.tables.prediction(owner, 4, object) for _ in range(3)]
+    with torch.no_grad(), use_path("one_level"):
+        norm(x, before)
+        after.tables = TableCache(before.tables, budget=8)
+        before.symbols[:, :9] = 1
+        expected = norm(x, LabelLayout.from_labels(edited, 4))
+        torch.testing.assert_close(norm(x, after), expected)
+    before.tables = cache = TableCache(budget=8)
+    predicted = [cache.prediction(owner, 4, object) for _ in range(3)]
+    assert predicted[0] is None and predicted[1] is predicted[2] is not None
+    before.symbols[:, :3] = 2
+    assert before.tables is cache
+    again = [before.tables.prediction(owner, 4, object) for _ in range(2)]
+    assert again[0] is again[1] is not None and again[0] is not predicted[1]
+
+
+MAKERS: dict[str, Callable[[Tensor], LabelLayout | Tensor]] = {
+    "planes": lambda labels: one_hot(labels, 4),
+    "from_tensor": lambda labels: layout_of(one_hot(labels, 4)),
+    "from_labels": lambda labels: LabelLayout.from_labels(labels, 4).map_vectors(Tensor.double),
+    "copy": lambda labels: copy.deepcopy(LabelLayout(
+        LabelLayout.from_labels(labels, 4).symbols + 0, LabelLayout.from_labels(
+            labels, 4).vectors.double())),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("path", ["dense", *TABLES])
+@pytest.mark.parametrize("made", ["inference", "used in inference"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_inference_mode_made_serves_gradients(name: str, made: str, path: str) -> None:
+    norm, labels = SPADE(6, 4, 5).double(), blocky(1, 16, 16, 4)
+    for layout_kept in (False, True):
+        x = torch.randn(1, 6, 12, 12, dtype=torch.float64, requires_grad=True)
+        norm.train(not layout_kept).requires_grad_(not layout_kept)
+        with use_path(path):
+            with torch.inference_mode() if made == "inference" else nullcontext():
+                segmap = MAKERS[name](labels)
+                if isinstance(segmap, LabelLayout) and layout_kept:
+                    segmap.tables = TableCache()
+            with torch.inference_mode():
+                norm(x.detach(), segmap)
+            if isinstance(segmap, Tensor):
+                segmap = segmap.clone()
+            found = torch.autograd.grad(norm(x, segmap).square().sum(), x)[0]
+        with use_backend("reference"):
+            expected = torch.autograd.grad(norm(x, one_hot(labels, 4)).square().sum(), x)[0]
+        assert max_error(found, expected) < 1e-8
+
+
+@needs_cpu
+def test_a_static_layout_of_inference_mode_is_loaded_outside() -> None:
+    labels, norm = blocky(1, 16, 16, 4), SPADE(6, 4, 5).eval()
+    x = torch.randn(1, 6, 16, 16)
+    with torch.no_grad(), use_path("two_level"):
+        first, second = (LabelLayout.from_labels(m, 4) for m in (labels, labels.flip(1)))
+        with torch.inference_mode():
+            first.level((16, 16))
+            static = StaticLayout(first)
+        second.level((16, 16))
+        assert static.fits(second)
+        level = static.layout.level((16, 16))
+        static.load(second)
+        assert static.layout.level((16, 16)) is level  # in the same memory
+        torch.testing.assert_close(norm(x, static.layout), norm(x, second))
+
+
+@needs_cpu
+@pytest.mark.parametrize("default", ["meta"])
+def test_another_default_device_changes_nothing(default: str) -> None:
+    labels, x = blocky(1, 16, 16, 4), torch.randn(1, 6, 16, 16)
+    edited = labels.clone()
+    edited[0, 3:6, 4:9] = 1
+    norms = [SPADE(6, 4, 5).eval(), CGNorm(8, 4, 32, groups=4).eval()]
+    segmap = one_hot(labels, 4, torch.float32)
+    symbols = labels.int() + 1
+
+    def found() -> list[Tensor]:
+        layouts = [LabelLayout.from_labels(m, 4, edges=m == 2) for m in (labels, edited)]
+        vectors, windows = layouts[0].vectors, layouts[0].level((16, 16)).windows3
+        every = [layouts[0].dense((7, 5)), layouts[0].patches((16, 16)),
+                 match_windows(*layouts, (16, 16), reach=2)]
+        with use_path("two_level"):
+            every += [norms[0](x, segmap), norms[1](torch.cat([x, x], 1)[:, :8], segmap)]
+        for backend in ("cpu", "reference"):
+            every += label_windows.group_windows(vectors, windows, [(0, 2), (2, 4)],
+                                                 backend=backend)
+            for map in (segmap, segmap * float("nan")):
+                every += label_windows.number_vectors(map, 9, backend=backend)
+            every += label_windows.number_windows(symbols, 256, backend=backend)
+        levels, counts = label_windows.number_levels(symbols, [(8, 8)], [64], backend="reference")
+        return [*every, *levels[0], counts]
+
+    with torch.no_grad():
+        expected = found()
+        with torch.device(default):
+            for a, b in zip(found(), expected, strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@needs_cpu
+def test_compiles_a_mapping_and_kept_tables_without_a_graph_break() -> None:
+    norm, x = SPADE(6, 4, 5).eval().requires_grad_(False), torch.randn(1, 6, 16, 16)
+    layout = LabelLayout.from_labels(blocky(1, 16, 16, 4), 4)
+    layout.tables = TableCache()
+
+    def call(x: Tensor) -> Tensor:
+        with use_path("two_level"):
+            return norm(x, layout) + norm(x, layout.map_vectors(torch.clone))
+
+    expected = call(x)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x),
+                               expected)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from smis_kernels import SPADE
+from smis_kernels import SPADE, LabelLayout
 from smis_kernels.layout import planner
+from smis_kernels.layout.label_layout import TableCache
 from smis_kernels.runtime import tuned
 
 
@@ -121,6 +122,21 @@ def test_costs_are_those_worked_out_by_hand() -> None:
     last = 2 * c * k * 9
     assert found == pytest.approx({"dense": pixels * last / 2,
                                    "one_level": symbols * last / 5 + v * 18 * c / 7})
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("of", ["planes", "layout"])
+def test_a_batch_of_no_images_passes(of: str, kept: bool) -> None:
+    norm, x = SPADE(16, 4, 8).eval(), torch.randn(0, 16, 12, 10)
+    segmap = torch.zeros(0, 4, 24, 20)
+    if of == "layout":
+        segmap = LabelLayout.from_labels(torch.zeros(0, 24, 20).long(), 4)
+        segmap.tables = TableCache() if kept else None
+    for upsample in (False, True):
+        assert norm(x, segmap, upsample=upsample).shape == (
+            0, 16, 12 << upsample, 10 << upsample)
+    with pytest.raises(ValueError, match="input: expected at least one pixel"):
+        norm(x[:, :, :0], segmap)
 
 
 def test_the_cpu_s_choice_has_no_fixed_cost() -> None:

@@ -420,6 +420,41 @@ def test_weights_made_anew_take_no_memory():
     assert conv.kept_bytes == 0
 
 
+def test_weights_made_anew_in_the_same_place_are_told():
+    """A dead tensor's id and memory are given out again."""
+    kept = KeptWeight()
+    for turn in range(20):
+        weight = torch.randn(4, 4, 3, 3)
+        assert kept.of(weight, "same", torch.clone) is None
+        assert kept.expects(weight) == (turn == 0)
+        del weight
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 2)])
+def test_a_kept_transform_lets_its_weight_be_swapped(kernel, stride):
+    conv = WinogradConv2d(64, 64, kernel, stride=stride, padding=1).eval()
+    conv.keep_transform = True
+    plain, x = nn.Conv2d(64, 64, kernel, stride=stride, padding=1), torch.randn(1, 64, 24, 24)
+    with torch.no_grad():
+        for _ in range(3):
+            conv(x)
+        assert conv.kept_bytes
+        torch.utils.swap_tensors(conv.weight, nn.Parameter(0.05 * torch.randn_like(conv.weight)))
+        for _ in range(3):
+            plain.load_state_dict(conv.state_dict())
+            torch.testing.assert_close(conv(x), plain(x), rtol=1e-4, atol=1e-4)
+        assert conv.kept_bytes
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        conv.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(conv(x.double()), plain.double()(x.double()))
+
+
 def test_a_kept_transform_made_in_inference_mode_serves_gradients():
     conv, x = _kept_conv()
     conv.train().eval()

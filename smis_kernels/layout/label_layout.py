@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from ..ops.segments import Pieces, Segments, in_pieces, of_windows, sorted_rows,
 from ..runtime import constants
 from ..runtime.backend import refuse_trace, resolve
 from ..runtime.check import (
+    FLOATS,
     INTEGERS,
     check_device,
     check_range,
@@ -40,6 +42,8 @@ from ..runtime.check import (
 )
 from ..runtime.tensors import capturing as _capturing
 
+_compiling = torch.compiler.is_compiling  # a call asks more than once, and each look-up takes time
+IDS = (*INTEGERS, torch.uint16, torch.uint32, torch.uint64)
 MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
 MOST_SPARE = 2**24  # bytes of room for windows beyond which those found are copied out of it
 MOST_ROOM = 2**22  # numbers that vectors may take where there is room for all kinds of pixels
@@ -89,6 +93,16 @@ def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
     return WindowLevel(symbols, windows3, index3, windows5, index5)
 
 
+def _class_count(num_classes: Any) -> int:
+    try:
+        count = operator.index(num_classes)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    return count
+
+
 def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
     """Source index of each target index, exactly as F.interpolate: floor(fp32 dst * fp32 scale)."""
     scale = float(np.float32(source) / np.float32(size))
@@ -100,6 +114,40 @@ def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
 def _device_kernels(map: Tensor) -> bool:
     """Whether a GPU compiles layouts of this map without the host."""
     return resolve("number_levels", map, "auto", ("cuda",)) == "cuda"
+
+
+@contextmanager
+def outlasting() -> Iterator[None]:
+    """No inference tensors are made inside: what is kept serves later calls with gradients."""
+    if not _compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+def _lasting(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it is an inference tensor: no gradients, and no trace of writes."""
+    if _compiling() or not tensor.is_inference():
+        return tensor
+    with outlasting():
+        return tensor.clone()
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    """(h, w), a resolution that a map can be resized to."""
+    if (not isinstance(size, tuple) or len(size) != 2
+            or not all(hasattr(n, "__index__") and n >= 1 for n in size)):
+        raise ValueError(f"size: expected a tuple (h, w) of integers from 1, got {size!r}")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    """A map of pixels, neither sparse nor empty; a batch of none is one."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}; call .to_dense()")
+    if 0 in tensor.shape[-2:]:
+        raise ValueError(f"{name}: expected maps of at least one pixel, got shape "
+                         f"{tuple(tensor.shape)}; leave empty maps out")
 
 
 class _Reading:
@@ -116,7 +164,8 @@ class _Reading:
         if _capturing(numbers):
             self._held = None
         elif numbers.device.type == "cuda":
-            self._held = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._held = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu",
+                                     pin_memory=True)
             self._held.copy_(numbers, non_blocking=True)
             self._sent = torch.cuda.Event()
             self._sent.record(torch.cuda.current_stream(numbers.device))
@@ -232,9 +281,14 @@ class LabelLayout:
     A GPU compiles all sizes that earlier layouts of this shape were asked for in one go, and the
     host waits for it once, when a norm asks for the first.
 
+    Both tensors may be written into, not through ``.data`` or numpy, which leave no trace: what was
+    compiled of them is then made anew. A graph of torch.compile looks at no version, and has the
+    new windows once :meth:`level` has been asked for them.
+
     Attributes:
         symbols: (N, H, W) int32, from 1.
         vectors: (S + 1, K), the conditioning vector of each symbol; row 0 (outside) is zero.
+        tables: the :class:`TableCache` of frozen norms, or None.
 
     Example:
         >>> from smis_kernels import SPADE
@@ -248,13 +302,15 @@ class LabelLayout:
     """
 
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
-        self._symbols, self._vectors = symbols, vectors
+        self._symbols, self._vectors = _lasting(symbols), _lasting(vectors)
         self._levels: dict[tuple[int, int], WindowLevel] = {}
         self._own: dict[Any, _Own] = {}
         self._orders: dict[tuple[tuple[int, int], int], _Sorted] = {}
         self._prepared: dict[tuple[int, int], _Prepared] = {}
         self._labels: tuple[_Reading, int] | None = None  # not looked at yet, and their classes
-        self.tables: TableCache | None = None
+        self._tables: TableCache | None = None
+        self._tables_of = self.state
+        self._compiled_of = [self._tables_of[0]]  # symbols, by version; shared as levels are
 
     @property
     def symbols(self) -> Tensor:
@@ -265,6 +321,44 @@ class LabelLayout:
     def vectors(self) -> Tensor:
         self._check_labels()
         return self._vectors
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Versions of symbols and vectors, which writes move; -1 while torch.compile traces."""
+        if _compiling():
+            return -1, -1
+        return self._symbols._version, self._vectors._version
+
+    @property
+    def tables(self) -> TableCache | None:
+        tables = self._tables
+        if tables is not None and not _compiling() and self._tables_of != (
+                self._symbols._version, self._vectors._version):
+            tables.forget()
+            self._tables_of = self.state
+        return tables
+
+    @tables.setter
+    def tables(self, tables: TableCache | None) -> None:
+        self._tables = tables
+
+    @property
+    def levels(self) -> dict[tuple[int, int], WindowLevel]:
+        """The resolutions compiled so far, by size."""
+        self._look()
+        return self._levels
+
+    def _look(self) -> None:
+        """Forget what was compiled of symbols that have been written to since."""
+        if not _compiling() and self._symbols._version != self._compiled_of[0]:
+            for kept in (self._levels, self._prepared, self._orders, self._own):
+                kept.clear()
+            self._compiled_of[0] = self._symbols._version
+
+    def _settle(self) -> None:
+        """Take what is compiled, and the tables, for those of the symbols and vectors of now."""
+        self._tables_of = self.state
+        self._compiled_of[0] = self._tables_of[0]
 
     def _check_labels(self) -> None:
         """Refuse labels out of range, of which the device has told by now."""
@@ -293,15 +387,30 @@ class LabelLayout:
                 on a GPU are looked at there: the error comes from the first use of the layout.
         """
         check_tensor("labels", labels, (3, 4), "(N, H, W) or (N, 1, H, W)", INTEGERS)
+        if labels.dim() == 4 and labels.shape[1] != 1:
+            raise ValueError("labels: expected (N, H, W) or (N, 1, H, W), got shape "
+                             f"{tuple(labels.shape)}; planes are for from_tensor, as floats")
+        _check_dense("labels", labels)
+        num_classes = _class_count(num_classes)
         if instances is not None and edges is not None:
             raise ValueError("edges: expected instances or edges, got both")
+        for name, given in (("instances", instances), ("edges", edges)):
+            if given is not None:
+                check_tensor(name, given, (3, 4), "(N, H, W) or (N, 1, H, W)",
+                             IDS if name == "instances" else None)
+                check_shape(name, given, tuple(labels.shape), "to match labels")
+                _check_dense(name, given)
         refuse_trace("LabelLayout")
+        with outlasting():
+            return cls._of_labels(labels, num_classes, instances, edges)
+
+    @classmethod
+    def _of_labels(cls, labels: Tensor, num_classes: int, instances: Tensor | None,
+                   edges: Tensor | None) -> LabelLayout:
         flat = labels.reshape(labels.shape[0], *labels.shape[-2:])
         if instances is not None:
-            check_shape("instances", instances, tuple(labels.shape), "to match labels")
             edges = instance_edges(instances, dtype=torch.uint8)
         elif edges is not None:
-            check_shape("edges", edges, tuple(labels.shape), "to match labels")
             edges = edges.ne(0).view(torch.uint8)
         if edges is not None:
             check_device("edges", edges, labels, "labels")
@@ -326,8 +435,14 @@ class LabelLayout:
 
         One-hot, one-hot with edges, multi-hot: one mechanism. None where there are more than
         ``limit`` distinct vectors, or a NaN.
+
+        Raises:
+            ValueError, TypeError: no dense float tensor of that shape; the message names it.
         """
-        symbols, vectors = number_vectors(conditioning.detach(), limit, backend="auto")
+        check_tensor("conditioning", conditioning, 4, "(N, K, H, W)", FLOATS)
+        _check_dense("conditioning", conditioning)
+        with outlasting():
+            symbols, vectors = number_vectors(conditioning.detach(), limit, backend="auto")
         return cls(symbols, vectors) if len(vectors) else None
 
     @property
@@ -341,9 +456,14 @@ class LabelLayout:
 
         Numbering stops where windows hardly repeat, unless ``unlimited``: for a forced path.
         """
+        if not isinstance(size, tuple):
+            _check_size(size)
+        self._look()
         found = self._levels.get(size)
         if found is None or (unlimited and not found.repeats):
-            found = self._levels[size] = self._compiled(size, unlimited, found is not None)
+            _check_size(size)
+            with outlasting():
+                found = self._levels[size] = self._compiled(size, unlimited, found is not None)
         return found
 
     def _compiled(self, size: tuple[int, int], unlimited: bool, again: bool) -> WindowLevel:
@@ -381,10 +501,12 @@ class LabelLayout:
         """
         if not _device_kernels(self._symbols):
             return
+        self._look()
         due = [size for size in dict.fromkeys(sizes)
                if size not in self._levels and size not in self._prepared]
-        for first in range(0, len(due), MAX_LEVELS):
-            self._prepared.update(self._number(due[first : first + MAX_LEVELS]))
+        with outlasting():
+            for first in range(0, len(due), MAX_LEVELS):
+                self._prepared.update(self._number(due[first : first + MAX_LEVELS]))
 
     def _number(self, sizes: Sequence[tuple[int, int]], *,
                 unlimited: bool = False) -> dict[tuple[int, int], _Prepared]:
@@ -396,12 +518,14 @@ class LabelLayout:
 
     def countable(self, size: tuple[int, int]) -> bool:
         """Whether :meth:`level` can be had: its counts cannot be read during a graph's capture."""
+        self._look()
         prepared = self._prepared.get(size)
         return (size in self._levels or not _capturing(self._symbols)
                 or (prepared is not None and prepared.counts.done and self._labels is None))
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """Symbols (N, h, w) at another size, by nearest."""
+        _check_size(size)
         _, h, w = self.symbols.shape
         if size == (h, w):
             return self.symbols
@@ -413,6 +537,9 @@ class LabelLayout:
               dtype: torch.dtype | None = None) -> Tensor:
         """The conditioning tensor (N, K, h, w) itself, channels-last, for code that needs it."""
         self._check_labels()
+        self._look()
+        if size is not None and not isinstance(size, tuple):
+            _check_size(size)
         if size is None:
             symbols = self._symbols
         elif size in self._levels:
@@ -427,7 +554,8 @@ class LabelLayout:
     def patches(self, size: tuple[int, int]) -> Tensor:
         """(U + 1, 25) symbols of each distinct 5x5 window, row-major, 0 outside the image."""
         level = self.level(size)
-        rows, columns = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+        steps = torch.arange(5, device="cpu")
+        rows, columns = torch.meshgrid(steps, steps, indexing="ij")
         # Position (y, x) of the 5x5 window lies in the 3x3 window of the nearest inner tap.
         tap_y, tap_x = rows.clamp(1, 3) - 1, columns.clamp(1, 3) - 1
         tap = (3 * tap_y + tap_x).flatten().to(level.windows5.device)
@@ -512,33 +640,51 @@ class LabelLayout:
 
         Windows depend on the symbols alone, so the compiled resolutions are shared.
         """
-        mapped = LabelLayout(self._symbols, function(self._vectors))
-        mapped._vectors[0] = 0
-        mapped._levels, mapped.tables = self._levels, self.tables
-        mapped._orders = self._orders
+        with outlasting():
+            vectors = function(self._vectors)
+            # A write to a view of its own vectors would be one to them.
+            if not _compiling() and (vectors.untyped_storage()._cdata
+                                     == self._vectors.untyped_storage()._cdata):
+                vectors = vectors.clone()
+            vectors[0] = 0
+        mapped = LabelLayout(self._symbols, vectors)
+        mapped._levels, mapped._tables = self._levels, self.tables
+        mapped._orders, mapped._compiled_of = self._orders, self._compiled_of
         mapped._prepared, mapped._labels = self._prepared, self._labels
         return mapped
 
     def to(self, device: torch.device | str) -> LabelLayout:
         """A copy on another device, compiled resolutions included."""
-        moved = LabelLayout(self.symbols.to(device), self.vectors.to(device))
-        for size, level in self._levels.items():
-            moved._levels[size] = WindowLevel(**{k: v.to(device) for k, v in vars(level).items()})
+        if not isinstance(device, (str, int, torch.device)):
+            raise TypeError(f"device: expected a device such as 'cpu', got {device!r}; for vectors "
+                            "of another dtype use map_vectors")
+        self._look()
+        with outlasting():
+            moved = LabelLayout(self.symbols.to(device), self.vectors.to(device))
+            for size, level in self._levels.items():
+                moved._levels[size] = WindowLevel(
+                    **{k: v.to(device) for k, v in vars(level).items()})
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_labels()
+        self._look()
         levels = {size: WindowLevel(**{k: v.clone() for k, v in vars(level).items()})
                   for size, level in self._levels.items()}  # views would take all that they lie in
-        return {**self.__dict__, "_levels": levels, "_prepared": {}, "tables": None, "_own": {},
+        return {**self.__dict__, "_levels": levels, "_prepared": {}, "_tables": None, "_own": {},
                 "_orders": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "symbols" in state:  # of 0.2
             state = {**state, "_symbols": state["symbols"], "_vectors": state["vectors"]}
             del state["symbols"], state["vectors"]
-        self.__dict__.update({"_own": {}, "_orders": {}, "_prepared": {}, "_labels": None,
-                              "tables": None, **state})
+        self.__dict__.update({"_own": {}, "_orders": {}, "_prepared": {}, "_labels": None, **state,
+                              "_tables": None, "_compiled_of": [-1]})
+        self.__dict__.pop("tables", None)  # of 0.2
+        self._symbols, self._vectors = _lasting(self._symbols), _lasting(self._vectors)
+        for level in self._levels.values():
+            level.__dict__.update({k: _lasting(v) for k, v in vars(level).items()})
+        self._settle()  # a copy's versions are its own
 
     def __repr__(self) -> str:
         n, k, h, w = self.shape
@@ -546,6 +692,7 @@ class LabelLayout:
 
     def summary(self) -> str:
         """A table of the compiled resolutions: distinct windows and their share of the pixels."""
+        self._look()
         lines = [repr(self), "   size      pixels  3x3 windows          5x5 windows"]
         for (h, w), level in sorted(self._levels.items(), reverse=True):
             pixels = level.symbols.numel()
@@ -563,8 +710,9 @@ class LabelLayout:
 def _names(old: LabelLayout, new: LabelLayout) -> tuple[Tensor, Tensor]:
     """A number for each symbol of both layouts: of equal vectors the same one."""
     marked = [
-        torch.cat([x.vectors.double(), torch.zeros((len(x.vectors), 1))
-                   .to(x.vectors.device, torch.double).index_fill_(0, _first(x.vectors), 1)], 1)
+        torch.cat([x.vectors.double(), torch.zeros(
+            (len(x.vectors), 1), dtype=torch.double, device=x.vectors.device,
+        ).index_fill_(0, _first(x.vectors), 1)], 1)
         for x in (old, new)
     ]  # the outside differs from a pixel whose vector is zero
     _, common = torch.unique(torch.cat(marked), dim=0, return_inverse=True)
@@ -623,7 +771,8 @@ class _Edit:
         if reach == 2:
             used, renamed = torch.unique(wanted, return_inverse=True)  # 0 is the first of them
             windows3, wanted = windows3.index_select(0, used.long()), renamed.int()
-        if len(row) == rows_before and torch.equal(row, torch.arange(len(row)).to(row.device)):
+        if len(row) == rows_before and torch.equal(
+                row, torch.arange(len(row), device=row.device)):
             return cls(None, fresh, windows3, wanted)
         return cls(row.clamp_min(0), fresh, windows3, wanted)
 
@@ -643,7 +792,9 @@ class TableCache:
     """
 
     def __init__(self, earlier: TableCache | None = None, *, budget: int = 0) -> None:
-        self._kept: dict[tuple[nn.Module, tuple[int, int]], tuple[LabelLayout, Tensor]] = {}
+        # The layout, its state when the table was made, and the table.
+        self._kept: dict[tuple[nn.Module, tuple[int, int]],
+                         tuple[LabelLayout, tuple[int, ...], Tensor]] = {}
         self._names: dict[tuple[int, int], tuple[LabelLayout, LabelLayout, Any]] = {}
         self._edits: dict[Any, _Edit] = {}
         self._counts: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
@@ -658,7 +809,13 @@ class TableCache:
 
     def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
             table: Tensor) -> None:
-        self._kept[owner, size] = (layout, table)
+        self._kept[owner, size] = (layout, layout.state, table)
+
+    def forget(self) -> None:
+        """Drop what was made of a layout that has been written to since."""
+        for kept in (self._kept, self._names, self._edits, self._counts):
+            kept.clear()
+        self._predictions = dict.fromkeys(self._predictions)  # made anew at the next request
 
     def lacks(self, owner: Any, size: tuple[int, int]) -> bool:
         """Whether the owner's table at ``size`` is to be made of all windows."""
@@ -666,7 +823,7 @@ class TableCache:
 
     def items(self) -> Iterator[tuple[tuple[nn.Module, tuple[int, int]], Tensor]]:
         """((owner, size), table) of all tables kept."""
-        for key, (_, table) in self._kept.items():
+        for key, (*_, table) in self._kept.items():
             yield key, table
 
     @property
@@ -683,14 +840,21 @@ class TableCache:
         """
         found = self._kept.get((owner, size))
         if found is not None:
-            return found[1]
+            return found[2]
+        with outlasting():
+            table = self._made(owner, size, layout, reach, build)
+        self.put(owner, size, layout, table)
+        return table
+
+    def _made(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout, reach: int,
+              build: Build) -> Tensor:
         level = layout.level(size)
         earlier = None if self._earlier is None else self._earlier.get((owner, size))
-        if earlier is None:
+        if earlier is None or earlier[0].state != earlier[1]:
             windows = level.windows3 if reach == 1 else level.windows5
             table, new, total = build(level.windows3, windows), len(windows) - 1, len(windows) - 1
         else:
-            before, rows = earlier
+            before, _, rows = earlier
             edit = self._edit(before, layout, size, reach, len(rows))
             table = rows if edit.row is None else rows.index_select(0, edit.row)
             new, total = len(edit.fresh), len(table) - 1
@@ -698,7 +862,6 @@ class TableCache:
                 made = build(edit.windows3, edit.windows)[1:]
                 table.index_copy_(0, edit.fresh, made)
         self._counts[size, reach] = (new, total - new)
-        self.put(owner, size, layout, table)
         return table
 
     @property
@@ -718,7 +881,8 @@ class TableCache:
                 self._predictions[owner] = None
             return None
         if self._predictions[owner] is None:
-            self._predictions[owner] = make()
+            with outlasting():
+                self._predictions[owner] = make()
         found: T = self._predictions[owner]
         return found
 

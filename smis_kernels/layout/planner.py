@@ -13,6 +13,7 @@ from ..ops.indexed_modulation import op as indexed
 from ..ops.label_windows.op import GroupWindows
 from ..ops.window_table import op as window_table
 from ..runtime.backend import resolve
+from ..runtime.check import FLOATS, check_tensor
 from ..runtime.checked import Checked
 from ..runtime.derivatives import transformed
 from ..runtime.explain import record, recording
@@ -203,6 +204,11 @@ def own_windows(norm: ModulationConvs, layout: LabelLayout, windows3: Tensor, co
 
 
 def _check_map(norm: ModulationConvs, segmap: Tensor | LabelLayout, input: Tensor) -> None:
+    if isinstance(segmap, Tensor) and segmap.layout != torch.strided:
+        raise TypeError(f"segmap: expected a dense tensor, got {segmap.layout}; call .to_dense()")
+    if not isinstance(segmap, (Tensor, LabelLayout)):
+        raise TypeError(f"segmap: expected a tensor (N, {norm.label_channels}, H, W) or a "
+                        f"LabelLayout, got {type(segmap).__name__}")
     shape = tuple(segmap.shape)
     if len(shape) != 4 or shape[1] != norm.label_channels:
         labels = isinstance(segmap, Tensor) and not segmap.is_floating_point() and (
@@ -214,6 +220,12 @@ def _check_map(norm: ModulationConvs, segmap: Tensor | LabelLayout, input: Tenso
         raise ValueError(
             f"segmap: expected the batch size {input.shape[0]} of the input, got {shape[0]}"
         )
+    for name, given in (("segmap", shape), ("input", tuple(input.shape))):
+        if 0 in given[2:]:
+            raise ValueError(f"{name}: expected at least one pixel, got shape {given}; leave empty "
+                             "maps out")
+    if isinstance(segmap, Tensor):
+        check_tensor("segmap", segmap, 4, "(N, K, H, W)", FLOATS)
 
 
 def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | LabelLayout,
@@ -228,8 +240,9 @@ def choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | Lab
     if (kind != "cpu" or not isinstance(segmap, LabelLayout) or torch.compiler.is_compiling()
             or recording()):
         return _choose(norms, input, segmap, size, kind)
-    key = (requested_path(), size, input.shape[0], input.dtype, CPU_RATES, segmap.tables is None,
-           *[n.outline for n in norms])
+    # Nothing is traced here: versions are read where they lie.
+    key = (requested_path(), size, input.shape[0], input.dtype, CPU_RATES, segmap._tables is None,
+           segmap._symbols._version, segmap._vectors._version, *[n.outline for n in norms])
     chosen = _chosen.get(segmap)
     if chosen is None:
         chosen = _chosen.setdefault(segmap, Checked())
@@ -304,7 +317,7 @@ def _choose(norms: Sequence[ModulationConvs], input: Tensor, segmap: Tensor | La
     if kept:
         del total["dense"]
     best = min(total, key=lambda path: total[path])
-    gain = round(dense / total[best], 1)
+    gain = round(dense / total[best], 1) if total[best] else 1.0  # of no images nothing costs
     reason = "tables are kept" if kept else "least expected cost"
     return plan(best, None if best == "dense" else layout, reason,
                 V=v, U=u, pixels=pixels, expected_gain=f"{gain}x",

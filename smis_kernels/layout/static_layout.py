@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .label_layout import LabelLayout, TableCache, WindowLevel
+from .label_layout import LabelLayout, TableCache, WindowLevel, outlasting
 
 
 def capacity(rows: int) -> int:
@@ -66,8 +67,12 @@ class StaticLayout:
     """
 
     def __init__(self, used: LabelLayout) -> None:
+        with outlasting():
+            self._copy(used)
+
+    def _copy(self, used: LabelLayout) -> None:
         self.layout = LabelLayout(used.symbols.clone(), _buffer(used.vectors))
-        self.layout._levels = {size: _static_level(level) for size, level in used._levels.items()}
+        self.layout._levels = {size: _static_level(level) for size, level in used.levels.items()}
         self._tables = {key: _buffer(table) for key, table in _tables(used).items()}
         if used.tables is not None:
             self.layout.tables = TableCache()
@@ -81,7 +86,7 @@ class StaticLayout:
 
     def fits(self, used: LabelLayout) -> bool:
         """Whether an edited layout, used as this was, takes the same paths in the same memory."""
-        levels, tables = used._levels, _tables(used)
+        levels, tables = used.levels, _tables(used)
         if not self.layout._levels.keys() <= levels.keys() or tables.keys() != self._tables.keys():
             return False
         pairs = [(self.layout.vectors, used.vectors)]
@@ -96,12 +101,13 @@ class StaticLayout:
             and rows.dtype == buffer.dtype for buffer, rows in pairs
         )
 
+    @torch.no_grad()
     def load(self, used: LabelLayout) -> None:
         """Copy a layout that :meth:`fits` into the buffers."""
         self.layout.symbols.copy_(used.symbols)
         _refill(self.layout.vectors, used.vectors)
         for size, static in self.layout._levels.items():
-            level = used._levels[size]
+            level = used.levels[size]
             for name in _INDEX_MAPS:
                 getattr(static, name).copy_(getattr(level, name))
             if static.repeats:
@@ -109,3 +115,4 @@ class StaticLayout:
                     _refill(getattr(static, name), getattr(level, name))
         for key, table in _tables(used).items():
             _refill(self._tables[key], table)
+        self.layout._settle()  # all is of what was written

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .content_digest.stamp import Stamp
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _Met:
+    """A tensor met before, told again without a hold on it or its memory.
+
+    There is no weak reference to the tensor itself, for ``torch.utils.swap_tensors`` refuses those
+    that have one. One to its storage lets no other take that place: weights made anew are told.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._id = id(tensor)
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    def __call__(self, tensor: Tensor) -> bool:
+        """Whether it is the tensor, of the same memory."""
+        return self._id == id(tensor) and self._storage.cdata == tensor.untyped_storage()._cdata
 
 
 class KeptWeight:
@@ -23,8 +41,8 @@ class KeptWeight:
     """
 
     def __init__(self) -> None:
-        self._last: weakref.ref[Tensor] | None = None
-        self._seen: weakref.ref[Tensor] | None = None
+        self._last: _Met | None = None
+        self._seen: _Met | None = None
         self._kept: tuple[Hashable, Stamp, Tensor] | None = None
 
     @property
@@ -39,21 +57,25 @@ class KeptWeight:
         """
         if torch.compiler.is_compiling():
             return False
-        before, self._seen = self._seen, weakref.ref(weight)
-        return before is None or before() is weight
+        if type(weight) not in _PLAIN:
+            return False
+        before = self._seen
+        known = before is not None and before(weight)
+        if not known:
+            self._seen = _Met(weight)
+        return known or before is None
 
     def of(self, weight: Tensor, key: Hashable, transform: Callable[[Tensor], Tensor],
            ) -> Tensor | None:
         """``transform(weight)``, named ``key``, as it is now; None where none is kept."""
-        if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+        if torch.compiler.is_compiling() or type(weight) not in _PLAIN:
             return None
         kept = self._kept
         if kept is not None and kept[0] == key and kept[1].holds([weight]):
             return kept[2]
         self._kept = None
-        again = self._last is not None and self._last() is weight
-        self._last = weakref.ref(weight)
-        if not again:
+        if self._last is None or not self._last(weight):
+            self._last = _Met(weight)
             return None
         # No inference tensor: later calls may ask for gradients of their inputs.
         with torch.inference_mode(False), torch.no_grad():

@@ -134,7 +134,7 @@ def _boxes_by_sums(image: Tensor, semantics: Tensor, boxes: Tensor) -> Tensor:
     for n, c in (boxes[..., 1] > 0).nonzero().tolist():
         mask = semantics[n, c] if semantics.dim() == 4 else (semantics[n] == c).to(image.dtype)
         found = reference.bounds(image[n] * mask, "sums")
-        out[n, c] = torch.tensor(found, dtype=torch.int32)
+        out[n, c] = torch.tensor(found, dtype=torch.int32, device=out.device)
     return out
 
 
@@ -177,7 +177,11 @@ def _found_boxes(image: Tensor, semantics: Tensor, num_classes: int, box: str,
 def _checked_size(size: int | tuple[int, int] | None, image: Tensor) -> tuple[int, int]:
     if size is None:
         return image.shape[2], image.shape[3]
-    height, width = (size, size) if isinstance(size, int) else size
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(hasattr(n, "__index__") for n in pair):
+        raise TypeError(f"size: expected an integer or (height, width), two of them, got {size!r}; "
+                        "round it first")
+    height, width = pair
     if height < 1 or width < 1:
         raise ValueError(f"size: expected positive (height, width), got {(height, width)}")
     return height, width

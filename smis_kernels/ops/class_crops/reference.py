@@ -36,7 +36,7 @@ def class_boxes(image: Tensor, semantics: Tensor, num_classes: int, box: str) ->
         for c in range(num_classes):
             found = bounds(image[n] * masks[n, c], box)
             if found is not None:
-                boxes[n, c] = torch.tensor(found, dtype=torch.int32)
+                boxes[n, c] = torch.tensor(found, dtype=torch.int32, device=boxes.device)
     return boxes
 
 

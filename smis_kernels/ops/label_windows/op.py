@@ -144,7 +144,7 @@ def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, 
     if kind == "reference":
         refuse_trace("group_windows")
         return GroupWindows(*reference.group_windows(vectors, windows, ranges))
-    pairs = torch.tensor(ranges, dtype=torch.int64)
+    pairs = torch.tensor(ranges, dtype=torch.int64, device="cpu")
     return GroupWindows(*_group_windows(kind, vectors.detach(), windows, pairs))
 
 

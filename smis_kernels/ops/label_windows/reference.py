@@ -14,12 +14,13 @@ MAX_ID = 2**21 - 1  # three ids are one key of the kernels
 def _first_appearance(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Number the distinct rows of (P, K) from 1 in order of first appearance."""
     unique, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    first = torch.full((len(unique),), len(rows), dtype=torch.long)
-    first.scatter_reduce_(0, inverse, torch.arange(len(rows)), "amin")
+    device = rows.device
+    first = torch.full((len(unique),), len(rows), dtype=torch.long, device=device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(rows), device=device), "amin")
     order = first.argsort()
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(1, len(order) + 1)
-    zero = torch.zeros((1, rows.shape[1]), dtype=rows.dtype)
+    rank[order] = torch.arange(1, len(order) + 1, device=device)
+    zero = rows.new_zeros((1, rows.shape[1]))
     return rank[inverse].int(), torch.cat([zero, unique[order]])
 
 
@@ -28,7 +29,8 @@ def number_vectors(input: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     n, k, h, w = input.shape
     rows = input.permute(0, 2, 3, 1).reshape(-1, k).cpu()
     if rows.isnan().any():
-        return torch.zeros((n, h, w), dtype=torch.int32), rows.new_empty((0, k))
+        symbols = torch.zeros((n, h, w), dtype=torch.int32, device=input.device)
+        return symbols, input.new_empty((0, k))
     index, vectors = _first_appearance(rows + 0.0)  # -0 becomes 0
     if len(vectors) - 1 > limit:
         vectors = rows.new_empty((0, k))
@@ -59,22 +61,23 @@ def group_windows(vectors: Tensor, windows: Tensor, ranges: Sequence[tuple[int, 
         if names not in partitions:
             partitions.append(names)
         kinds.append(partitions.index(names))
-    numbered = [_first_appearance(torch.tensor(names, dtype=torch.int32)[windows[1:].long().cpu()])
+    inner = windows[1:].long().cpu()
+    numbered = [_first_appearance(torch.tensor(names, dtype=torch.int32, device="cpu")[inner])
                 for names in partitions]
     most = max(len(own) for _, own in numbered)
     ids = torch.stack([F.pad(index, (1, 0)) for index, _ in numbered])
     padded = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for _, own in numbered])
-    counts = torch.tensor([len(own) - 1 for _, own in numbered])
     device = windows.device
-    return (torch.tensor(kinds).int().to(device), ids.to(device), padded.to(device),
-            counts.int().to(device))
+    counts = torch.tensor([len(own) - 1 for _, own in numbered], dtype=torch.int32, device=device)
+    return (torch.tensor(kinds, dtype=torch.int32, device=device), ids.to(device),
+            padded.to(device), counts)
 
 
 def number_levels(
     map: Tensor, sizes: list[tuple[int, int]], limits: list[int],
 ) -> tuple[list[tuple[Tensor, ...]], Tensor]:
     """(symbols, index3, windows3, index5, windows5) of each size, and the counts (2, levels)."""
-    levels, counts = [], torch.full((2, len(sizes)), -1)
+    levels, counts = [], torch.full((2, len(sizes)), -1, device=map.device)
     for number, (size, limit) in enumerate(zip(sizes, limits, strict=True)):
         symbols = F.interpolate(map.double()[:, None], size, mode="nearest")[:, 0].int()
         rows = max(min(limit, symbols.numel(), MAX_ID), 0)
@@ -90,7 +93,7 @@ def number_levels(
                 index = torch.zeros_like(index)
             level += [index, windows]
         levels.append(tuple(level))
-    return levels, counts.to(map.device)
+    return levels, counts
 
 
 def _kinds(labels: Tensor, edges: Tensor | None, num_classes: int) -> tuple[Tensor, int]:
