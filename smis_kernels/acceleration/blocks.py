@@ -18,11 +18,19 @@ from .formats import (
     gradient_in_format,
     in_format_of,
     network_call,
+    planes,
     upsampled_from,
 )
 from .graph import FEATURES, MAP, Graph, Order, Step, Unclear, is_plain_conv, outline, record
 from .match import POINTWISE, POINTWISE_LAYERS, Mismatch, described, resize_of
-from .norms import FusedNorm, NormPlan, inputs_of, is_small_call, of_another_size
+from .norms import (
+    FusedNorm,
+    NormPlan,
+    inputs_of,
+    is_small_call,
+    maps_of_other_sizes,
+    of_another_size,
+)
 from .probe import Trial, agreeing, detached_copy, probe_size, unit_outputs
 from .sequences import activation_of
 from .served import Evaluation
@@ -356,6 +364,8 @@ def judge(block: nn.Module, plans: list[BlockPlan], norms: Norms) -> tuple[int |
     other = (of_another_size(x), of_another_size(planes))
     trials = [Trial((x, planes), True), Trial((x, planes), False, parameters=False),
               Trial(other, False, differentiable=(), parameters=False)]
+    trials += [Trial((x, m), False, differentiable=(), parameters=False)
+               for m in (maps_of_other_sizes(x, planes) if plan.resized else ())]
     if plan.folds:
         height, width = (2 * (-(-s // 2)) for s in probe_size(twin))
         x, planes = inputs_of(next(twin.parameters()), plan.channels, plan.labels,
@@ -426,7 +436,13 @@ class FusedBlock(Fused):
             segmap = next((steps.value(i) for i, step in enumerate(plan.graph.steps)
                            if step.op == "resize"), segmap)
             for part in plan.parts:
-                self._smis_do(part, steps, ready, segmap, half is not None)
+                # The caller may write to a leaky ReLU's result, which a fused one's gradient reads.
+                late = torch.is_grad_enabled() and part.activation == "leaky_relu" and (
+                    part.step == plan.graph.output)
+                self._smis_do(replace(part, activation=None) if late else part, steps, ready,
+                              segmap, half is not None)
+                if late:
+                    steps.found[part.step] = F.leaky_relu(steps.found[part.step], part.slope)
                 for i in part.drops:
                     steps.found.pop(i, None)
             out = steps.found[plan.graph.output]
@@ -450,7 +466,8 @@ class FusedBlock(Fused):
                     not hooked(conv, weights=False)):
                 plain = as_called(conv)
             found[part.step], second = _both(first, rest[0], x, segmap, active, upsample, plain)
-            found[part.also] = second if conv is None or plain is not None else conv(second)
+            found[part.also] = second if conv is None or plain is not None else conv(
+                _as_written(conv, second))
         elif part.conv:
             conv, h = self.get_submodule(part.conv), found[part.source]
             halved = folded and part.added == FEATURES
@@ -460,7 +477,7 @@ class FusedBlock(Fused):
             if whole and isinstance(conv, FusedConv) and not hooked(conv, weights=False):
                 found[part.step] = conv(h, found[part.added])
             else:  # a hook is to see what the conv was written to take and to return
-                found[part.step] = added + conv(h)
+                found[part.step] = added + conv(_as_written(conv, h))
         else:
             steps.value(part.step)
 
@@ -477,6 +494,19 @@ class _Steps(Evaluation):
         if step.op == "resize":
             return F.interpolate(self.found[MAP], size=self.features.shape[2:], mode="nearest")
         return super()._done(i, step)
+
+    def _module(self, i: int, step: Step) -> Tensor:
+        module = self.owner.get_submodule(step.settings)
+        out: Tensor = module(_as_written(module, self.value(step.inputs[0])))
+        return out
+
+
+def _as_written(module: nn.Module, x: Tensor) -> Tensor:
+    """Features that a part is called with: contiguous where its hooks see them, and may keep them.
+
+    Code that knows nothing of the other format takes views.
+    """
+    return planes(x) if x.dim() == 4 and hooked(module, weights=False) else x
 
 
 def _both(norm_0: CGNorm, norm_s: CGNorm, x: Tensor, segmap: Tensor, active: dict[str, Any],

@@ -10,11 +10,17 @@ from ..modules.winograd_conv import WinogradConv2d, WinogradConvTranspose2d
 from ..ops.winograd_conv.choice import plus
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import is_channels_last
-from .graph import is_plain_conv
+from .graph import convolves, is_plain_conv, is_plain_conv_transpose
 from .swap import Accelerated, Change
 from .watch import make_weight
 
 _SIDES = (3, 4)  # of the kernels that have such a form
+
+
+def _may_transform(conv: nn.Conv2d | nn.ConvTranspose2d, input: Tensor) -> bool:
+    """Whether a call takes the form with fewer multiplications; the class decides on the rest."""
+    return (transformed() is None and input.dim() == 4 and is_channels_last(input)
+            and convolves(conv))
 
 
 class FusedConv(Accelerated, WinogradConv2d):
@@ -22,7 +28,7 @@ class FusedConv(Accelerated, WinogradConv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         # Elsewhere the output is to have the input's format.
-        if is_channels_last(input) and transformed() is None:
+        if _may_transform(self, input):
             return super().forward(input, residual)
         return plus(super(WinogradConv2d, self).forward(input), residual)
 
@@ -41,7 +47,7 @@ class FusedConvTranspose(Accelerated, WinogradConvTranspose2d):
     """A transposed conv, by Winograd's algorithm where that is faster."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if is_channels_last(input) and transformed() is None:
+        if _may_transform(self, input):
             return super().forward(input, output_size)
         y: Tensor = super(WinogradConvTranspose2d, self).forward(input, output_size)
         return y
@@ -57,5 +63,4 @@ def conv_change(module: nn.Module, least_width: int = 0) -> Change | None:
         return None
     if isinstance(module, nn.Conv2d):
         return Change(module, FusedConv) if is_plain_conv(module) else None
-    plain = type(module).forward is nn.ConvTranspose2d.forward
-    return Change(module, FusedConvTranspose) if plain else None
+    return Change(module, FusedConvTranspose) if is_plain_conv_transpose(module) else None

@@ -81,7 +81,8 @@ class FoldedParametrization(Accelerated):
         tensors = [*self.parameters(), *self.buffers()]
         kept: Folded | None = vars(self).get(FOLDED)
         settings: Settings | None = vars(self).get(SETTINGS)
-        changed = settings is None or hooked(*settings.modules[1:]) or settings.change()
+        changed = settings is None or settings.owner is not self or hooked(
+            *settings.modules[1:]) or settings.change()
         if changed or not constant(self, *self.parameters()):
             vars(self).pop(FOLDED, None)
             return super().forward()

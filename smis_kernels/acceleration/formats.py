@@ -16,6 +16,7 @@ from ..ops.reformat.op import reformat
 from ..ops.upsampling_source.op import upsampling_source
 from ..runtime.backend import requested
 from ..runtime.check import WIDE
+from ..runtime.derivatives import transformed
 from ..runtime.tensors import readable
 from .resizes import resizes_of
 from .swap import Accelerated
@@ -48,12 +49,35 @@ def network_call(of: nn.Module | Tensor) -> Iterator[bool]:
         _calls.depth -= 1
 
 
-def _tracked(x: Tensor) -> Tensor:
+class _Tracked:
+    """Copies of a call's inference tensors, and what becomes of them."""
+
     # Edits of an inference tensor leave no trace, so its map would be numbered for every norm.
-    if x.dim() != 4 or not x.is_inference():
-        return x
-    with torch.inference_mode(False):
-        return x.clone()
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}  # by the inputs' ids
+        self._inputs: dict[int, Tensor] = {}  # by the copies'
+
+    def copy(self, x: Tensor) -> Tensor:
+        """What the network is to get for an input."""
+        if x.dim() != 4 or not x.is_inference():
+            return x
+        if id(x) not in self._copies:
+            with torch.inference_mode(False):
+                made = x.clone()
+            self._copies[id(x)] = x, made, made._version
+            self._inputs[id(made)] = x
+        return self._copies[id(x)][1]
+
+    def original(self, x: Tensor) -> Tensor:
+        """The input that a network returns a copy of; any other tensor itself."""
+        return self._inputs.get(id(x), x)
+
+    def write_back(self) -> None:
+        """What the network has written to its inputs."""
+        for x, made, version in self._copies.values():
+            if made._version != version:
+                x.copy_(made)
 
 
 def _reformatted(x: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -94,8 +118,9 @@ def gradient_in_format(x: Tensor) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(
-        memory_format=torch.channels_last)
+    if x.dim() != 4 or transformed() is not None:  # of which vmap answers no such question
+        return False
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def in_format_of(output: Any, inputs: Any) -> Any:
@@ -118,7 +143,15 @@ class Network(Accelerated):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with network_call(self) as outermost:
-            if outermost and torch.is_inference_mode_enabled():
-                args, kwargs = tree_map_only(Tensor, _tracked, (args, kwargs))
-            output = super().forward(*args, **kwargs)
-        return in_format_of(output, (args, kwargs)) if outermost else output
+            if not outermost:
+                return super().forward(*args, **kwargs)
+            if not torch.is_inference_mode_enabled():
+                return in_format_of(super().forward(*args, **kwargs), (args, kwargs))
+            tracked = _Tracked()
+            given = tree_map_only(Tensor, tracked.copy, (args, kwargs))
+            try:
+                output = super().forward(*given[0], **given[1])
+            finally:
+                tracked.write_back()
+            output = tree_map_only(Tensor, tracked.original, output)
+            return in_format_of(output, (args, kwargs))

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode, resolve_name
+
+from .watch import is_patched
 
 FEATURES, MAP = 0, 1  # the first two steps of a graph: its inputs
 MOST_STEPS = 200  # of what can still be one norm
@@ -32,6 +35,10 @@ _REVERSED = {"__rsub__": "sub", "rsub": "sub", "__rtruediv__": "div", "__rdiv__"
 # Whose result is their argument, as far as values go.
 _IDENTITIES = {"contiguous", "clone"}
 ARITHMETIC = ("add", "sub", "mul", "div")
+# As they were when this library was loaded: torch's classes may be patched, too.
+_CONV = (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+_CONV_TRANSPOSE = (nn.ConvTranspose2d.forward, nn.ConvTranspose2d._output_padding)
+_INSTANCE_NORM = (_InstanceNorm.forward, _InstanceNorm._apply_instance_norm)
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,28 @@ def is_plain_conv(module: nn.Module | None) -> bool:
     """Whether it is a conv that computes what nn.Conv2d does, whatever its weight comes from."""
     if not isinstance(module, nn.Conv2d):
         return False
+    return type(module).forward is _CONV[0] and convolves(module)
+
+
+def is_plain_conv_transpose(module: nn.Module) -> bool:
+    """The same for nn.ConvTranspose2d."""
+    if not isinstance(module, nn.ConvTranspose2d):
+        return False
+    return type(module).forward is _CONV_TRANSPOSE[0] and convolves(module)
+
+
+def is_plain_instance_norm(module: _InstanceNorm) -> bool:
+    """Whether an instance norm computes what torch's do."""
     cls = type(module)
-    return cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+    return (cls.forward, cls._apply_instance_norm) == _INSTANCE_NORM and not is_patched(module)
+
+
+def convolves(module: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Whether what its forward calls is torch's: neither the class nor the instance has another."""
+    cls: Any = type(module)
+    own = cls._conv_forward is _CONV[1] if isinstance(module, nn.Conv2d) else (
+        cls._output_padding is _CONV_TRANSPOSE[1])
+    return own and not is_patched(module)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -161,16 +188,16 @@ class _Recorder(TorchFunctionMode):
         """Note the results of a function."""
         template, inputs = self._arguments((tuple(args), {k: v for k, v in kwargs.items()
                                                           if k != "inplace"}))
-        if not isinstance(out, (Tensor, tuple, list)):
+        whole = out if isinstance(out, (tuple, list)) else (out,)
+        if not all(isinstance(part, Tensor) for part in whole):
             raise Unclear(f"it asks for values ({name})")
         step = Step(name, inputs, (origin, *template))
         if isinstance(out, Tensor):
             self._note(out, step)
             return
-        whole = self._note(torch.empty(0), step)
-        for i, part in enumerate(out):
-            if isinstance(part, Tensor):
-                self._note(part, Step("item", (whole,), i))
+        several = self._note(torch.empty(0), step)
+        for i, part in enumerate(whole):
+            self._note(part, Step("item", (several,), i))
 
     def module_called(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """Note the result of a part that is one step."""

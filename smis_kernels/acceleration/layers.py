@@ -75,8 +75,8 @@ def judge_pixel_conv(module: nn.Module) -> Verdict | None:
     span = window["dilation"] * (k - 1) + 1
     out = [(s + 2 * window["padding"] - span) // stride + 1 for s in size]
     generator = torch.Generator().manual_seed(SEED)
-    like = next(module.parameters(), torch.empty(0))
-    inputs = tuple(torch.randn(shape, generator=generator).to(like)
+    like = next(module.parameters(), torch.empty(0, device="cpu"))
+    inputs = tuple(torch.randn(shape, generator=generator, device="cpu").to(like)
                    for shape in ((2, channels, *size), (2, channels * k * k, *out)))
     trials = [Trial(inputs, training, differentiable=(0, 1)) for training in (True, False)]
     plan, twin = FusionPlan(arguments), detached_copy(module)
@@ -129,9 +129,11 @@ def judge_instance_pool(module: nn.Module) -> Verdict | None:
     plan, twin = FusionPlan(arguments), detached_copy(module, keep=(network,))
     generator = torch.Generator().manual_seed(SEED)
     for side in (32, 64):  # what is halved often needs more pixels
-        image = torch.randn((2, conv.in_channels, side, side + 16), generator=generator)
-        cells = torch.randint(5, (2, 1, side // 8, side // 8 + 2), generator=generator)
-        ids = torch.tensor([0, 7, 24, 26001, 33005])[cells]
+        image = torch.randn((2, conv.in_channels, side, side + 16), generator=generator,
+                            device="cpu")
+        cells = torch.randint(5, (2, 1, side // 8, side // 8 + 2), generator=generator,
+                              device="cpu")
+        ids = torch.tensor([0, 7, 24, 26001, 33005], device="cpu")[cells]
         ids = ids.repeat_interleave(8, 2).repeat_interleave(8, 3)
         inputs = (image.to(conv.weight), ids.to(conv.weight.device))
         trials = [Trial(inputs, training) for training in (True, False)]

@@ -11,7 +11,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .graph import FEATURES, MAP, Graph, Ref, Step, is_plain_conv, outline, pruned
+from .graph import (
+    FEATURES,
+    MAP,
+    Graph,
+    Ref,
+    Step,
+    is_plain_conv,
+    is_plain_instance_norm,
+    outline,
+    pruned,
+)
 
 PATTERN = "N(x) * (o + G(m)) + B(m)"
 # Of each value alone, or of each pixel's channels: the same on rows of a table as on an image.
@@ -357,7 +367,7 @@ def serves_statistics(norm: nn.Module) -> bool:
     if isinstance(norm, _BatchNorm):
         return norm.momentum is not None
     if isinstance(norm, _InstanceNorm):
-        return type(norm).forward is _InstanceNorm.forward and not norm.track_running_stats
+        return is_plain_instance_norm(norm) and not norm.track_running_stats
     return type(norm) is nn.GroupNorm
 
 

@@ -185,9 +185,9 @@ def inputs_of(weight: Tensor, channels: int, labels: int, size: tuple[int, int],
               scale: int) -> tuple[Tensor, Tensor]:
     """Features of two images with outliers, and a one-hot map of another size with ``scale`` 2."""
     generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn((2, channels, *size), generator=generator)
+    x = torch.randn((2, channels, *size), generator=generator, device="cpu")
     height, width = (s * scale + scale - 1 for s in size)
-    classes = torch.randint(labels, (2, height, width), generator=generator)
+    classes = torch.randint(labels, (2, height, width), generator=generator, device="cpu")
     planes = F.one_hot(classes, labels).permute(0, 3, 1, 2).contiguous()
     return (x * x.square().exp().clamp(max=50)).to(weight), planes.to(weight)
 
@@ -293,16 +293,24 @@ def of_another_size(x: Tensor) -> Tensor:
     return torch.cat([wide, wide.flip(2)], 2)
 
 
+def maps_of_other_sizes(x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """A map smaller than the features, and one of their size: some forwards tell them apart."""
+    h, w = x.shape[2:]
+    return planes[:, :, : h // 2, : w // 2].contiguous(), planes[:, :, :h, :w].contiguous()
+
+
 def _trials(x: Tensor, planes: Tensor, form: Form) -> list[Trial]:
     soft = planes + 0.3 * torch.rand_like(planes)  # whose vectors do not repeat
     first, second = ("dense", "dense") if form.no_tables else ("two_level", "one_level")
     other = (of_another_size(x), of_another_size(planes))
+    sizes = [Trial((x, m), False, parameters=False, path=second)
+             for m in (maps_of_other_sizes(x, planes) if form.resized else ())]
     return [Trial((x, planes), True, path=first),
             Trial((x, planes), True, path="dense"),
             Trial((x, planes), False, parameters=False, path=second),
             Trial((x, soft), False, differentiable=(0, 1), parameters=False),
             Trial(other, True, path=first),
-            *at_scales((x, planes))]
+            *sizes, *at_scales((x, planes))]
 
 
 Reading = list[NormPlan] | str | None  # what a norm may be, likeliest first; or why it is none

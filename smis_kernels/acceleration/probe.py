@@ -36,7 +36,7 @@ _WIDENED = 1e-5  # some compute statistics in float32 whatever their input is
 
 def _noise(like: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     # Repeated with a prime period: drawing tens of millions of numbers would take a second.
-    drawn = torch.randn(65_537, generator=generator) * scale
+    drawn = torch.randn(65_537, generator=generator, device="cpu") * scale
     times = -(-like.numel() // len(drawn))
     flat = drawn.repeat(times) if times > 1 else drawn
     return flat[: like.numel()].view(like.shape).to(like.device, like.dtype)

@@ -49,7 +49,7 @@ def nearest(input: Any, size: Any = None, scale_factor: Any = None, mode: Any = 
     n, c, h, w = input.shape
     if n * c < 4 or h * w > _MOST_PIXELS or (torch.is_grad_enabled() and input.requires_grad):
         return None
-    pixels = torch.arange(h * w, dtype=acc_dtype(input)).view(1, 1, h, w)
+    pixels = torch.arange(h * w, dtype=acc_dtype(input), device=input.device).view(1, 1, h, w)
     try:
         source = F.interpolate(pixels, size, scale_factor)[0, 0]  # which pixel each is taken from
     except (TypeError, ValueError, RuntimeError):

@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.padding import _ReflectionPadNd, _ReplicationPadNd
+from torch.nn.modules.pooling import (
+    _AdaptiveAvgPoolNd,
+    _AdaptiveMaxPoolNd,
+    _AvgPoolNd,
+    _MaxPoolNd,
+)
 
 from ..ops.convs import LEAST_WIDTH
 from ..ops.norm_act.op import norm_act
@@ -17,14 +26,18 @@ from ..runtime.tensors import acc_dtype
 from .convs import conv_change
 from .folding import Folded, constant
 from .formats import channels_last, gradient_in_format, planes
-from .graph import is_plain_conv
+from .graph import is_plain_conv, is_plain_instance_norm
 from .probe import PROBE_SIZE, SEED, Trial, Verdict, agreeing, at_scales, detached_copy
 from .swap import FOLDED, PLAN, Change, Fused, FusionPlan, is_small, serves
+from .views import may_view
 from .watch import hooked, make_weight, original_type
 
 # On the CPU a call of norm_act costs 80 us more than torch's: what that pays for, in values.
 # Measured on one thread (66 us against 119 us at 16,384 values, 165 us against 145 us at 65,536).
 SMALL = 65_536
+
+_COPYING = (_ConvNd, _NormBase, nn.GroupNorm, _MaxPoolNd, _AvgPoolNd, _AdaptiveMaxPoolNd,
+            _AdaptiveAvgPoolNd, _ReflectionPadNd, _ReplicationPadNd)
 
 
 @dataclass(frozen=True)
@@ -54,9 +67,18 @@ def layers_of(sequence: nn.Module) -> Iterator[nn.Module]:
 def is_instance_norm(layer: nn.Module | None) -> bool:
     """Whether it is an instance norm without parameters or running statistics."""
     return (
-        isinstance(layer, nn.InstanceNorm2d) and type(layer).forward is _InstanceNorm.forward
+        isinstance(layer, nn.InstanceNorm2d) and is_plain_instance_norm(layer)
         and layer.weight is None and not layer.track_running_stats
     )
+
+
+def copies(layer: nn.Module) -> bool:
+    """Whether a layer certainly returns new memory, and writes to none that it is given."""
+    if not isinstance(layer, _COPYING) or hooked(layer, weights=False):
+        return False
+    cls: Any = original_type(layer)
+    return all(str(function.__module__).startswith("torch.nn.") for function in (
+        cls.forward, getattr(cls, "_conv_forward", cls.forward)))
 
 
 def activation_of(layer: nn.Module | None) -> dict[str, Any] | None:
@@ -92,13 +114,18 @@ class FusedSequence(Fused):
     def _smis_run(self, ready: list[nn.Module], x: Tensor) -> Any:
         plan: SequencePlan = vars(self)[PLAN]
         x = gradient_in_format(x)
-        h: Any = channels_last(x) if plan.reformat else x
-        i = 0
+        h: Any = x
+        i, reformatted = 0, False
         while i < len(ready):
             layer = ready[i]
             following = ready[i + 1] if i + 1 < len(ready) else None
             i += 1
             fits = isinstance(h, Tensor) and serves(h, None)
+            if plan.reformat and fits:
+                if reformatted and may_view(layer):
+                    h = planes(h)
+                elif copies(layer):  # what comes before it may write to the caller's features
+                    h, reformatted = channels_last(h), True
             small = fits and is_small(h, h.numel(), SMALL)
             if fits and not small and is_instance_norm(layer) and not hooked(layer):
                 options = None if following is None or hooked(following) else activation_of(
@@ -178,9 +205,10 @@ def judge(sequence: nn.Module, inference: bool) -> Verdict | None:
         assert isinstance(norm, nn.InstanceNorm2d)
         parts = [norm] if activation_of(activation) is None else [norm, activation]
         twin = detached_copy(nn.Sequential(*(p for p in parts if p is not None)))
-        like = next(sequence.parameters(), torch.empty(0))
+        like = next(sequence.parameters(), torch.empty(0, device="cpu"))
         generator = torch.Generator().manual_seed(SEED)
-        x = torch.randn((2, norm.num_features, *PROBE_SIZE), generator=generator).to(like)
+        x = torch.randn((2, norm.num_features, *PROBE_SIZE), generator=generator,
+                        device="cpu").to(like)
         trials = [*(Trial((x,), training) for training in (True, False)), *at_scales((x,))]
         chosen, why = agreeing(twin, trials, [[Change(twin, FusedSequence, plan)]])
         if chosen is None:

@@ -256,6 +256,7 @@ class ForeignNorm(CGNorm):
     counts: bool
     norm: nn.Module | None
     takes_affine = True
+    calls_norm = False  # it is left alone where it has hooks or a forward of its own
 
     def __init__(self, owner: nn.Module, form: Form, counts: bool, channels: int,
                  label_channels: int) -> None:

@@ -20,12 +20,14 @@ from torch.nn.utils import parametrize
 from ..runtime.backend import requested
 from ..runtime.derivatives import transformed
 from ..runtime.explain import record
-from .watch import Settings, hooked, original_type
+from .watch import Settings, hooked, is_injected, original_type, without_injected
 
 PLAN = "_smis_plan"
 SETTINGS = "_smis_settings"  # what the module was like when its plan was made
 CALLS = "_smis_calls"  # reasons for which calls were left to the original, counted
 FOLDED = "_smis_folded"  # constants made from weights: neither saved nor copied
+_OF_A_CLASS = ("__dict__", "__weakref__", "__slotnames__")  # which another makes anew
+_INJECTED = "_smis_injected"  # a parametrized module's class as it was before it was swapped
 REPLAYS = "_smis_replays"  # CUDA graphs of a network's calls, of which a copy makes its own
 
 
@@ -62,6 +64,28 @@ def swapped_class(mixin: type[Accelerated], original: type[nn.Module]) -> Any:
     made = types.new_class("Accelerated" + original.__name__, (mixin, original), {},
                            lambda namespace: namespace.update(body))
     return _classes.setdefault((mixin, original), made)
+
+
+def _made(cls: type) -> set[str]:
+    """The tensors that parametrizations of a class make."""
+    return {name for name, value in vars(cls).items() if isinstance(value, property)}
+
+
+def _on(base: Any, cls: Any) -> Any:
+    """The base; beneath what parametrizations have put on a module of class ``cls``.
+
+    There they expect to be the outermost, so that they can be taken off again.
+    """
+    if not is_injected(cls):
+        return base
+    before: Any = vars(cls).get(_INJECTED)
+    if before is not None and before.__bases__[0] is base and _made(before) == _made(cls):
+        return before  # the very class that the module had
+    own = {k: v for k, v in vars(cls).items() if k not in (*_OF_A_CLASS, _INJECTED)}
+    if before is None:
+        own[_INJECTED] = cls
+    name = f"Parametrized{base.__name__}"
+    return types.new_class(name, (base,), {}, lambda namespace: namespace.update(own))
 
 
 def _revive(mixin: type[Accelerated], original: type[nn.Module]) -> Any:
@@ -147,7 +171,8 @@ class Change:
             besides = self.mixin._smis_besides(self.module, self.plan)
             settings = self.settings or Settings(self.module, besides)
             vars(self.module).update({PLAN: self.plan, SETTINGS: settings, CALLS: self.calls})
-        self.module.__class__ = swapped_class(self.mixin, type(self.module))
+        cls: Any = type(self.module)
+        self.module.__class__ = _on(swapped_class(self.mixin, without_injected(cls)), cls)
 
     def undo(self) -> None:
         unswap(self.module)
@@ -159,8 +184,7 @@ def unswap(module: nn.Module) -> bool:
         vars(module).pop(key, None)
     if not isinstance(module, Accelerated):
         return False
-    original: Any = module._smis_original
-    module.__class__ = original
+    module.__class__ = _on(module._smis_original, type(module))
     return True
 
 
@@ -217,6 +241,9 @@ class Fused(Accelerated):
         if torch.compiler.is_compiling():
             return None
         settings: Settings = vars(self)[SETTINGS]
+        # A replica of DataParallel is made anew for each call, of what is watched.
+        if settings.owner is not self and "_is_replica" not in vars(self):
+            return "it is a shallow copy of an accelerated one"
         if settings.is_as_noted():
             return None
         if hooked(*settings.modules[1:], weights=False):

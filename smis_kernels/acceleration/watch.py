@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -21,6 +22,8 @@ _INTERNAL = {*vars(nn.Module()), "training", "_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_backward_pre_hooks", "_global_backward_hooks",
                  "_global_forward_hooks", "_global_forward_pre_hooks")
+# What torch's layers call of themselves, beside ``forward``: people put their own there, too.
+_CALLED = ("forward", "_conv_forward", "_apply_instance_norm", "_output_padding")
 _DEPTH = 3  # to which containers and plain objects are looked into
 
 
@@ -39,19 +42,27 @@ def make_weight(module: nn.Module) -> None:
 def hooked(*modules: nn.Module, weights: bool = True) -> bool:
     """Whether a call of one of the modules does more than its class's ``forward``.
 
-    Hooks, those of all modules too, and a ``forward`` of the instance's own; pre-hooks that compute
-    a weight only with ``weights``.
+    Hooks, those of all modules too, and a ``forward``, or what torch's calls, of the instance's
+    own; pre-hooks that compute a weight only with ``weights``.
     """
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return True
     for m in modules:
         own = vars(m)
-        if any(own[name] for name in _HOOKS) or "forward" in own:
+        if is_patched(m):
+            return True
+        if any(own[name] for name in _HOOKS):
             ours = not weights and len(weight_hooks(m)) == len(own["_forward_pre_hooks"])
             others = any(own[name] for name in _HOOKS if name != "_forward_pre_hooks")
-            if not ours or others or "forward" in own:
+            if not ours or others:
                 return True
     return False
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the instance has a method of its own where its class has one that a call runs."""
+    own = vars(module)
+    return any(callable(own.get(name)) for name in _CALLED)
 
 
 class _Same:
@@ -67,6 +78,7 @@ class _Same:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_BUILTIN = ("builtins", "typing", "abc")  # where no class can be changed, or none should be
 _FIXED = (*_PLAIN, type, types.FunctionType, types.BuiltinFunctionType, property, staticmethod,
           classmethod)
 
@@ -103,9 +115,20 @@ def _content_of(value: Any, depth: int = _DEPTH) -> Any:
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has without acceleration."""
-    cls: type[nn.Module] = getattr(module, "_smis_original", type(module))
-    return cls
+    """The class that a module has without acceleration and without parametrizations."""
+    cls = without_injected(type(module))
+    original: type[nn.Module] = getattr(cls, "_smis_original", cls)
+    return original
+
+
+def without_injected(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class, or what it extends where it is one that parametrizations have put on a module."""
+    return cast("type[nn.Module]", cls.__bases__[0]) if is_injected(cls) else cls
+
+
+def is_injected(cls: type) -> bool:
+    """Whether it is the class of one module, made by ``register_parametrization``."""
+    return cls.__module__ == parametrize.__name__ and cls.__name__.startswith("Parametrized")
 
 
 def _plain_of(module: nn.Module) -> dict[str, Any]:
@@ -138,7 +161,7 @@ class _Values:
 
 def _methods(cls: type) -> dict[str, Any]:
     if cls.__module__.startswith("torch."):
-        return {"forward": getattr(cls, "forward", None)}
+        return {name: vars(cls)[name] for name in _CALLED if name in vars(cls)}
     return {k: v for k, v in vars(cls).items() if k[:2] != "__"}
 
 
@@ -243,8 +266,8 @@ class Settings:
         self._note_classes()
 
     def _note_classes(self) -> None:
-        classes = {c for p in self._parts for c in p.type.__mro__
-                   if issubclass(c, nn.Module) and c is not nn.Module}
+        classes = {c for p in self._parts for c in p.type.__mro__  # those of plain mixins too
+                   if c is not nn.Module and c.__module__ not in _BUILTIN}
         self._classes = {c: _Values(_methods(c)) for c in classes}
 
     def note(self) -> None:
@@ -280,6 +303,11 @@ class Settings:
                 if key not in own or not values.holds(key, own[key]):
                     return False
         return True
+
+    @property
+    def owner(self) -> nn.Module:
+        """The outermost of those that are watched."""
+        return self._parts[0].module
 
     @property
     def modules(self) -> list[nn.Module]:

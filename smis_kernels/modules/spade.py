@@ -134,9 +134,10 @@ class CGNorm(Normalizing):
         level = layout.level(size)
         windows = level.windows5 if self.hidden else level.windows3
         build = partial(self._rows, layout, size, path)
-        if layout.tables is None:
+        tables = layout.tables
+        if tables is None:
             return build(level.windows3, windows)
-        return layout.tables.table(self, size, layout, self.reach, build)
+        return tables.table(self, size, layout, self.reach, build)
 
     def _rows(self, layout: LabelLayout, size: tuple[int, int], path: str, windows3: Tensor,
               windows: Tensor) -> Tensor:
