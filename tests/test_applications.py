@@ -367,6 +367,7 @@ def test_animated_files(format, suffix, tmp_path):
         (lambda x: relabelled(x, "5=1", 8), r"relabel: expected a class of boxes, 0, 1, 2; got 5"),
         (lambda x: parse_takes(["1:2"], ["a"], ["x", "y"]), "take: expected CLASS=PICTURE"),
         (lambda x: parse_takes(["1=b"], ["a"], ["x", "y"]), "take: expected a picture"),
+        (lambda x: parse_takes(["1=²"], ["a"], ["x", "y"]), "take: expected a picture"),
     ],
 )
 def test_edits_in_words_refuse_others(call, message):

@@ -554,6 +554,30 @@ def test_features_are_made_and_read(small, smis, scene, tmp_path):
     assert "2 clusters of 1 classes" in out
 
 
+def test_features_are_not_encoded_for_nothing(small, smis, scene, tmp_path, monkeypatch):
+    """What is missing, or bad in the last file, is told before the first picture is encoded."""
+    for seed in range(2):
+        images.write_png(tmp_path / f"photographs/{seed}.png", np.zeros((48, 96, 3), np.uint8))
+    encoded = []
+    monkeypatch.setattr("smis_models.families.pix2pixhd.FeatureEncoder.features",
+                        lambda self, image: encoded.append(image) or 1 / 0)
+    given = ("features", "--model", "pix2pixhd_cityscapes_features", "--images",
+             tmp_path / "photographs", "--instances", scene / "street/inst", "--out",
+             tmp_path / "f.npz")
+    last = scene / "street/inst/1_instanceIds.png"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:60])
+    code, out, error = smis(*given)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "1_instanceIds.png: cannot be read" in error
+    assert "resized by bicubic: 0, " in out and "2 pictures in all" in out
+    last.write_bytes(whole)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    code, _, error = smis(*given)
+    assert code == 2 and "clustering needs scikit-learn" in error
+    assert not encoded
+
+
 _SYNTHESIZE = ["synthesize", "--labels", "a", "--out", "b"]
 
 

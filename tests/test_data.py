@@ -269,9 +269,9 @@ def test_a_mode_keeps_its_load_size(tmp_path):
     """Where another mode is asked for, only those that crop from a resized scene take the load."""
     name, preset, _ = _write_set(tmp_path, "coco_stuff")
     loads = {mode: build_dataset(name, tmp_path, preset, mode=mode).preprocess.load
-             for mode in ("resize_and_crop", "fixed", "resize", "scale_width_and_crop")}
+             for mode in ("resize_and_crop", "fixed", "resize", "scale_shortside_and_crop")}
     assert loads == {"resize_and_crop": (286, 286), "fixed": None, "resize": None,
-                     "scale_width_and_crop": None}
+                     "scale_shortside_and_crop": None}
 
 
 def test_a_mode_that_brings_another_size_is_refused(tmp_path):
@@ -282,6 +282,25 @@ def test_a_mode_that_brings_another_size_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             build_dataset(name, tmp_path, preset, mode=mode, load=(64, 64) if mode == "resize"
                           else None)
+
+
+@pytest.mark.parametrize(("mode", "size", "message"), [
+    ("none", (40, 96), r"none brings .*1\.png to 32x96"),
+    ("scale_width", (90, 100), r"scale_width brings .*1\.png to 115x128"),
+    ("crop", (60, 200), r"1\.png: size: the crop 64x128 is larger"),
+])
+def test_every_scene_is_of_a_size_that_pix2pixhd_paints(tmp_path, mode, size, message):
+    """At the start: a later one would stop the training, and each that goes on."""
+    for name, (height, width) in (("0", (64, 128)), ("1", size)):
+        images.write_png(tmp_path / f"images/{name}.png", np.zeros((height, width, 3), np.uint8))
+        for maps in ("labels", "instances"):
+            images.write_indices(tmp_path / f"{maps}/{name}.png", np.zeros((height, width), int))
+    preset = replace(PIX2PIXHD_CITYSCAPES_FEATURES, image_size=(64, 128), enhancers=1)
+    with pytest.raises(ValueError, match=message):
+        build_dataset("folder", tmp_path, preset, mode=mode)
+    for file in tmp_path.glob("*/1.png"):
+        file.unlink()
+    assert build_dataset("folder", tmp_path, preset, mode=mode)[0]["image"].shape[1:] == (64, 128)
 
 
 def test_doctor_knows_the_last_class(tmp_path):

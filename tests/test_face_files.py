@@ -517,6 +517,7 @@ def test_code_in_a_pickle_is_called_code(protocol: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("data: null", "options .* under data, got null"), ("data: [1]", "under data, got list"),
     ("losses: 3", "under losses, got int"), ("network: null", "under network, got null"),
+    ("seed: 2026-13-45", r"c\.yaml is no YAML or JSON: month must be in 1"),
     ("seed: 100000000000000000000000", r"seed: expected 0 to"), ("seed: -1", "seed: expected 0"),
 ])
 def test_a_wrong_section_is_one_line(text: str, message: str, tmp_path: Path) -> None:

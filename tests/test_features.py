@@ -161,8 +161,10 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_bad_files(tmp_path: Path, clusters: FeatureClusters) -> None:
     with pytest.raises(FeatureError, match="is no file"):
         FeatureClusters.load(tmp_path / "absent.npz")
+    whole = clusters.save(tmp_path / "whole.npz").read_bytes()
+    spoilt = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]  # whose checksum is another
     for name, content in (("a.npz", b""), ("b.npz", b"\x89PNG"), ("c.npy", b"\x93NUMPY"),
-                          ("d.npy", b"")):
+                          ("d.npy", b""), ("cut.npz", whole[:-30]), ("spoilt.npz", spoilt)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FeatureError) as caught:
             FeatureClusters.load(tmp_path / name)

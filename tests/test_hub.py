@@ -177,6 +177,32 @@ def test_the_card_tells_the_recipe_and_the_metrics_of_these_weights(tmp_path: Pa
     assert not (tmp_path / "other").exists()
 
 
+def test_the_card_claims_no_protocol_that_was_not_followed(tmp_path: Path) -> None:
+    run_folder(tmp_path / "run")
+    path = tmp_path / "run/evaluation.json"
+    result = json.loads(path.read_text())
+    result["protocol"]["changed"] = {"diversity.layouts": 2, "split": "train"}
+    result["results"]["segmentation"] |= {"predictions": "others", "maps": 7, "maps_sha256": "ab"}
+    result["data"]["features"] = "clusters.npz"
+    path.write_text(json.dumps(result))
+    create_model(checkpoint=tmp_path / "run").save_pretrained(
+        tmp_path / "hub", run=tmp_path / "run")
+    card = (tmp_path / "hub/README.md").read_text()
+    for words in ("protocol n100-m19, changed: diversity.layouts 2, split train; ",
+                  "| mIoU | 62.5% | label rule same; 7 label maps in others |",
+                  "features clusters.npz"):
+        assert words in card, words
+
+
+def test_the_card_tells_what_a_run_began_with(tmp_path: Path) -> None:
+    facts = {"step": 1, "init": {"file": "w.pth", "sha256": {"w.pth": "ab"}}, "whiten": True,
+             "seed": 0}
+    save_checkpoint(small_model(NAME), tmp_path / "model.safetensors",
+                    {"smis_training": json.dumps(facts)})
+    told = hub.recipe_of(tmp_path)
+    assert {key: told[key] for key in facts} == facts
+
+
 @pytest.mark.parametrize(("name", "given"), [
     (NAME, "labels"), ("pix2pixhd_cityscapes", "labels, instances")])
 def test_the_card_calls_a_model_with_the_maps_that_it_reads(tmp_path: Path, name: str,

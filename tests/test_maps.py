@@ -483,6 +483,20 @@ def faces(root: Path) -> NDArray[Any]:
     return np.minimum(np.arange(20), 18)[:, None].repeat(6, 1)
 
 
+def test_linked_faces_become_whole_files(tmp_path: Path) -> None:
+    """A link beside the pictures, by a path that means nothing elsewhere."""
+    faces(tmp_path)
+    pictures = tmp_path / "CelebAMask-HQ/CelebA-HQ-img"
+    (tmp_path / "CelebAMask-HQ/store").mkdir()
+    for path in pictures.iterdir():
+        path.rename(tmp_path / "CelebAMask-HQ/store" / path.name)
+        path.symlink_to(Path("../store") / path.name)
+    convert_celebamask(tmp_path, tmp_path / "out")
+    for number in range(3):
+        with Image.open(tmp_path / f"out/train/images/{number:05d}.jpg") as image:
+            assert image.size == (12, 40)
+
+
 # The published list of parts, spelled out: the order is the classes' and that of covering.
 PUBLISHED = ["skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
              "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth"]
@@ -645,7 +659,7 @@ def test_a_missing_prediction_is_told_before_the_measuring(tmp_path: Path, smis:
     lambda p: read_labels(p, 8), read_instances, images.read_exact, images.read_picture,
     images.image_size, lambda p: label_map({"skin": p}),
 ], ids=["labels", "instances", "exact", "picture", "size", "mask"])
-@pytest.mark.parametrize("how", ["cut", "text", "huge", "absent"])
+@pytest.mark.parametrize("how", ["cut", "text", "huge", "absent", "bomb", "levels"])
 def test_no_reader_lets_a_damaged_file_through_as_a_traceback(
         read: Any, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
@@ -655,6 +669,13 @@ def test_no_reader_lets_a_damaged_file_through_as_a_traceback(
         path.write_bytes(path.read_bytes()[:20])
     elif how == "text":
         path.write_text("no picture")
+    elif how == "bomb":  # a comment of more text than Pillow takes
+        data = b"Comment\0\0" + zlib.compress(b"a" * 2_000_000)
+        chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(
+            ">I", zlib.crc32(b"zTXt" + data))
+        path.write_bytes(path.read_bytes()[:33] + chunk + path.read_bytes()[33:])
+    elif how == "levels":
+        path.write_bytes(b"P5\n4 4\n99999\n" + bytes(32))
     elif how == "huge":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     error = FileNotFoundError if how == "absent" else ImageError
@@ -689,6 +710,26 @@ def test_a_marked_picture_alone_is_read_as_shown(tmp_path: Path, orientation: in
         5: pixels.swapaxes(0, 1), 6: np.rot90(pixels, -1),
         7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels)}
     np.testing.assert_array_equal(read_picture(path), turns[orientation])
+
+
+def test_odd_marks_beside_the_orientation_change_nothing(tmp_path: Path) -> None:
+    """Text where Pillow expects a number when it writes all marks anew."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0),
+               struct.pack("<HHI4s", 0x0111, 2, 4, b"abc\0")]
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(sorted(entries)) + bytes(4)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        stored = np.asarray(image)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.jpg"), np.rot90(stored, -1))
+
+
+def test_doctor_names_what_pillow_refuses(tmp_path: Path) -> None:
+    images.write_png(tmp_path / "images/a.png", np.zeros((4, 4, 3), np.uint8))
+    images.write_indices(tmp_path / "labels/a.png", np.zeros((4, 4), int))
+    (tmp_path / "labels/a.png").write_bytes(b"P5\n4 4\n99999\n" + bytes(32))
+    (problem, *_) = examine(find_splits("folder", tmp_path)).problems
+    assert problem.path == tmp_path / "labels/a.png" and "cannot be read" in problem.message
 
 
 def test_the_map_tells_how_a_marked_picture_lies(tmp_path: Path) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +28,8 @@ from smis_models.data.scene_classifier import SceneClassifier
 from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION, SPADE_COCO
 from smis_models.io import images
 from smis_models.io.checkpoint import save_checkpoint
+from smis_models.io.files import file_hash
+from smis_models.io.hub import metric_rows
 from smis_models.io.seeds import derived_seed
 from smis_models.metrics import (
     LPIPS,
@@ -540,7 +546,7 @@ def test_the_seed_reaches_every_code(model):
     assert apart[0].mcsd != apart[1].mcsd
 
 
-def test_instance_features_reach_the_pictures():
+def test_instance_features_reach_the_pictures(tmp_path):
     painter = create_model("pix2pixhd_cityscapes_features", ngf=4, nef=4, blocks=1,
                            image_size=(64, 128), init_gain=1.0).eval()
     layouts = sample_scenes(painter.preset, 2)
@@ -554,7 +560,12 @@ def test_instance_features_reach_the_pictures():
 
     evaluate(painter, Scenes(layouts, {}), Metrics(segmenter=segmenter), protocol("n100-m19"),
              seed=3, clusters=clusters)
-    for i, (layout, picture) in enumerate(zip(layouts, seen, strict=True)):
+    clusters = FeatureClusters.load(clusters.save(tmp_path / "c.npz"))
+    data = evaluate(painter, Scenes(layouts[:1], {}), Metrics(segmenter=lambda x: segmenter(x)),
+                    protocol("n100-m19"), clusters=clusters)["data"]
+    assert data["features"] == str(tmp_path / "c.npz")
+    assert data["features_sha256"] == file_hash(tmp_path / "c.npz")
+    for i, (layout, picture) in enumerate(zip(layouts, seen[:2], strict=True)):
         planes = clusters.sample(torch.from_numpy(layout.instances)[None],
                                  seed=derived_seed(3, i))
         with torch.no_grad():
@@ -593,6 +604,60 @@ def test_a_prediction_is_of_one_scene(model, tmp_path):
     assert score(slice(2)) == 2 * 64**2
     with pytest.raises(ValueError, match=r"1\.png would be of two scenes, a/1 and b/1; put"):
         score(slice(3))
+
+
+def test_predictions_are_recorded_as_what_was_judged(model, tmp_path):
+    layouts = sample_scenes(model.preset, 2)
+    digest = hashlib.sha256()
+    for k, layout in enumerate(layouts):
+        predicted = np.full((64, 64), k)
+        images.write_indices(tmp_path / f"{layout.name}.png", predicted)
+        digest.update(f"{layout.name}(64, 64)".encode() + predicted.astype("<i8").tobytes())
+    images.write_indices(tmp_path / "of_no_scene.png", np.zeros((64, 64), int))
+    found = evaluate(model, Scenes(layouts, {}), Metrics(predictions=tmp_path),
+                     protocol("n100-m19"))["results"]
+    told = {"predictions": str(tmp_path), "maps": 2, "maps_sha256": digest.hexdigest()}
+    assert {key: found["segmentation"][key] for key in told} == told
+    assert metric_rows({"results": found})[0][2] == f"label rule same; 2 label maps in {tmp_path}"
+
+
+def test_fid_of_one_scene_is_refused_before_it(model):
+    touched = []
+    with pytest.raises(ValueError, match="fid: expected at least 2 scenes with photographs, got 1"):
+        evaluate(model, Scenes(GeneratedScenes(1, 64, "test"), {}),
+                 Metrics([PixelDistance()], lambda x: x.float().mean((2, 3))),
+                 protocol("n100-m19", layouts=1, samples=2, pairs=1), step=touched.append)
+    assert not touched
+
+
+def test_a_part_that_fails_costs_no_other(model):
+    everything = LabelRule("same", frozenset(range(8)))  # is left out
+    nothing = Metrics(segmenter=lambda x: torch.zeros(len(x), 64, 64, dtype=torch.long),
+                      rule=everything)
+    scenes = Scenes(sample_scenes(model.preset, 1), {})
+    short = protocol("n100-m19", layouts=1, samples=2, pairs=1)
+    found = evaluate(model, scenes, replace(nothing, distances=[PixelDistance()]), short)
+    assert set(found["results"]) == {"diversity"}
+    assert found["failed"]["segmentation"].startswith("labels: expected pixels of classes")
+    with pytest.raises(ValueError, match="labels: expected pixels of classes"):
+        evaluate(model, scenes, nothing, short)
+
+
+def test_names_of_scenes_are_bytes_of_any_kind(model):
+    name = os.fsdecode(b"caf\xe9")  # Latin-1 on a disk where names are UTF-8
+    scene = replace(sample_scenes(model.preset, 1)[0], name=name)
+    found = evaluate(model, Scenes([scene], {}), Metrics([PixelDistance()]),
+                     protocol("n100-m19", layouts=1, samples=2, pairs=1))
+    expected = hashlib.sha256(b"caf\xe9(64, 64)" + scene.labels.astype("<i8").tobytes())
+    assert found["data"]["labels_sha256"] == expected.hexdigest()
+
+
+def test_a_model_without_a_code_is_told_before_any_file_is_read(layouts):
+    plain = create_model("spade_ade20k", ngf=4, hidden=8, image_size=(64, 64), classes=8,
+                         dont_care=None, unlabelled=None).eval()
+    with pytest.raises(ValueError, match="picture for a layout; --distance none measures the rest"):
+        evaluate(plain, Scenes(layouts, {}), Metrics([PixelDistance()]),
+                 protocol("n100-m19", layouts=1, samples=2, pairs=1), step=pytest.fail)
 
 
 # The order of Cityscapes' train ids, by the data set's own list.
@@ -653,6 +718,45 @@ def test_the_command_writes_json(smis, tmp_path):
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     assert result["results"]["segmentation"]["miou"] == pytest.approx(
         float((matrix.diagonal()[union > 0] / union[union > 0]).mean()), abs=2e-3)
+
+
+def test_a_full_disk_at_the_end_costs_no_number(smis, tmp_path, monkeypatch):
+    def full(path, content):
+        if path == tmp_path / "out/result.json":
+            raise OSError(28, "No space left on device")
+        return images.write_atomically(path, content)
+
+    monkeypatch.setattr(cli.evaluate, "write_atomically", full)
+    given = ("--dataset", "scenes", "--count", 1, "--layouts", 1, "--samples", 2, "--pairs", 1,
+             "--distance", "pixel")
+    code, out, err = smis(*given)
+    assert code == 2 and "mCSD" in out
+    found = re.search(r"cannot be written \(No space left on device\); the results are (\S+)", err)
+    assert found and "diversity" in json.loads(Path(found[1]).read_text())["results"]
+    shutil.rmtree(Path(found[1]).parent)
+    monkeypatch.setattr(cli.evaluate, "write_atomically", lambda path, _: full(
+        tmp_path / "out/result.json", b""))  # of a temporary folder neither
+    code, out, err = smis(*given)
+    assert "the results are printed above" in err
+    assert json.loads(out[out.index("{"):])["results"]
+
+
+def test_the_hash_is_of_the_weights_that_were_measured(smis, tmp_path, monkeypatch):
+    """A run writes others while an evaluation goes on."""
+    build, before = cli.evaluate.build_dataset, file_hash(tmp_path / "tiny.safetensors")
+
+    def late(*given, **options):
+        save_checkpoint(create_model("groupdnet_deepfashion", seed=9, **TINY),
+                        tmp_path / "tiny.safetensors")
+        return build(*given, **options)
+
+    monkeypatch.setattr(cli.evaluate, "build_dataset", late)
+    code, _, err = smis("--dataset", "scenes", "--count", 1, "--layouts", 1, "--samples", 2,
+                        "--pairs", 1, "--distance", "pixel")
+    assert code == 0, err
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["model"]["weights_sha256"] == {"tiny.safetensors": before}
+    assert before != file_hash(tmp_path / "tiny.safetensors")
 
 
 def test_the_command_reads_label_maps_and_predictions(smis, tmp_path, monkeypatch):

@@ -77,6 +77,33 @@ def test_outputs_are_tried_first(command: str, refused: Any, tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("command", ["evaluate", "features", "convert"])
+def test_what_is_no_file_is_never_replaced(command: str, refused: Any, tmp_path: Path) -> None:
+    ends = {"evaluate": "e.json", "features": "f.npz", "convert": "m.safetensors"}
+    pipe, link = tmp_path / ends[command], tmp_path / f"link.{ends[command]}"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/null")
+    for path in (pipe, link):
+        assert "is a device or a pipe; expected a file to write" in refused(
+            *_arguments(command, tmp_path, path))
+    assert pipe.is_fifo() and link.is_symlink()
+
+
+@pytest.mark.parametrize(("command", "name"), [
+    ("evaluate", "checkpoint.pt"), ("evaluate", "record.json"), ("evaluate", "losses.csv"),
+    ("convert", "best.safetensors"), ("convert", "kept/epoch_0001.safetensors"),
+])
+def test_files_of_a_run_are_never_written_over(command: str, name: str, refused: Any,
+                                               tmp_path: Path) -> None:
+    (tmp_path / "run/kept").mkdir(parents=True)
+    for file in ("checkpoint.pt", name):
+        (tmp_path / "run" / file).write_text("all that the run needs")
+    error = refused(*_arguments(command, tmp_path, tmp_path / "run" / name))
+    assert f"{name} is a file of the training run there; give another name" in error
+    assert (tmp_path / "run" / name).read_text() == "all that the run needs"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_place_that_only_seems_to_permit_it_is_refused(
         command: str, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def test_inception_is_told_by_its_hash(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(b"other weights under the published name")
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.0")
     extractor = object.__new__(Inception)
-    extractor._path = path
+    extractor._path, extractor._digest = path, file_hash(path)
     facts = extractor.facts()
     assert facts["network"] == f"weights of {path.name}, which are not Inception's of 2015-12-05"
     assert not facts["published_weights"] and facts["weights_sha256"] == file_hash(path)

@@ -123,5 +123,7 @@ def test_the_best_by_the_perceptual_loss(weights: Path, tmp_path: Path) -> None:
             mean, _ = model.encoder.encode(batch["image"], batch["labels"])
             each.append(float(loss(model.generator(batch["layout"], mean), batch["image"])))
     best = json.loads(read_metadata(tmp_path / "run/best.safetensors")[TRAINING])["best"]
+    assert best.pop("vgg_sha256") == file_hash(weights)
+    assert len(best.pop("scenes_sha256")) == 64
     assert best == {"metric": "perceptual", "scenes": 3, "split": "val",
                     "value": pytest.approx(sum(each) / 3, rel=1e-3)}

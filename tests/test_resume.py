@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -31,10 +32,11 @@ from smis_models.io.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
+from smis_models.io.files import file_hash
 from smis_models.io.images import write_indices, write_png
 from smis_models.training import NonFiniteLoss, Run, TrainConfig, continued, from_dict, train
 from smis_models.training.batches import Order, Place
-from smis_models.training.checkpoints import TRAINING, load_state, read_state, save_state
+from smis_models.training.checkpoints import TRAINING, keep, load_state, read_state, save_state
 from smis_models.training.distributed import Processes
 from smis_models.training.loggers import Clock, LossTable, WandB, memory
 from smis_models.training.objective import Objective
@@ -373,7 +375,10 @@ def test_the_best_weights_stay(tmp_path: Path) -> None:
     assert len(found) == 8 and found.index(min(found)) != 7  # or the last would do too
     best = facts(tmp_path / "best.safetensors")
     assert best["step"] == found.index(min(found)) + 1
+    seen = hashlib.sha256(b"".join(
+        held_out[i][key].numpy().tobytes() for i in range(3) for key in ("image", "labels")))
     assert best["best"] == {"metric": "pixel", "scenes": 3, "split": "val",
+                            "scenes_sha256": seen.hexdigest(),
                             "value": pytest.approx(min(found), rel=1e-4)}
 
 
@@ -406,6 +411,83 @@ def test_best_is_of_one_measure(tmp_path: Path) -> None:
     with pytest.raises(KeyError):  # it has not been written again
         best("--log.grid_split", "test", "--log.best_scenes", "3", worse=True)
     assert path.read_bytes() == best_of_then
+
+
+def test_best_is_of_these_scenes_and_this_measure(tmp_path: Path) -> None:
+    """Other pictures of the same number, or another perceptual network, start anew."""
+    path = tmp_path / "run/best.safetensors"
+
+    def step_of_best(grey: int, worse: bool = True) -> int:
+        write_png(tmp_path / "data/images/0.png", np.full((64, 64, 3), grey, np.uint8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = Run(tiny("--data.name", "folder", "--data.root", str(tmp_path / "data"),
+                           "--log.best", "pixel", "--log.best_scenes", "2"), tmp_path / "run",
+                      resume="auto")
+        with torch.no_grad():
+            for parameter in run.trainer.model.generator.conv_img.parameters():
+                parameter.zero_()
+            run.trainer.model.generator.conv_img.bias.fill_(9 if worse else 0)  # white or grey
+        run.trainer.step_count += 1
+        run.save()
+        return int(facts(path)["step"])
+
+    for i in range(2):
+        write_png(tmp_path / f"data/images/{i}.png", np.full((64, 64, 3), 128, np.uint8))
+        write_indices(tmp_path / f"data/labels/{i}.png", np.zeros((64, 64), np.int64))
+    assert step_of_best(128, worse=False) == 1
+    assert step_of_best(128) == 1
+    assert step_of_best(90) == 3
+    told = facts(path)
+    assert "vgg_sha256" not in told["best"]
+
+
+@pytest.mark.parametrize("left", ["best.safetensors", "kept/epoch_0001.pt"])
+def test_a_new_run_begins_beside_no_weights_of_another(left: str, tmp_path: Path) -> None:
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_bytes(b"hours of another run")
+    with pytest.raises(ValueError, match=r"out: .* of an earlier run without its checkpoint\.pt"):
+        Run(tiny(), tmp_path, resume="auto")
+    assert (tmp_path / left).read_bytes() == b"hours of another run"
+
+
+def test_the_best_are_judged_by_the_micro_batch(tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """For more pictures at once there may not be the memory."""
+    run = Run(tiny("--data.batch", "4", "--optimizer.accumulate", "2", "--log.best", "pixel",
+                   "--log.best_scenes", "5"), tmp_path)
+    seen: list[int] = []
+    plain = Objective.reconstruct
+    monkeypatch.setattr(Objective, "reconstruct", lambda self, batch: (
+        seen.append(len(batch)), plain(self, batch))[1])
+    run.save()
+    assert seen == [2, 2, 1]
+
+
+def test_the_record_tells_what_a_run_began_with(tmp_path: Path) -> None:
+    config = tiny("--seed", "7")
+    model = create_model(config.model, **vars(config.network))
+    save_checkpoint(model, tmp_path / "w.safetensors")
+    began = {"file": str(tmp_path / "w.safetensors"),
+             "sha256": {"w.safetensors": file_hash(tmp_path / "w.safetensors")}}
+    config = tiny("--seed", "7", "--init", str(tmp_path / "w.safetensors"))
+    until(config, tmp_path / "run", 1)
+    (tmp_path / "w.safetensors").unlink()
+    until(config, tmp_path / "run", 2, resume=True)
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    for told in (record, facts(tmp_path / "run/model.safetensors")):
+        assert (told["init"], told["whiten"], told["seed"]) == (began, False, 7)
+
+
+def test_files_of_a_user_among_the_kept_ones_stay(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/step_of_mine.pt").touch()
+    for name in ("checkpoint.pt", "model.safetensors"):
+        (tmp_path / name).touch()
+    for step in (1, 2, 3):
+        keep(tmp_path, step, None, 2)
+    assert sorted(path.name for path in (tmp_path / "kept").glob("*.pt")) == [
+        "step_0000002.pt", "step_0000003.pt", "step_of_mine.pt"]
 
 
 def test_best_by_another_measure_starts_anew(tmp_path: Path) -> None:
@@ -683,9 +765,10 @@ def test_a_state_is_read_without_its_code(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_state(tmp_path)
-    torch.save({"format": 1, "config": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="is no training state of this version"):
-        read_state(tmp_path)
+    for other in ({"format": 1, "config": {}}, [1, 2]):
+        torch.save(other, tmp_path / "checkpoint.pt")
+        with pytest.raises(CheckpointError, match="is no training state of this version"):
+            read_state(tmp_path)
 
 
 @pytest.mark.parametrize(("option", "value"), [
@@ -766,6 +849,19 @@ def test_minutes_are_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(run.trainer, "step", slow)
     assert run(minutes=0.5).step == 5  # after 35 seconds
+
+
+def test_losses_that_a_spreadsheet_saved(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text("step,kl\n1,0.5\n", encoding="utf-8-sig")
+    LossTable(path, 1)
+    assert path.read_bytes() == b"step,kl\n1,0.5\n"
+    for text in ("step;kl\n1;0,5\n", "step,kl\n1.0,0.5\n", "kl\n0.5\n"):
+        path.write_text(text, encoding="utf-8-sig")
+        with pytest.warns(UserWarning, match=r"losses: .* it is kept as .*losses_aside\.csv"):
+            LossTable(path, 1).add({"step": 2, "kl": 0.125})
+        assert path.read_text() == "step,kl\n2,0.125\n"
+        assert (tmp_path / "losses_aside.csv").read_text(encoding="utf-8-sig") == text
 
 
 def test_half_a_row_of_losses_goes(tmp_path: Path) -> None:

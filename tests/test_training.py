@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -740,6 +741,49 @@ def test_enhancers_start_from_the_file_of_a_whole_model(enhancers: int, tmp_path
     assert torch.equal(found.model[1].weight, inner.generator.model[1].weight)
     if enhancers == 2:
         assert torch.equal(found.model1_1[1].weight, inner.generator.model1_1[1].weight)
+
+
+def test_enhancers_start_with_the_encoder_of_their_file(tmp_path: Path) -> None:
+    config = small("pix2pixhd_cityscapes_1024", "--network.features", "true")
+    network = {**vars(replace(config.network, enhancers=0)), "ngf": 2 * config.network.ngf}
+    whole = create_model("pix2pixhd_cityscapes", seed=5, **network)
+    given = replace(config, init=str(tmp_path / "model.safetensors"))
+    save_checkpoint(whole, tmp_path / "model.safetensors")
+    for init in (given.init, str(tmp_path)):  # a run's folder too
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = Trainer(replace(config, init=init)).model
+        for part in (found.encoder, found.generator):
+            of_file = whole.encoder if part is found.encoder else whole.generator
+            assert torch.equal(part.model[1].weight, of_file.model[1].weight)
+    other = create_model("pix2pixhd_cityscapes", **{**network, "nef": 4})
+    save_checkpoint(other, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"part encoder: .* of another shape"):
+        Trainer(given)
+    torch.save(whole.generator.state_dict(), tmp_path / "G.pth")
+    with pytest.warns(UserWarning, match=r"init: .*G\.pth holds no encoder"):
+        Trainer(replace(config, init=str(tmp_path / "G.pth")))
+
+
+def test_the_tutorials_line_for_other_classes_makes_a_model() -> None:
+    text = (Path(__file__).parents[1] / "docs/tutorials/train.md").read_text()
+    line = text[text.index("smis train groupdnet_deepfashion"):].partition("\ntorchrun")[0]
+    words = line.replace("\\\n", " ").split()
+    options = words[words.index("--network.classes"):words.index("--data.batch")]
+    assert "12" in options
+    config = load_config("groupdnet_deepfashion", options)
+    create_model(config.model, device="meta", **vars(config.network))
+    for classes in ("12", "13"):
+        with pytest.raises(ValueError, match=rf"modulation 'per_class', with ngf and nef multiples "
+                                             rf"of {classes}"):
+            load_config("groupdnet_deepfashion", ["--network.classes", classes])
+
+
+def test_a_single_picture_at_a_1x1_start_is_told_of_the_batch() -> None:
+    for given in (("--data.batch", "1"), ("--data.batch", "2", "--optimizer.accumulate", "2")):
+        with pytest.raises(ValueError, match=r"data\.batch: expected at least 2 pictures for each"):
+            load_config("groupdnet_scenes", given)
+    assert tiny("--data.batch", "1").data.batch == 1  # starts at 2x2
 
 
 def test_grids_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from ..families import (
 )
 from ..io.files import remove_partial
 from ..io.scene import one_shape, text_size
+from ..training.checkpoints import KEPT, RUN_FILES, STATE
 from .usage import Command
 
 MOST_SEED = 2**32 - 1  # samples add small numbers to it, and torch takes 64 bits
@@ -108,6 +109,10 @@ def file_to_write(suffix: str) -> Callable[[Path], Path]:
     def check(path: Path) -> Path:
         if path.is_dir():
             raise ValueError(f"out: {path} is a folder; expected a file to write")
+        if path.exists() and not path.is_file():  # whose place a rename would take
+            raise ValueError(f"out: {path} is a device or a pipe; expected a file to write")
+        if _of_a_run(path):
+            raise ValueError(f"out: {path} is a file of the training run there; give another name")
         if not path.name.endswith(suffix):
             raise ValueError(f"out: expected a name ending in {suffix}, got {path.name!r}")
         _check_place(path)
@@ -115,6 +120,13 @@ def file_to_write(suffix: str) -> Callable[[Path], Path]:
         return path
 
     return check
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a path is one of the files that a training run keeps in its folder."""
+    run, kept = path.absolute().parent, path.absolute().parent.parent
+    return (path.name in RUN_FILES and (run / STATE).exists()) or (
+        run.name == KEPT and path.exists() and (kept / STATE).exists())
 
 
 def _checked_seed(seed: int) -> int:
@@ -343,17 +355,19 @@ def show(head: Iterable[str | Column], rows: Iterable[Iterable[str | Text]],
 
 
 def say_resized(files: Iterable[tuple[str, tuple[int, int] | None]],
-                size: tuple[int, int]) -> None:
-    """Name the first of the files of another (height, width) than ``size``, and how many are."""
+                size: tuple[int, int], what: str = "maps") -> None:
+    """Name the first of the files of another (height, width) than ``size``, and how many are;
+    ``what`` they are: maps or pictures."""
     resized = [(name, of) for name, of in files if of not in (None, size)]
     if not resized:
         return
     name, source = resized[0]
     assert source is not None
-    text = (f"resized by nearest, pixel centres: {name}, {text_size(source)}, to "
+    rule = "nearest, pixel centres" if what == "maps" else "bicubic"
+    text = (f"resized by {rule}: {name}, {text_size(source)}, to "
             f"{text_size(size)} (width x height)")
     if not one_shape(source, size):
         text += "; its shape is stretched"
     if len(resized) > 1:
-        text += f"; {len(resized)} maps in all"
+        text += f"; {len(resized)} {what} in all"
     console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from .. import metrics
 from ..data import FileScenes, build_dataset
 from ..data.listing import one_set
+from ..io.files import file_hashes
 from ..io.hub import metric_rows
 from ..io.images import image_size, write_atomically
 from ..io.names import map_files
@@ -118,6 +120,8 @@ def evaluate(
     labelled = metrics.label_rule(rule, which.preset, pinned.dont_care)
     distances = create_distances(distance, lpips_weights, lpips_heads, place)
     extractor = None if inception_weights is None else metrics.Inception(inception_weights, place)
+    # Before they are read: a run may write others from then on.
+    hashes = None if which.checkpoint is None else file_hashes(which.checkpoint)
     with selected(backend):
         network = which.load()
         preset = network.preset
@@ -152,14 +156,35 @@ def evaluate(
         keep_inputs([out], inputs, "name")
         with progress(None) as step:
             result = metrics.evaluate(
-                network, scenes, measured, pinned, checkpoint=which.checkpoint, seed=seed,
-                clusters=clusters, step=step, expect=step.expect)
-    write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
-    show_metrics(result)
+                network, scenes, measured, pinned, checkpoint=which.checkpoint, hashes=hashes,
+                seed=seed, clusters=clusters, step=step, expect=step.expect)
+    show_metrics(result)  # first: a file that cannot be written costs no number
+    _write(out, (json.dumps(result, indent=1) + "\n").encode())
+    for what, reason in result.get("failed", {}).items():
+        console.print(f"{what}: not measured: {reason}", highlight=False, soft_wrap=True)
     for what, flag in (("fid", "--inception-weights"), ("segmentation", "--segmenter")):
-        if what not in result["results"]:
+        if what not in {**result["results"], **result.get("failed", {})}:
             console.print(f"{what}: not measured; {flag} measures it", highlight=False)
     console.print(f"{result['seconds']:.1f} s; wrote {out}", soft_wrap=True)
+
+
+def _write(out: Path, content: bytes) -> None:
+    """Write the results; where that cannot be, into a temporary folder.
+
+    Raises:
+        OSError: with the place where they are.
+    """
+    try:
+        write_atomically(out, content)
+    except OSError as error:
+        try:
+            place = str(write_atomically(Path(tempfile.mkdtemp(prefix="smis-")) / out.name,
+                                         content))
+        except OSError:
+            typer.echo(content.decode(), nl=False)
+            place = "printed above"
+        raise OSError(f"out: {out} cannot be written ({error.strerror}); the results are "
+                      f"{place}") from error
 
 
 def show_metrics(result: dict[str, Any]) -> None:

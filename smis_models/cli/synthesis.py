@@ -35,7 +35,7 @@ from ..io.names import PICTURE, PICTURE_SUFFIXES, map_files
 from ..io.sheet import captioned_grid
 from ..synthesis import scene as synthesis
 from ..synthesis.codes import draw_code
-from ..synthesis.features import CLUSTERS, FeatureClusters, encode_features
+from ..synthesis.features import CLUSTERS, FeatureClusters, clustering, encode_features
 from ..synthesis.scene import Scene
 from ..synthesis.synthesizer import Synthesizer
 from .common import (
@@ -239,11 +239,15 @@ def features(
         if not isinstance(preset, Pix2pixHDPreset) or not preset.features:
             raise ValueError(f"model: expected one that reads instance features, got "
                              f"{which.name!r}")
+        clustering()  # which may be missing: not told when all is encoded
         encoder = which.load(part="encoder")
-        scenes = synthesis.read_photographs(images, instances, preset.image_size)
         files = map_files("images", images, PICTURE, PICTURE_SUFFIXES)
-        say_resized([(name, image_size(path)) for name, path in files.items()], preset.image_size)
-        with progress(len(files)) as step:
+        say_resized([(name, image_size(path)) for name, path in files.items()], preset.image_size,
+                    "pictures")
+        with progress(2 * len(files)) as step:
+            for _ in synthesis.read_photographs(images, instances, preset.image_size):
+                step("checking")  # a bad file would cost all that was encoded before it
+            scenes = synthesis.read_photographs(images, instances, preset.image_size)
             encoded = encode_features(
                 encoder, ((image.to(place), ids.to(place)) for image, ids in scenes), step)
         found = FeatureClusters.fit(encoded, clusters)

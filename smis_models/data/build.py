@@ -9,7 +9,7 @@ import numpy as np
 
 from ..families import LatentPreset, Preset, UNetPreset
 from ..io.choices import unknown_name
-from ..io.images import image_size
+from ..io.images import ImageError, image_size
 from ..io.scene import SceneFiles
 from .files import FileScenes
 from .generated import GeneratedScenes
@@ -115,23 +115,31 @@ def build_dataset(name: str, root: str | Path | None, preset: Preset, split: str
 
 
 def _check_sizes(records: Sequence[SceneFiles], preprocess: Preprocess, preset: Preset) -> None:
-    """Refuse a mode by which a scene comes at another size than the network paints.
+    """Refuse a mode by which a scene comes at a size that the network does not paint.
 
-    Where the scenes decide their sizes, the heads of all label maps are read.
+    Where the scenes decide their sizes, or may be too small, the heads of all label maps are read.
     """
-    if not isinstance(preset, (LatentPreset, UNetPreset)):  # which paint one size alone
-        return
     sizes: dict[tuple[int, int], str | Path | None] = {}
-    if preprocess.output_size is not None:
+    if preprocess.mode in ("fixed", "resize", "resize_and_crop"):
+        assert preprocess.output_size is not None
         sizes[preprocess.output_size] = None
     else:
         r = np.random.default_rng(0)
         for record in records:
             assert record.labels is not None
-            sizes.setdefault(preprocess.plan(image_size(record.labels), r).resized, record.labels)
+            source = image_size(record.labels)
+            try:
+                planned = preprocess.plan(source, r).resized
+            except ValueError as error:
+                raise ImageError(f"{record.labels}: {error}") from error
+            sizes.setdefault(preprocess.output_size or planned, record.labels)
+    step, painted = preset.size_step, "x".join(map(str, preset.image_size))
+    one_size = isinstance(preset, (LatentPreset, UNetPreset))
+    if not one_size:
+        painted = f"multiples of {step} from {2 * step} on"
     for size, file in sizes.items():
-        if size != preset.image_size:
+        if size != preset.image_size if one_size else any(s % step or s < 2 * step for s in size):
             of = "all scenes" if file is None else str(file)
             raise ValueError(f"data.mode: {preprocess.mode} brings {of} to {size[0]}x{size[1]} "
-                             f"(height x width), the network paints {preset.image_size[0]}x"
-                             f"{preset.image_size[1]}; choose a mode that resizes or crops")
+                             f"(height x width), the network paints {painted}; choose a mode that "
+                             "resizes or crops")

@@ -79,7 +79,7 @@ def _place(picture: Path, target: Path) -> None:
     """The picture itself: linked where the disk allows it, else copied."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(picture, target)
+        os.link(picture.resolve(), target)  # not a link to a link, which would dangle elsewhere
     except OSError:
         with replacing(target) as partial:
             shutil.copyfile(picture, partial)

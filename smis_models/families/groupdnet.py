@@ -69,6 +69,11 @@ class GroupDNetPreset(LatentPreset):
                 "widths, groups: expected one entry each for G_middle_0, G_middle_1, up_0, ..., "
                 f"up_3 (and up_4); got {len(self.widths)} and {len(self.groups)}"
             )
+        if self.modulation == "fixed" and self.start_groups is None and 128 % self.classes:
+            raise ValueError(
+                f"classes: modulation 'fixed' expected a divisor of 128, got {self.classes}; "
+                f"choose modulation 'per_class', with ngf and nef multiples of {self.classes}"
+            )
         if self.upsampling == "most" and len(self.widths) != 7:
             raise ValueError(
                 "upsampling: 'most' expected widths and groups with a seventh entry, of up_4; "

@@ -163,6 +163,12 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def file_hashes(path: Path) -> dict[str, str]:
+    """Name -> SHA-256 of a file, or of all in a folder."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return {file.name: file_hash(file) for file in files}
+
+
 def published_hash(name: str) -> str:
     """The first digits of a file's SHA-256, where its name tells them: ``vgg19-dcbb9e9d.pth``."""
     return Path(name).stem.rpartition("-")[2]

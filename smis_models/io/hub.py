@@ -32,9 +32,22 @@ def metric_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "segmentation" in results:
         found = results["segmentation"]
         judge = f"label rule {found['label_rule']}"
+        if "predictions" in found:  # by other pictures, perhaps of another model
+            judge += f"; {found['maps']} label maps in {found['predictions']}"
         rows += [("mIoU", f"{found['miou']:.1%}", judge),
                  ("accuracy", f"{found['accuracy']:.1%}", judge)]
     return rows
+
+
+def protocol_title(facts: Mapping[str, Any]) -> str:
+    """The title of a table: the protocol's name, and all that differs from it.
+
+    Example:
+        >>> protocol_title({"name": "n100-m19", "changed": {"diversity.layouts": 10}})
+        'n100-m19, changed: diversity.layouts 10'
+    """
+    changed = ", ".join(f"{key} {value}" for key, value in facts.get("changed", {}).items())
+    return facts.get("name", "unnamed") + (f", changed: {changed}" if changed else "")
 
 
 def evaluations(run: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -44,7 +57,7 @@ def evaluations(run: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             content = json.loads(path.read_text())
             weights = content["model"]["weights_sha256"].values()
-            metric_rows(content)
+            metric_rows(content), protocol_title(content["protocol"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # some other JSON file
         if digest in weights:
@@ -59,8 +72,9 @@ def recipe_of(run: Path) -> dict[str, Any]:
         options = json.loads((run / CONFIG).read_text())
     except (OSError, ValueError):
         options = {}
-    told = {key: facts[key] for key in ("step", "epoch", "losses", "ema", "precision")
-            if facts.get(key) is not None}
+    told = {key: facts[key] for key in ("step", "epoch", "losses", "ema", "precision", "init",
+                                        "whiten", "seed")
+            if facts.get(key) not in (None, False) or (key == "seed" and key in facts)}
     if "losses" in told:
         told["losses computed"] = told.pop("losses")
     if facts.get("changes"):  # of the options, where the run went on with others
@@ -86,7 +100,7 @@ def model_card(model: str, description: str, options: Mapping[str, Any],
     for name, result in measured:
         data = {k: v for k, v in result.get("data", {}).items() if isinstance(v, (str, int))}
         lines += ["", f"## Metrics ({name})", "",
-                  "; ".join([f"protocol {result['protocol'].get('name', 'unnamed')}",
+                  "; ".join([f"protocol {protocol_title(result['protocol'])}",
                              *(f"{k} {v}" for k, v in data.items()), f"seed {result.get('seed')}"]),
                   "", "| metric | value | measured with |", "|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in metric_rows(result)]

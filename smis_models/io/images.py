@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -30,6 +32,9 @@ _UNSCALED = (255, 65535)  # the largest values of a PGM that Pillow keeps as the
 Picture = NDArray[np.uint8]
 # What is opened: some of Pillow's other decoders start programs.
 _DECODED = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
+# What Pillow raises of damaged files.
+_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError,
+               struct.error, zlib.error, Image.DecompressionBombError)
 SOFTWARE = "smis"  # the mark of written pictures: what is somebody else's is never removed
 
 
@@ -58,7 +63,9 @@ def opened(path: str | Path, expected: str,
     try:
         with Image.open(path, formats=_DECODED) as image:
             yield image
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ImageError:
+        raise
+    except _UNREADABLE as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ImageError(f"{path}: cannot be read as {kind} ({reason}); "
                          f"expected {expected}") from error
@@ -240,6 +247,24 @@ def one_shape(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return abs(a[0] * b[1] - a[1] * b[0]) * 2 <= max(*a, *b)
 
 
+# By which a picture of each EXIF orientation is shown. Pillow's own function writes the other
+# marks anew, and fails at an odd one.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1..8; 1 where there is none that can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(found) if found in _TURNS else 1
+    except Exception:  # damaged marks raise many kinds, and change no pixel
+        return 1
+
+
 def _as_stored(path: str | Path, orientation: int, size: tuple[int, int],
                like: tuple[int, ...] | None) -> bool:
     """Whether a picture of ``size`` is read as its pixels lie, and not as it is shown.
@@ -247,8 +272,8 @@ def _as_stored(path: str | Path, orientation: int, size: tuple[int, int],
     Raises:
         ImageError: its map fits both ways.
     """
-    if orientation not in range(2, 9) or like is None:
-        return orientation not in range(2, 9)
+    if orientation == 1 or like is None:
+        return orientation == 1
     stored = one_shape(size, like)
     shown = one_shape(size[::-1] if orientation > 4 else size, like)
     if stored and shown:
@@ -277,9 +302,9 @@ def read_picture(path: str | Path, size: tuple[int, int] | None = None,
     with opened(path, "a PNG or JPEG", "a picture") as image:
         mode = image.mode
         picture = image.convert("RGB")  # of a TIFF, Pillow has turned it and removed the mark
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = _orientation(image)
         if not _as_stored(path, orientation, (image.height, image.width), like):
-            picture = ImageOps.exif_transpose(picture)
+            picture = picture.transpose(_TURNS[orientation])
     if mode.startswith(("I", "F")):  # which Pillow clips to 255 instead of scaling
         raise ImageError(f"{path}: expected a picture of 8 bits per channel, got mode {mode} "
                          "(16 or 32 bits); convert it to 8 bits first")
@@ -312,7 +337,7 @@ def written_here(path: str | Path) -> bool:
         with Image.open(path) as image:
             marks = (image.info.get("Software"), image.info.get("comment"),
                      image.getexif().get(ExifTags.Base.Software))
-    except OSError:
+    except _UNREADABLE:
         return False
     return SOFTWARE in marks or SOFTWARE.encode() in marks
 

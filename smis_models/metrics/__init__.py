@@ -1,11 +1,12 @@
 """How good and how varied pictures are: LPIPS, mCSD and mOCD, FID, mIoU; protocols by name."""
 
+from ..io.hub import protocol_title
 from .distance import Distance, PixelDistance
 from .diversity import Diversity, diversities, diversity
 from .evaluate import Metrics, Scenes, evaluate, scene_labels
 from .fid import FeatureStatistics, Inception, fid, frechet_distance
 from .lpips import DISTANCES, LPIPS, create_distance
-from .protocols import PROTOCOLS, DiversityProtocol, Protocol, protocol, protocol_title
+from .protocols import PROTOCOLS, DiversityProtocol, Protocol, protocol
 from .sampling import LayoutSampler
 from .segmentation import FileSegmenter, LabelRule, SegmentationScore, label_rule
 

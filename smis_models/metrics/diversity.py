@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..io.seeds import derived_seed
+from ..synthesis.codes import drawn_code
 from ..synthesis.scene import Scene
 from .distance import Distance, Features
 from .protocols import DiversityProtocol
@@ -165,7 +166,7 @@ class DiversityMeter:
         count: how many scenes there will be.
 
     Raises:
-        ValueError: fewer scenes than the protocol's.
+        ValueError: fewer scenes than the protocol's; a model that reads no code.
 
     Example:
         >>> from smis_models import create_model
@@ -184,6 +185,10 @@ class DiversityMeter:
         if count < protocol.layouts:
             raise ValueError(f"layouts: expected {protocol.layouts} of them, got {count}; give "
                              "more label maps, or fewer with --layouts")
+        try:
+            drawn_code(model, seed)
+        except ValueError as error:  # before anything is read
+            raise ValueError(f"{error}; --distance none measures the rest") from error
         self._model, self._distances, self._protocol = model, distances, protocol
         self._seed, self._step = seed, step
         self._clock: dict[str, float] = {}

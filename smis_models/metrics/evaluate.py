@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data import FileScenes, SceneClassifier, SceneDataset
 from ..data.preprocess import LABEL_FILTER
-from ..io.files import file_hash
+from ..io.files import file_hashes
 from ..io.images import as_bytes, read_labels
 from ..io.names import map_files
 from ..io.provenance import commit, versions
@@ -144,6 +144,7 @@ class _PictureScores:
             raise FileNotFoundError(f"predictions: {folder} is no folder of label maps")
         self._files = None if folder is None else map_files("predictions", folder)
         self._scene_of: dict[Path, str] = {}
+        self._maps = hashlib.sha256()
         for name in names:  # now, and not after hours
             self._prediction(name)
 
@@ -176,6 +177,7 @@ class _PictureScores:
         labels = self.predicted(scene)
         if labels is not None:
             self._score.add(scene.labels, labels, str(self._prediction(scene.name)))
+            _digest(self._maps, scene.name, labels)
 
     def _prediction(self, name: str) -> Path | None:
         """The map that was predicted for a scene; None where none are read."""
@@ -191,17 +193,20 @@ class _PictureScores:
                              "the maps into folders as the scenes are")
         return path
 
-    def result(self) -> dict[str, Any]:
-        """What was measured."""
+    def parts(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """What was measured, by name."""
         metrics = self._metrics
-        results: dict[str, Any] = {}
+        found: dict[str, Callable[[], dict[str, Any]]] = {}
         if metrics.extractor is not None:
-            results["fid"] = {**fid_of_features(torch.cat(self._real), torch.cat(self._fake)),
-                              **_facts(metrics.extractor)}
+            found["fid"] = lambda: {
+                **fid_of_features(torch.cat(self._real), torch.cat(self._fake)),
+                **_facts(metrics.extractor)}
         if metrics.segmenter is not None or self._files is not None:
-            judge = metrics.segmenter if self._files is None else None
-            results["segmentation"] = {**self._score.result(), **_facts(judge)}
-        return results
+            judge = _facts(metrics.segmenter) if self._files is None else {
+                "predictions": str(metrics.predictions), "maps": len(self._scene_of),
+                "maps_sha256": self._maps.hexdigest()}
+            found["segmentation"] = lambda: {**self._score.result(), **judge}
+        return found
 
 
 class _Plan:
@@ -251,24 +256,34 @@ def _dont_care(rule: LabelRule, preset: Any, promised: str) -> str:
         "a rule of the caller")
 
 
+def _source(clusters: FeatureClusters | None) -> dict[str, Any]:
+    """Where the instance features that were painted from come from."""
+    return {} if clusters is None else dict(clusters.source or {"features": "of the caller"})
+
+
 def _facts(judge: Any) -> dict[str, Any]:
     return judge.facts() if hasattr(judge, "facts") else {}
 
 
-def model_facts(model: Any, checkpoint: Path | None, seed: int) -> dict[str, Any]:
-    """Name, options and weights of a model."""
+def _digest(digest: Any, name: str, labels: NDArray[np.integer[Any]]) -> None:
+    """Add a label map, and its name as it is on the disk, to a hash."""
+    digest.update(name.encode(errors="surrogateescape") + str(labels.shape).encode())
+    digest.update(np.ascontiguousarray(labels, np.int64).tobytes())
+
+
+def model_facts(model: Any, checkpoint: Path | None, seed: int,
+                hashes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Name, options and weights of a model; ``hashes``: of the files when they were loaded."""
     facts: dict[str, Any] = {"name": model.name, "options": asdict(model.preset)}
     if checkpoint is None:
         return {**facts, "weights": f"random, seed {seed}"}
-    files = sorted(p for p in checkpoint.iterdir() if p.is_file()) if checkpoint.is_dir() else [
-        checkpoint]
     return {**facts, "weights": str(checkpoint),
-            "weights_sha256": {path.name: file_hash(path) for path in files}}
+            "weights_sha256": dict(file_hashes(checkpoint) if hashes is None else hashes)}
 
 
 def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *,
-             checkpoint: Path | None = None, seed: int = 0,
-             clusters: FeatureClusters | None = None,
+             checkpoint: Path | None = None, hashes: Mapping[str, str] | None = None,
+             seed: int = 0, clusters: FeatureClusters | None = None,
              step: Step = lambda what: None,
              expect: Callable[[int], None] = lambda total: None) -> dict[str, Any]:
     """Measure a model; plain values with everything needed to measure the same again.
@@ -279,6 +294,7 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
         metrics: what is measured.
         protocol: counts, masks, size.
         checkpoint: where the weights come from, for the record.
+        hashes: of its files, taken before the model was loaded; without them those of now.
         seed: of all codes.
         clusters: instance features, where the model reads them.
         step: called with a few words, for a progress bar.
@@ -310,9 +326,12 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
     if metrics.extractor is not None and not scenes.photographed:
         raise ValueError("fid: expected scenes with photographs, got label maps alone; give a "
                          "--dataset")
+    if metrics.extractor is not None and len(scenes) < 2:
+        raise ValueError(f"fid: expected at least 2 scenes with photographs, got {len(scenes)}; "
+                         "give more, or leave --inception-weights out")
     start = time.perf_counter()
     # Before anything is measured: a run may write other weights meanwhile.
-    facts, source = model_facts(model, checkpoint, seed), commit()
+    facts, source = model_facts(model, checkpoint, seed, hashes), commit()
     scores = _PictureScores(metrics, model.preset.classes, scenes.names())
     sampler = LayoutSampler(model, 1)
     meter = DiversityMeter(model, metrics.distances, protocol.diversity, len(scenes), seed=seed,
@@ -326,8 +345,7 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
     scenes.check(step, check)
     digest = hashlib.sha256()
     for i, (scene, photograph) in enumerate(scenes):
-        digest.update(scene.name.encode() + str(scene.labels.shape).encode())
-        digest.update(np.ascontiguousarray(scene.labels, np.int64).tobytes())
+        _digest(digest, scene.name, scene.labels)
         if meter is not None and i < protocol.diversity.layouts:
             plan.see(scene)
             meter.add(scene)
@@ -336,16 +354,24 @@ def evaluate(model: Any, scenes: Scenes, metrics: Metrics, protocol: Protocol, *
             step(f"picture {i + 1} of {len(scenes)}")
             z = draw_input(model, scene, derived_seed(seed, i), clusters)
             scores.add(scene, photograph, sampler.load(scene).picture(z))
-    results: dict[str, Any] = {}
+    parts = scores.parts()
     if meter is not None:
-        results["diversity"] = {
+        parts = {"diversity": lambda: {
             distance.name: {**each.to_json(), "distance": distance.facts()}
             for distance, each in zip(metrics.distances, meter.result(), strict=True)
-        }
-    results |= scores.result()
+        }} | parts
+    results: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for name, part in parts.items():  # one that fails does not cost the others
+        try:
+            results[name] = part()
+        except ValueError as error:
+            if len(failed) == len(parts) - 1:
+                raise
+            failed[name] = str(error)
     return {
-        "results": results, "model": facts,
-        "data": scenes.facts(digest.hexdigest()), "seed": seed,
+        "results": results, **({"failed": failed} if failed else {}), "model": facts,
+        "data": {**scenes.facts(digest.hexdigest()), **_source(clusters)}, "seed": seed,
         "protocol": protocol.facts(_used(scenes, metrics, protocol, model.preset)),
         "device": str(next(model.parameters()).device), "versions": versions(),
         "commit": source, "command": sys.argv[1:],

@@ -92,6 +92,7 @@ class Inception:
         if not path.is_file():
             raise ValueError(f"inception-weights: {path} is no file; FID needs torch-fidelity's "
                              f"{_FILE}")
+        self._digest = file_hash(path)  # of what is loaded, whatever lies there later
         try:
             read_checkpoint(path)  # torch-fidelity would run code in the file; this refuses it
         except CheckpointError as error:
@@ -119,14 +120,13 @@ class Inception:
         """What a reader needs to compute the same number."""
         from importlib.metadata import version
 
-        digest = file_hash(self._path)
-        published = digest.startswith(published_hash(_FILE))
+        published = self._digest.startswith(published_hash(_FILE))
         network = INCEPTION if published else (
             f"weights of {self._path.name}, which are not Inception's of 2015-12-05")
         return {"network": network, "published_weights": published,
                 "extractor": "torch-fidelity inception-v3-compat, 2048",
                 "torch_fidelity": version("torch-fidelity"), "weights": self._path.name,
-                "weights_sha256": digest}
+                "weights_sha256": self._digest}
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:

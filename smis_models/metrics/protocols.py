@@ -134,17 +134,6 @@ _MEASURED = ("dataset", "split", "scenes", "picture_filter", "label_filter", "fi
              "distance")
 
 
-def protocol_title(facts: Mapping[str, Any]) -> str:
-    """The title of a table: the protocol's name, and all that differs from it.
-
-    Example:
-        >>> protocol_title(protocol("n100-m19", layouts=10).facts())
-        'n100-m19, changed: diversity.layouts 10'
-    """
-    changed = ", ".join(f"{key} {value}" for key, value in facts["changed"].items())
-    return facts["name"] + (f", changed: {changed}" if changed else "")
-
-
 _ONE_LAYOUT = DiversityProtocol(layouts=1, samples=100, pairing="random")
 PROTOCOLS = {
     protocol.name: protocol

@@ -207,6 +207,7 @@ class FileSegmenter:
         if not self._path.is_file():
             raise ValueError(f"segmenter: {path} is no file; give a TorchScript .pt or a "
                              "torch.export .pt2")
+        self._digest = file_hash(self._path)  # of what is loaded, whatever lies there later
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is on its way out
@@ -221,8 +222,7 @@ class FileSegmenter:
 
     def facts(self) -> dict[str, Any]:
         """What a reader needs to compute the same number."""
-        return {"segmenter": self._path.name, "sha256": file_hash(self._path),
-                "input": self._input}
+        return {"segmenter": self._path.name, "sha256": self._digest, "input": self._input}
 
     def __call__(self, pictures: Tensor) -> Any:
         x = pictures.to(self._device).float()

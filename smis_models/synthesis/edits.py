@@ -93,7 +93,7 @@ def parse_takes(texts: Sequence[str], names: Sequence[str],
         chosen = class_index("take", index, class_names)
         if picture in names:
             found[chosen] = list(names).index(picture)
-        elif picture.isdigit() and int(picture) < len(names):
+        elif picture.isdecimal() and int(picture) < len(names):
             found[chosen] = int(picture)
         else:
             raise ValueError(f"take: expected a picture 0..{len(names) - 1} or one of "

@@ -6,7 +6,7 @@ import io
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from smis_kernels import instance_mean_table
 
 from ..io.extras import cure
+from ..io.files import file_hash
 from ..io.images import check_pictures, write_atomically
 from ..io.seeds import derived_seed
 from ..networks.semantics import as_maps
@@ -76,6 +77,21 @@ def encode_features(
     return {label: np.stack(found[label]) for label in sorted(found)}
 
 
+def clustering() -> Any:
+    """scikit-learn's K-means.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"clustering needs scikit-learn: {cure('models', 'scikit-learn')}", name="sklearn"
+        ) from error
+    return KMeans
+
+
 @dataclass(frozen=True)
 class FeatureClusters:
     """Cluster centers of every class: class -> (clusters, channels).
@@ -92,6 +108,8 @@ class FeatureClusters:
     """
 
     centers: Mapping[int, Centers]
+    source: Mapping[str, str] | None = field(default=None, compare=False)
+    """The file that they were read from, and its hash: for records."""
 
     def __post_init__(self) -> None:
         if not self.centers:
@@ -130,14 +148,9 @@ class FeatureClusters:
         if not features:
             raise FeatureError("features: no instance is larger than 1/64 of its image; "
                                "give larger scenes")
-        try:
-            from sklearn.cluster import KMeans
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"clustering needs scikit-learn: {cure('models', 'scikit-learn')}", name="sklearn"
-            ) from error
+        k_means = clustering()
         return cls({
-            label: KMeans(min(clusters, len(rows)), n_init=10, random_state=0)
+            label: k_means(min(clusters, len(rows)), n_init=10, random_state=0)
             .fit(rows).cluster_centers_.astype(np.float32)
             for label, rows in features.items()
         })
@@ -162,21 +175,23 @@ class FeatureClusters:
         path = Path(path)
         if not path.is_file():
             raise FeatureError(f"features: {path} is no file; make one with smis features")
+        source = {"features": str(path), "features_sha256": file_hash(path)}
         if path.suffix == ".npy":
-            return cls(_read_official(path))
+            return cls(_read_official(path), source)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 names = list(arrays)
-                if not all(n.startswith(_PREFIX) and n[len(_PREFIX):].isdigit() for n in names):
+                if not all(n.startswith(_PREFIX) and n[len(_PREFIX):].isdecimal() for n in names):
                     raise FeatureError(f"features: expected arrays class_<label> in {path}, got "
                                        f"{', '.join(names[:3])}")
                 return cls({int(n[len(_PREFIX):]): np.asarray(arrays[n], np.float32)
-                            for n in names})
-        except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+                            for n in names}, source)
+        except Exception as error:  # damaged bytes raise many kinds
             if isinstance(error, FeatureError):
                 raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
             raise FeatureError(
-                f"features: {path} is no file of clusters ({str(error).splitlines()[0][:80]}); "
+                f"features: {path} is no file of clusters ({reason}); "
                 "make one with smis features"
             ) from error
 

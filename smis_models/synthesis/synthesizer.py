@@ -35,7 +35,7 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     for module in network.modules():  # what a hook has made has a graph, no copy
         shared.update((id(t), t.detach()) for t in vars(module).values() if isinstance(t, Tensor))
     frozen = copy.deepcopy(network, shared).eval()
-    folded = [module for module in frozen.modules() if hasattr(module, "weight_orig")]
+    folded: list[Any] = [m for m in frozen.modules() if hasattr(m, "weight_orig")]
     for module in folded:
         nn.utils.remove_spectral_norm(module)
     for module in frozen.modules():

@@ -101,9 +101,11 @@ class MicroBatch:
 
 
 def first_batches(pictures: SceneDataset, config: TrainConfig, device: torch.device,
-                  most: int) -> Iterator[MicroBatch]:
-    """The first pictures, ``most`` of them, in batches of the run's size."""
-    collate, size, count = Collate(config.network), config.data.batch, min(most, len(pictures))
+                  most: int, parts: int = 1) -> Iterator[MicroBatch]:
+    """The first pictures, ``most`` of them, in batches of a ``parts``-th of a step's: those of one
+    process and micro-batch, for more there may not be the memory."""
+    collate, count = Collate(config.network), min(most, len(pictures))
+    size = max(1, config.data.batch // parts)
     for first in range(0, count, size):
         chosen = [pictures[i] for i in range(first, min(first + size, count))]
         yield MicroBatch.of(collate(chosen), device)

@@ -17,6 +17,7 @@ from .options import from_dict, to_dict
 STATE, WEIGHTS, CONFIG = "checkpoint.pt", "model.safetensors", "config.json"
 RECORD, LOSSES, BEST = "record.json", "losses.csv", "best.safetensors"
 KEPT = "kept"
+RUN_FILES = (STATE, WEIGHTS, CONFIG, RECORD, LOSSES, BEST)
 TRAINING = "smis_training"  # of the weights' metadata
 _FORMAT = 2
 # What may differ between a run and its continuation: anything that no saved tensor depends on.
@@ -62,7 +63,7 @@ def read_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
             (folder / KEPT).glob("*.pt")) else ""
         raise CheckpointError(f"resume: {path} cannot be read "
                               f"({str(error).partition(chr(10))[0][:100]}){kept}") from error
-    if state.get("format") != _FORMAT:
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"resume: {path} is no training state of this version")
     return state
 
@@ -133,10 +134,10 @@ def keep(folder: Path, step: int, epoch: int | None, last: int) -> None:
         for source in (folder / STATE, folder / WEIGHTS):
             with replacing(kept / (name + source.suffix)) as partial:
                 shutil.copyfile(source, partial)  # no link: people copy one over the state
-    for ahead in kept.glob("step_*.pt"):  # of a course that was left for an earlier state
-        if int(ahead.stem.removeprefix("step_")) > step:
-            ahead.unlink()
-            ahead.with_suffix(Path(WEIGHTS).suffix).unlink(missing_ok=True)
-    for old in sorted(kept.glob("step_*.pt"))[: None if last == 1 else -last]:
-        old.unlink()
-        old.with_suffix(Path(WEIGHTS).suffix).unlink(missing_ok=True)
+    states = {int(number): path for path in kept.glob("step_*.pt")
+              if (number := path.stem.removeprefix("step_")).isdecimal()}  # others are a user's
+    ahead = [at for at in states if at > step]  # of a course that was left for an earlier state
+    course = sorted(states.keys() - ahead)
+    for at in [*ahead, *course[: None if last == 1 else -last]]:
+        states[at].unlink()
+        states[at].with_suffix(Path(WEIGHTS).suffix).unlink(missing_ok=True)

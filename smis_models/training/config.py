@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.preprocess import Mode
-from ..families import Pix2pixHDPreset, Preset, UNetPreset
+from ..families import LatentPreset, Pix2pixHDPreset, Preset, UNetPreset
 
 PIXEL_MEANS = ("pixels", "classes")
 GAN_MODES = ("hinge", "ls", "original", "w")
@@ -273,6 +273,12 @@ class TrainConfig:
         if self.log.best == "perceptual" and not self.losses.perceptual:
             raise ValueError("log.best: expected pixel, for losses.perceptual is 0 and its network "
                              "is not loaded; got 'perceptual'")
+        net = self.network
+        if (isinstance(net, LatentPreset) and net.latent_size == (1, 1) and net.norm != "instance"
+                and self.data.batch == self.optimizer.accumulate):
+            raise ValueError("data.batch: expected at least 2 pictures for each of optimizer."
+                             f"accumulate ({self.optimizer.accumulate}), for the generator starts "
+                             f"at 1x1, where one has no statistics; got {self.data.batch}")
         if self.data.batch % self.optimizer.accumulate:
             raise ValueError(
                 f"data.batch: expected a multiple of optimizer.accumulate "

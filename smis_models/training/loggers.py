@@ -8,6 +8,7 @@ import math
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +65,14 @@ class LossTable:
         self._path = path
         self._rows: list[dict[str, str]] = []
         if step and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
-            self._rows = [row for row in rows if int(row["step"]) <= step]  # whole lines alone
+            try:
+                with path.open(newline="", encoding="utf-8-sig") as file:
+                    rows = [row for row in csv.DictReader(file) if None not in row.values()]
+                self._rows = [row for row in rows if int(row["step"]) <= step]  # whole lines alone
+            except (KeyError, ValueError, TypeError, csv.Error):  # as a spreadsheet saves it
+                aside = path.replace(path.with_name("losses_aside.csv"))
+                warnings.warn(f"losses: {path} is no table of a run any more; it is kept as "
+                              f"{aside}, and another begins", stacklevel=3)
         self._names: list[str] = list(self._rows[0]) if self._rows else []
         self._write()
 

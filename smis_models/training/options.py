@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
                                 f"{', '.join(RECIPES)}")
     try:
         content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date of a 13th month, another encoding
         raise ValueError(f"config: {path} is no YAML or JSON: {_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"config: expected options (name: value) in {path}, got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
@@ -16,8 +17,9 @@ import torch
 from ..data import Collate, SceneDataset
 from ..data.classes import class_colours, class_names
 from ..data.listing import one_set
+from ..families import checkpoint_file
 from ..io.checkpoint import CheckpointError, read_metadata, save_checkpoint
-from ..io.files import locked, remove_partial
+from ..io.files import file_hashes, locked, remove_partial
 from ..io.images import to_pictures, write_atomically, write_png
 from ..io.provenance import commit, versions
 from ..io.sheet import captioned_grid
@@ -117,6 +119,12 @@ class Run:
             raise ValueError(f"out: {self.folder} holds a run; --resume goes on with it, another "
                              "--out starts anew")
         state = load_state(self.folder, config) if there or resume is True else None
+        left = (self.folder / BEST, *sorted((self.folder / KEPT).glob("*.pt")))
+        if state is None and any(path.exists() for path in left):  # to be taken for this one's
+            raise ValueError(f"out: {self.folder} holds the {BEST} or the {KEPT} states of an "
+                             f"earlier run without its {STATE}; remove them, or give another --out")
+        self._init = _source(config.init) if state is None else state.get(
+            "init", {"file": state["config"]["init"]} if state["config"]["init"] else None)
         self.trainer = Trainer(config, device, self.processes, fresh=state is None)
         self._history: list[dict[str, Any]] = []
         place = Place(0, 0)
@@ -348,7 +356,7 @@ class Run:
                         "with precision fp32")
         save_state(self.folder, {
             **state, "place": list(self.place), "pictures": self.batches.length,
-            "history": self._history}, self.config)
+            "history": self._history, "init": self._init}, self.config)
         self._export()
 
     def _facts(self) -> dict[str, Any]:
@@ -358,6 +366,7 @@ class Run:
         return {"step": self.trainer.step_count, "epoch": self.place.epoch, "losses": computed,
                 "perceptual": perceptual.facts if perceptual and "perceptual" in computed else None,
                 "ema": self.config.optimizer.ema, "precision": self.config.precision,
+                "init": self._init, "whiten": self.config.whiten, "seed": self.config.seed,
                 "changes": self._history}
 
     def _painted(self) -> torch.nn.Module:
@@ -391,25 +400,38 @@ class Run:
         count = min(self.config.log.best_scenes, len(scenes))
         painter = self.trainer.painter.eval()
         shown = objective(painter, self.config)
-        distance = (self.trainer.objective.perceptual if metric == "perceptual"
-                    else torch.nn.functional.l1_loss)
-        assert distance is not None
-        total = sum(float(distance(shown.reconstruct(batch), batch.image)) * len(batch)
-                    for batch in first_batches(scenes, self.config, self.trainer.device, count))
+        perceptual = self.trainer.objective.perceptual if metric == "perceptual" else None
+        distance = perceptual or torch.nn.functional.l1_loss
+        total, digest = 0.0, hashlib.sha256()
+        parts = self.processes.count * self.config.optimizer.accumulate
+        for batch in first_batches(scenes, self.config, self.trainer.device, count, parts):
+            total += float(distance(shown.reconstruct(batch), batch.image)) * len(batch)
+            for scene in zip(batch.image, batch.labels, strict=True):
+                for tensor in scene:
+                    digest.update(tensor.cpu().contiguous().numpy().tobytes())
         painter.train()
         found = {"metric": metric, "value": total / count, "scenes": count,
-                 "split": self.config.log.grid_split}
+                 "split": self.config.log.grid_split, "scenes_sha256": digest.hexdigest()}
+        if perceptual is not None:
+            found["vgg_sha256"] = perceptual.facts.get("vgg_sha256")
         try:
             before = json.loads(read_metadata(path)[TRAINING])["best"] if path.exists() else None
         except (CheckpointError, KeyError):
             before = None
-        if before is not None:  # before 0.2 it was not said of which split
-            before = {"split": found["split"], **before}
-        alike = before is not None and all(
-            before.get(key) == found[key] for key in ("metric", "scenes", "split"))
+        # What earlier versions did not tell is taken for the same.
+        alike = before is not None and {**found, **before, "value": None} == {
+            **found, "value": None}
         if before is None or not alike or found["value"] < before["value"]:
             save_checkpoint(self._painted(), path, {
                 TRAINING: json.dumps({**self._facts(), "best": found})})
+
+
+def _source(init: str | None) -> dict[str, Any] | None:
+    """The weights that a run starts from, and their hashes."""
+    if init is None:
+        return None
+    path = checkpoint_file(init)
+    return {"file": init, "sha256": file_hashes(path) if path.exists() else {}}
 
 
 def train(config: TrainConfig, folder: str | Path, *, device: torch.device | str = "cpu",

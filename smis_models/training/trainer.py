@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from smis_kernels.interface import release_weights
 
-from ..families import SynthesisModel, create_model
+from ..families import SynthesisModel, checkpoint_file, create_model
 from ..families.pix2pixhd import LocalEnhancer
-from ..io.checkpoint import read_checkpoint
+from ..io.checkpoint import State, load_state, read_checkpoint
 from ..io.seeds import derived_seed
 from ..networks.perceptual import load_perceptual_loss
 from .batches import MicroBatch, dataset, first_batches
@@ -73,8 +73,8 @@ class Trainer:
         if config.losses.perceptual > 0:  # first: it takes no time to tell that it is missing
             perceptual = load_perceptual_loss(config.losses.vgg)
         start = config if fresh else replace(config, init=None, whiten=False)
-        self.model = _start(start, self.device).train()
         parts = self.processes.count * config.optimizer.accumulate
+        self.model = _start(start, self.device, parts).train()
         self.objective = objective(self.model, config, parts,
                                    None if perceptual is None else perceptual.to(self.device))
         self.step_count, self._epoch = 0, 0
@@ -254,7 +254,7 @@ class Trainer:
             self._scaler.load_state_dict(state["scaler"])
 
 
-def _start(config: TrainConfig, device: torch.device) -> Any:
+def _start(config: TrainConfig, device: torch.device, parts: int) -> Any:
     """The model with random weights, or where ``config.init`` has them with those."""
     if config.whiten:
         check_whitened(config.network, config.init)
@@ -265,13 +265,17 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
         return model
     generator = model.generator
     if isinstance(generator, LocalEnhancer):
-        state = read_checkpoint(config.init)
-        state = {key.removeprefix("generator."): value for key, value in state.items()}
+        state = read_checkpoint(checkpoint_file(config.init))
+        inner, encoder = (_part(name, state) for name in ("generator", "encoder"))
+        inner = inner or state  # of a file of the generator alone
         last = f"model{generator.preset.enhancers}_"  # which a generator that lies inside lacks
-        if not any(key.startswith(last) for key in state):
-            generator.load_global(state)
-            _warn_of_random(config, [name for name, _ in model.named_children()
-                                     if name != "generator"])
+        if not any(key.startswith(last) for key in inner):
+            generator.load_global(inner)
+            if encoder and generator.preset.has_encoder:
+                load_state(model.encoder, encoder, source=config.init,
+                           model=f"{config.model}, part encoder")
+            elif generator.preset.has_encoder:
+                _warn_of_random(config, ["encoder"])
             return model
     initial = create_model(config.model, config.init, device=device, **options)
     given = dict(initial.named_children())
@@ -280,8 +284,15 @@ def _start(config: TrainConfig, device: torch.device) -> Any:
             part.load_state_dict(given[name].state_dict())
     _warn_of_random(config, [name for name, _ in model.named_children() if name not in given])
     if config.whiten:
-        whiten_codes(model.eval(), _first_pictures(config, device))
+        whiten_codes(model.eval(), _first_pictures(config, device, parts))
     return model
+
+
+def _part(name: str, state: State) -> State:
+    """The tensors of one network of a whole model's state."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in state.items()
+            if key.startswith(prefix)}
 
 
 def _warn_of_random(config: TrainConfig, parts: list[str]) -> None:
@@ -291,6 +302,7 @@ def _warn_of_random(config: TrainConfig, parts: list[str]) -> None:
                           stacklevel=4)
 
 
-def _first_pictures(config: TrainConfig, device: torch.device) -> Iterator[MicroBatch]:
+def _first_pictures(config: TrainConfig, device: torch.device,
+                    parts: int = 1) -> Iterator[MicroBatch]:
     """The first training pictures, as the first epoch crops and mirrors them, in batches."""
-    return first_batches(dataset(config, "train", _WHITENED), config, device, _WHITENED)
+    return first_batches(dataset(config, "train", _WHITENED), config, device, _WHITENED, parts)
