@@ -175,7 +175,7 @@ class _Parts(nn.Module):
 def test_rates_reach_both_optimizers(
         name: str, given_rates: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, epochs, decay, frozen, optimizer, losses = PUBLISHED[name]
-    monkeypatch.setattr("smis_models.training.trainer._start", lambda config, device: _Parts())
+    monkeypatch.setattr("smis_models.training.trainer._start", lambda *_: _Parts())
     monkeypatch.setattr("smis_models.training.trainer.objective", _Objective)
     monkeypatch.setattr("smis_models.training.trainer.EMA", lambda model, decay: _Nothing())
     monkeypatch.setattr("smis_models.training.trainer.load_perceptual_loss", lambda path: None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _modules
 from torch.nn.utils import parametrize
 
 _NOTHING = nullcontext()
@@ -40,6 +40,15 @@ def has_hooks(module: Any) -> bool:
     """Whether calling the module does more than its weight tells: some hooks make the weight."""
     return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
                 or module._backward_hooks)
+
+
+def hooked_everywhere() -> bool:
+    """Whether hooks of all modules are there, but for those of torch.utils, which only look on."""
+    return _modules._has_any_global_hook() and not all(
+        str(getattr(hook, "__module__", "")).startswith("torch.utils.")
+        for hooks in (_modules._global_forward_pre_hooks, _modules._global_forward_hooks,
+                      _modules._global_backward_pre_hooks, _modules._global_backward_hooks)
+        for hook in hooks.values())
 
 
 def is_told_by_weights(layer: Any, kind: Any) -> bool:
@@ -110,7 +119,7 @@ class Normalizing(nn.Module):
         if isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats:
             return True
         return not is_as_defined(norm, nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm,
-                                 nn.Identity) or _has_any_global_hook()
+                                 nn.Identity) or hooked_everywhere()
 
     def normalised(self, input: Tensor, upsample: bool) -> tuple[Tensor, dict[str, Any]]:
         """What the ops read, and how they normalise and upsample it, as keyword arguments.

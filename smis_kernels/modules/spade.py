@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..layout.label_layout import LabelLayout
 from ..layout.planner import choose, own_windows
@@ -28,6 +27,7 @@ from ..runtime.tensors import acc_dtype
 from .normalizing import (
     Normalizing,
     child,
+    hooked_everywhere,
     is_as_defined,
     is_told_by_weights,
     weights_made_once,
@@ -230,7 +230,7 @@ class CGNorm(Normalizing):
                                        and is_as_defined(parts[1], nn.ReLU)):
                 return True
             convs.append(parts[0])
-        return _has_any_global_hook() or not all(
+        return hooked_everywhere() or not all(
             _is_plain(conv) and conv.kernel_size == gamma.kernel_size for conv in convs)
 
     @property
