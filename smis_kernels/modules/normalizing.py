@@ -79,7 +79,7 @@ def weights_made_once(*modules: Any) -> AbstractContextManager[None]:
     """
     for module in modules:
         for part in module._modules.values():
-            inner = part._modules
+            inner = getattr(part, "_modules", None)  # a part may be None
             if inner and ("parametrizations" in inner or "parametrizations" in getattr(
                     inner.get("0"), "_modules", ())):  # mlp_shared's conv
                 return parametrize.cached()
