@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smis_kernels import SPADE, ConditionalNorm2d, InstanceNormAct2d, LabelLayout, MultiSPADE
-from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.layout.table_cache import TableCache
 from smis_kernels.modules.spade import modulate_pair
 from smis_models.benchmark.records import markdown_table
 

@@ -31,8 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smis_kernels import CGNorm, LabelLayout, use_backend, use_path
 from smis_kernels.acceleration.prepared import Prepared
-from smis_kernels.layout import label_layout
-from smis_kernels.layout.label_layout import TableCache, WindowLevel
+from smis_kernels.layout import label_layout, levels
+from smis_kernels.layout.levels import WindowLevel
+from smis_kernels.layout.table_cache import TableCache
 from smis_kernels.ops.instance_edges import op as edges
 from smis_kernels.ops.label_windows import op as label_windows
 from smis_kernels.runtime.library import NAMESPACE, raw_ops
@@ -263,7 +264,7 @@ def _sizes(preset: Any) -> list[tuple[int, int]]:
     return [(height << i, width << i) for i in steps]
 
 
-class _Counted(label_layout._Reading):
+class _Counted(levels.Reading):
     """A reading that counts as a copy to the host, and as a wait once the host asks for it."""
 
     asked = 0
@@ -290,10 +291,10 @@ def count_layout(name: str, maps: Maps) -> tuple[LabelLayout, dict[str, int]]:
         layout.level(size)
     asked = dict.fromkeys(_sizes(preset))
     patched = (
-        (label_layout, "_device_kernels", lambda map: True),
-        (label_layout, "_sizes_asked", lambda device, shape: asked),
-        (label_layout, "_capturing", lambda map: False),
-        (label_layout, "_Reading", _Counted), (_Counted, "asked", 0),
+        (label_layout, "device_kernels", lambda map: True),
+        (label_layout, "sizes_asked", lambda device, shape: asked),
+        (label_layout, "capturing", lambda map: False),
+        (label_layout, "Reading", _Counted), (_Counted, "asked", 0),
         (label_windows, "resolve", lambda *_: "cuda"), (edges, "resolve", lambda *_: "cuda"),
     )
     with ExitStack() as stack:

@@ -11,7 +11,8 @@ except ModuleNotFoundError:
 
 from .acceleration.model import accelerate, restore
 from .acceleration.report import Report
-from .layout.label_layout import LabelLayout, layout_scope, share_layouts
+from .layout.label_layout import LabelLayout
+from .layout.scope import layout_scope, share_layouts
 from .modules.conditional_conv import ConditionalConv2d
 from .modules.conditional_norm import ConditionalNorm2d, adain
 from .modules.crops import ClassCrops

@@ -4,9 +4,10 @@ from .acceleration.prepared import Prepared
 from .acceleration.sequences import with_norm
 from .acceleration.watch import Settings, hooked
 from .layout.conditioned import conditioned_convs, label_rows
-from .layout.label_layout import TableCache, WindowLevel
+from .layout.levels import WindowLevel
 from .layout.planner import prepare_map
 from .layout.static_layout import StaticLayout
+from .layout.table_cache import TableCache
 from .modules.label_conv import LabelConv2d
 from .modules.spectral_norm import release_weights
 from .ops.content_digest.stamp import Stamp

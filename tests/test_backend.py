@@ -29,7 +29,7 @@ from smis_kernels import (
     use_path,
 )
 from smis_kernels.acceleration import formats, swap
-from smis_kernels.layout import label_layout
+from smis_kernels.layout import scope
 from smis_kernels.ops.label_windows.op import number_windows
 from smis_kernels.runtime import backend as selector
 from smis_kernels.runtime import constants, native, tuned
@@ -103,7 +103,7 @@ BLOCKS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "use_path": (lambda: use_path("dense"), requested_path),
     "using": (lambda: constants.using(constants.Store([])), lambda: constants.scope()),
     "trial": (lambda: tuned.trial("rates", {}), lambda: dict(tuned._trials)),
-    "layout_scope": (layout_scope, lambda: label_layout._known.depth),
+    "layout_scope": (layout_scope, lambda: scope._known.depth),
     "network_call": (lambda: formats.network_call(torch.zeros(1)), lambda: (
         formats._calls.depth, len(torch.overrides._get_current_function_mode_stack()))),
     "at_any_size": (swap.at_any_size, lambda: swap._sizes.any),

@@ -71,6 +71,16 @@ def test_no_speedup_is_reported_for_a_wrong_result(wrong):
     assert "WRONG" in harness.markdown(list(rows.values()))
 
 
+@pytest.mark.parametrize("wrong", [2.0, float("nan")])
+def test_no_speedup_is_reported_for_a_wrong_result_on_a_later_map(wrong):
+    case = replace(_case(lambda x, y: x * y * (wrong if y.flatten()[0] == 3 else 1),
+                         every_map=True),
+                   make_inputs=lambda setting: tuple(t + setting.index for t in _inputs(setting)))
+    rows = _measured(case)
+    assert rows["reference"].correct and not rows["fused"].correct
+    assert records.speedup(rows) is None
+
+
 def test_a_result_of_another_shape_is_refused():
     with pytest.raises((RuntimeError, ValueError)):
         _measured(_case(lambda x, y: (x * y)[..., :2]))

@@ -30,7 +30,7 @@ from smis_kernels import (
     use_path,
 )
 from smis_kernels.layout import planner
-from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.layout.table_cache import TableCache
 from smis_kernels.modules.spade import modulate_pair
 from smis_kernels.ops.indexed_modulation.op import indexed_modulation
 from smis_kernels.ops.modulation import op as modulation_op

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from smis_kernels import SPADE, LabelLayout, explain, use_backend, use_path
 from smis_kernels.acceleration.prepared import Prepared
 from smis_kernels.layout import shared_tables
-from smis_kernels.layout.label_layout import nearest_source
+from smis_kernels.layout.levels import nearest_source
 from smis_kernels.layout.static_layout import StaticLayout, capacity
 from smis_kernels.runtime import constants, graphs
 from smis_kernels.runtime.backend import missing

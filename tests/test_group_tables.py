@@ -14,7 +14,8 @@ from torch import Tensor
 
 from smis_kernels import CGNorm, LabelLayout, explain, modulate_pair, use_backend, use_path
 from smis_kernels.layout import planner
-from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.layout.static_layout import StaticLayout
+from smis_kernels.layout.table_cache import TableCache
 from smis_kernels.ops.label_windows.op import GroupWindows, group_windows, number_windows
 from smis_kernels.ops.window_table.op import window_embedding, window_table
 from smis_kernels.runtime.backend import missing
@@ -290,6 +291,24 @@ def test_a_numbering_belongs_to_the_vectors_of_its_layout() -> None:
     copy = pickle.loads(pickle.dumps(layout))
     again = copy.group_windows(copy.level((20, 20)).windows3, ranges)
     assert all(map(torch.equal, again, own))
+
+
+@needs_cpu
+def test_a_numbering_ends_where_another_map_is_loaded(eager: list[GroupWindows]) -> None:
+    """Of one set of vectors, into the memory of the windows."""
+    norm, x = CGNorm(8, 8, 8, groups=4).double().eval(), drawn(1, 8, 16, 16)
+    labels = blocky(1, 16, 16, 8)
+    first, second = (LabelLayout.from_labels(m, 8) for m in (labels, labels.flip(1)))
+    for layout in (first, second):
+        layout.level((16, 16))
+    assert torch.equal(first.vectors, second.vectors)
+    static = StaticLayout(first)
+    assert static.fits(second)
+    with torch.no_grad(), use_path("two_level"):
+        norm(x, static.layout)
+        static.load(second)
+        torch.testing.assert_close(norm(x, static.layout), norm(x, second))
+    assert len(eager) == 3
 
 
 @needs_cpu

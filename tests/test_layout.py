@@ -27,9 +27,10 @@ from smis_kernels import (
     use_path,
 )
 from smis_kernels.layout import label_layout as layout_module
-from smis_kernels.layout import planner
-from smis_kernels.layout.label_layout import TableCache, layout_of, match_windows
+from smis_kernels.layout import levels, planner, scope
+from smis_kernels.layout.scope import layout_of
 from smis_kernels.layout.static_layout import StaticLayout
+from smis_kernels.layout.table_cache import TableCache, match_windows
 from smis_kernels.ops.label_windows import op as label_windows
 from smis_kernels.runtime.backend import missing
 from smis_kernels.testing import max_error
@@ -53,14 +54,14 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float64) ->
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often windows were compiled."""
     calls: list[int] = []
-    compile_level = layout_module._compile_level
+    compile_level = layout_module.compile_level
 
     def counting(symbols: Tensor, unlimited: bool = False) -> object:
         calls.append(symbols.numel())
         return compile_level(symbols, unlimited)
 
-    monkeypatch.setattr(layout_module, "_compile_level", counting)
-    monkeypatch.setattr(layout_module._known, "latest", None)
+    monkeypatch.setattr(layout_module, "compile_level", counting)
+    monkeypatch.setattr(scope._known, "latest", None)
     return calls
 
 
@@ -333,7 +334,7 @@ def test_a_network_compiles_its_map_once_per_forward(counted: list[int]) -> None
         layout_module.number_vectors = original
 
 
-class Late(layout_module._Reading):
+class Late(levels.Reading):
     """Numbers that arrive once the host has asked for them; ``waits`` counts how often it did."""
 
     waits = 0
@@ -354,11 +355,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
         goes.append(list(sizes))
         return original(map, sizes, limits, **options)
 
-    monkeypatch.setattr(layout_module, "_device_kernels", lambda map: True)
-    monkeypatch.setattr(layout_module, "_Reading", Late)
+    monkeypatch.setattr(layout_module, "device_kernels", lambda map: True)
+    monkeypatch.setattr(layout_module, "Reading", Late)
     monkeypatch.setattr(layout_module, "number_levels", counting)
     monkeypatch.setattr(Late, "waits", 0)
-    layout_module._sizes_asked.cache_clear()
+    layout_module.sizes_asked.cache_clear()
     return goes
 
 
@@ -449,7 +450,8 @@ def test_a_capture_takes_the_dense_path_where_counts_are_not_read(
     read = LabelLayout.from_labels(labels, 5)
     read.level((16, 16))
     Late.waits = 0
-    monkeypatch.setattr(layout_module, "_capturing", lambda map: True)
+    monkeypatch.setattr(layout_module, "capturing", lambda map: True)
+    monkeypatch.setattr(levels, "capturing", lambda map: True)
     assert captured.countable((16, 16)) is False and read.countable((16, 16)) is True
     plan = smis_kernels.explain(norm, x, captured)
     assert [c.path for c in plan.choices if c.op == "SPADE"] == ["dense"]
@@ -460,7 +462,7 @@ def test_a_capture_takes_the_dense_path_where_counts_are_not_read(
             norm(x, captured)
     assert Late.waits == 0
     with pytest.raises(RuntimeError, match="make it before the capture"):
-        layout_module._Reading(torch.zeros(1)).numbers()
+        levels.Reading(torch.zeros(1)).numbers()
 
 
 @needs_cpu
@@ -471,7 +473,7 @@ def test_a_level_is_not_begun_during_a_capture(device: list[list[tuple[int, int]
     layout = LabelLayout.from_labels(labels, 5)
     assert layout.symbols is not None
     with monkeypatch.context() as capture:
-        capture.setattr(layout_module, "_capturing", lambda map: True)
+        capture.setattr(layout_module, "capturing", lambda map: True)
         for size in ((16, 16), (8, 8)):
             with pytest.raises(RuntimeError, match="cannot be counted while a CUDA graph"):
                 layout.level(size)
@@ -481,7 +483,7 @@ def test_a_level_is_not_begun_during_a_capture(device: list[list[tuple[int, int]
 
 def test_two_threads_read_numbers_at_once() -> None:
     """The second is waiting for the device while the first reads them."""
-    reading = layout_module._Reading(torch.tensor([3, 4]))
+    reading = levels.Reading(torch.tensor([3, 4]))
 
     class Event:
         entered = False
@@ -505,7 +507,7 @@ def test_room_for_windows_is_not_kept(device: list[list[tuple[int, int]]],
     assert len(pickle.dumps(layout)) < needed + 10_000
     copy = pickle.loads(pickle.dumps(layout))
     assert torch.equal(copy.level((128, 128)).windows5, layout.level((128, 128)).windows5)
-    monkeypatch.setattr(layout_module, "MOST_SPARE", 0)
+    monkeypatch.setattr(levels, "MOST_SPARE", 0)
     layout = LabelLayout.from_labels(blocky(1, 128, 128, 5), 5)
     level = layout.level((128, 128))
     assert level.windows3.untyped_storage().nbytes() == level.windows3.numel() * 4
@@ -602,7 +604,7 @@ def test_layouts_are_found_again_only_inside_a_scope() -> None:
         first = layout_of(segmap)
         assert layout_of(segmap) is first
         assert layout_of(segmap.clone()) is first  # the same pixels: the windows are kept
-    assert not layout_module._known.scope
+    assert not scope._known.scope
 
 
 def test_windows_of_an_edited_map_are_matched() -> None:

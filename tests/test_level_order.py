@@ -227,7 +227,7 @@ def test_it_is_not_asked_for_where_nothing_is_kept(monkeypatch: pytest.MonkeyPat
         made = compiled(1)
     assert made.pixel_order(made.level(SIZE).index5) is not None  # it holds no inference tensors
     with monkeypatch.context() as capture:
-        capture.setattr(label_layout, "_capturing", lambda map: True)
+        capture.setattr(label_layout, "capturing", lambda map: True)
         assert absent()
     assert not absent() and not layout._orders
 

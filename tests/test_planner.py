@@ -12,7 +12,7 @@ import torch
 
 from smis_kernels import SPADE, LabelLayout
 from smis_kernels.layout import planner
-from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.layout.table_cache import TableCache
 from smis_kernels.runtime import tuned
 
 

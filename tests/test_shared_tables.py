@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smis_kernels import SPADE, CGNorm, LabelLayout, modulate_pair, use_backend, use_path
 from smis_kernels.acceleration.prepared import Prepared
 from smis_kernels.layout import shared_tables
-from smis_kernels.layout.label_layout import TableCache
+from smis_kernels.layout.table_cache import TableCache
 from smis_kernels.ops.level_tables.op import level_tables
 from smis_kernels.testing import max_error
 

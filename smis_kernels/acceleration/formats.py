@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..layout.label_layout import layout_scope
+from ..layout.scope import layout_scope
 from ..ops.reformat.op import reformat
 from ..ops.upsampling_source.op import upsampling_source
 from ..runtime.backend import requested

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..layout.label_layout import LabelLayout, given_layouts, layout_of, scoped_layouts
+from ..layout.label_layout import LabelLayout
+from ..layout.scope import given_layouts, layout_of, scoped_layouts
 from ..layout.static_layout import StaticLayout
 from ..ops.content_digest.stamp import Stamp
 from ..runtime.graphs import apart, capture, circumstances, difference

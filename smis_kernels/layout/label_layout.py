@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import operator
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.instance_edges.op import instance_edges
 from ..ops.label_windows.op import (
     MAX_LEVELS,
     GroupWindows,
-    NumberedLevel,
     group_windows,
     number_labels,
     number_levels,
     number_vectors,
-    number_windows,
 )
 from ..ops.label_windows.reference import present_labels
-from ..ops.segments import Pieces, Segments, in_pieces, of_windows, sorted_rows, window_index
-from ..runtime import constants
-from ..runtime.backend import refuse_trace, resolve
+from ..ops.segments import Pieces, Segments
+from ..runtime.backend import refuse_trace
 from ..runtime.check import (
     FLOATS,
     INTEGERS,
@@ -40,57 +31,24 @@ from ..runtime.check import (
     check_tensor,
     refuse_label,
 )
-from ..runtime.tensors import capturing as _capturing
+from ..runtime.tensors import capturing, lasting, outlasting
+from .levels import (
+    PreparedLevel,
+    Reading,
+    WindowLevel,
+    compile_level,
+    device_kernels,
+    limit_of,
+    nearest_source,
+    sizes_asked,
+)
+from .order import LevelOrder, SortedLevel
+from .table_cache import TableCache
 
 _compiling = torch.compiler.is_compiling  # a call asks more than once, and each look-up takes time
 IDS = (*INTEGERS, torch.uint16, torch.uint32, torch.uint64)
 MAX_VECTORS = 4096  # distinct conditioning vectors beyond which a tensor is no label map
-MOST_SPARE = 2**24  # bytes of room for windows beyond which those found are copied out of it
 MOST_ROOM = 2**22  # numbers that vectors may take where there is room for all kinds of pixels
-
-
-@dataclass
-class WindowLevel:
-    """The distinct windows of one resolution.
-
-    Attributes:
-        symbols: (N, h, w) int32 symbol of each pixel, from 1.
-        windows3, index3: (V + 1, 9) symbols of each distinct 3x3 window, and the window (N, h, w)
-            at each pixel. Row 0 is the outside.
-        windows5, index5: (U + 1, 9) 3x3-window ids of each distinct 5x5 window, and the window at
-            each pixel.
-    """
-
-    symbols: Tensor
-    windows3: Tensor
-    index3: Tensor
-    windows5: Tensor
-    index5: Tensor
-
-    @property
-    def repeats(self) -> bool:
-        """Whether windows repeat enough for the tables to exist."""
-        return len(self.windows3) > 0 and len(self.windows5) > 0
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """(V, U), the numbers of distinct 3x3 and 5x5 windows."""
-        return len(self.windows3) - 1, len(self.windows5) - 1
-
-
-def _limit(pixels: int, unlimited: bool) -> int:
-    # With more rows than half the pixels dense convs win anyway; small maps are always cheap.
-    return pixels if unlimited else max(pixels // 2, 4096)
-
-
-def _compile_level(symbols: Tensor, unlimited: bool = False) -> WindowLevel:
-    limit = _limit(symbols.numel(), unlimited)
-    # Numbering is exact on every implementation: it follows the device, whatever norms run on.
-    index3, windows3 = number_windows(symbols, limit, backend="auto")
-    if len(windows3) == 0:
-        return WindowLevel(symbols, windows3, index3, windows3, index3)
-    index5, windows5 = number_windows(index3, limit, backend="auto")
-    return WindowLevel(symbols, windows3, index3, windows5, index5)
 
 
 def _class_count(num_classes: Any) -> int:
@@ -101,37 +59,6 @@ def _class_count(num_classes: Any) -> int:
     if count < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
     return count
-
-
-def nearest_source(size: int, source: int, device: torch.device) -> Tensor:
-    """Source index of each target index, exactly as F.interpolate: floor(fp32 dst * fp32 scale)."""
-    scale = float(np.float32(source) / np.float32(size))
-    # made on the device: a copy from the host could not be captured in a CUDA graph
-    index = torch.arange(size, dtype=torch.float32, device=device) * scale
-    return index.floor().long().clamp_(max=source - 1)
-
-
-def _device_kernels(map: Tensor) -> bool:
-    """Whether a GPU compiles layouts of this map without the host."""
-    return resolve("number_levels", map, "auto", ("cuda",)) == "cuda"
-
-
-@contextmanager
-def outlasting() -> Iterator[None]:
-    """No inference tensors are made inside: what is kept serves later calls with gradients."""
-    if not _compiling() and torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield
-
-
-def _lasting(tensor: Tensor) -> Tensor:
-    """The tensor, copied where it is an inference tensor: no gradients, and no trace of writes."""
-    if _compiling() or not tensor.is_inference():
-        return tensor
-    with outlasting():
-        return tensor.clone()
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -150,126 +77,12 @@ def _check_dense(name: str, tensor: Tensor) -> None:
                          f"{tuple(tensor.shape)}; leave empty maps out")
 
 
-class _Reading:
-    """Numbers of the device on their way to the host; it waits for them when they are asked for.
-
-    Raises:
-        RuntimeError: when asked for, where the device's work is captured in a CUDA graph.
-    """
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._held: Tensor | None = numbers
-        self._sent: torch.cuda.Event | None = None
-        self._read: Any = None
-        if _capturing(numbers):
-            self._held = None
-        elif numbers.device.type == "cuda":
-            self._held = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu",
-                                     pin_memory=True)
-            self._held.copy_(numbers, non_blocking=True)
-            self._sent = torch.cuda.Event()
-            self._sent.record(torch.cuda.current_stream(numbers.device))
-
-    @property
-    def done(self) -> bool:
-        """Whether they have been asked for before."""
-        return self._read is not None
-
-    def numbers(self) -> Any:
-        """The numbers as (nested) lists."""
-        held = self._held  # before the other, which a second thread may set first
-        if self._read is None:
-            if held is None:
-                raise RuntimeError("layout: its counts stay in the CUDA graph that was captured "
-                                   "when it was made; make it before the capture")
-            if self._sent is not None:
-                self._sent.synchronize()
-            self._read = held.tolist()
-            self._held = None
-        return self._read
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A resolution that the device numbers; ``counts`` holds those of all that it made with it."""
-
-    level: NumberedLevel
-    counts: _Reading
-    column: int
-
-    def finished(self) -> WindowLevel:
-        v, u = (row[self.column] for row in self.counts.numbers())
-        numbered = self.level
-        windows3, windows5 = numbered.windows3[:v + 1], numbered.windows5[:u + 1]
-        if windows3.untyped_storage().nbytes() > MOST_SPARE:
-            windows3, windows5 = windows3.clone(), windows5.clone()
-        return WindowLevel(numbered.symbols, windows3, numbered.index3, windows5, numbered.index5)
-
-
-@lru_cache(maxsize=64)
-def _sizes_asked(device: torch.device, shape: torch.Size) -> dict[tuple[int, int], None]:
-    """The sizes that layouts of maps of this shape were asked for, to be compiled together."""
-    return {}
-
-
 class _Own(NamedTuple):
     """A layout's windows as groups tell them apart, and what they were made of."""
 
     windows3: Tensor  # held, so that its id stays its own
     vectors: Tensor
     windows: GroupWindows
-
-
-class LevelOrder(NamedTuple):
-    """The pixels and windows of a resolution by the row that they read: gradients are summed so.
-
-    Attributes:
-        pixels: by row of a table.
-        windows: that the table is of, by what they hold; of 3x3 windows the same as ``windows3``.
-        windows3: 3x3 windows by symbol.
-    """
-
-    pixels: Pieces
-    windows: Segments
-    windows3: Segments
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that it holds."""
-        return *self.pixels, *self.windows, *self.windows3
-
-
-class _Sorted:
-    """A :class:`LevelOrder`, what it was made of, and when the device has made it."""
-
-    def __init__(self, sources: tuple[Tensor, ...], symbols: int) -> None:
-        index, windows, windows3 = self._sources = sources
-        self._known = constants.state(sources), symbols
-        keys = [(index, len(windows)), window_index(windows3, symbols)]
-        if windows is not windows3:
-            keys.append(window_index(windows, len(windows3)))
-        pixels, *others = sorted_rows(keys)
-        found = [*map(of_windows, others)]
-        self.order = LevelOrder(in_pieces(pixels), found[-1], found[0])
-        self._stream: Any = None
-        if index.is_cuda and torch.cuda.is_available():  # no fake tensor
-            self._stream = torch.cuda.current_stream(index.device)
-            self._made = self._stream.record_event()
-
-    def fits(self, sources: tuple[Tensor, ...], symbols: int) -> bool:
-        """Whether it is of these tensors, and they are as they were."""
-        return (all(a is b for a, b in zip(sources, self._sources, strict=True))
-                and self._known == (constants.state(sources), symbols))
-
-    def taken(self) -> LevelOrder:
-        """The order, on the current stream."""
-        if self._stream is not None:
-            stream = torch.cuda.current_stream(self._sources[0].device)
-            if stream != self._stream:
-                stream.wait_event(self._made)
-                for tensor in self.order.tensors:
-                    tensor.record_stream(stream)
-        return self.order
 
 
 class LabelLayout:
@@ -302,12 +115,12 @@ class LabelLayout:
     """
 
     def __init__(self, symbols: Tensor, vectors: Tensor) -> None:
-        self._symbols, self._vectors = _lasting(symbols), _lasting(vectors)
+        self._symbols, self._vectors = lasting(symbols), lasting(vectors)
         self._levels: dict[tuple[int, int], WindowLevel] = {}
         self._own: dict[Any, _Own] = {}
-        self._orders: dict[tuple[tuple[int, int], int], _Sorted] = {}
-        self._prepared: dict[tuple[int, int], _Prepared] = {}
-        self._labels: tuple[_Reading, int] | None = None  # not looked at yet, and their classes
+        self._orders: dict[tuple[tuple[int, int], int], SortedLevel] = {}
+        self._prepared: dict[tuple[int, int], PreparedLevel] = {}
+        self._labels: tuple[Reading, int] | None = None  # not looked at yet, and their classes
         self._tables: TableCache | None = None
         self._tables_of = self.state
         self._compiled_of = [self._tables_of[0]]  # symbols, by version; shared as levels are
@@ -357,12 +170,13 @@ class LabelLayout:
 
     def _settle(self) -> None:
         """Take what is compiled, and the tables, for those of the symbols and vectors of now."""
+        self._own.clear()  # of windows that may have been written over where they lie
         self._tables_of = self.state
         self._compiled_of[0] = self._tables_of[0]
 
     def _check_labels(self) -> None:
         """Refuse labels out of range, of which the device has told by now."""
-        if self._labels is None or _capturing(self._symbols):
+        if self._labels is None or capturing(self._symbols):
             return
         found, classes = self._labels
         symbols, below, above = found.numbers()
@@ -415,7 +229,7 @@ class LabelLayout:
         if edges is not None:
             check_device("edges", edges, labels, "labels")
             edges = edges.reshape(flat.shape)
-        device = (_device_kernels(flat) and num_classes > 0
+        device = (device_kernels(flat) and num_classes > 0
                   and 2 * (num_classes + 1) ** 2 <= MOST_ROOM)
         if not device:
             check_range("labels", labels, num_classes)
@@ -425,8 +239,8 @@ class LabelLayout:
             return cls(symbols, vectors.to(dtype))
         symbols, vectors, found = number_labels(flat, edges, num_classes, backend="auto")
         layout = cls(symbols, vectors.to(dtype))
-        layout._labels = _Reading(found), num_classes
-        layout.prepare(_sizes_asked(symbols.device, symbols.shape))
+        layout._labels = Reading(found), num_classes
+        layout.prepare(sizes_asked(symbols.device, symbols.shape))
         return layout
 
     @classmethod
@@ -467,13 +281,13 @@ class LabelLayout:
         return found
 
     def _compiled(self, size: tuple[int, int], unlimited: bool, again: bool) -> WindowLevel:
-        if not _device_kernels(self.symbols):
-            return _compile_level(self.resized(size), unlimited)
-        if _capturing(self._symbols) and (again or not self.countable(size)):
+        if not device_kernels(self.symbols):
+            return compile_level(self.resized(size), unlimited)
+        if capturing(self._symbols) and (again or not self.countable(size)):
             raise RuntimeError(f"layout: its windows at {size[0]}x{size[1]} cannot be counted "
                                "while a CUDA graph is captured; run the network once before")
         if not again:
-            asked = _sizes_asked(self._symbols.device, self._symbols.shape)
+            asked = sizes_asked(self._symbols.device, self._symbols.shape)
             asked[size] = None
             while len(asked) > MAX_LEVELS:
                 asked.pop(next(iter(asked)), None)
@@ -499,7 +313,7 @@ class LabelLayout:
 
         Elsewhere each is compiled when it is asked for, and this does nothing.
         """
-        if not _device_kernels(self._symbols):
+        if not device_kernels(self._symbols):
             return
         self._look()
         due = [size for size in dict.fromkeys(sizes)
@@ -509,18 +323,18 @@ class LabelLayout:
                 self._prepared.update(self._number(due[first : first + MAX_LEVELS]))
 
     def _number(self, sizes: Sequence[tuple[int, int]], *,
-                unlimited: bool = False) -> dict[tuple[int, int], _Prepared]:
-        limits = [_limit(len(self._symbols) * h * w, unlimited) for h, w in sizes]
+                unlimited: bool = False) -> dict[tuple[int, int], PreparedLevel]:
+        limits = [limit_of(len(self._symbols) * h * w, unlimited) for h, w in sizes]
         levels, counts = number_levels(self._symbols, sizes, limits, backend="auto")
-        reading = _Reading(counts)
-        return {size: _Prepared(level, reading, column)
+        reading = Reading(counts)
+        return {size: PreparedLevel(level, reading, column)
                 for column, (size, level) in enumerate(zip(sizes, levels, strict=True))}
 
     def countable(self, size: tuple[int, int]) -> bool:
         """Whether :meth:`level` can be had: its counts cannot be read during a graph's capture."""
         self._look()
         prepared = self._prepared.get(size)
-        return (size in self._levels or not _capturing(self._symbols)
+        return (size in self._levels or not capturing(self._symbols)
                 or (prepared is not None and prepared.counts.done and self._labels is None))
 
     def resized(self, size: tuple[int, int]) -> Tensor:
@@ -616,7 +430,7 @@ class LabelLayout:
             return None
         # A graph's memory is no place for what others read, nor may it read theirs, which may go.
         # Writes to inference tensors leave no trace.
-        if _capturing(map) or map.is_inference():
+        if capturing(map) or map.is_inference():
             return None
         for size, level in [*self._levels.items()]:
             for reach, name in enumerate(names, 1):
@@ -632,7 +446,7 @@ class LabelLayout:
         symbols = len(self.vectors)
         found = self._orders.get((size, reach))
         if found is None or not found.fits(sources, symbols):
-            found = self._orders[size, reach] = _Sorted(sources, symbols)
+            found = self._orders[size, reach] = SortedLevel(sources, symbols)
         return found.taken()
 
     def map_vectors(self, function: Callable[[Tensor], Tensor]) -> LabelLayout:
@@ -681,9 +495,9 @@ class LabelLayout:
         self.__dict__.update({"_own": {}, "_orders": {}, "_prepared": {}, "_labels": None, **state,
                               "_tables": None, "_compiled_of": [-1]})
         self.__dict__.pop("tables", None)  # of 0.2
-        self._symbols, self._vectors = _lasting(self._symbols), _lasting(self._vectors)
+        self._symbols, self._vectors = lasting(self._symbols), lasting(self._vectors)
         for level in self._levels.values():
-            level.__dict__.update({k: _lasting(v) for k, v in vars(level).items()})
+            level.__dict__.update({k: lasting(v) for k, v in vars(level).items()})
         self._settle()  # a copy's versions are its own
 
     def __repr__(self) -> str:
@@ -705,297 +519,3 @@ class LabelLayout:
                 f"{u:>7} ({u / pixels:6.1%})"
             )
         return "\n".join(lines)
-
-
-def _names(old: LabelLayout, new: LabelLayout) -> tuple[Tensor, Tensor]:
-    """A number for each symbol of both layouts: of equal vectors the same one."""
-    marked = [
-        torch.cat([x.vectors.double(), torch.zeros(
-            (len(x.vectors), 1), dtype=torch.double, device=x.vectors.device,
-        ).index_fill_(0, _first(x.vectors), 1)], 1)
-        for x in (old, new)
-    ]  # the outside differs from a pixel whose vector is zero
-    _, common = torch.unique(torch.cat(marked), dim=0, return_inverse=True)
-    before, after = common.split([len(old.vectors), len(new.vectors)])
-    return before, after
-
-
-def match_windows(old: LabelLayout, new: LabelLayout, size: tuple[int, int], *, reach: int,
-                  names: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Return for each window of ``new`` at ``size`` the row of the same window in ``old``, or -1.
-
-    Windows are the same where their symbols have the same vectors; ``reach`` is 1 for 3x3 and 2
-    for 5x5 windows. ``names``: of the symbols, where they are known.
-    """
-    before, after = (layout.level(size) for layout in (old, new))
-    named = zip(_names(old, new) if names is None else names, (before, after), strict=True)
-    joint = torch.cat([name[level.symbols.long()] for name, level in named]).int() + 1
-    row = torch.full((after.counts[reach - 1] + 1,), -1, device=joint.device)
-    row[0] = 0
-    for _ in range(reach):  # both maps' windows, numbered together
-        joint, windows = number_windows(joint, joint.numel(), backend="auto")
-        if len(windows) == 0:  # too many for the kernel's keys
-            return row
-    was, now = joint.long().split([len(before.symbols), len(after.symbols)])
-    index = f"index{2 * reach + 1}"
-    known = torch.full((len(windows),), -1, device=joint.device)
-    known[was] = getattr(before, index).long()
-    row[getattr(after, index).long()] = known[now]
-    return row
-
-
-def _first(rows: Tensor) -> Tensor:
-    return torch.zeros(1, dtype=torch.long, device=rows.device)
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """What the windows of an edited layout have in common with those before it.
-
-    Attributes:
-        row: (U + 1,) the row before of each window; of new ones 0. None where nothing has changed.
-        fresh: (F,) the windows that are new.
-        windows3, windows: the new ones, row 0 the outside, by the 3x3 windows that they hold alone.
-    """
-
-    row: Tensor | None
-    fresh: Tensor
-    windows3: Tensor
-    windows: Tensor
-
-    @classmethod
-    def of(cls, row: Tensor, rows_before: int, level: WindowLevel, reach: int) -> _Edit:
-        fresh = (row < 0).nonzero().flatten()
-        windows3, windows = level.windows3, level.windows3 if reach == 1 else level.windows5
-        wanted = torch.cat([torch.zeros_like(windows[:1]), windows.index_select(0, fresh)])
-        if reach == 2:
-            used, renamed = torch.unique(wanted, return_inverse=True)  # 0 is the first of them
-            windows3, wanted = windows3.index_select(0, used.long()), renamed.int()
-        if len(row) == rows_before and torch.equal(
-                row, torch.arange(len(row), device=row.device)):
-            return cls(None, fresh, windows3, wanted)
-        return cls(row.clamp_min(0), fresh, windows3, wanted)
-
-
-T = TypeVar("T")
-Build = Callable[[Tensor, Tensor], Tensor]  # of the 3x3 windows and those that rows are for
-
-
-class TableCache:
-    """Finished tables of frozen norms on one layout: further samples skip building them.
-
-    Where an edited layout follows another, rows of windows that both have are taken over.
-
-    Args:
-        earlier: the tables of the layout that was edited.
-        budget: bytes that predictions (:meth:`prediction`) may take; tables are not counted.
-    """
-
-    def __init__(self, earlier: TableCache | None = None, *, budget: int = 0) -> None:
-        # The layout, its state when the table was made, and the table.
-        self._kept: dict[tuple[nn.Module, tuple[int, int]],
-                         tuple[LabelLayout, tuple[int, ...], Tensor]] = {}
-        self._names: dict[tuple[int, int], tuple[LabelLayout, LabelLayout, Any]] = {}
-        self._edits: dict[Any, _Edit] = {}
-        self._counts: dict[tuple[tuple[int, int], int], tuple[int, int]] = {}
-        self._predictions: dict[nn.Module, Any] = {}  # None: asked for once
-        self._budget = budget
-        self._earlier = None if earlier is None else earlier._kept
-        if earlier is not None:  # one step back serves; a chain would keep every edit's tables
-            earlier._predictions.clear()
-            earlier._earlier = None
-            earlier._names.clear()
-            earlier._edits.clear()
-
-    def put(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout,
-            table: Tensor) -> None:
-        self._kept[owner, size] = (layout, layout.state, table)
-
-    def forget(self) -> None:
-        """Drop what was made of a layout that has been written to since."""
-        for kept in (self._kept, self._names, self._edits, self._counts):
-            kept.clear()
-        self._predictions = dict.fromkeys(self._predictions)  # made anew at the next request
-
-    def lacks(self, owner: Any, size: tuple[int, int]) -> bool:
-        """Whether the owner's table at ``size`` is to be made of all windows."""
-        return all((owner, size) not in kept for kept in (self._kept, self._earlier or {}))
-
-    def items(self) -> Iterator[tuple[tuple[nn.Module, tuple[int, int]], Tensor]]:
-        """((owner, size), table) of all tables kept."""
-        for key, (*_, table) in self._kept.items():
-            yield key, table
-
-    @property
-    def windows(self) -> tuple[int, int]:
-        """(new, kept): windows whose rows were computed, and taken over, over all resolutions."""
-        return (sum(new for new, _ in self._counts.values()),
-                sum(kept for _, kept in self._counts.values()))
-
-    def table(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout, reach: int,
-              build: Build) -> Tensor:
-        """The owner's rows (U + 1, 2C) of the windows at ``size``; ``build`` makes those missing.
-
-        ``reach`` is 1 for 3x3 and 2 for 5x5 windows.
-        """
-        found = self._kept.get((owner, size))
-        if found is not None:
-            return found[2]
-        with outlasting():
-            table = self._made(owner, size, layout, reach, build)
-        self.put(owner, size, layout, table)
-        return table
-
-    def _made(self, owner: nn.Module, size: tuple[int, int], layout: LabelLayout, reach: int,
-              build: Build) -> Tensor:
-        level = layout.level(size)
-        earlier = None if self._earlier is None else self._earlier.get((owner, size))
-        if earlier is None or earlier[0].state != earlier[1]:
-            windows = level.windows3 if reach == 1 else level.windows5
-            table, new, total = build(level.windows3, windows), len(windows) - 1, len(windows) - 1
-        else:
-            before, _, rows = earlier
-            edit = self._edit(before, layout, size, reach, len(rows))
-            table = rows if edit.row is None else rows.index_select(0, edit.row)
-            new, total = len(edit.fresh), len(table) - 1
-            if new:
-                made = build(edit.windows3, edit.windows)[1:]
-                table.index_copy_(0, edit.fresh, made)
-        self._counts[size, reach] = (new, total - new)
-        return table
-
-    @property
-    def predicts(self) -> bool:
-        """Whether a network keeps predictions of its own, or is about to."""
-        return bool(self._predictions)
-
-    def prediction(self, owner: nn.Module, size: int, make: Callable[[], T]) -> T | None:
-        """What a frozen ``owner`` makes of the layout alone, kept from the second request on.
-
-        None at the first request, for a layout that is painted once pays for nothing, and where
-        ``size``, its bytes, does not fit what the budget has left.
-        """
-        if owner not in self._predictions:
-            if size <= self._budget:
-                self._budget -= size
-                self._predictions[owner] = None
-            return None
-        if self._predictions[owner] is None:
-            with outlasting():
-                self._predictions[owner] = make()
-        found: T = self._predictions[owner]
-        return found
-
-    def _edit(self, before: LabelLayout, after: LabelLayout, size: tuple[int, int], reach: int,
-              rows: int) -> _Edit:
-        pair = id(before), id(after)
-        if pair not in self._names:
-            found = _names(before, after)
-            plain = tuple(tuple(name.tolist()) for name in found)  # once: a GPU waits for it
-            self._names[pair] = before, after, (found, plain)
-        names, plain = self._names[pair][2]
-        # The same for all norms of a resolution that see as far, on vectors that differ alike.
-        key = size, reach, plain
-        if key not in self._edits:
-            row = match_windows(before, after, size, reach=reach, names=names)
-            self._edits[key] = _Edit.of(row, rows, after.level(size), reach)
-        return self._edits[key]
-
-
-class _Known(threading.local):
-    """Layouts that this thread has compiled from tensors."""
-
-    depth = 0  # of layout scopes
-
-    def __init__(self) -> None:
-        self.scope: list[tuple[weakref.ref[Tensor], int, LabelLayout | None]] = []
-        self.latest: LabelLayout | None = None
-
-
-_known = _Known()
-
-
-@contextmanager
-def layout_scope() -> Iterator[None]:
-    """Compile each conditioning tensor once inside the block: one forward of a whole network."""
-    _known.depth += 1
-    try:
-        yield
-    finally:
-        _known.depth -= 1
-        if _known.depth == 0:
-            _known.scope.clear()
-
-
-def scoped_layouts() -> list[tuple[Tensor | None, LabelLayout | None]]:
-    """The tensors that this layout scope has met, None for those gone, and their layouts."""
-    return [(reference(), layout) for reference, _, layout in _known.scope]
-
-
-@contextmanager
-def given_layouts(layouts: Iterable[tuple[Tensor, LabelLayout | None]]) -> Iterator[None]:
-    """A layout scope of its own, in which these tensors have been met already."""
-    before, _known.scope = _known.scope, []
-    try:
-        with layout_scope():
-            _known.scope += [(weakref.ref(t), t._version, layout) for t, layout in layouts]
-            yield
-    finally:
-        _known.scope = before
-
-
-def _same(a: LabelLayout, b: LabelLayout) -> bool:
-    return (
-        a.symbols.shape == b.symbols.shape and a.symbols.device == b.symbols.device
-        and a.vectors.dtype == b.vectors.dtype
-        and torch.equal(a.vectors, b.vectors) and torch.equal(a.symbols, b.symbols)
-    )
-
-
-def layout_of(conditioning: Tensor) -> LabelLayout | None:
-    """The layout of a conditioning tensor, or None where it is no label map.
-
-    Inside a :func:`layout_scope` a tensor met before (the same object, at the same version) is not
-    compiled again. Elsewhere its pixels are always numbered anew, so no edit can be missed (writes
-    through ``.data`` or numpy leave no trace), and only what follows, the windows, is kept from the
-    last layout where the numbering came out the same.
-    """
-    tracked = _known.depth > 0 and not conditioning.is_inference()
-    if tracked:
-        for reference, version, layout in _known.scope:
-            if reference() is conditioning and version == conditioning._version:
-                return layout
-    layout = LabelLayout.from_tensor(conditioning)
-    if layout is not None:
-        if _known.latest is not None and _same(layout, _known.latest):
-            layout = _known.latest
-        _known.latest = layout
-    if tracked:
-        _known.scope.append((weakref.ref(conditioning), conditioning._version, layout))
-    return layout
-
-
-def share_layouts(module: nn.Module) -> Callable[[], None]:
-    """Let a published network compile each map once per forward; returns a function that undoes it.
-
-    A pre-hook of ``module``, the outermost one, opens a :func:`layout_scope` and a post-hook closes
-    it, so code that hands its float map to every norm needs no change.
-    """
-    scopes: list[Any] = []
-
-    def enter(*_: Any) -> None:
-        scope = layout_scope()
-        scope.__enter__()
-        scopes.append(scope)
-
-    def leave(*_: Any) -> None:
-        scopes.pop().__exit__(None, None, None)
-
-    handles = (module.register_forward_pre_hook(enter),
-               module.register_forward_hook(leave, always_call=True))
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo

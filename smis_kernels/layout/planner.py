@@ -19,7 +19,9 @@ from ..runtime.derivatives import transformed
 from ..runtime.explain import record, recording
 from ..runtime.path import requested_path
 from ..runtime.tuned import measured
-from .label_layout import LabelLayout, WindowLevel, layout_of
+from .label_layout import LabelLayout
+from .levels import WindowLevel
+from .scope import layout_of
 from .shared_tables import shares
 
 

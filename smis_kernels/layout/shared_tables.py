@@ -18,7 +18,8 @@ from ..runtime import constants
 from ..runtime.backend import resolve
 from ..runtime.derivatives import transformed
 from ..runtime.tensors import acc_dtype, capturing
-from .label_layout import LabelLayout, WindowLevel
+from .label_layout import LabelLayout
+from .levels import WindowLevel
 
 SHARING = ("triton",)  # backends that gain: on a CPU a norm makes its own table faster
 Key = tuple[tuple[int, int], int, torch.dtype, torch.device]

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .label_layout import LabelLayout, TableCache, WindowLevel, outlasting
+from ..runtime.tensors import outlasting
+from .label_layout import LabelLayout
+from .levels import WindowLevel
+from .table_cache import TableCache
 
 
 def capacity(rows: int) -> int:

@@ -1,6 +1,9 @@
-"""Memory formats (the rule is ``csrc/common/tensor.h``'s too), dtypes, captures and traces."""
+"""Memory formats (the rule is ``csrc/common/tensor.h``'s too), dtypes, captures, traces, modes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +46,24 @@ def capturing(where: Tensor | torch.device) -> bool:
     device = where.device if isinstance(where, Tensor) else where
     return (device.type == "cuda" and torch.cuda.is_available()
             and torch.cuda.is_current_stream_capturing())
+
+
+@contextmanager
+def outlasting() -> Iterator[None]:
+    """No inference tensors are made inside: what is kept serves later calls with gradients."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+def lasting(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it is an inference tensor: no gradients, and no trace of writes."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with outlasting():
+        return tensor.clone()
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

@@ -58,8 +58,11 @@ def bind(case: Case, run: Run, inputs: Inputs) -> Call:
 def judge(case: Case, outputs: Any, truth: Any) -> float:
     """The largest error of all tensors, of as many images as the truth has; NaN where one is."""
     whole = case.sample is unchanged
-    errors = [case.error(output if whole else output[: len(exact)], exact)
-              for output, exact in zip(tensors(outputs), tensors(truth), strict=True)]
+    return _largest(*(case.error(output if whole else output[: len(exact)], exact)
+                      for output, exact in zip(tensors(outputs), tensors(truth), strict=True)))
+
+
+def _largest(*errors: float) -> float:
     return float("nan") if any(e != e for e in errors) else max(errors)  # max() drops NaN
 
 
@@ -190,7 +193,7 @@ def _other_maps(case: Case, setting: Setting, ready: list[_Bound],
         call = bind(case, fused.run, fused.provider.prepare(inputs))
         error = judge(case, call(), expected)
         # both differ from the truth: the fused error may be the sum of the two
-        fused.error = max(fused.error, error)
+        fused.error = _largest(fused.error, error)
         calls[f"map {index}"] = call
     fused.allowed += reference.error
     return calls

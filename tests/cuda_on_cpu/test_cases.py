@@ -471,10 +471,10 @@ def test_a_layout_is_compiled_on_the_device_as_on_the_cpu(
     sizes = [(63, 77), (16, 20), (5, 7), (1, 1)]
     cpu = LabelLayout.from_labels(map_, 10, instances=ids)
     expected = {size: vars(cpu.level(size)) for size in sizes}
-    monkeypatch.setattr(label_layout, "_device_kernels", lambda map: True)
+    monkeypatch.setattr(label_layout, "device_kernels", lambda map: True)
     for name in ("number_levels", "number_labels"):
         monkeypatch.setattr(label_layout, name, on_device(getattr(label_layout, name)))
-    label_layout._sizes_asked.cache_clear()
+    label_layout.sizes_asked.cache_clear()
     before = CALLS["number_levels"], DEVICE.waits
     for again in range(2):
         device = LabelLayout.from_labels(map_, 10, instances=ids)
@@ -486,7 +486,7 @@ def test_a_layout_is_compiled_on_the_device_as_on_the_cpu(
         # One go for each size that is new, then one for all.
         assert CALLS["number_levels"] - before[0] == len(sizes) + again
     assert DEVICE.waits == before[1]
-    label_layout._sizes_asked.cache_clear()
+    label_layout.sizes_asked.cache_clear()
 
 
 def far(x: Tensor, *strides: int) -> Tensor:
