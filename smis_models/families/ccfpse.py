@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smis_kernels import (
     SPADE,
     ConditionalConv2d,
+    InstanceNormAct2d,
     LabelLayout,
     SpatiallyVaryingConv2d,
     conditional_attention,
@@ -508,8 +509,8 @@ class FPSEDiscriminator(nn.Module):
 
     def _layer(self, channels: int, out_channels: int, **options: Any) -> nn.Sequential:
         layer = conv(channels, out_channels, bias=False, spectral=True, **options)
-        normalised = nn.Sequential(layer, nn.InstanceNorm2d(out_channels))
-        return nn.Sequential(normalised, nn.LeakyReLU(0.2))
+        norm = InstanceNormAct2d(out_channels, activation="leaky_relu")
+        return nn.Sequential(nn.Sequential(layer, norm))
 
     def _at(self, name: str, x: Tensor) -> Tensor:
         return self.get_submodule(name)(x)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smis_kernels import WinogradConv2d
+from smis_kernels import InstanceNormAct2d, WinogradConv2d
 from smis_kernels.interface import hooked, requested, strided_conv2d
 
 from .blocks import check_maps, conv
@@ -63,8 +63,8 @@ class PatchDiscriminator(nn.Module):
             previous, out = out, min(out * 2, 512)
             layer = conv(previous, out, kernel_size=4, stride=1 if i == layers - 1 else 2,
                          padding=2, bias=False, spectral=True)
-            normalised = nn.Sequential(layer, nn.InstanceNorm2d(out))
-            self.add_module(f"model{i}", nn.Sequential(normalised, nn.LeakyReLU(0.2)))
+            normalised = nn.Sequential(layer, InstanceNormAct2d(out, activation="leaky_relu"))
+            self.add_module(f"model{i}", nn.Sequential(normalised))
         last = conv(out, 1, kernel_size=4, padding=2)
         self.add_module(f"model{layers}", nn.Sequential(last))
 
