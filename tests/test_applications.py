@@ -429,6 +429,18 @@ def test_commands_write_pictures_and_an_animation(smis, tmp_path, totals, comman
         assert getattr(image, "n_frames", 1) > 1
 
 
+def test_unknown_pixels_of_every_map_get_the_class_that_is_given(smis, tmp_path):
+    """Of a picture's map and of an edited one as of the one that is painted."""
+    images.write_indices(tmp_path / "odd.png", np.full((64, 64), 255))
+    for command, *arguments in (
+            ("resample", "--class", 0, "--samples", 1, *ONE[:3], "DIR/odd.png"),
+            ("edit", "--to", "DIR/odd.png")):
+        code, _, err = smis(command, *arguments)
+        assert code == 2 and "got 255; give the class of unknown pixels (--unknown)" in err
+        code, _, err = smis(command, *arguments, "--unknown", 6)
+        assert code == 0, err
+
+
 def test_a_morph_leads_from_one_seed_to_the_next(smis, tmp_path, model):
     code, _, err = smis("morph", "--steps", 2, "--seed", 4)
     assert code == 0, err

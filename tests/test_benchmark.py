@@ -581,6 +581,18 @@ def test_what_is_worse_than_before():
         ("op/case/forward", "fused indexed"): "wrong: error 0.0e+00 -> 0.0e+00"}
 
 
+def test_noise_and_a_tenth_more_memory_are_not_worse():
+    """Times of which the quartiles overlap, and peaks at the bound."""
+    before = replace(_record("fused", 1.0, peak_memory=100), times=[1.0, 1.0, 1.3])
+    for times, worse in (([1.0, 1.2, 1.2], False), ([1.2, 1.2, 1.2], True), ([1.08] * 3, False)):
+        now = replace(before, times=times, peak_memory=110)
+        assert bool(records.regressions([now], [before])) is worse
+    steady = replace(before, times=[1.0] * 3)
+    for seconds, peak, worse in ((1.09, 110, False), (1.11, 110, True), (1.0, 111, True)):
+        now = replace(steady, times=[seconds] * 3, peak_memory=peak)
+        assert bool(records.regressions([now], [steady])) is worse
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("cpu-*.json")),
                          ids=lambda path: path.stem)
 def test_committed_records_give_their_committed_tables(path):

@@ -207,11 +207,26 @@ def test_prefixes_of_any_order_are_taken_off(tmp_path: Path, prefix: str) -> Non
     lambda own: {"model": own, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3},
     lambda own: {"net_G": {f"module.{k}": v for k, v in own.items()}, "net_D": {}, "opt_G": {}},
     lambda own: {"state_dict": {"netG": own}, "iteration": 1},
-], ids=["state_dict", "model", "imaginaire", "nested"])
+    lambda own: {"generator_state_dict": own, "optimizer_state_dict": {"state": {}}, "epoch": 3},
+    lambda own: {"state_dict_G": own, "epoch": 3},
+], ids=["state_dict", "model", "imaginaire", "nested", "generator_state_dict", "state_dict_G"])
 def test_a_dict_around_the_state_dict_is_opened(tmp_path: Path, wrap: Any) -> None:
     own = tiny(seed=3).generator
     torch.save(wrap(own.state_dict()), tmp_path / "a.pth")
     assert_same(tiny(tmp_path / "a.pth").generator, own)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.bin", "a.safetensors"])
+def test_the_content_tells_a_files_format(tmp_path: Path, name: str) -> None:
+    """Hubs call safetensors .bin, and people rename what torch saved."""
+    made = tiny(seed=3)
+    save_checkpoint(made, tmp_path / "own.safetensors")
+    (tmp_path / "own.safetensors").rename(tmp_path / name)
+    loaded = create_model(checkpoint=tmp_path / name)  # its configuration is read, too
+    assert loaded.preset == made.preset
+    assert_same(loaded.generator, made.generator)
+    torch.save(made.state_dict(), tmp_path / name)
+    assert_same(tiny(tmp_path / name).generator, made.generator)
 
 
 def test_networks_of_one_dict_become_parts(tmp_path: Path) -> None:

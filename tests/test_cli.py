@@ -21,6 +21,7 @@ from smis_models.families import ADE20K, CITYSCAPES, DEEPFASHION
 from smis_models.io import images
 from smis_models.synthesis import codes
 from smis_models.synthesis import scene as synthesis
+from smis_models.synthesis.features import FeatureClusters
 from smis_models.training import Progress
 
 SMALL = {
@@ -172,6 +173,70 @@ def test_options_of_an_evaluation_reach_it(smis, tmp_path, monkeypatch):
     expected = GeneratedScenes(7, 128, "test")[6]
     np.testing.assert_array_equal(source.scene(6)[0].labels, expected["labels"])
     torch.testing.assert_close(source.scene(6)[1][0], expected["image"])
+
+
+def test_an_evaluations_labels_are_read_and_counted_as_asked(small, smis, tmp_path, monkeypatch):
+    """The class of 255 reaches files of either kind; --dont-care count leaves no class out."""
+    asked = {}
+
+    def measured(model, scenes, found, protocol, **given):
+        asked.update(scenes=scenes, rule=found.rule, **given)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli.evaluate.metrics, "evaluate", measured)
+    images.write_indices(tmp_path / "data/val/labels/a.png", np.full((64, 64), 255))
+    images.write_png(tmp_path / "data/val/images/a.png", np.zeros((64, 64, 3), np.uint8))
+    for counted, left_out, *source in (
+            ("count", frozenset(), "--labels", tmp_path / "data/val/labels"),
+            ("ignore", frozenset({0}), "--dataset", "folder", "--root", tmp_path / "data")):
+        code, _, error = smis(
+            "evaluate", "--model", "spade_ade20k", *source, "--unknown", 7, "--distance", "none",
+            "--segmenter", "scenes", "--dont-care", counted, "--out", tmp_path / "e.json")
+        assert (code, error) == (2, "error: enough\n")
+        assert (np.asarray(asked["scenes"].scene(0)[0].labels) == 7).all()
+        assert asked["rule"].ignored == left_out
+
+
+def test_a_chosen_model_is_of_the_seed_and_evaluates(small):
+    made = cli.common.chosen("groupdnet_deepfashion", None, seed=5).load()
+    assert not any(module.training for module in made.modules())
+    expected = create_model("groupdnet_deepfashion", seed=5, init_gain=1.0,
+                            **SMALL["groupdnet_deepfashion"]).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in made.state_dict().items())
+
+
+@pytest.mark.parametrize("dataset", ["ade20k", "coco_stuff", "cityscapes"])
+def test_doctor_keeps_the_data_sets_class_of_unknown_pixels(dataset, smis, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli.data, "find_splits", lambda *_, **__: {})
+    monkeypatch.setattr(cli.data, "examine", lambda _, rule, **__: asked.append(rule) or 1 / 0)
+    known = cli.data.LABEL_RULES[dataset]
+    for given, unknown in (((), known.unknown), (("--unknown", 3), 3)):
+        words = ["doctor", tmp_path, "--dataset", dataset, "--classes", 190, *given]
+        monkeypatch.setattr("sys.argv", ["smis", *map(str, words)])
+        with pytest.raises(ZeroDivisionError):
+            cli.main()
+        assert asked.pop() == cli.data.LabelRule(190, unknown)
+
+
+def test_seeds_reach_the_drawing_of_instance_features(small, smis, scene, tmp_path, monkeypatch):
+    seeds = []
+
+    def drawn(_, instances, *, seed, **__):
+        seeds.append(seed)
+        return torch.zeros(1, 3, *instances.shape[1:])
+
+    clusters = FeatureClusters({k: np.zeros((2, 3), np.float32) for k in range(35)})
+    monkeypatch.setattr(FeatureClusters, "sample", drawn)
+    given = ("--model", "pix2pixhd_cityscapes_features", "--labels",
+             scene / "street/label/0_labelIds.png", "--instances",
+             scene / "street/inst/0_instanceIds.png", "--features",
+             clusters.save(tmp_path / "f.npz"), "--seed", 9, "--out", tmp_path / "out")
+    for words in (("resample", "--instance", 7), ("edit", "--paint", "7:0,0,8,8")):
+        code, _, error = smis(*words, *given)
+        assert code == 0, error
+        assert set(seeds) == {9}
+        seeds.clear()
 
 
 def test_written_scenes_are_of_the_seed(smis, tmp_path):

@@ -226,6 +226,50 @@ def test_convert_refuses_in_one_line(tmp_path: Path, smis: Smis, arguments: tupl
     assert [p.name for p in tmp_path.iterdir()] == ["latest_net_G.pth"]
 
 
+@pytest.mark.parametrize(("option", "words"), [
+    ("image_size=('a','b')", "image_size: expected (height, width)"),
+    ("image_size=(64.0,64.0)", "image_size: expected (height, width)"),
+    ("dont_care=all", "option: expected dont_care=150 or another int or None, got 'all'"),
+])
+def test_options_of_another_kind_are_one_line(tmp_path: Path, smis: Smis, option: str,
+                                              words: str) -> None:
+    made = create_model("spade_ade20k", ngf=4, image_size=(64, 64), part="generator")
+    torch.save(made.state_dict(), tmp_path / "a.pth")
+    code, _, error = smis("convert", tmp_path / "a.pth", tmp_path / "o.safetensors", "--model",
+                          "spade_ade20k", "--option", "ngf=4", "--option", option)
+    assert (code, words in error, len(error.strip().splitlines())) == (2, True, 1), error
+
+
+def test_convert_takes_a_model_without_a_dont_care_class(tmp_path: Path, smis: Smis) -> None:
+    made = create_model("spade_ade20k", ngf=4, image_size=(64, 64), classes=150, dont_care=None)
+    torch.save(made.generator.state_dict(), tmp_path / "a.pth")
+    code, _, error = smis("convert", tmp_path / "a.pth", tmp_path / "o.safetensors", "--model",
+                          "spade_ade20k", "--option", "ngf=4", "--option", "image_size=64,64",
+                          "--option", "classes=150", "--option", "dont_care=None")
+    assert code == 0, error
+    assert stored_configuration(tmp_path / "o.safetensors") == made.configuration
+
+
+@pytest.mark.parametrize("options", [
+    {"ngf": "8"}, {"ngf": True}, {"classes": 8.0}, {"dont_care": "x"}, {"image_size": 64},
+    {"latent_channels": None}, {"discriminator_layers": 0},
+])
+def test_options_of_another_kind_are_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}: expected "):
+        create_model("spade_cityscapes", device="meta", **options)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("pix2pixhd_cityscapes", {"downsamplings": -8}), ("pix2pixhd_cityscapes", {"enhancers": "1"}),
+    ("groupdnet_deepfashion", {"widths": ("a",) * 6}),
+    ("groupdnet_deepfashion", {"groups": (8, 8, 4, 4, 2, 0)}),
+])
+def test_options_are_checked_before_they_are_computed_with(name: str, options: dict[str, Any],
+                                                           ) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}: expected "):
+        create_model(name, device="meta", **options)
+
+
 def test_convert_never_runs_pickled_code(tmp_path: Path, smis: Smis) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     code, _, error = smis("convert", tmp_path / "module.pth", tmp_path / "o.safetensors",

@@ -12,6 +12,8 @@ from smis_kernels import (
     SPADE,
     LabelLayout,
     conditional_conv2d,
+    polyphase_conv2d,
+    polyphase_conv_transpose2d,
     spatially_varying_conv2d,
     use_backend,
     use_path,
@@ -111,6 +113,19 @@ def test_ops_are_counted_by_hand() -> None:
     assert effective_macs(lambda: level_tables(  # widths and depths that tiles need not pad
         torch.zeros(5, 4), windows, windows, [NormConvs(*convs, 1, 1)] * 2)
     ) == 2 * 7 * 9 * 16 * 128  # the embedding only picks
+
+
+@needs_cpu
+def test_convs_by_phases_are_counted_by_hand() -> None:
+    """F(3, 2) takes 4 products a row, F(3, 1) 3: (4 + 3)² of the phases of 3x3, (4 + 4)² of 4x4."""
+    x = torch.randn(1, 8, 36, 36)
+    for side, products in ((3, 49), (4, 64)):
+        weight = torch.randn(12, 8, side, side)
+        found = effective_macs(lambda w=weight: polyphase_conv2d(x, w, padding=1, backend="cpu"))
+        assert found == 6 * 6 * products * 8 * 12  # 18x18 outputs in tiles of 3x3
+    found = effective_macs(lambda: polyphase_conv_transpose2d(
+        x[..., :18, :18], torch.randn(8, 12, 3, 3), padding=1, output_padding=1, backend="cpu"))
+    assert found == 7 * 7 * 49 * 8 * 12  # 36x36 outputs, of which the odd phase begins outside: 19
 
 
 TINY = Setting(torch.device("cpu"), compiled=False, seconds=0.0, tiny=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,29 @@ def test_a_card_is_renewed_but_not_one_that_was_edited(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="was written by hand and is kept"):
         saved(tmp_path)
     assert card.read_text() == edited
+
+
+def test_texts_of_the_hub_are_utf8_whatever_the_locale(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: a card speaks of Fréchet distances, and the hub reads UTF-8."""
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding="latin-1", errors="strict": (
+        path.read_bytes().decode(encoding, errors)))
+    monkeypatch.setattr(Path, "write_text", lambda path, text, encoding="latin-1": (
+        path.write_bytes(text.encode(encoding))))
+    run_folder(tmp_path / "run")
+    path = tmp_path / "run/evaluation.json"
+    content = json.loads(path.read_text())
+    content["results"]["fid"] = {"fid": 1.0, "published_weights": False, "network": "é"}
+    path.write_bytes(json.dumps(content, ensure_ascii=False).encode())
+    made = create_model(checkpoint=tmp_path / "run")
+    for _ in range(2):  # the card of the first is this package's to the second
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            made.save_pretrained(tmp_path / "hub", run=tmp_path / "run")
+    assert "| Fréchet distance | 1.00 | é |" in (tmp_path / "hub/README.md").read_bytes().decode()
+    (tmp_path / "hub/README.md").write_bytes(b"caf\xe9")  # somebody's, in no UTF-8
+    with pytest.warns(UserWarning, match="written by hand"):
+        made.save_pretrained(tmp_path / "hub")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

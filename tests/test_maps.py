@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from smis_models import cli, create_model
-from smis_models.benchmark.case import Maps
+from smis_models.benchmark.case import Maps, Setting
 from smis_models.data import FileScenes, Preprocess, detect_layout, list_scenes
 from smis_models.data.celebamask import CLASSES, HELD_OUT, PARTS, convert_celebamask, label_map
 from smis_models.data.doctor import examine, find_splits
@@ -342,6 +343,27 @@ def test_scaled_levels_are_refused(head: bytes, largest: int, tmp_path: Path) ->
         images.read_labels(tmp_path / "a.pgm", 256)
 
 
+def _white_is_zero(path: Path, bits: int) -> None:
+    """A TIFF of one row whose PhotometricInterpretation is 0."""
+    tags = ((256, 8), (257, 1), (258, bits), (259, 1), (262, 0), (273, 8), (277, 1), (278, 1),
+            (279, bits))
+    head = b"II*\0" + struct.pack("<I", 16) + bytes([0x53] * 8)
+    path.write_bytes(head + struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4))
+
+
+@pytest.mark.parametrize("name", ["p1.pbm", "p4.pbm", "1.tif", "2.tif", "4.tif", "8.tif"])
+def test_inverted_values_are_refused(tmp_path: Path, name: str) -> None:
+    """Pillow hands out 1 where a 0 is stored; other programs read what is stored."""
+    path = tmp_path / name
+    if name.startswith("p"):
+        path.write_bytes(b"P1\n3 1\n0 1 1\n" if name[1] == "1" else b"P4\n3 1\n\x60")
+    else:
+        _white_is_zero(path, int(name[0]))
+    with pytest.raises(images.ImageError, match="zero is white"):
+        images.read_labels(path, 256)
+
+
 @pytest.mark.parametrize(("largest", "values"), [(255, [0, 1, 7, 255]), (65535, [0, 1, 300, 9999])])
 def test_whole_levels_of_a_pgm_are_kept(largest: int, values: list[int], tmp_path: Path) -> None:
     pixels = struct.pack(">4H" if largest > 255 else "4B", *values)
@@ -627,6 +649,10 @@ def test_a_benchmarks_maps_take_their_own_instances(tmp_path: Path) -> None:
     for k in range(2):
         assert (maps.labels("street", (4, 4), 35, k) == k).all()
         assert (maps.instances("street", (4, 4), k) == 7 + k).all()
+    place = Setting(torch.device("cpu"), maps=maps).at(1)  # a batch goes on from its first map
+    for found, values in ((place.labels("street", (4, 4), 35, batch=3), (1, 0, 1)),
+                          (place.instances("street", (4, 4), batch=3), (8, 7, 8))):
+        assert torch.equal(found, torch.tensor(values)[:, None, None].expand(3, 4, 4))
 
 
 def test_a_benchmark_takes_the_first_maps(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smis_models import create_model, metrics
 from smis_models.data import Draw, GeneratedScenes, Sample, SceneDataset
-from smis_models.io.images import ImageError, as_bytes, to_pictures, write_indices
+from smis_models.io.images import ImageError, PictureSpan, as_bytes, to_pictures, write_indices
 from smis_models.metrics.segmentation import LabelRule, SegmentationScore, predict
 from smis_models.synthesis import applications
 
@@ -71,6 +71,16 @@ def test_pictures_in_0_to_1_are_told(measure: str) -> None:
     """They pass for pictures in [-1, 1]; LPIPS of them is lower, and looks better."""
     with pytest.warns(UserWarning, match=r"none below 0; of pictures in 0\.\.1 give 2 \* x - 1"):
         MEASURES[measure]((_pictures() + 1) / 2)
+
+
+def test_black_in_pictures_of_0_to_1_is_no_value_below_0() -> None:
+    span = PictureSpan(torch.zeros(1, 3, 2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        span.tell()  # of one value nothing can be said
+    span.add(torch.ones(1, 3, 2, 2))
+    with pytest.warns(UserWarning, match="none below 0"):
+        span.tell()
 
 
 @pytest.mark.parametrize("measure", UNIT)

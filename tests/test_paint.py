@@ -24,8 +24,8 @@ from require import lacking
 import smis_kernels
 from smis_kernels import use_backend
 from smis_kernels.runtime.backend import missing
-from smis_models import create_model
-from smis_models.io.images import data_uri, encode_png, to_pictures
+from smis_models import cli, create_model
+from smis_models.io.images import data_uri, encode_png, resize_picture, to_pictures
 from smis_models.synthesis.codes import draw_code, interpolate
 
 absent = lacking("starlette") or lacking("uvicorn") or lacking("httpx") or missing("cpu")
@@ -418,6 +418,18 @@ def test_maps_and_pictures_are_read_from_bytes(client: TestClient, painter: Pain
     assert response.status_code == 400 and "bytes: expected" in response.json()["error"]
 
 
+def test_a_marked_picture_lies_as_its_map(painter: Painter) -> None:
+    """A map that was drawn on the pixels as stored, beside a picture that is shown turned."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
+    for turned, shape in ((pixels, (64, 128)), (np.rot90(pixels, -1), (128, 64))):
+        _, found = painter.add_picture("marked", "a.png", buffer.getvalue(),
+                                       encode_png(np.zeros(shape, np.uint8)))
+        np.testing.assert_array_equal(found.picture, resize_picture(turned, painter.size))
+
+
 def test_pictures_of_huge_size_are_refused(client: TestClient,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(painting, "PIXELS", 1000)
@@ -541,6 +553,21 @@ def test_answers_do_not_wait_for_acknowledgements() -> None:
         accepted, _ = bound.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_the_seed_of_the_command_is_the_painters(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def refused(model: Any, **given: Any) -> None:
+        asked.update(given, model=model)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(painting, "Painter", refused)
+    monkeypatch.setattr(cli, "reuse_freed_memory", lambda: True)
+    monkeypatch.setattr("sys.argv", ["smis", "paint", "--port", "0", "--seed", "11"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert (asked["seed"], asked["random_weights"]) == (11, False)
 
 
 def test_a_port_in_use_is_one_line() -> None:

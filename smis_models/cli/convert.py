@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,22 +69,24 @@ def convert(
 def _options(pairs: Sequence[str], preset: Preset) -> dict[str, Any]:
     """Fields of ``preset`` from NAME=VALUE; values as Python writes them, else text."""
     found = {}
-    fields = vars(preset)
+    current = vars(preset)
+    optional = {field.name for field in fields(preset) if field.default is None}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not (name and equals):
             raise ValueError(f"option: expected NAME=VALUE, got {pair!r}")
-        if name not in fields:
-            raise ValueError(f"option: expected one of {', '.join(fields)}; got {name!r}")
+        if name not in current:
+            raise ValueError(f"option: expected one of {', '.join(current)}; got {name!r}")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        if fields[name] is not None and type(value) is not type(fields[name]):
-            raise ValueError(
-                f"option: expected {name}={fields[name]!r} or another {type(fields[name]).__name__}"
-                f", got {text!r}"
-            )
+        kind = type(current[name])
+        if not (value is None and name in optional) and (
+                current[name] is not None and type(value) is not kind):
+            raise ValueError(f"option: expected {name}={current[name]!r} or another "
+                             f"{kind.__name__}{' or None' if name in optional else ''}, got "
+                             f"{text!r}")
         found[name] = value
     return found
 

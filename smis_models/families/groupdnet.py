@@ -16,7 +16,7 @@ from smis_kernels.interface import hooked, requested, transformed
 from ..networks.blocks import NormFactory, SPADEResBlock, check_maps, conv, fast_format
 from ..networks.encoder import StridedEncoder, of_classes
 from ..networks.generator import WIDTHS, UpwardGenerator, resized
-from ..networks.preset import LatentPreset
+from ..networks.preset import LatentPreset, is_whole
 from .registry import RECIPES, hinge_recipe, network, register_model
 
 
@@ -69,6 +69,10 @@ class GroupDNetPreset(LatentPreset):
                 "widths, groups: expected one entry each for G_middle_0, G_middle_1, up_0, ..., "
                 f"up_3 (and up_4); got {len(self.widths)} and {len(self.groups)}"
             )
+        for name in ("widths", "groups"):
+            if not all(is_whole(n) and n > 0 for n in getattr(self, name)):
+                raise ValueError(f"{name}: expected whole numbers of at least 1, got "
+                                 f"{getattr(self, name)}")
         if self.modulation == "fixed" and self.start_groups is None and 128 % self.classes:
             raise ValueError(
                 f"classes: modulation 'fixed' expected a divisor of 128, got {self.classes}; "

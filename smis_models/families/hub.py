@@ -131,7 +131,7 @@ class HubModel(nn.Module):
 
 def _write(path: Path, text: str) -> None:
     with replacing(path, sync=True) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def _dtype(model: nn.Module) -> str:
@@ -145,7 +145,7 @@ def _dtype(model: nn.Module) -> str:
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that config.json names; float32 of a run's folder, which names none."""
     try:
-        name = json.loads((folder / CONFIG).read_text()).get("dtype", "float32")
+        name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("dtype", "float32")
     except (OSError, ValueError, AttributeError):  # create_model says what is wrong with it
         return torch.float32
     found = getattr(torch, str(name), None)

@@ -17,6 +17,7 @@ from ..io.checkpoint import (
     CONFIG,
     WEIGHTS,
     CheckpointError,
+    holds_text,
     load_state,
     mismatch,
     read_checkpoint,
@@ -86,7 +87,7 @@ class Configuration:
             CheckpointError: it is of no model of this package.
         """
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             content = json.loads(text)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"checkpoint: {path} is no JSON: {error}; save the model again"
@@ -239,7 +240,7 @@ def stored_configuration(checkpoint: str | Path) -> Configuration | None:
     """
     path, config = checkpoint_file(checkpoint), Path(checkpoint) / CONFIG
     written = Configuration.from_file(config) if config.is_file() else None
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not holds_text(path):
         return written
     stored = Configuration.from_metadata(read_metadata(path), path)
     if stored is not None and written is not None and stored != written:

@@ -47,11 +47,11 @@ class Pix2pixHDPreset(Preset):
     discriminator_layers: int = 3
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("downsamplings", "nef", "encoder_downsamplings", "feature_channels"):
             self._check_positive(name)
         for name in ("enhancers", "blocks", "local_blocks"):
             self._check_positive(name, 0)
+        super().__post_init__()  # whose step for sizes follows from them
 
     @property
     def size_step(self) -> int:

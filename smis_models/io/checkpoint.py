@@ -43,7 +43,7 @@ def read_checkpoint(path: str | Path) -> State:
     """
     path = Path(path)
     head = _head(path)
-    state = _read_safetensors(path, head)[0] if path.suffix == ".safetensors" else (
+    state = _read_safetensors(path, head)[0] if _is_safetensors(path, head) else (
         _read_torch(path, head))
     if not state:
         raise CheckpointError(f"checkpoint: {path} holds no tensors; save module.state_dict()")
@@ -58,6 +58,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     return _read_safetensors(path, _head(path), tensors=False)[1]
+
+
+def holds_text(path: str | Path) -> bool:
+    """Whether a path is a safetensors file, whatever its name: :func:`read_metadata` reads it."""
+    path = Path(path)
+    return path.is_file() and _is_safetensors(path, _head(path))
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    """By the content, which hubs and tools name .bin or .ckpt too; else by the name."""
+    if head.startswith(_CHECKPOINTS) and head[8:9] != b"{":
+        return False
+    return head[8:9] == b"{" or path.suffix == ".safetensors"
 
 
 def _head(path: Path) -> bytes:
@@ -88,9 +101,10 @@ def _read_safetensors(path: Path, head: bytes,
 
 def _read_torch(path: Path, head: bytes) -> State:
     try:
-        with warnings.catch_warnings():
+        # A file, not a path: whose ending alone makes torch read safetensors.
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; the error says what matters
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the parser raises many kinds on damaged bytes
         if isinstance(error, pickle.UnpicklingError) and (
                 " GLOBAL " in str(error) or _names_code(path)):
@@ -121,6 +135,13 @@ def _names_code(path: Path) -> bool:
 _WHOLE = ("state_dict", "model_state_dict", "model", "params", "weights")
 
 
+def _part_named(key: Any) -> str | None:
+    """The network that a dict's key means: ``G``, ``generator_state_dict``, ``state_dict_G``."""
+    if not isinstance(key, str):
+        return None
+    return PART_NAMES.get(key.removesuffix("_state_dict").removeprefix("state_dict_"))
+
+
 def _unwrapped(content: Any, path: Path) -> State:
     """The tensors by their keys, from a state dict or a dict that holds one or one a network."""
     while True:
@@ -133,16 +154,16 @@ def _unwrapped(content: Any, path: Path) -> State:
             return dict(content)
         mappings = [key for key in other if isinstance(content[key], Mapping) and content[key]]
         whole = [key for key in mappings if key in _WHOLE]
-        parts = [key for key in mappings if key in PART_NAMES]
+        parts = {key: part for key in mappings if (part := _part_named(key)) is not None}
         averages = [key for key in mappings if isinstance(key, str) and "ema" in key.lower()]
         found = whole or parts
-        twice = len({PART_NAMES[k] for k in parts}) < len(parts)
+        twice = len(set(parts.values())) < len(parts)
         if not found or len(whole) > 1 or averages or twice:
             break
         if whole:
             content = content[whole[0]]
         else:
-            return {f"{PART_NAMES[key]}.{name}": tensor for key in parts
+            return {f"{part}.{name}": tensor for key, part in parts.items()
                     for name, tensor in _unwrapped(content[key], path).items()}
     several = [*whole, *parts, *averages]
     if len(several) > 1:

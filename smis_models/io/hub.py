@@ -55,7 +55,7 @@ def evaluations(run: Path) -> list[tuple[str, dict[str, Any]]]:
     digest, found = file_hash(run / WEIGHTS), []
     for path in sorted(run.glob("*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             weights = content["model"]["weights_sha256"].values()
             metric_rows(content), protocol_title(content["protocol"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -69,7 +69,7 @@ def recipe_of(run: Path) -> dict[str, Any]:
     """What a training run says of itself: how far it came, and the options it was given."""
     facts = json.loads(read_metadata(run / WEIGHTS).get("smis_training", "{}"))
     try:
-        options = json.loads((run / CONFIG).read_text())
+        options = json.loads((run / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         options = {}
     told = {key: facts[key] for key in ("step", "epoch", "losses", "ema", "precision", "init",
@@ -110,7 +110,8 @@ def model_card(model: str, description: str, options: Mapping[str, Any],
 
 def written_by_hand(card: Path) -> bool:
     """Whether a model card is not, or no longer, as :func:`model_card` made it."""
-    text, _, seal = card.read_text().rstrip("\n").rpartition("\n\n")
+    content = card.read_text(encoding="utf-8", errors="replace")
+    text, _, seal = content.rstrip("\n").rpartition("\n\n")
     return seal != _SEAL.format(hashlib.sha256(f"{text}\n".encode()).hexdigest())
 
 

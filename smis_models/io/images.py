@@ -77,8 +77,8 @@ def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
         return "", 0
     decoder, arguments = image.tile[0][0], image.tile[0][3]
     words: tuple[Any, ...] = arguments if isinstance(arguments, tuple) else (arguments,)
-    if decoder.startswith("ppm"):
-        return "", int(words[-1])
+    if decoder.startswith("ppm") and isinstance(words[-1], int):  # else a PBM, which has no levels
+        return "", words[-1]
     return str(words[0]) if words else "", 0
 
 
@@ -96,7 +96,7 @@ def read_indices(path: Path) -> NDArray[np.int64]:
     Raises:
         FileNotFoundError: no such file.
         ImageError: not an image, a lossy format, several channels or pages, a PGM whose levels are
-            scaled.
+            scaled, a PBM or TIFF whose values are stored inverted.
     """
     with opened(path, "a PNG index map") as image:
         stored, largest = _storage(image)
@@ -113,6 +113,9 @@ def read_indices(path: Path) -> NDArray[np.int64]:
     if largest and largest not in _UNSCALED:
         raise ImageError(f"{path}: expected a PGM with levels up to 255 or 65535, got up to "
                          f"{largest}, which decoders scale; make the map again as PNG")
+    if stored.endswith("I") and stored[:2] in ("1;", "L;"):
+        raise ImageError(f"{path}: expected indices as they are, got a {kind} file whose zero is "
+                         "white, which programs read inverted or not; make the map again as PNG")
     if mode not in _INDEX_MODES:
         raise ImageError(f"{path}: expected one index per pixel (8-bit, palette or 16-bit PNG), "
                          f"got {_no_indices(mode, pixels)}")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, ClassVar, Literal, TypeVar
+
+
+def is_whole(value: Any) -> bool:
+    """Whether an option is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +38,26 @@ class Preset:
     discriminator_layers: int = 4
 
     def __post_init__(self) -> None:
-        step = self.size_step
-        if len(self.image_size) != 2 or any(s < step or s % step for s in self.image_size):
+        step, size = self.size_step, self.image_size
+        pair = isinstance(size, (tuple, list)) and len(size) == 2
+        if not pair or not all(is_whole(s) and s >= step and s % step == 0 for s in size):
             raise ValueError(
                 f"image_size: expected (height, width), both multiples of {step}{self._size_rule}; "
                 f"got {self.image_size}"
             )
-        for name in ("classes", "ngf", "ndf"):
+        for name in ("classes", "ngf", "ndf", "discriminator_scales", "discriminator_layers"):
             self._check_positive(name)
         for name in ("dont_care", "unlabelled"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < self.classes:
+            if value is not None and not (is_whole(value) and 0 <= value < self.classes):
                 raise ValueError(
-                    f"{name}: expected a class 0..{self.classes - 1} or None, got {value}"
+                    f"{name}: expected a class 0..{self.classes - 1} or None, got {value!r}"
                 )
 
     def _check_positive(self, name: str, least: int = 1) -> None:
-        if getattr(self, name) < least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        value = getattr(self, name)
+        if not is_whole(value) or value < least:
+            raise ValueError(f"{name}: expected at least {least}, a whole number; got {value!r}")
 
     @property
     def size_step(self) -> int:
