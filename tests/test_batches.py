@@ -14,6 +14,7 @@ from small_models import SMALL_TRAINING
 from torch import Tensor
 from typer.testing import CliRunner
 
+from smis_kernels import LabelLayout, use_backend
 from smis_models import cli, create_model
 from smis_models.data import Batch, FileScenes, GeneratedScenes, Preprocess, build_dataset
 from smis_models.families import DEEPFASHION
@@ -76,6 +77,17 @@ def test_a_class_of_one_pixel_is_shown() -> None:
     labels[0, 3, 4], labels[1, 1, 0] = 2, 3
     found = MicroBatch(torch.empty(2, 3, 4, 5), labels).shown(4)
     assert found.tolist() == [[True, False, True, False], [True, False, False, True]]
+
+
+def test_the_generator_reads_a_layout_and_the_reference_planes() -> None:
+    found = {}
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            ((batch,),) = steps(tiny(), 1)
+        found[backend] = batch.semantics
+    assert isinstance(found["auto"], LabelLayout)
+    assert isinstance(found["reference"], Tensor)
+    assert torch.equal(found["auto"].dense(), found["reference"])
 
 
 def test_a_derived_seed_stays_what_it_was() -> None:

@@ -143,7 +143,7 @@ class WandB:
             write_atomically(name, uuid.uuid4().hex.encode())
         self._image = wandb.Image
         self._run = wandb.init(project="smis", name=folder.name, dir=str(folder), resume="allow",
-                               id=name.read_text(), config=dict(options))
+                               id=name.read_text(encoding="utf-8"), config=dict(options))
         # Its own steps never go back, as those of a run do that goes on from a checkpoint.
         self._run.define_metric("*", step_metric="step")
 

@@ -387,7 +387,7 @@ class Run:
         """Whether the weights and the record on disk are of the state's step."""
         try:
             facts = json.loads(read_metadata(self.folder / WEIGHTS)[TRAINING])
-            record = json.loads((self.folder / RECORD).read_text())
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
         except (ValueError, OSError, KeyError, TypeError):  # torn ones too
             return False
         return bool(facts["step"] == record["step"] == self.trainer.step_count)
