@@ -150,6 +150,14 @@ def test_a_batch_norm_in_training_is_not_folded() -> None:
     assert max_error(network[1].running_mean, original[1].running_mean) < 1e-12
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_batch_norm_of_another_width_is_refused_as_before(outputs: int) -> None:
+    network = nn.Sequential(nn.Conv2d(5, outputs, 3), nn.BatchNorm2d(6)).eval()
+    accelerate(network, inference=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="running_mean"):
+        network(torch.randn(2, 5, 8, 8))
+
+
 class Raised(nn.BatchNorm2d):
     """A batch norm of somebody's own."""
 

@@ -91,6 +91,7 @@ LEFT: dict[str, tuple[Any, dict[str, Any]]] = {
     "no size": (torch.randn(1, 7, 50, 70), {}),
     "both": (torch.randn(1, 7, 50, 70), {"size": 8, "scale_factor": 2}),
     "too many": (torch.randn(1, 7, 50, 70), {"size": (8, 9, 10)}),
+    "corners": (torch.randn(1, 7, 50, 70), {"size": 8, "align_corners": False}),
     "no tensor": ([1, 2], {"size": 8}),
 }
 

@@ -7,7 +7,9 @@ import io
 import pickle
 import types
 import warnings
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import foreign
@@ -27,6 +29,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:accelerate:UserWarning")
 X, PLANES = normal(2, 6, 8, 8), label_map(16)
 
 
+def times(x: Tensor, by: float) -> Tensor:
+    return x * by
+
+
+class Slotted:
+    """A plain object without a dict, which can be called."""
+
+    __slots__ = ("by",)
+
+    def __init__(self) -> None:
+        self.by = 1.0
+
+    def times(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+    __call__ = times
+
+
 class Adjustable(foreign.LayoutNorm):
     """What its forward reads: numbers, a container, an object, a part, a method."""
 
@@ -40,9 +60,12 @@ class Adjustable(foreign.LayoutNorm):
         self.plain = torch.ones((), dtype=torch.float64)
         self.array, self.choices = np.ones(2), {1.0}
         self.unregistered = [nn.Dropout(1.0)]
+        self.slotted, self.called, self.bound = Slotted(), Slotted(), Slotted().times
+        self.turns, self.portion = deque([1.0]), partial(times, by=1.0)
 
     def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
         y = super().forward(x, segmap) * self.gain * self.gains[0] * self.gains[1]["inner"]
+        y = self.portion(self.bound(self.called(y))) * self.slotted.by * self.turns[0]
         y = y * float(self.array[1]) * max(self.choices) * self.unregistered[0].p
         return self.last(y * self.options.gain * self.strength * self.plain)
 
@@ -98,6 +121,11 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
     "tensor": (adjustable, lambda m: m.plain.data.fill_(3.0)),
     "array": (adjustable, lambda m: m.array.__setitem__(1, 3.0)),
     "array_dtype": (adjustable, lambda m: setattr(m, "array", m.array.view(">f8"))),
+    "slots": (adjustable, lambda m: setattr(m.slotted, "by", 3.0)),
+    "callable_object": (adjustable, lambda m: setattr(m.called, "by", 3.0)),
+    "object_of_a_bound_method": (adjustable, lambda m: setattr(m.bound.__self__, "by", 3.0)),
+    "keywords_of_a_partial": (adjustable, lambda m: m.portion.keywords.update(by=3.0)),
+    "deque": (adjustable, lambda m: m.turns.__setitem__(0, 3.0)),
     "set": (adjustable, lambda m: (m.choices.clear(), m.choices.add(3.0))),
     "module_in_a_list": (adjustable, lambda m: setattr(m.unregistered[0], "p", 0.5)),
     "part": (adjustable, put("last", nn.Tanh())),
@@ -160,6 +188,31 @@ def test_changes_after_accelerate_are_seen(name: str, twin: str, training: bool)
     changed = original(X, PLANES)
     assert max_error(changed, expected) > 1e-3
     assert max_error(module(X, PLANES), changed) < 1e-10
+
+
+class Trained(foreign.LayoutNorm):
+    """With a number that is trained, and no parameter."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.alpha = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
+        return super().forward(x, segmap) * self.alpha
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_plain_number_that_is_trained_gets_its_gradient(late: bool) -> None:
+    gradients = []
+    for fast in (True, False):
+        module: Any = norm_of(Trained).train()
+        module.alpha.requires_grad_(not late)
+        if fast:
+            accelerate(module)
+        module.alpha.requires_grad_()
+        module(X, PLANES).square().sum().backward()
+        gradients.append(module.alpha.grad)
+    assert gradients[0] is not None and max_error(*gradients) < 1e-10
 
 
 def test_a_class_that_is_patched_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,8 @@ class _Recorder(TorchFunctionMode):
             return found
         if id(tensor) in self._names:
             return self._note(tensor, Step("tensor", (), self._names[id(tensor)]))
-        if tensor.dim() == 0 and id(tensor) in self._plain:  # watched by its content
+        # Watched by its content; as a number it would get no gradient.
+        if tensor.dim() == 0 and id(tensor) in self._plain and not tensor.requires_grad:
             return self._note(tensor, Step("number", (), float(tensor)))
         return self._note(tensor, Step("a tensor from elsewhere"))
 

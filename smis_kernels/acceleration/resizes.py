@@ -42,7 +42,9 @@ def resizes_of(module: nn.Module | Tensor) -> AbstractContextManager[object]:
 def nearest(input: Any, size: Any = None, scale_factor: Any = None, mode: Any = "nearest",
             *others: Any, **rest: Any) -> Tensor | None:
     """``F.interpolate`` of the same arguments, bit for bit; None where torch's own is to serve."""
-    plain = mode == "nearest" and not any(others) and not any(rest.values())
+    # Of these torch refuses align_corners=False, too.
+    corners = others[0] if others else rest.get("align_corners")
+    plain = mode == "nearest" and corners is None and not any((*others, *rest.values()))
     if not plain or not isinstance(input, Tensor) or not readable(input) or input.dim() != 4 or (
             input.dtype not in FLOATS or not input.is_contiguous() or input.numel() == 0):
         return None

@@ -95,7 +95,7 @@ def foldable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
     """Whether the batch norm's eval mode can be part of the conv."""
     return (
         conv is not None and is_plain_conv(conv) and type(norm) is nn.BatchNorm2d
-        and norm.running_mean is not None
+        and norm.running_mean is not None and norm.num_features == conv.out_channels
     )
 
 

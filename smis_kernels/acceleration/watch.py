@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -88,29 +90,56 @@ def _fixed(value: Any) -> bool:
     return isinstance(value, _FIXED) or (isinstance(value, tuple) and all(map(_fixed, value)))
 
 
+def _state_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of a plain object, those in slots too; None of what has none of its own.
+
+    Functions and classes are taken for what they are, and so are torch's objects that can be
+    called, which keep what calls of them have found.
+    """
+    if isinstance(value, _FIXED) or (
+            callable(value) and type(value).__module__.partition(".")[0] == "torch"):
+        return None
+    own = getattr(value, "__dict__", None)
+    names = [name for cls in type(value).__mro__ for name in _slots(cls) if hasattr(value, name)]
+    if not isinstance(own, dict):
+        return {name: getattr(value, name) for name in names} if names else None
+    return {**own, **{name: getattr(value, name) for name in names}}
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    found = vars(cls).get("__slots__", ())
+    names = (found,) if isinstance(found, str) else tuple(found)
+    return tuple(name for name in names if name[:2] != "__")
+
+
 def _content_of(value: Any, depth: int = _DEPTH) -> Any:
     """What can be compared with the value later on, even if it is changed in place."""
     if isinstance(value, _PLAIN):
         return (type(value), repr(value) if isinstance(value, (float, complex)) else value)
     if isinstance(value, Tensor):
-        return (_Same(value), identity(value),
+        return (_Same(value), identity(value), value.requires_grad,
                 None if value.is_meta else int(content(value)))
     if depth and isinstance(value, Mapping):
         return (type(value), [(_content_of(k, depth - 1), _content_of(v, depth - 1))
                               for k, v in value.items()])
-    if depth and isinstance(value, (list, tuple)):
+    if depth and isinstance(value, (list, tuple, deque)):
         return (type(value), [_content_of(v, depth - 1) for v in value])
     if depth and isinstance(value, (set, frozenset)):
         return (type(value), sorted(map(repr, value)))
     if hasattr(value, "tobytes"):  # numpy's
         return (type(value), getattr(value, "dtype", None), getattr(value, "shape", None),
                 value.tobytes())
-    if depth and isinstance(getattr(value, "__dict__", None), dict) and not callable(value):
-        return (_Same(value), _content_of(vars(value), depth - 1))
     if isinstance(value, nn.Module):
         return (_Same(value), _content_of(_plain_of(value), depth - 1) if depth else None)
-    if callable(value) and hasattr(value, "__func__"):  # bound methods are made anew at each access
-        return (value.__func__, _Same(value.__self__))
+    if isinstance(value, types.MethodType):  # made anew at each access
+        owner = value.__self__
+        of_module = isinstance(owner, nn.Module)
+        return value.__func__, _Same(owner) if of_module else _content_of(owner, max(depth - 1, 0))
+    if depth and isinstance(value, partial):
+        return (_Same(value), _content_of([value.func, value.args, value.keywords], depth - 1))
+    own = _state_of(value) if depth else None
+    if own is not None:
+        return (_Same(value), _content_of(own, depth - 1))
     return _Same(value)
 
 
@@ -251,8 +280,8 @@ class Settings:
     """Whatever decides what a module computes but tensors' values, inputs and the training mode.
 
     Classes, their methods and class attributes; the parts; plain attributes (numbers, containers,
-    plain objects and tensors by content); with ``hooks`` those too. Globals that a forward reads
-    are not seen. Parts ``besides`` are left out.
+    tensors and objects by content, without what these objects have of their classes); with
+    ``hooks`` those too. Globals that a forward reads are not seen. Parts ``besides`` are left out.
     """
 
     def __init__(self, module: nn.Module, besides: Sequence[nn.Module] = (), *,
