@@ -9,7 +9,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import foreign
@@ -188,6 +188,23 @@ def test_changes_after_accelerate_are_seen(name: str, twin: str, training: bool)
     changed = original(X, PLANES)
     assert max_error(changed, expected) > 1e-3
     assert max_error(module(X, PLANES), changed) < 1e-10
+
+
+@pytest.mark.parametrize("depth", range(5))
+@torch.no_grad()
+def test_what_does_not_change_is_served_at_any_depth(depth: int) -> None:
+    module: Any = norm_of(Adjustable)
+    held: Any = [types.SimpleNamespace(by=1.0), Slotted(), Slotted().times, nn.Dropout(),
+                 deque([1.0]), partial(times, by=1.0), partialmethod(times, by=1.0), np.ones(2),
+                 {1.0}, times]
+    for _ in range(depth):
+        held = [held]
+    module.held = held
+    accelerate(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # which says that the original forward runs
+        for _ in range(3):
+            module(X, PLANES)
 
 
 class Trained(foreign.LayoutNorm):

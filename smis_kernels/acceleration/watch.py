@@ -130,14 +130,15 @@ def _content_of(value: Any, depth: int = _DEPTH) -> Any:
         return (type(value), getattr(value, "dtype", None), getattr(value, "shape", None),
                 value.tobytes())
     if isinstance(value, nn.Module):
-        return (_Same(value), _content_of(_plain_of(value), depth - 1) if depth else None)
+        return (_Same(value), _content_of(_plain_of(value), depth - 1) if depth > 1 else None)
     if isinstance(value, types.MethodType):  # made anew at each access
         owner = value.__self__
         of_module = isinstance(owner, nn.Module)
         return value.__func__, _Same(owner) if of_module else _content_of(owner, max(depth - 1, 0))
-    if depth and isinstance(value, partial):
+    # At the last depth what is gathered here could only be compared by its own identity.
+    if depth > 1 and isinstance(value, partial):
         return (_Same(value), _content_of([value.func, value.args, value.keywords], depth - 1))
-    own = _state_of(value) if depth else None
+    own = _state_of(value) if depth > 1 else None
     if own is not None:
         return (_Same(value), _content_of(own, depth - 1))
     return _Same(value)
