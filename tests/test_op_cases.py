@@ -53,13 +53,17 @@ def agree(case: OpCase, shape: Shape, layout: str, options: Mapping[str, Any], d
     with poisoned_empty():
         found = results(case, call, inputs, backend, laid=laid)
     reference = results(case, call, inputs, "reference", laid=laid)
+    # Gradients of norms over two values are what is left of large ones: no more than rounding.
+    rounding = 1e-14 * max((float(t.abs().max()) for t in exact
+                            if t.is_floating_point() and t.numel()), default=0.0)
     for i, (a, b, truth) in enumerate(zip(found, reference, exact, strict=True)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), f"result {i}"
         if not a.is_floating_point():
             assert torch.equal(a, b), f"result {i}"
         elif dtype == torch.float64:
             error = max_error(a, truth)
-            assert error < 1e-10, f"result {i}: {error}"
+            left = float((a - truth).abs().max()) if a.numel() else 0.0
+            assert error < 1e-10 or left < rounding, f"result {i}: {error}"
         else:
             wide = a.dtype == torch.float32
             floor = (64 if wide else 0.5) * torch.finfo(a.dtype).eps
@@ -157,6 +161,17 @@ def test_any_shape(name: str) -> None:
         agree(case, shape, layout, options, torch.float64, "cpu", seed)
 
     check()
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", [name for name in NAMES if name in (
+    "modulation", "modulation_pair", "indexed_modulation", "indexed_modulation_pair")])
+def test_statistics_of_two_values(name: str) -> None:
+    """Their gradients cancel to a millionth."""
+    case = CASES[name]
+    options = case.default(norm="batch", training=True, upsample=True)
+    for seed in range(20):
+        agree(case, (1, 1, 1, 2), "contiguous", options, torch.float64, "cpu", seed)
 
 
 @pytest.mark.triton
